@@ -37,13 +37,21 @@ STATUS: dict[str, Any] = {
     "snapshots": {"n": 1, "size_bytes": 1_500_000_000, "quota_bytes": 20_000_000_000},
     "users": [{"id": "key:bob", "running": 0, "waiting": 2, "deficit_s": 0.0}],
 }  # fmt: skip
-JOURNAL = {"decisions": [{"at": 0.0, "user": "key:ada", "text": "chose slot gpu0/1"}]}
+FLIGHT = {
+    "backend": "gpu0", "slot": 1, "stage": "prefill 512 of 60,211", "n_answered": None, "tokens_per_s": 248.4,
+    "gives_way_to": "",
+}  # fmt: skip
+ENDED = {
+    "at": 0.0, "total_s": 9.0, "queued_s": 0.2, "first_s": 0.5, "user": "key:ada", "error": "",
+    "text": "slot 1 held 9 of 10 tokens",
+}  # fmt: skip
+ACTIVITY = {"in_flight": [FLIGHT], "ended": [ENDED]}
 
 
 @pytest.fixture
 def config_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of a llamaslot that answers."""
-    monkeypatch.setattr(Running, "get", lambda self, page: JOURNAL if "journal" in page else STATUS)
+    monkeypatch.setattr(Running, "get", lambda self, page: ACTIVITY if "activity" in page else STATUS)
     path = tmp_path / "config.yaml"
     path.write_text("backends: [{url: 'http://127.0.0.1:8080'}]\n")
     return path
@@ -55,14 +63,14 @@ def test_one_table(config_path: Path) -> None:
     assert result.stdout.splitlines() == [
         "llamaslot 1: 1 of 3 slots work, 2 wait; 1 snapshot, 1.5 GB of 20.0 GB",
         "",
-        "SLOT    STATE          TOKENS  USED  SAVED  USER     DOING",
+        "SLOT    STATE          TOKENS  USED  SAVED  USER  DOING",
         "gpu0/0  hot             4,096   50%  no",
-        "gpu0/1  leased          4,096   50%  no     key:ada  prefill 512 of 60,211",
+        "gpu0/1  leased          4,096   50%  no     ada   prefill 512 of 60,211, 248/s",
         "gpu0/2  free",
         "gpu1    down",
         "gpu2    assist is off",
         "",
-        "waiting: key:bob 2",
+        "waiting: bob 2",
         "gpu0: slots cannot be saved",
         "gpu2: a reason. a flag",
     ]
@@ -81,7 +89,7 @@ def test_top_draws_the_same_until_it_is_interrupted(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", sleep)
-    answers = iter([STATUS, STATUS, JOURNAL])
+    answers = iter([STATUS, STATUS, ACTIVITY])
 
     def get(self: Running, page: str) -> Any:
         try:
@@ -96,12 +104,14 @@ def test_top_draws_the_same_until_it_is_interrupted(
 
 
 def test_what_top_draws(config_path: Path) -> None:
-    """The table, and the last decisions."""
-    console = Console(width=120, file=io.StringIO())
+    """The table, and the last requests; what is too wide is cut at its end."""
+    console = Console(width=68, file=io.StringIO())
     console.print(_drawn(Running.of(config_path)))
     assert isinstance(console.file, io.StringIO)
-    for told in ("prefill 512 of 60,211", "chose slot gpu0/1", "waiting: key:bob 2"):
-        assert told in console.file.getvalue()
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert lines[5].endswith("ada   prefill 512 of 60…")
+    assert "waiting: bob 2" in lines
+    assert " ".join(lines[-1].split()).endswith("ada 0.2 s 0.5 s slot 1 held 9 of 10 tokens")
 
 
 def test_nothing_else_imports_rich() -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 _EVERY_S = 1.0
-_DECISIONS = 12
+_REQUESTS = 40
+_WAITED_S = 0.05  # less is no wait
 HEADINGS = ("SLOT", "STATE", "TOKENS", "USED", "SAVED", "USER", "DOING")
 RIGHT = frozenset({"TOKENS", "USED"})
 
@@ -40,14 +41,16 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
     auth.admin_key, the environment variable LLAMASLOT_KEY gives one.
     """
     with report_faults():
-        found = _running(path, url).get("status")
+        running = _running(path, url)
+        found = running.get("status")
+        in_flight = running.get("activity?n=0")["in_flight"]
     if is_json:
         import json
 
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(headline(found))
-    for line in ("", *table(HEADINGS, list(rows(found)), RIGHT), *remarks(found)):
+    for line in ("", *table(HEADINGS, list(rows(found, in_flight)), RIGHT), *remarks(found)):
         click.echo(line)
 
 
@@ -56,7 +59,9 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
 @_url
 @click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=_EVERY_S, show_default=True)
 def top(path: Path, url: str | None, every_s: float) -> None:
-    """Show what ``status`` shows, and the last decisions, once a second. Ctrl-C ends it."""
+    """Show what ``status`` shows, and the last requests with the reasons of their cost, once a
+    second. Ctrl-C ends it.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -87,16 +92,19 @@ def _running(path: Path, url: str | None) -> Running:
 
 
 def headline(found: Json) -> str:
+    from llamaslot.observe.words import size
+
     snapshots = found["snapshots"]
-    size = f"{_gb(snapshots['size_bytes'])} of {_gb(snapshots['quota_bytes'])}"
-    kept = f"{several(snapshots['n'], 'snapshot', 'snapshots')}, {size}"
+    used = f"{size(snapshots['size_bytes'])} of {size(snapshots['quota_bytes'])}"
+    kept = f"{several(snapshots['n'], 'snapshot', 'snapshots')}, {used}"
     slots = [slot for backend in found["backends"] for slot in backend["slots"]]
     n_busy = sum(slot["state"] == "LEASED" for slot in slots)
     return f"llamaslot {found['version']}: {n_busy} of {len(slots)} slots work, {found['queue']} wait; {kept}"
 
 
-def rows(found: Json) -> Iterator[tuple[str, ...]]:
-    """One per slot; one for a backend that has none to show."""
+def rows(found: Json, in_flight: Sequence[Json]) -> Iterator[tuple[str, ...]]:
+    """One per slot, with what the request ``in_flight`` in it does; one for a backend that has none to show."""
+    flights = {(flight["backend"], flight["slot"]): flight for flight in in_flight}
     for backend in found["backends"]:
         state = backend["drain"] or backend["health"]
         if not backend["slots"]:
@@ -111,12 +119,11 @@ def rows(found: Json) -> Iterator[tuple[str, ...]]:
                 backend["model"] or "",
             )
         for slot in backend["slots"]:
-            yield _row(backend, slot)
+            yield _row(backend, slot, flights.get((backend["name"], slot["id"])))
 
 
-def _row(backend: Json, slot: Json) -> tuple[str, ...]:
-    n_tokens, prefill = slot["n_tokens"], slot["prefill"]
-    doing = f"prefill {number(prefill['n_done'])} of {number(prefill['n_tokens'])}" if prefill else ""
+def _row(backend: Json, slot: Json, flight: Json | None) -> tuple[str, ...]:
+    n_tokens = slot["n_tokens"]
     used = f"{n_tokens / backend['n_ctx']:.0%}" if n_tokens and backend["n_ctx"] else ""
     is_saved = "" if not n_tokens else "no" if slot["is_dirty"] else "yes"
     state = slot["state"].lower()
@@ -128,34 +135,40 @@ def _row(backend: Json, slot: Json) -> tuple[str, ...]:
         number(n_tokens) if n_tokens else "",
         used,
         is_saved,
-        slot["user"] or "",
-        doing,
+        person(slot["user"]),
+        _doing(flight) if flight is not None else "",
     )
+
+
+def _doing(flight: Json) -> str:
+    """``answering, 43 tokens, 31/s``"""
+    said = [flight["stage"]]
+    if flight["n_answered"]:
+        said.append(several(flight["n_answered"], "token", "tokens"))
+    if flight["gives_way_to"]:
+        said.append(f"gives way to {flight['gives_way_to']}")
+    elif flight["tokens_per_s"]:
+        said.append(f"{flight['tokens_per_s']:,.0f}/s")
+    return ", ".join(said)
+
+
+def person(user: str | None) -> str:
+    """``key:ada``, ``named:ada`` and ``at:10.0.0.5`` as people call them."""
+    return user.partition(":")[2] or user if user else ""
 
 
 def remarks(found: Json) -> list[str]:
     """Who waits, why assist is off, warnings."""
     said = []
-    if waiting := [f"{user['id']} {user['waiting']}" for user in found["users"] if user["waiting"]]:
-        said.append(f"waiting: {', '.join(waiting)}")
+    waiting = [(person(user["id"]), user["waiting"]) for user in found["users"] if user["waiting"]]
+    if waiting:
+        said.append(f"waiting: {', '.join(who if n == 1 else f'{who} {n}' for who, n in waiting)}")
     for backend in found["backends"]:
         name, assist = backend["name"], backend["assist"]
         if assist is not None and not assist["is_on"]:
             said.append(f"{name}: {assist['why']}. {assist['remedy']}")
         said += [f"{name}: {warning}" for warning in backend["warnings"]]
     return ["", *said] if said else []
-
-
-def decisions(found: Sequence[Json], now: float) -> list[str]:
-    """The last decisions, newest first, each with its age."""
-    return [
-        f"{span(now - decision['at']):>6}  {decision['user'] or '-'}  {decision['text']}"
-        for decision in found
-    ]
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.1f} GB"
 
 
 def _drawn(running: Running) -> RenderableType:
@@ -165,16 +178,33 @@ def _drawn(running: Running) -> RenderableType:
 
     try:
         found = running.get("status")
-        latest = running.get(f"journal?n={_DECISIONS}")["decisions"]
+        activity = running.get(f"activity?n={_REQUESTS}")
     except NotRunning as error:
         return Text(str(error), style="bold red")
     grid = Table(*HEADINGS, box=None, pad_edge=False, header_style="bold")
     for heading, column in zip(HEADINGS, grid.columns, strict=True):
         column.justify = "right" if heading in RIGHT else "left"
-    for row in rows(found):
+        column.no_wrap = heading != HEADINGS[-1]
+    for row in rows(found, activity["in_flight"]):
         style = "green" if row[1].startswith("leased") else "dim" if row[1].startswith("free") else ""
-        grid.add_row(*map(Text, row), style=style)
-    lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in decisions(latest, time.time())]
-    return Group(
-        Text(headline(found), style="bold"), Text(), grid, *map(Text, remarks(found)), Text(), *lines
+        grid.add_row(*map(Text, row[:-1]), Text(row[-1], no_wrap=True, overflow="ellipsis"), style=style)
+    ended = Table(
+        "ENDED", "USER", "WAITED", "FIRST TOKEN", "WHY", box=None, pad_edge=False, header_style="bold"
     )
+    for column in ended.columns[:-1]:
+        column.no_wrap = True
+    ended.columns[0].justify = ended.columns[2].justify = ended.columns[3].justify = "right"
+    for row in _ended(activity["ended"], time.time()):
+        ended.add_row(*map(Text, row[:-1]), Text(row[-1], no_wrap=True, overflow="ellipsis"))
+    return Group(Text(headline(found), style="bold"), Text(), grid, *map(Text, remarks(found)), Text(), ended)
+
+
+def _ended(found: Sequence[Json], now: float) -> Iterator[tuple[str, ...]]:
+    """The last requests, newest first: how long ago they ended, and why they cost what they did."""
+    from llamaslot.observe.words import seconds
+
+    for request in found:
+        ended = span(now - request["at"] - request["total_s"])
+        waited = seconds(request["queued_s"]) if request["queued_s"] >= _WAITED_S else ""
+        first = seconds(request["first_s"]) if request["first_s"] is not None else ""
+        yield ended, person(request["user"]), waited, first, request["error"] or request["text"]
