@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.tokens.conversion_checks import ConversionChecks, shape_of
+from llamaslot.fleet.model_context import ConversionChecks, shape_of
 
 
 def asked(*parts: Any, **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaslot.formats.registry import FORMATS
-from llamaslot.formats.usage_corrections import Corrections, index_of
+from llamaslot.http.stream_reader import Corrections, index_of
 from llamaslot.scheduling.plan import PrefillStats
 
 CORRECTIONS = Corrections(FORMATS["chat"], PrefillStats(n_reused=100, n_tokens=999, seconds=2.0))

@@ -22,7 +22,7 @@ from llamaslot.errors import BackendDown, BackendRestarted, UpstreamError
 from llamaslot.fleet.bad_prompts import BadPrompts
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.infill_prompts import InfillPrompts
-from llamaslot.fleet.model_context import ModelContext
+from llamaslot.fleet.model_context import ConversionChecks, ModelContext
 from llamaslot.fleet.pool_server import PoolServer
 from llamaslot.fleet.prewarm import Bodies, Prewarm
 from llamaslot.fleet.queue import QueueLimits, QueuePosition, UserLoad
@@ -33,7 +33,6 @@ from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Catalog
 from llamaslot.tasks import TaskOwner
-from llamaslot.tokens.conversion_checks import ConversionChecks
 from llamaslot.tokens.tokenizer import Tokenizer
 
 DownCall = Callable[[Backend, BackendDown], None]

@@ -1,15 +1,16 @@
-"""Reads llama-server's answer to one request, event by event: events to relay, and figures to record."""
+"""Reads llama-server's answer to one request, event by event: events to relay, and figures to record. Where llamaslot has
+computed a part of the prompt before, the numbers in it are corrected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 
 from llamaslot.formats.base import LAST_EVENTS, ErrorEvents, Format, is_error
 from llamaslot.formats.stream_to_json import Assembly
-from llamaslot.formats.usage_corrections import Corrections, index_of
 from llamaslot.llama.answers import Response, whole
 from llamaslot.llama.sse import (
     EventSplitter,
@@ -26,6 +27,7 @@ _CREATED, _IN_PROGRESS = b"event: response.created", b"event: response.in_progre
 _BEFORE_TOKENS = (_CREATED, _IN_PROGRESS)
 #: Events without these, and without those of their format, are neither noted nor changed: each search takes 0.1 us.
 _MARKS = (b'"timings"', b'"usage"', b"error", b"prompt_progress", b"\n:")
+_CORRECTED = (b'"timings"', b'"usage"', b'"prompt_progress"')  # events that have numbers of a prompt
 
 #: Sends whole events to the client at once; False if it cannot.
 Put = Callable[[bytes], bool]
@@ -238,3 +240,53 @@ def _has_text(payload: dict[str, Any]) -> bool:
 
 def _without_progress(payload: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in payload.items() if name != "prompt_progress"}
+
+
+class Corrections:
+    """Corrects the numbers of one answer in ``format_``. ``prefill_stats``: what was computed before its request was
+    sent.
+    """
+
+    def __init__(self, format_: Format, prefill_stats: PrefillStats) -> None:
+        self._format, self._prefill_stats = format_, prefill_stats
+
+    def correct(self, payload: dict[str, Any]) -> bool:
+        """Correct the numbers of one JSON answer or event, in place. True if something was changed."""
+        if index_of(payload) >= self._prefill_stats.n_answers:
+            return False
+        changed = False
+        if isinstance(timings := payload.get("timings"), dict) and "prompt_n" in timings:
+            self._correct_timings(timings)
+            changed = True
+        for usage in self._format.usages(payload):
+            changed = self._format.correct_usage(usage, self._prefill_stats.n_reused) or changed
+        if isinstance(progress := payload.get("prompt_progress"), dict):
+            progress["cache"] = min(self._prefill_stats.n_reused, int(progress["cache"]))
+            progress["time_ms"] = progress["time_ms"] + round(self._prefill_stats.seconds * 1000)
+            changed = True
+        return changed
+
+    def _correct_timings(self, timings: dict[str, Any]) -> None:
+        total = int(timings.get("cache_n", 0)) + int(timings["prompt_n"])
+        reused = min(self._prefill_stats.n_reused, int(timings.get("cache_n", 0)))
+        computed, ms = total - reused, float(timings["prompt_ms"]) + self._prefill_stats.seconds * 1000
+        timings |= {"cache_n": reused, "prompt_n": computed, "prompt_ms": ms}
+        if computed and ms > 0:
+            timings |= {"prompt_per_token_ms": ms / computed, "prompt_per_second": computed / ms * 1000}
+
+    def correct_event(self, event: bytes) -> bytes:
+        """The event with corrected numbers; the same bytes if it has none."""
+        if not any(mark in event for mark in _CORRECTED):
+            return event
+        payload = data_of(event)
+        if not isinstance(payload, dict) or not self.correct(payload):
+            return event
+        return event_of(payload, event)
+
+
+def index_of(payload: Mapping[str, Any]) -> int:
+    """The index of the answer that it belongs to: ``n`` for each prompt, prompt by prompt. 0 if it has none."""
+    choices = payload.get("choices")
+    part = choices[0] if isinstance(choices, list) and choices else payload
+    index = part.get("index") if isinstance(part, dict) else None
+    return index if isinstance(index, int) else 0
