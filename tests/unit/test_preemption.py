@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from llamaslot.cache.reuse import CacheKind
-from llamaslot.scheduling.preemption import Claim, Stoppable, chosen
+from llamaslot.fleet.preemption import Claim, Stoppable, chosen
 from llamaslot.scheduling.request import Request, User
 from tests.support.house import outcome_of, tokens_of
 from tests.support.mainloop import Paced, talk

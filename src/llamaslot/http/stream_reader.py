@@ -1,5 +1,5 @@
-"""Reads llama-server's answer to one request, event by event: events to relay, and figures to record. Where llamaslot has
-computed a part of the prompt before, the numbers in it are corrected.
+"""Reads llama-server's answer to one request, event by event: events to relay, and figures to record. Its numbers are
+corrected where llamaslot has computed a part of the prompt before.
 """
 
 from __future__ import annotations
