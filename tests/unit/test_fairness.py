@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.scheduling.fairness import Ask, Pauses, Shares, may_take_another, returns
+from llamaslot.scheduling.fairness import Ask, Booked, Pauses, Shares, may_take_another, returns
 
 LONG = 1e9
 
@@ -216,3 +216,33 @@ def test_no_user_that_waits_all_the_time_gets_less_than_a_share_but_for_one_requ
     equal_s = sum(got_s.values()) / len(names)
     for name in names:
         assert got_s[name] >= equal_s - 2 * max(cost_s.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_share_is_what_its_definition_says(seed: int) -> None:
+    """An equal part of the time for each other one, up to its limit; all that is owed by the one with the slot."""
+    rng, shares, deficits = random.Random(seed), Shares(), dict[str, float]()
+    names = [f"u{n}" for n in range(6)]
+    open_ = list[tuple[Booked, float]]()
+    for _ in range(60):
+        if open_ and rng.random() < 0.4:
+            booked, seconds = open_.pop(rng.randrange(len(open_))), rng.choice((0.0, 0.3, 7.0, 500.0))
+            for other, change_s in booked[0].changes_s.items():
+                deficits[other] -= change_s
+            shares.took(booked[0], seconds)
+            user, waiting, idle = booked[0].user, booked[0].waiting, booked[0].idle
+        else:
+            user, seconds = rng.choice(names), rng.choice((0.0, 0.1, 1.0, 40.0, 900.0))
+            waiting = frozenset(rng.sample(names, rng.randrange(4)))
+            idle = frozenset(rng.sample(names, rng.randrange(4)))
+            open_.append((shares.granted(user, seconds, waiting, idle), seconds))
+        others, changes = (waiting | idle) - {user}, dict[str, float]()
+        for other in others:
+            most_s = 300.0 if other in waiting else min(seconds, 300.0)
+            changes[other] = min(seconds / (len(others) + 1), max(most_s - deficits.get(other, 0.0), 0.0))
+        changes[user] = -min(sum(changes.values()), max(300.0 + deficits.get(user, 0.0), 0.0))
+        for other, change_s in changes.items():
+            deficits[other] = deficits.get(other, 0.0) + change_s
+        assert {name: shares.deficit_s(name) for name in names} == pytest.approx(
+            {name: deficits.get(name, 0.0) for name in names}
+        )

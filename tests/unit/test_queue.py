@@ -14,9 +14,9 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.errors import QueueFull, TooManyRequests
-from llamaslot.fleet.queue import QueueLimits
+from llamaslot.fleet.queue import Queue, QueueLimits
 from llamaslot.fleet.registry import Registry
-from llamaslot.scheduling.fairness import Fairness
+from llamaslot.scheduling.fairness import Charge, Fairness
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import SYSTEM_USER, Placement, Request, User
 from tests.support.house import House, outcome, tokens_of
@@ -409,3 +409,24 @@ def test_twenty_streams_of_one_user_are_to_others_as_one_is(think_s: float) -> N
     """Each waits at most twice as long for its slot as all do beside a single stream, but for a tenth of an answer."""
     single, many = waits_s(1, think_s), waits_s(20, think_s)
     assert max(many.values()) <= 2 * statistics.median(single.values()) + 0.1
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 5.0, 90.0])
+def test_users_are_here_while_they_are_expected_back(grace_s: float) -> None:
+    """As the times of their last requests say, also once others are forgotten and after the grace was changed."""
+    rng, now, present = random.Random(3), 0.0, list[Charge]()
+    queue = Queue(QueueLimits(fairness=Fairness(return_grace_s=grace_s)))
+    for n in range(400):
+        now += rng.choice((0.0, 0.5, 3.0))
+        if present and rng.random() < 0.5:
+            queue.released(present.pop(rng.randrange(len(present))), now)
+        else:
+            request = Request("r", b"", user=User(f"u{rng.randrange(60)}"))
+            charge = queue.granted_at_once(request, 1.0, now)
+            assert charge is not None
+            present.append(charge)
+        if n == 300:
+            grace_s *= 2
+            queue.limits = QueueLimits(fairness=Fairness(return_grace_s=grace_s))
+        expected = {user for user, at in queue._seen_at.items() if now - at < grace_s}
+        assert queue._here(now) == expected | {charge.booked.user for charge in present}

@@ -99,6 +99,8 @@ class Lease:
         self._is_left_at_work = False  # an action has ended, but llama-server may still compute for it
         is_first = plan is not None and is_long(plan, table.long_s)
         self._long_prefill = LongPrefill.WAITING if is_first else LongPrefill.NONE
+        # Whether a long prefill precedes its request, in turn with those of others. Each placement asks all leases.
+        self.is_long = is_first
         self._preemption = Preemption.FORBIDDEN
         self._stop: Callable[[], None] | None = None  # stops the present work on preemption
         self.can_keep, self.was_computing = True, False
@@ -176,11 +178,6 @@ class Lease:
     def is_own(self) -> bool:
         """Whether it is llamaslot's own work (a save, a probe) and not a client's."""
         return self.plan is None and self.slot is not None and not self.request.is_exclusive
-
-    @property
-    def is_long(self) -> bool:
-        """Whether a long prefill precedes its request, computed in turn with those of other requests."""
-        return self._long_prefill is not LongPrefill.NONE
 
     @property
     def is_in_line(self) -> bool:
@@ -282,7 +279,7 @@ class Lease:
         if not is_long:
             self.end_prefill()
         elif self._long_prefill is LongPrefill.NONE:
-            self._long_prefill = LongPrefill.WAITING
+            self._long_prefill, self.is_long = LongPrefill.WAITING, True
 
     def take_prefill_turn(self) -> None:
         """Its long prefill has its turn: after the first one another long prefill may get a slot to wait in."""
@@ -294,6 +291,7 @@ class Lease:
 
     def _leave_line(self, after: LongPrefill) -> None:
         before, self._long_prefill = self._long_prefill, after
+        self.is_long = after is not LongPrefill.NONE
         if before is LongPrefill.WAITING:
             self._owner.on_look_again(self)
 

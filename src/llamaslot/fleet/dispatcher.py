@@ -184,7 +184,7 @@ class Dispatcher:
         is_special = len(tables) != len(open_) or any(leases.exclusive is not None for leases in open_)
         if is_special or request.is_exclusive or not self.queue.may_run_at_once(request.user, now):
             return None
-        if _n_idle(open_) < 2 or any(lease.is_long for lease in self.leases):
+        if _n_idle(open_) < 2 or any(its.is_long for each in self.backends.values() for its in each.leases):
             return None
         views = [table.view(request, now, {}) for table in self._index.worth_a_look(tables, request, now)]
         plan = place(request, views, self.rules)

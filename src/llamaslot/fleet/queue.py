@@ -153,6 +153,8 @@ class Queue:
         self._n_running: Counter[str] = Counter()
         # For each user the time of its last request or of the end of its last answer, oldest first.
         self._seen_at: dict[str, float] = {}
+        # Those of them that are expected back within so many seconds.
+        self._lately, self._lately_s = dict[str, float](), limits.fairness.return_grace_s
         self._pauses = Pauses()
         self._moment: _Moment | None = None  # until the next change
 
@@ -194,7 +196,7 @@ class Queue:
 
     def add(self, waiting: Waiting, now: float) -> None:
         user = waiting.request.user.id
-        if user in self._seen_at and user not in self._present:
+        if user in self._seen_at and user not in self._n_waiting and user not in self._n_running:
             waiting.pause_s = now - self._seen_at[user]
         of_user = self._of_user.setdefault(user, []) if not waiting.is_back else []
         if waiting.had_a_place:
@@ -238,13 +240,15 @@ class Queue:
         if not user:
             return  # llamaslot itself
         self._seen_at.pop(user, None)
-        self._seen_at[user] = now
+        self._lately.pop(user, None)
+        self._seen_at[user] = self._lately[user] = now
         for other, at in list(itertools.islice(self._seen_at.items(), _FORGET_AT_ONCE)):
             if now - at <= _REMEMBER_S:
                 break
             del self._seen_at[other]
-            if other in self._present:
-                self._seen_at[other] = now
+            self._lately.pop(other, None)
+            if other in self._n_waiting or other in self._n_running:
+                self._seen_at[other] = self._lately[other] = now
             else:
                 self._pauses.forget(other)
 
@@ -340,7 +344,13 @@ class Queue:
     def _here(self, now: float) -> set[str]:
         """The users that wait, have a slot, or are expected back."""
         return_grace_s = self.limits.fairness.return_grace_s
-        return self._present | {user for user, at in self._seen_at.items() if now - at < return_grace_s}
+        if return_grace_s != self._lately_s:
+            self._lately_s, self._lately = return_grace_s, dict(self._seen_at)
+        # The oldest come first: of 1,000 users none is looked at, as a rule.
+        gone = itertools.takewhile(lambda seen: now - seen[1] >= return_grace_s, self._lately.items())
+        for user, _ in list(gone):
+            del self._lately[user]
+        return self._present | self._lately.keys()
 
     def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge | None:
         """It has got its slots, for about ``cost_s``, and leaves the queue. llamaslot's own work is charged to no
@@ -367,8 +377,8 @@ class Queue:
     def _charge(self, user: str, n_slots: int, cost_s: float, now: float) -> Charge | None:
         if not user:
             return None
-        idle = self._here(now) - self._n_waiting.keys()
-        booked = self._shares.granted(user, cost_s * n_slots, _users(self._n_waiting), _users(idle))
+        idle = self._here(now) - self._n_waiting.keys() - {""}
+        booked = self._shares.granted(user, cost_s * n_slots, _users(self._n_waiting), idle)
         self._n_running[user] += n_slots
         return Charge(booked, n_slots, now)
 

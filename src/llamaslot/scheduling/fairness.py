@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Protocol, TypeVar
 
 from msgspec import Struct, field
@@ -140,35 +140,45 @@ class Shares:
         """
         self._n_served += 1
         self._served[user] = self._n_served
-        return self._book(user, cost_s, frozenset(waiting), frozenset(idle))
+        waiting, idle = frozenset(waiting), frozenset(idle)
+        return Booked(user, waiting, idle, self._book(user, cost_s, waiting, idle))
 
     def took(self, booked: Booked, seconds: float) -> None:
         """Replace the estimate in ``booked`` by the actual ``seconds``, for the users that are still known."""
-        known = self._deficits.keys()
+        deficits = self._deficits
         for other, change_s in booked.changes_s.items():
-            if other in known:
-                self._deficits[other] -= change_s
+            if other in deficits:
+                deficits[other] -= change_s
+        known = deficits.keys()
         self._book(booked.user, seconds, booked.waiting & known, booked.idle & known)
 
-    def _book(self, user: str, seconds: float, waiting: frozenset[str], idle: frozenset[str]) -> Booked:
-        others = (waiting | idle) - {user}
-        if not others:
-            self._deficits.setdefault(user, 0.0)
-            return Booked(user, waiting, idle, {user: 0.0})
-        changes_s = dict[str, float]()
+    def _book(self, user: str, seconds: float, waiting: Set[str], idle: Set[str]) -> dict[str, float]:
+        """The changes of deficits. A plain loop, as it runs twice for each request: with 1,000 users each took 2 ms."""
+        deficits = self._deficits
+        others = waiting | idle if waiting else idle
+        n_others = len(others) - (user in others)
+        if not n_others:
+            deficits.setdefault(user, 0.0)
+            return {user: 0.0}
+        each_s, idle_most_s = seconds / (n_others + 1), min(seconds, _LIMIT_S)
+        changes_s, known_s = dict[str, float](), deficits.get
         for other in others:
-            most_s = _LIMIT_S if other in waiting else min(seconds, _LIMIT_S)
-            changes_s[other] = min(seconds / (len(others) + 1), max(most_s - self.deficit_s(other), 0.0))
-        changes_s[user] = -min(sum(changes_s.values()), max(_LIMIT_S + self.deficit_s(user), 0.0))
-        for other, change_s in changes_s.items():
-            self._deficits[other] = self.deficit_s(other) + change_s
-        return Booked(user, waiting, idle, changes_s)
+            deficit_s = known_s(other, 0.0)
+            room_s = (_LIMIT_S if other in waiting else idle_most_s) - deficit_s
+            change_s = each_s if each_s < room_s else room_s if room_s > 0.0 else 0.0
+            if other != user:
+                changes_s[other] = change_s
+                deficits[other] = deficit_s + change_s
+        had_s = known_s(user, 0.0)
+        changes_s[user] = -min(sum(changes_s.values()), max(_LIMIT_S + had_s, 0.0))
+        deficits[user] = had_s + changes_s[user]
+        return changes_s
 
     def keep(self, present: Collection[str], remembered: Collection[str]) -> None:
         """Forget users that are not ``present`` (waiting, or with a slot). Of the others only a negative deficit is
         remembered, if they are in ``remembered``.
         """
-        for user in [user for user in self._deficits if user not in present]:
+        for user in self._deficits.keys() - present:
             if user in remembered and self._deficits[user] < 0:
                 continue
             del self._deficits[user]
