@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llamaslot.llama.managed import given_command as flags
-from llamaslot.llama.managed.given_command import EMBEDDED, GivenCommand, Option, UnusableCommand
+from llamaslot.llama.managed.given_command import EMBEDDED, GivenCommand, ServerFlag, UnusableCommand
 from llamaslot.llama.managed.process import own_words
 
 STORE = Path("/store")
@@ -83,7 +83,7 @@ def test_host_and_port_are_llamaslots(line: str) -> None:
     ],
 )
 def test_the_last_word_counts_then_the_environment(
-    line: str, environment: dict[str, str], option: Option, value: str
+    line: str, environment: dict[str, str], option: ServerFlag, value: str
 ) -> None:
     """As in llama-server."""
     assert given(line, environment).said(option) == value

@@ -37,7 +37,7 @@ class Health(enum.Enum):
     UP = "up"
 
 
-class OnDemand(Protocol):
+class ModelLoader(Protocol):
     """What starts and stops backends, by their names."""
 
     def use_if_loaded(self, name: str) -> bool:
@@ -56,17 +56,17 @@ class Presence:
 
     def __init__(self, backend: str) -> None:
         self._backend, self.changes = backend, ChangeEvent()
-        self.on_demand: OnDemand | None = None
+        self.on_demand: ModelLoader | None = None
         self.is_replaced = False  # by the models of the router that it is
         self._is_awake = asyncio.Event()
         self._is_awake.set()
 
     def use_if_loaded(self) -> bool:
-        """As ``OnDemand.use_if_loaded``."""
+        """As ``ModelLoader.use_if_loaded``."""
         return self.on_demand is None or self.on_demand.use_if_loaded(self._backend)
 
     async def serving(self) -> None:
-        """As ``OnDemand.serving``."""
+        """As ``ModelLoader.serving``."""
         if self.on_demand is not None:
             await self.on_demand.serving(self._backend)
 

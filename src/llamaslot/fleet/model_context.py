@@ -83,7 +83,7 @@ class ConversionChecks:
         return is_right
 
 
-class InfillPrompts(Protocol):
+class InfillConverter(Protocol):
     """Converts bodies of /infill to prompts."""
 
     async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
@@ -112,7 +112,7 @@ class ModelContext(Struct, eq=False):
     rewind_model: RewindModel
     tokenizer: Tokenizer
     conversions: ConversionChecks
-    infill: InfillPrompts
+    infill: InfillConverter
     untokenized: UntokenizedRequests
     media_marker: str = ""
     modalities: Mapping[str, bool] | None = None

@@ -43,11 +43,11 @@ from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.in_flight import begins, by_operator, id_of, placed
 from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request
 from llamaslot.http.passthrough import Passthrough
-from llamaslot.http.prompt_list import Part, joined
+from llamaslot.http.prompt_list import PromptPart, joined
 from llamaslot.http.request_body import NoObject, Uploads, parse_object, written
 from llamaslot.http.rewriting import SystemPrompts, rewrote
 from llamaslot.http.unassisted import Unassisted
-from llamaslot.http.upstream_errors import check, check_body, in_its_words
+from llamaslot.http.upstream_errors import ensure_accepted, ensure_body_accepted, servers_error_for
 from llamaslot.llama.answers import Response
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import PrefillStats
@@ -84,7 +84,7 @@ class Completions:
             body = parse_object(raw)
         except NoObject as error:
             backend = (await self._router.pool_for(is_named=False)).any_backend()
-            raise await in_its_words(backend, request, raw, error) from error
+            raise await servers_error_for(backend, request, raw, error) from error
         # Its first loading is waited for in the exchange, which sends comments meanwhile.
         unloaded = None if route.may_be_missing else self._router.unloaded_pool(body.get("model"))
         required_key = _format_of(route).required_key
@@ -152,7 +152,7 @@ class _Exchange:
             self.backend.doubt()
             return await self.down.fail(error)
         except NoPrompt as error:
-            return await self.down.fail(await in_its_words(self.backend, self.request, self.raw, error))
+            return await self.down.fail(await servers_error_for(self.backend, self.request, self.raw, error))
         except LlamaslotError as error:
             if isinstance(error, PromptTooLong):
                 self.pool.refused_too_long(error.n_prompt_tokens)
@@ -186,8 +186,8 @@ class _Exchange:
         has_one = len(parsed.prompts) == 1 and not parsed.is_head
         self.attempts.check(parsed.request.tokens if has_one else self.raw)
         if parsed.is_beyond_server:
-            raise await in_its_words(self.backend, self.request, self.raw, BadRequest(_BEYOND))
-        await check_body(self.backend, self.request, self.client_request, parsed)
+            raise await servers_error_for(self.backend, self.request, self.raw, BadRequest(_BEYOND))
+        await ensure_body_accepted(self.backend, self.request, self.client_request, parsed)
         if parsed.request.placement is Placement.STEERED and (not parsed.prompts or parsed.is_head):
             if parsed.is_head:
                 await self._prepare_head(parsed, context)
@@ -221,7 +221,7 @@ class _Exchange:
             keep_what_follows(lease)
             # The slot was needed for another request, or belongs to another process: the computed tokens stay there.
             with contextlib.suppress(RetryPlacement, BackendRestarted):
-                await check(self.backend, self.request, self.client_request, parsed, lease)
+                await ensure_accepted(self.backend, self.request, self.client_request, parsed, lease)
                 await self.backend.executor.prepare(lease, no_report)
 
     def _counted(self, parsed: ParsedRequest, response: web.StreamResponse) -> web.StreamResponse:
@@ -302,7 +302,7 @@ class _Exchange:
                 self.unassisted,
                 self,
             )
-            one.down = part = Part(self.down, number * n_each, is_last=number == len(prompts) - 1)
+            one.down = part = PromptPart(self.down, number * n_each, is_last=number == len(prompts) - 1)
             response = await one._run()
             if part.has_failed:  # llama-server's own error in the stream ends it
                 return await self.down.end()
@@ -383,7 +383,7 @@ class _Exchange:
                 if parsed.is_head:
                     keep_what_follows(lease)
                 if last is None:
-                    await check(backend, self.request, self.client_request, parsed, lease)
+                    await ensure_accepted(backend, self.request, self.client_request, parsed, lease)
                 here = await backend.executor.prepare(
                     lease, self.down.say, may_replan=may_replan, can_stop=True
                 )

@@ -39,7 +39,7 @@ _MOVES = ("save", "keep", "restore")
 _PLAIN_ID = re.compile(r"[!-~]{1,128}")
 
 
-class Downstream(Protocol):
+class ClientSide(Protocol):
     """The client's side of the request: what it is told to wait for."""
 
     state: object
@@ -59,7 +59,7 @@ class InFlight(Struct, eq=False):
     at: float
     task: asyncio.Task[Any] | None
     model: str = ""
-    down: Downstream | None = None
+    down: ClientSide | None = None
     lease: Lease | None = None
     decisions: list[Decision] = field(default_factory=list)
     is_cancelled: bool = False
@@ -118,14 +118,14 @@ def id_of(request: web.Request) -> str:
     return flight.id
 
 
-def begins(request: web.Request, pool: Pool, model: object, down: Downstream | None = None) -> None:
+def begins(request: web.Request, pool: Pool, model: object, down: ClientSide | None = None) -> None:
     """It is going to be served by ``pool``; ``model``: what it asks for."""
     if (flight := in_flight(request)) is not None:
         name = pool.model.name if pool.model is not None else model
         flight.model, flight.down = name[:_LONGEST] if isinstance(name, str) else "", down
 
 
-def placed(request: web.Request, lease: Lease, down: Downstream | None = None) -> None:
+def placed(request: web.Request, lease: Lease, down: ClientSide | None = None) -> None:
     """It has got a slot, or the right to be sent."""
     if (flight := in_flight(request)) is not None:
         flight.lease, flight.down = lease, down or flight.down

@@ -18,7 +18,7 @@ from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.llama.sse import EventSplitter, data_of, event_of, n_commented
 
 
-class Part(Downstream):
+class PromptPart(Downstream):
     """The client's side for one of several prompts. ``whole``: that of all; ``first``: the index of its first
     answer.
     """

@@ -27,7 +27,7 @@ _REFUSED = "llama-server does not take the fields of this request"
 _TIMEOUT_S = 5.0  # a refusal needs no slot
 
 
-async def in_its_words(
+async def servers_error_for(
     backend: Backend, request: web.Request, raw: bytes, error: BadRequest
 ) -> LlamaslotError:
     """llama-server's error for a body that llamaslot cannot use.
@@ -55,7 +55,7 @@ async def in_its_words(
     return error
 
 
-async def check(
+async def ensure_accepted(
     backend: Backend, request: web.Request, client_request: ClientRequest, parsed: ParsedRequest, lease: Lease
 ) -> None:
     """Find out, before anything is saved, erased, restored or computed for a request, whether llama-server will
@@ -86,7 +86,7 @@ async def check(
     if verdict is Verdict.REFUSED:
         backend.metrics.refused.inc()
         if not client_request.format.honours_id_slot:  # they go to no slot of ours: their refusal needs none
-            raise await in_its_words(
+            raise await servers_error_for(
                 backend, request, orjson.dumps(client_request.body), BadRequest(_REFUSED)
             )
         if (refusal := await _answer_to(backend, client_request, lease)) is not None:
@@ -100,7 +100,7 @@ async def check(
     raise RetryPlacement(None)
 
 
-async def check_body(
+async def ensure_body_accepted(
     backend: Backend, request: web.Request, client_request: ClientRequest, parsed: ParsedRequest
 ) -> None:
     """Find out, before a request waits for a slot, whether llama-server refuses it without one: for a field, or
@@ -116,7 +116,9 @@ async def check_body(
             is_refused = await backend.dry_runs.is_malformed(path, client_request.body)
     if is_refused:
         backend.metrics.refused.inc()
-        raise await in_its_words(backend, request, orjson.dumps(client_request.body), BadRequest(_REFUSED))
+        raise await servers_error_for(
+            backend, request, orjson.dumps(client_request.body), BadRequest(_REFUSED)
+        )
 
 
 async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lease) -> UpstreamError | None:

@@ -25,7 +25,7 @@ class UnusableCommand(LlamaslotError):
     """llamaslot cannot run this command line; the message says what would be right."""
 
 
-class Option(NamedTuple):
+class ServerFlag(NamedTuple):
     """A flag of llama-server: its names, those of its opposite, its variable. ``has_value``: the next word is its
     value.
     """
@@ -36,35 +36,37 @@ class Option(NamedTuple):
     has_value: bool = True
 
 
-HOST = Option(("--host",), "HOST")
-PORT = Option(("--port",), "PORT")
-FILE = Option(("-m", "--model"), "MODEL")
-REPOSITORY = Option(("-hf", "-hfr", "--hf-repo"), "HF_REPO")
-REPOSITORY_FILE = Option(("-hff", "--hf-file"), "HF_FILE")
-MODEL_URL = Option(("-mu", "--model-url"), "MODEL_URL")
-DOCKER_REPOSITORY = Option(("-dr", "--docker-repo"), "DOCKER_REPO")
-SLOTS = Option(("-np", "--parallel"), "N_PARALLEL")
-SAVE_PATH = Option(("--slot-save-path",), "SLOT_SAVE_PATH")
-UNIFIED = Option(("-kvu", "--kv-unified"), "KV_UNIFIED", ("-no-kvu", "--no-kv-unified"), has_value=False)
-CACHE_RAM = Option(("-cram", "--cache-ram"), "CACHE_RAM")
-IDLE_SLOTS = Option(("--cache-idle-slots",), "CACHE_IDLE_SLOTS", ("--no-cache-idle-slots",), has_value=False)
-METRICS = Option(("--metrics",), "ENDPOINT_METRICS", has_value=False)
-JINJA = Option(("--jinja",), "JINJA", ("--no-jinja",), has_value=False)
-SLOTS_ROUTE = Option(("--slots",), "ENDPOINT_SLOTS", ("--no-slots",), has_value=False)
-BATCH = Option(("-b", "--batch-size"), "BATCH")
-UBATCH = Option(("-ub", "--ubatch-size"), "UBATCH")
-SHIFT = Option(("--context-shift",), "CONTEXT_SHIFT", ("--no-context-shift",), has_value=False)
-CHUNK_REUSE = Option(("--cache-reuse",), "CACHE_REUSE")
-PREFIX = Option(("--api-prefix",), "API_PREFIX")
-TLS_KEY = Option(("--ssl-key-file",), "SSL_KEY_FILE")
-TLS_CERT = Option(("--ssl-cert-file",), "SSL_CERT_FILE")
-KEYS = Option(("--api-key",), "API_KEY")  # the variable is LLAMA_API_KEY
-KEY_FILE = Option(("--api-key-file",), "API_KEY_FILE")
+HOST = ServerFlag(("--host",), "HOST")
+PORT = ServerFlag(("--port",), "PORT")
+FILE = ServerFlag(("-m", "--model"), "MODEL")
+REPOSITORY = ServerFlag(("-hf", "-hfr", "--hf-repo"), "HF_REPO")
+REPOSITORY_FILE = ServerFlag(("-hff", "--hf-file"), "HF_FILE")
+MODEL_URL = ServerFlag(("-mu", "--model-url"), "MODEL_URL")
+DOCKER_REPOSITORY = ServerFlag(("-dr", "--docker-repo"), "DOCKER_REPO")
+SLOTS = ServerFlag(("-np", "--parallel"), "N_PARALLEL")
+SAVE_PATH = ServerFlag(("--slot-save-path",), "SLOT_SAVE_PATH")
+UNIFIED = ServerFlag(("-kvu", "--kv-unified"), "KV_UNIFIED", ("-no-kvu", "--no-kv-unified"), has_value=False)
+CACHE_RAM = ServerFlag(("-cram", "--cache-ram"), "CACHE_RAM")
+IDLE_SLOTS = ServerFlag(
+    ("--cache-idle-slots",), "CACHE_IDLE_SLOTS", ("--no-cache-idle-slots",), has_value=False
+)
+METRICS = ServerFlag(("--metrics",), "ENDPOINT_METRICS", has_value=False)
+JINJA = ServerFlag(("--jinja",), "JINJA", ("--no-jinja",), has_value=False)
+SLOTS_ROUTE = ServerFlag(("--slots",), "ENDPOINT_SLOTS", ("--no-slots",), has_value=False)
+BATCH = ServerFlag(("-b", "--batch-size"), "BATCH")
+UBATCH = ServerFlag(("-ub", "--ubatch-size"), "UBATCH")
+SHIFT = ServerFlag(("--context-shift",), "CONTEXT_SHIFT", ("--no-context-shift",), has_value=False)
+CHUNK_REUSE = ServerFlag(("--cache-reuse",), "CACHE_REUSE")
+PREFIX = ServerFlag(("--api-prefix",), "API_PREFIX")
+TLS_KEY = ServerFlag(("--ssl-key-file",), "SSL_KEY_FILE")
+TLS_CERT = ServerFlag(("--ssl-cert-file",), "SSL_CERT_FILE")
+KEYS = ServerFlag(("--api-key",), "API_KEY")  # the variable is LLAMA_API_KEY
+KEY_FILE = ServerFlag(("--api-key-file",), "API_KEY_FILE")
 
 _RECOMMENDED = (UNIFIED, CACHE_RAM, IDLE_SLOTS, METRICS, JINJA, BATCH, UBATCH)
 
 
-def _said_on_line(option: Option, words: Sequence[str]) -> str | None:
+def _said_on_line(option: ServerFlag, words: Sequence[str]) -> str | None:
     """The value of the option's last occurrence; "on" or "off" for one without."""
     said = None
     for i, word in enumerate(words):
@@ -77,7 +79,7 @@ def _said_on_line(option: Option, words: Sequence[str]) -> str | None:
     return said
 
 
-def _said_in(option: Option, environment: Mapping[str, str]) -> str | None:
+def _said_in(option: ServerFlag, environment: Mapping[str, str]) -> str | None:
     if option is KEYS:
         return environment.get("LLAMA_API_KEY")
     said = environment.get(f"LLAMA_ARG_{option.variable}")
@@ -123,7 +125,7 @@ class GivenCommand:
             fault = "cannot be read" if os.path.exists(file) else "does not exist"
             raise UnusableCommand(f"the model file {file} {fault}")
 
-    def said(self, option: Option) -> str | None:
+    def said(self, option: ServerFlag) -> str | None:
         """The value of a flag, "on" or "off" for one without value; None if it is not set."""
         on_line = _said_on_line(option, self._flags)
         return on_line if on_line is not None else _said_in(option, self.environment)
