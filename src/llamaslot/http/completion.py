@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+from msgspec import Struct
 from msgspec.structs import replace
 
 from llamaslot.backend.backend import Backend
@@ -97,9 +98,8 @@ class Completions:
             return await self._passthrough.unprepared(pool, request, raw)
         untokenized = partial(self._passthrough.run_exclusively, request, route, raw)
         pool_again = partial(self._router.pool_for, body.get("model"), loads=True)
-        exchange = _Exchange(
-            pool, pool_again, self._rules, request, route, raw, body, untokenized, self._unassisted
-        )
+        served = _Served(request, route, self._rules, pool_again, untokenized, self._unassisted)
+        exchange = _Exchange(pool, served, raw, body)
         exchange.must_load = unloaded is not None
         return await exchange.run()
 
@@ -109,37 +109,44 @@ def _format_of(route: Route) -> Format:
     return FORMATS[route.format]
 
 
+class _Served(Struct, frozen=True):
+    """A client's request, and the ways to serve it: the same for each prompt of a list.
+
+    ``pool_again`` returns the pool of the model, which may be another one after a failure. ``untokenized`` serves the
+    request without known tokens, in any slot that llama-server chooses; ``unassisted`` serves it if assist is off.
+    """
+
+    request: web.Request
+    route: Route
+    rules: StreamRules
+    pool_again: Callable[[], Awaitable[Pool]]
+    untokenized: Callable[..., Awaitable[web.StreamResponse]]
+    unassisted: Unassisted
+
+
 class _Exchange:
     """One request from its body to the end of its answer."""
 
     def __init__(
         self,
         pool: Pool,
-        pool_again: Callable[[], Awaitable[Pool]] | None,
-        rules: StreamRules,
-        request: web.Request,
-        route: Route,
+        served: _Served,
         raw: bytes,
         body: dict[str, Any],
-        untokenized: Callable[..., Awaitable[web.StreamResponse]],
-        unassisted: Unassisted,
-        whole: _Exchange | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
-        """``pool_again`` returns the pool of the model, which may be another one after a failure. ``raw``: the bytes of
-        ``body``. ``untokenized`` serves the request without known tokens, in any slot that llama-server chooses;
-        ``unassisted`` serves it if assist is off. ``whole``: for a prompt in a list, the exchange of the whole list.
-        """
-        self.untokenized, self.unassisted, self.raw = untokenized, unassisted, raw
+        """``raw``: the bytes of ``body``. ``deadlines``: of a whole list, for one of its prompts."""
+        self.served, self.request, self.raw, self.body = served, served.request, raw, body
         self.in_one_piece = False  # the answer cannot be assembled from a stream
-        self.request, self.route, self.body = request, route, body
         self.must_load = False  # the model is not loaded, and ``pool`` may be another one's
-        self.id = id_of(request)
+        self.id = id_of(self.request)
         self.client_request = ClientRequest(self.id, body, self._format, self._post, time.monotonic())
-        self.down = Downstream(request, rules, self.client_request.is_streaming, {"x-request-id": self.id})
+        is_streaming, headers = self.client_request.is_streaming, {"x-request-id": self.id}
+        self.down = Downstream(self.request, served.rules, is_streaming, headers)
         self.attempts = Attempts(self.id, pool, raw, lambda: self.down.has_answer)
-        self.attempts.pool_again = pool_again
-        begins(request, pool, body.get("model"), self.down)
-        self.deadlines: Deadlines = whole.deadlines if whole is not None else Deadlines(rules.timeouts)
+        self.attempts.pool_again = served.pool_again
+        begins(self.request, pool, body.get("model"), self.down)
+        self.deadlines = deadlines if deadlines is not None else Deadlines(served.rules.timeouts)
 
     async def run(self) -> web.StreamResponse:
         try:
@@ -180,7 +187,7 @@ class _Exchange:
         """Raises BackendRestarted, BackendDown and UpstreamError, after which it may be tried again."""
         context, parsed = await self._context_and_parsed()
         if context is None or parsed is None:
-            return await self.unassisted.relay(
+            return await self.served.unassisted.relay(
                 self.attempts, self.down, self.deadlines, self._format, self.raw, self.body
             )
         has_one = len(parsed.prompts) == 1 and not parsed.is_head
@@ -192,11 +199,11 @@ class _Exchange:
             if parsed.is_head:
                 await self._prepare_head(parsed, context)
             self.deadlines.answering()  # the beginning of the answer is not detected
-            untokenized = self.untokenized(head=parsed.left_in_slot, attempts=self.attempts)
-            return self._counted(parsed, await untokenized)
+            untokenized = self.served.untokenized(head=parsed.left_in_slot, attempts=self.attempts)
+            return self._counted(context, parsed, await untokenized)
         if len(parsed.prompts) > 1 and self._is_long(parsed):
             return await self._serve_each(parsed)
-        return self._counted(parsed, await self._serve(parsed, context))
+        return self._counted(context, parsed, await self._serve(parsed, context))
 
     @property
     def pool(self) -> Pool:
@@ -224,10 +231,12 @@ class _Exchange:
                 await ensure_accepted(self.backend, self.request, self.client_request, parsed, lease)
                 await self.backend.executor.prepare(lease, no_report)
 
-    def _counted(self, parsed: ParsedRequest, response: web.StreamResponse) -> web.StreamResponse:
+    def _counted(
+        self, context: ModelContext, parsed: ParsedRequest, response: web.StreamResponse
+    ) -> web.StreamResponse:
         """Count a request that was served without known tokens, unless llama-server has refused it."""
         if parsed.unknown is not None and response.status < 400:
-            self.pool.untokenized.count(self._format.name, parsed.unknown)
+            context.untokenized.count(self._format.name, parsed.unknown)
         return response
 
     async def _context_and_parsed(self) -> tuple[ModelContext, ParsedRequest] | tuple[None, None]:
@@ -273,7 +282,7 @@ class _Exchange:
 
     @property
     def _format(self) -> Format:
-        return _format_of(self.route)
+        return _format_of(self.served.route)
 
     # -- several prompts -----------------------------------------------------------------------------------------
 
@@ -290,18 +299,7 @@ class _Exchange:
         response: web.StreamResponse | None = None
         for number, prompt in enumerate(prompts):
             body = {**self.body, "prompt": prompt}
-            one = _Exchange(
-                self.pool,
-                self.attempts.pool_again,
-                self.down.rules,
-                self.request,
-                self.route,
-                orjson.dumps(body),
-                body,
-                self.untokenized,
-                self.unassisted,
-                self,
-            )
+            one = _Exchange(self.pool, self.served, orjson.dumps(body), body, self.deadlines)
             one.down = part = PromptPart(self.down, number * n_each, is_last=number == len(prompts) - 1)
             response = await one._run()
             if part.has_failed:  # llama-server's own error in the stream ends it
