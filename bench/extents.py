@@ -25,7 +25,7 @@ import uvloop
 from llamaslot.cache.ids import pack
 from llamaslot.store.assemble import assemble
 from llamaslot.store.extent import Piece, verify, write_extent
-from llamaslot.store.slot_cells import PLAIN, make_cells
+from llamaslot.store.slot_file import PLAIN, make_cells
 from llamaslot.store.slot_layout import read_layout
 
 TICK_S = 0.001

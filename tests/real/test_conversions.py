@@ -15,7 +15,7 @@ from llamaslot.cache.ids import head, unpack
 from llamaslot.errors import PromptNotTokenizable
 from llamaslot.formats import messages, responses
 from llamaslot.llama.client import LlamaServer
-from llamaslot.store.header import read_slot_file
+from llamaslot.store.slot_file import read_slot_file
 from llamaslot.tokens import media
 from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 from tests.support import models

@@ -14,7 +14,7 @@ import pytest
 from llamaslot.cache.ids import head, unpack
 from llamaslot.errors import BadRequest, PromptNotTokenizable, UpstreamError
 from llamaslot.llama.client import LlamaServer
-from llamaslot.store.header import read_slot_file
+from llamaslot.store.slot_file import read_slot_file
 from llamaslot.tokens.tokenizer import NoPrompt, Prompt, Tokenizer
 from tests.support import models
 from tests.support.real import RealServer

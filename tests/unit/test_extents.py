@@ -13,7 +13,7 @@ import xxhash
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.store import intact
+from llamaslot.store import extent as extents
 from llamaslot.store.assemble import StateAt, assemble
 from llamaslot.store.extent import (
     PART,
@@ -176,7 +176,7 @@ def test_an_extent_that_is_used_partly_is_read_whole_only_once(
         read.append(path)
         return verify(path)
 
-    monkeypatch.setattr(intact, "verify", noted)
+    monkeypatch.setattr(extents, "verify", noted)
     for n_tokens in (50, 51, 60, 30, 50):
         store.cut(n_tokens)
     assert read == [store.pieces[2].path, store.pieces[1].path]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.store.header import MAX_TOKENS, SlotFile, read_slot_file
+from llamaslot.store.slot_file import MAX_TOKENS, SlotFile, read_slot_file
 from tests.support.snapshots import MAGIC, slot_file, some_tokens
 
 TOKENS = pack([5, 0, 2_000_000, 7])

@@ -3,9 +3,9 @@
 from llamaslot.store.acceptance import Reservation, SavedSlot
 from llamaslot.store.catalog import Catalog
 from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
-from llamaslot.store.header import SlotFile, read_slot_file
 from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import Snapshot, WithTokens
+from llamaslot.store.slot_file import SlotFile, read_slot_file
 
 __all__ = [
     "Catalog",

@@ -20,11 +20,17 @@ from msgspec import Struct
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.copying import Copier
-from llamaslot.store.extent import UNCHECKED, Extent, KeptState, Piece, Section, Source
-from llamaslot.store.header import MAGIC
-from llamaslot.store.intact import check_extent, check_file
-from llamaslot.store.slot_cells import make_cells
-from llamaslot.store.slot_format import (
+from llamaslot.store.extent import (
+    UNCHECKED,
+    Extent,
+    KeptState,
+    Piece,
+    Section,
+    Source,
+    check_extent,
+    check_file,
+)
+from llamaslot.store.slot_file import (
     APPENDIX,
     APPENDIX_HEAD,
     APPENDIX_VERSION,
@@ -32,10 +38,12 @@ from llamaslot.store.slot_format import (
     BLOB_MAGIC,
     CACHE_HEAD,
     CHECKPOINT,
+    MAGIC,
     ROW_HEAD,
     U32,
     U64,
     Shape,
+    make_cells,
 )
 
 

@@ -13,8 +13,8 @@ from os import access, rename, unlink
 from pathlib import Path
 
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
-from llamaslot.store.header import read_slot_file
 from llamaslot.store.sidecar import PROBE, new_id
+from llamaslot.store.slot_file import read_slot_file
 
 LOCK_NAME = ".llamaslot.lock"
 HITS_NAME = ".llamaslot.hits"  # see learned.py

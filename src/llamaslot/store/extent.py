@@ -6,13 +6,16 @@ It has no rows on a purely recurrent model, and none if ``start == end`` (states
     "lsextent" | tokens | rows per tensor | parts per state | footer (JSON) | its u64 xxh3, u64 length | "lsextend"
 
 The footer (``Extent``) has offset, length and checksum of each part, so a file that was cut or not finished is none.
-An extent never changes.
+An extent never changes. A checksum covers a whole section or file, so before a part of one is used all of it is read,
+once in this process (``check_extent``, ``check_file``): one with the same ``FileId`` is not read again. What has
+changed is not remembered.
 
 All functions block, for as long as the bytes take; they are for threads. None needs more memory than the footer.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import random
@@ -26,9 +29,9 @@ from msgspec import Struct
 
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.file_id import FileId
 from llamaslot.store.copying import BLOCK, Copier, checksum_of, sync_directory
-from llamaslot.store.header import MAGIC, TOKENS_AT
-from llamaslot.store.slot_format import U32, Shape
+from llamaslot.store.slot_file import MAGIC, TOKENS_AT, U32, Shape
 from llamaslot.store.slot_layout import SlotLayout, Span, read_layout
 
 VERSION = 1
@@ -353,3 +356,40 @@ class _Writer:
         self._is_whole = True
         sync_directory(self._target.parent)
         return extent
+
+
+_REMEMBERED = 8192  # files
+
+
+def check_extent(path: Path) -> None:
+    """Raises SnapshotInvalid, with the reason in one line, unless all of the extent is as it was written."""
+    _verified(path, _file_id(path))
+
+
+@functools.lru_cache(_REMEMBERED)
+def _verified(path: Path, file_id: FileId) -> None:
+    verify(path)
+
+
+def check_file(path: Path, checksum: int) -> None:
+    """Raises SnapshotInvalid, with the reason in one line, unless the whole file has that checksum; OSError."""
+    if checksum_of_file(path) != checksum:
+        raise SnapshotInvalid(f"{path.name}: has changed since other snapshots began to need it")
+
+
+def checksum_of_file(path: Path) -> int:
+    """The xxh3_64 of all of it: a second or more for several GB. Raises SnapshotInvalid, OSError."""
+    return _computed(path, _file_id(path))
+
+
+@functools.lru_cache(_REMEMBERED)
+def _computed(path: Path, file_id: FileId) -> int:
+    with Source(path) as source:
+        return checksum_of(source.fd, 0, source.size_bytes, memoryview(mmap.mmap(-1, BLOCK)))
+
+
+def _file_id(path: Path) -> FileId:
+    try:
+        return FileId.of(os.stat(path))
+    except OSError as error:
+        raise SnapshotInvalid(f"{path.name}: cannot be read: {error.strerror or error}") from error

@@ -18,11 +18,10 @@ from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.acceptance import Reservation
 from llamaslot.store.assemble import DoesNotFit, StateAt, assemble
-from llamaslot.store.extent import Piece, Source
-from llamaslot.store.intact import check_file
+from llamaslot.store.extent import Piece, Source, check_file
 from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import KV, N_STATES, Part, Snapshot
-from llamaslot.store.slot_format import ROW_HEAD
+from llamaslot.store.slot_file import ROW_HEAD
 from llamaslot.tasks import in_thread
 
 _CUT_SHARE = 0.9  # a larger share of a whole file is not worth a copy

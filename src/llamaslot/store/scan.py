@@ -25,9 +25,9 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
-from llamaslot.store.header import SlotFile, read_slot_file_now, slot_file_head
 from llamaslot.store.manifest import Known, Mark
 from llamaslot.store.sidecar import EXT, JSON, KV, NEW, PART, PROBE, Noted, Part, Snapshot, WithTokens
+from llamaslot.store.slot_file import SlotFile, read_slot_file_now, slot_file_head
 
 _AT_ONCE = 64  # snapshots read by one call of a thread, which costs as much as reading one of them
 _SOME = 32 * _AT_ONCE

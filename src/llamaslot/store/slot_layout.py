@@ -1,6 +1,6 @@
 """Where everything lies in a slot file of llama-server: the rows of each token, and the states at certain tokens.
 
-See ``slot_format`` for the words between them.
+See ``slot_file`` for the words between them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from msgspec import Struct
 
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.store.header import read_slot_file_now
-from llamaslot.store.slot_cells import Cells, NoCells, Run, read_cells, to_words
-from llamaslot.store.slot_format import (
+from llamaslot.store.slot_file import (
     APPENDIX,
     APPENDIX_HEAD,
     APPENDIX_VERSION,
@@ -32,8 +30,14 @@ from llamaslot.store.slot_format import (
     U64,
     VERSION,
     CacheShape,
+    Cells,
+    NoCells,
     Rows,
+    Run,
     Shape,
+    read_cells,
+    read_slot_file_now,
+    to_words,
 )
 
 # Far above what exists; they limit what a damaged file makes us do.

@@ -24,12 +24,11 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
 from llamaslot.store.copying import sync_directory
-from llamaslot.store.extent import Piece, Source, differing_tokens, write_extent
-from llamaslot.store.header import slot_file_head
-from llamaslot.store.intact import checksum_of_file
+from llamaslot.store.extent import Piece, Source, checksum_of_file, differing_tokens, write_extent
 from llamaslot.store.kept_states import states_to_keep
 from llamaslot.store.scan import bad_files
 from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
+from llamaslot.store.slot_file import slot_file_head
 from llamaslot.store.slot_layout import LayoutUnknown, SlotLayout, read_layout
 
 MIN_SHARED = 256  # tokens; fewer are not worth a file of their own
