@@ -18,6 +18,7 @@ import numpy as np
 from bench.proxy.scenarios import Bench, Measured, Row
 from bench.proxy.targets import Kind, Load, Process, Target, cpu_s, environment, until_healthy
 from bench.proxy.upstream import N_VOCAB, slot_file
+from llamaslot.store.sidecar import digest_of
 
 N_SNAPSHOTS = 10_000
 _KINDS: tuple[Kind, ...] = ("llamaslot", "against")
@@ -149,6 +150,7 @@ def _fill(target: Target) -> None:
             "size_bytes": len(data),
             "boot": None,
             "checkpoints": [],
+            "digest": digest_of(tokens),
         }
         (target.save_dir / f"{id_}.json").write_text(json.dumps(mine))
     path.write_text(json.dumps(target.config))
@@ -160,3 +162,5 @@ def _fill(target: Target) -> None:
     while time.monotonic() < end and not all(path.exists() for path in made):
         time.sleep(0.1)
     process.end()
+    if (n := len(list(target.save_dir.glob("*.kv")))) != N_SNAPSHOTS:
+        raise RuntimeError(f"of {N_SNAPSHOTS} snapshots {n} were taken:\n{process.log.read_text()[-2_000:]}")
