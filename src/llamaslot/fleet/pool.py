@@ -173,6 +173,11 @@ class Pool:
         assert error is not None, "a pool has backends"
         raise error
 
+    @property
+    def once_connected(self) -> list[Backend]:
+        """The backends that have served its model: the others may turn out to serve another one."""
+        return [backend for backend in self.backends.values() if backend.last_session is not None]
+
     def _members(self) -> list[Backend]:
         """The backends that serve its model, or may do so. None is loaded on demand in order to find that out."""
         every = self.backends.values()

@@ -159,8 +159,8 @@ class Registry:
         for name, settings in self._of_models.items():
             self._of_models[name] = replace(settings, limits=_limits(config, config.models.each[name]))
         for pool in self.pools:
-            known = [backend for backend in pool.backends.values() if backend.last_session is not None]
-            pool.configure(self._settings_of([name for backend in known for name in _names_of(backend)]))
+            names = [name for backend in pool.once_connected for name in _names_of(backend)]
+            pool.configure(self._settings_of(names))
         for store in self.stores.values():
             store.take_limits(config.store.quota, config.store.max_files, config.store.min_free)
 
@@ -268,8 +268,7 @@ class Registry:
             (pool for pool in self.pools if pool.model is not None and pool.model.is_same(model)), None
         )
         if new is None:
-            others = (other for other in old.backends.values() if other is not backend)
-            is_shared = any(other.last_session is not None for other in others)
+            is_shared = any(other is not backend for other in old.once_connected)
             new = self._started_pool() if old.model is not None and is_shared else old
             new.model = model
         if new is not old:
@@ -299,7 +298,7 @@ class Registry:
         if not old.backends:
             self.pools.remove(old)
             old.retire()
-        elif all(backend.last_session is None for backend in old.backends.values()):
+        elif not old.once_connected:
             old.model = None
 
     def connected(self, backend: Backend, session: ServerSession) -> None:

@@ -198,11 +198,11 @@ def _names(pool: Pool) -> set[str]:
 
 def _that_serve(pool: Pool) -> list[ServerSession]:
     """The last sessions of those that are known to serve the pool's model."""
-    return [backend.last_session for backend in pool.backends.values() if backend.last_session is not None]
+    return [backend.last_session for backend in pool.once_connected if backend.last_session is not None]
 
 
 def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
-    state = _state([backend for backend in pool.backends.values() if backend.last_session is not None])
+    state = _state(pool.once_connected)
     for session in _that_serve(pool):
         if session.names:
             yield session.names[0], {**session.entry, "status": {"value": state}}
