@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.scheduling.cost import Interruption, Overhead, PrefillRate, Rates
+from llamaslot.scheduling.cost import Delay, PrefillRate, Rates
 from llamaslot.scheduling.prefill_policy import (
     GRAIN,
     Pending,
@@ -317,30 +317,30 @@ def test_reached_before_the_first_sample() -> None:
 
 def test_what_an_interruption_costs_is_learned() -> None:
     """Twenty of half a second are enough; then the estimate is about that."""
-    one = Interruption()
+    one = Rates().interruption
     for _ in range(20):
         one.observe(0.5)
     assert one.seconds == pytest.approx(0.5, rel=0.05)
-    assert repr(one) == "<Interruption 495 ms>"
+    assert repr(one) == "<Delay 495 ms>"
 
 
 @pytest.mark.parametrize(("seconds", "counts_as"), [(10.0, 0.3), (0.0, 0.1 / 3), (0.2, 0.2)])
 def test_one_that_is_far_off_says_little(seconds: float, counts_as: float) -> None:
     """It was held up by something else: it counts as three times as much as usual, or as a third."""
-    one = Interruption(0.1)
+    one = Delay(0.1)
     one.observe(seconds)
-    assert one.seconds == pytest.approx(0.1 + Interruption.GAIN * (counts_as - 0.1))
+    assert one.seconds == pytest.approx(0.1 + Delay.GAIN * (counts_as - 0.1))
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats() | st.floats(0, 1e9), max_size=100))
 def test_an_interruption_stays_within_reason(samples: list[float]) -> None:
     """Whatever was measured: between a tenth of a millisecond and ten seconds."""
-    one = Interruption()
+    one = Rates().interruption
     for seconds in samples:
         one.observe(seconds)
-    assert Interruption.LIMITS[0] <= one.seconds <= Interruption.LIMITS[1]
-    again = Interruption()
+    assert Delay.LIMITS[0] <= one.seconds <= Delay.LIMITS[1]
+    again = Rates().interruption
     again.take_over(json.loads(json.dumps(one.to_json())))
     assert again.seconds == one.seconds
 
@@ -352,17 +352,17 @@ SPOILT += [{"seconds": seconds} for seconds in (0, -1, math.nan, math.inf, True,
 @pytest.mark.parametrize("data", SPOILT)
 def test_a_spoilt_interruption_is_learned_anew(data: Any) -> None:
     """From the prior. What is merely too much is brought within its limits."""
-    assert Rates.from_json({"interruption": data}).interruption.seconds == Interruption().seconds
+    assert Rates.from_json({"interruption": data}).interruption.seconds == Rates().interruption.seconds
     most = Rates.from_json({"interruption": {"seconds": 5000}})
-    assert most.interruption.seconds == Interruption.LIMITS[1]
+    assert most.interruption.seconds == Delay.LIMITS[1]
 
 
 def test_what_a_request_costs_is_learned_and_kept() -> None:
     """From ten milliseconds on; what is spoilt starts there again."""
     rates = Rates()
-    assert repr(rates.request) == "<Overhead 10 ms>"
+    assert repr(rates.request) == "<Delay 10 ms>"
     for _ in range(30):
         rates.request.observe(0.002)
     again = Rates.from_json(json.loads(json.dumps(rates.to_json())))
     assert again.request.seconds == pytest.approx(rates.request.seconds) == pytest.approx(0.002, rel=0.1)
-    assert Rates.from_json({"request": "soon"}).request.seconds == Overhead().seconds
+    assert Rates.from_json({"request": "soon"}).request.seconds == Rates().request.seconds

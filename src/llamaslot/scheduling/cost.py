@@ -311,7 +311,7 @@ class Delay:
         self.seconds = seconds
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.seconds * 1000:.0f} ms>"
+        return f"<Delay {self.seconds * 1000:.0f} ms>"
 
     def observe(self, seconds: float) -> None:
         """Record one sample. A sample ten times the estimate counts as three times."""
@@ -329,34 +329,15 @@ class Delay:
             self.seconds = within(values[0], self.LIMITS)
 
 
-class Interruption(Delay):
-    """The seconds lost by stopping a prefill and resuming it later: the batch that must end before the slot is idle,
-    or, between two chunks, the request sent again with all its tokens.
-    """
-
-    def __init__(self, seconds: float = 0.1) -> None:
-        super().__init__(seconds)
-
-
-class SaveDelay(Delay):
-    """The seconds that a request waits for a save of its slot, apart from the save itself: the batch running for
-    other requests, the calls of llama-server, the files. Measured beside three answers of a small model: 20 ms, where
-    the save took 3.
-    """
-
-    def __init__(self, seconds: float = 0.005) -> None:
-        super().__init__(seconds)
-
-
-class Overhead(Delay):
-    """The seconds that one more request costs an idle llama-server, apart from its computation."""
-
-    def __init__(self, seconds: float = 0.01) -> None:
-        super().__init__(seconds)
-
-
 class Rates(Struct):
-    """All rates learned of one backend with one model."""
+    """All rates learned of one backend with one model.
+
+    ``interruption``: what is lost by stopping a prefill and resuming it later: the batch that must end before the slot
+    is idle, or, between two chunks, the request sent again with all its tokens. ``save_delay``: how long a request
+    waits for a save of its slot, apart from the save itself: the batch running for other requests, the calls of
+    llama-server, the files. Measured beside three answers of a small model: 20 ms, where the save took 3. ``request``:
+    what one more request costs an idle llama-server, apart from its computation.
+    """
 
     prefill: PrefillRate = field(default_factory=PrefillRate)
     save: TransferRate = field(default_factory=TransferRate)
@@ -364,9 +345,9 @@ class Rates(Struct):
     size: SnapshotSize = field(default_factory=SnapshotSize)
     answer: AnswerLength = field(default_factory=AnswerLength)
     predictions: Predictions = field(default_factory=Predictions)
-    interruption: Interruption = field(default_factory=Interruption)
-    save_delay: SaveDelay = field(default_factory=SaveDelay)
-    request: Overhead = field(default_factory=Overhead)
+    interruption: Delay = field(default_factory=lambda: Delay(0.1))
+    save_delay: Delay = field(default_factory=lambda: Delay(0.005))
+    request: Delay = field(default_factory=lambda: Delay(0.01))
     model: str = ""  # fingerprint of the model that the rates belong to
 
     def forget(self) -> None:
