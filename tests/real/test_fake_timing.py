@@ -31,7 +31,7 @@ async def wait_until_idle(server: Server) -> None:
 
 async def when_idle(server: Server, slot: int) -> dict[str, Any]:
     """The slot as GET /slots tells it, once it is idle."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while (told := (await server.slots())[slot])["is_processing"]:
             await asyncio.sleep(0.05)
     return told

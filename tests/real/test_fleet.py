@@ -110,8 +110,7 @@ async def test_one_that_is_killed_costs_no_request(tmp_path: Path) -> None:
         assert await follow_ups(it, users, 1) >= 0.95
         await it.until(lambda: it.named("gpu1").health is Health.DOWN)
         await victim.start()
-        async with asyncio.timeout(5):
-            await it.all_up()
+        await it.all_up()
         places = await asyncio.gather(*(user.turn(it) for user in [Conversation(100 + n) for n in range(6)]))
         assert "gpu1" in set(map(backend_of, places))
 

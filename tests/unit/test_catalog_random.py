@@ -288,11 +288,11 @@ class CatalogMachine(RuleBasedStateMachine):
 
 TestCatalogMachine = CatalogMachine.TestCase
 TestCatalogMachine.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(days=st.lists(st.lists(st.integers(0, 1_000), max_size=12), min_size=2, max_size=6))
 def test_many_at_once(days: list[list[int]]) -> None:
     """Several clients, each with a random day of its own; at each write the quota holds, in the end all is whole."""

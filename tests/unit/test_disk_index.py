@@ -44,7 +44,7 @@ def shares(held: dict[str, bytes], query: bytes) -> list[Shared[str]]:
 
 
 @given(st.lists(IDS, max_size=20), st.lists(IDS, min_size=1, max_size=8), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_answers_as_a_search_one_by_one(
     held: list[list[int]], queries: list[list[int]], data: st.DataObject
 ) -> None:

@@ -185,6 +185,7 @@ async def test_of_a_burst_few_connections_are_kept(
 ) -> None:
     """The others are closed soon, for each has a thread of llama-server's; and the last before llama-server does it."""
     monkeypatch.setattr(keep_alive, "_BURST_S", 0.01)
+    monkeypatch.setattr(keep_alive, "_WAIT_S", PATIENCE_S)
     await asyncio.gather(*(ask(pool) for _ in range(24)))
     assert len(server.writers) == 4
     await until_open(pool, 2)
@@ -193,8 +194,11 @@ async def test_of_a_burst_few_connections_are_kept(
     await until_open(pool, 0)
 
 
-async def test_a_burst_waits_for_the_connections_that_are_there(server: Server, pool: KeepAlivePool) -> None:
+async def test_a_burst_waits_for_the_connections_that_are_there(
+    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As long as one of them becomes free now and then."""
+    monkeypatch.setattr(keep_alive, "_WAIT_S", PATIENCE_S)
     assert await asyncio.gather(*(ask(pool) for _ in range(200))) == [TOLD] * 200
     assert len(server.writers) == 4
 

@@ -107,7 +107,7 @@ class AgainstOneByOne(RuleBasedStateMachine):
 
 
 TestAgainstOneByOne = AgainstOneByOne.TestCase
-TestAgainstOneByOne.settings = settings(max_examples=35, stateful_step_count=40, deadline=None)
+TestAgainstOneByOne.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
 
 
 def filled(n: int, first: int = 0) -> LayeredIndex:

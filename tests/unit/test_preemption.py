@@ -129,8 +129,6 @@ async def asks_on(
     ("cache_kind", "token_s", "answer_s"),
     [
         (CacheKind.DENSE, 0.0002, 0.3),
-        (CacheKind.DENSE, 0.0005, 0.8),
-        (CacheKind.DENSE, 0.001, 2.0),
         (CacheKind.SWA, 0.0005, 0.8),
         (CacheKind.RECURRENT, 0.001, 2.0),
     ],

@@ -215,7 +215,7 @@ class AgainstOneByOne(RuleBasedStateMachine):
 
 
 TestAgainstOneByOne = AgainstOneByOne.TestCase
-TestAgainstOneByOne.settings = settings(max_examples=35, stateful_step_count=40, deadline=None)
+TestAgainstOneByOne.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
 
 
 @given(st.lists(IDS, min_size=1, max_size=40), st.randoms())

@@ -130,6 +130,7 @@ async def test_in_a_prefill(tmp_path: Path, stream: bool) -> None:
         await right_again(it)
 
 
+@pytest.mark.idle_clock
 async def test_before_the_server_has_begun(tmp_path: Path) -> None:
     """Its request is in the server's hands, no answer has come: the slot waits until the server says it is idle."""
     async with served(tmp_path, slots=1) as it:

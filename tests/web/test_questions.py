@@ -11,6 +11,8 @@ import pytest
 from llamaslot.backend import backend, health
 from tests.support.inprocess import Served, served
 
+pytestmark = pytest.mark.idle_clock
+
 
 @pytest.fixture(autouse=True)
 def no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
