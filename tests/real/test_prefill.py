@@ -33,22 +33,18 @@ def model_of(kind: str, directory: Path) -> Path:
     return {"swa": models.swa, "recurrent": models.recurrent}[kind](directory)
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize("oldest", [0, N_SLOTS - 1])
-async def test_follow_ups_are_answered_before_a_strangers_long_prompt(
-    tmp_path: Path, figure: Figure, oldest: int
-) -> None:
-    """Whichever of four conversations it displaces: three others are through before its first token."""
+async def test_follow_ups_are_answered_before_a_strangers_long_prompt(tmp_path: Path, figure: Figure) -> None:
+    """In the lowest slot, whose prompt llama-server by itself would compute first: three follow-ups are through before
+    its first token."""
     # Chunks of which the long prompt has many, however fast the machine is.
     settings = {**PREFILLS_ITSELF, "prefill": {**PREFILLS_ITSELF["prefill"], "chunk_s": 0.05}}
     options = {**SMALL, "settings": settings}
     async with Stack(model_of("dense", tmp_path), tmp_path, context=7000, **options) as stack:
-        result = await rush(stack, oldest=oldest, n_long=6000, n_context=400, after_s=0.1)
+        result = await rush(stack, oldest=0, n_long=6000, n_context=400, after_s=0.1)
     figure(result)
     assert result.n_before == N_SLOTS - 1
 
 
-@pytest.mark.alone
 async def test_what_new_conversations_have_in_common_is_computed_once(tmp_path: Path, figure: Figure) -> None:
     """Four at once, in a plain prompt (in messages, and on other kinds of models: tests/real/test_costs.py)."""
     async with Stack(model_of("dense", tmp_path), tmp_path, context=5000, **SMALL) as stack:
@@ -57,7 +53,6 @@ async def test_what_new_conversations_have_in_common_is_computed_once(tmp_path: 
     assert result.share <= 1.1
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(("kind", "n_prompt", "n_slots"), [("dense", 5000, 3), ("recurrent", 20_000, 1)])
 async def test_who_leaves_a_prefill_and_comes_back_finds_what_was_computed(
     tmp_path: Path, figure: Figure, kind: str, n_prompt: int, n_slots: int
@@ -70,17 +65,14 @@ async def test_who_leaves_a_prefill_and_comes_back_finds_what_was_computed(
     assert result.meanwhile <= 0.15
 
 
-@pytest.mark.parametrize(("kind", "n_prompt"), [("swa", 8000), ("recurrent", 20_000)])
-async def test_interruptions_leave_no_checkpoints(
-    tmp_path: Path, figure: Figure, kind: str, n_prompt: int
-) -> None:
-    """The slot's file is hardly larger than that of a prefill in one piece."""
+async def test_interruptions_leave_no_checkpoints(tmp_path: Path, figure: Figure) -> None:
+    """The slot's file is hardly larger than that of a prefill in one piece. On a recurrent model: in tests/soak."""
     settings = {**PREFILLS_ITSELF, "store": {"idle_save_s": 0.2}}
     options = {**SMALL, "settings": settings, "slots": 2, "context": 20_480}
-    model, pieces = model_of(kind, tmp_path), []
+    model, pieces = models.swa(tmp_path), []
     for n_interruptions in (0, 5):
         async with Stack(model, tmp_path / str(n_interruptions), **options) as stack:
-            pieces.append(await prefill_in_pieces(stack, n_prompt=n_prompt, n_interruptions=n_interruptions))
+            pieces.append(await prefill_in_pieces(stack, n_prompt=8000, n_interruptions=n_interruptions))
         figure(pieces[-1])
     assert pieces[1].n_short >= 2
     assert pieces[1].n_computed <= pieces[1].n_prompt + 100
@@ -145,7 +137,6 @@ async def test_answers_beside_others_are_those_of_an_idle_server(
     assert result.differ == ()
 
 
-@pytest.mark.alone
 async def test_an_abandoned_answer_gives_up_its_slot(tmp_path: Path, figure: Figure) -> None:
     """A client that does not stream leaves while its answer is decoded beside a stream: a newcomer has its slot
     before all of it could have been decoded."""

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
-from tests.support.sharing import begin_together, find_prewarmed, share_a_system_prompt
+from tests.support.sharing import find_prewarmed, share_a_system_prompt
 from tests.support.stack import Stack
 
 pytestmark = pytest.mark.real
@@ -27,25 +27,13 @@ async def test_a_new_conversation_reuses_a_system_prompt_that_another_one_comput
     assert min(opening.share for opening in openings) >= 0.98
 
 
-@pytest.mark.parametrize("kind", ["dense", "swa"])
-async def test_conversations_that_begin_together_compute_their_system_prompt_once(
-    tmp_path: Path, figure: Figure, kind: str
-) -> None:
-    """The others wait for the first one to get that far, also on a server whose speed is not known yet."""
-    model = models.swa(tmp_path) if kind == "swa" else models.dense(tmp_path)
-    async with Stack(model, tmp_path) as stack:
-        opening = await begin_together(stack, n_system=3000, n_conversations=3)
-    figure(opening)
-    assert opening.share >= 0.98
-
-
-@pytest.mark.parametrize("kind", ["dense", "recurrent", "swa"])
+@pytest.mark.parametrize("kind", ["dense", "recurrent"])
 async def test_a_prewarmed_system_prompt_is_there_before_anybody_asks(
     tmp_path: Path, figure: Figure, kind: str
 ) -> None:
     """Computed once while nobody wants anything, found by the first conversation, not computed again after both have
     been restarted."""
-    model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
+    model = models.recurrent(tmp_path) if kind == "recurrent" else models.dense(tmp_path)
     async with Stack(model, tmp_path, settings={"store": {"idle_save_s": 0.2}}) as stack:
         openings = await find_prewarmed(stack, n_system=2000)
     for opening in openings:

@@ -85,3 +85,24 @@ async def test_a_server_that_dies_during_a_long_wait(tmp_path: Path, figure: Fig
         made = await conversations(stack, agent)
     figure(f"ended with {ended.status}, {len(made)} answers after the restart: {ended.text.strip()[-120:]!r}")
     assert made or ended.text.strip()
+
+
+@pytest.mark.parametrize("agent", AGENTS[:1], ids=["Claude Code"])
+@pytest.mark.parametrize("is_on", [True, False], ids=["as it comes", "switched off"])
+async def test_a_new_conversation_finds_the_system_prompt(
+    tmp_path: Path, figure: Figure, agent: Agent, is_on: bool
+) -> None:
+    """By llama-server's own counter; with the ready rule switched off it computes nearly all of it again."""
+    settings: dict[str, Any] = {} if is_on else {"rewrite_off": ["claude-code-attribution"]}
+    async with Stack(models.dense(tmp_path, layers=1), tmp_path, settings=settings, **SERVER) as stack:
+        n_computed = []
+        for text in ("What is two plus two?", "Name three colours."):
+            before = (await stack.server.metrics())["llamacpp:prompt_tokens_total"]
+            await agent.ask(tmp_path / "home", stack.url, text)
+            n_computed.append((await stack.server.metrics())["llamacpp:prompt_tokens_total"] - before)
+        decisions = [made for made in (await stack.journal())["decisions"] if made["n_reused"] is not None]
+    figure(
+        f"computed {n_computed[0]:.0f} tokens of the first conversation, {n_computed[1]:.0f} of the second"
+    )
+    assert all("claude-code-attribution" in made["rewrote"] for made in decisions) == is_on
+    assert (n_computed[1] < 0.25 * n_computed[0]) == is_on

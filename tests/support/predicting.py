@@ -10,7 +10,7 @@ import aiohttp
 
 from tests.support.jobs import team_of
 from tests.support.stack import Stack
-from tests.support.users import Team, Turn, User
+from tests.support.users import Tally, Team, Turn, User, tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Prediction:
 @dataclass(frozen=True, slots=True)
 class Accuracy:
     predictions: tuple[Prediction, ...]
+    tally: Tally  # of first turns, too
 
     @property
     def ratio(self) -> float:
@@ -51,7 +52,7 @@ class Accuracy:
         }
         return (
             f"{self.ratio:.4f} of {len(self.predictions)} predictions good, {n_by_source};"
-            f" at most {over} tokens too many, {beyond} too few beside the last answer"
+            f" at most {over} tokens too many, {beyond} too few beside the last answer; {self.tally}"
         )
 
 
@@ -69,10 +70,9 @@ async def predict(
 
     ``reworded``: of the answers, how many the client does not send back as they were.
     """
-    async with team_of(stack, n_users, n_context, seed=seed) as (team, _):
+    async with team_of(stack, n_users, n_context, seed=seed) as (team, meter):
         rng = random.Random(f"{seed} answers")
-        await _round(team, rng, n_answer)
-        answers, turns = dict[str, int](), list[Turn]()
+        answers, turns = dict[str, int](), await _round(team, rng, n_answer)
         for _ in range(n_turns - 1):
             before = {user.name: user.last.reply.n_predicted for user in team.users}
             for user in team.users:
@@ -81,6 +81,7 @@ async def predict(
             for turn in await _round(team, rng, n_answer):
                 answers[turn.reply.headers["x-request-id"]] = before[turn.user]
                 turns.append(turn)
+        counted = tally(turns, await meter.total())
     assert not any(turn.reply.error for turn in turns), [turn.reply.error for turn in turns]
     url = f"{stack.url}/llamaslot/journal?n=1000"
     async with aiohttp.request("GET", url) as response:
@@ -90,7 +91,8 @@ async def predict(
         tuple(
             Prediction(one["chosen"]["source"], one["n_tokens"], one["n_expected"], one["n_reused"], n_last)
             for one, n_last in found
-        )
+        ),
+        counted,
     )
 
 

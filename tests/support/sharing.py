@@ -88,19 +88,6 @@ async def share_a_system_prompt(stack: Stack, *, n_system: int, n_turns: int = 1
         return openings
 
 
-async def begin_together(stack: Stack, *, n_system: int, n_conversations: int) -> Opening:
-    """Several new conversations at the same moment, the first ones with this system prompt: what all but one of them
-    had computed by another."""
-    async with clients(stack) as (front, _):
-        meter = Meter(stack.server.metrics)
-        await meter.resume()
-        agent = Agent(front, meter, n_system=n_system)
-        before = await meter.total()
-        prompts = await asyncio.gather(*(agent.turn(agent.begin()) for _ in range(n_conversations)))
-        n_shared = agent.n_shared * (n_conversations - 1)
-        return Opening("together", sum(prompts), n_shared, await meter.total() - before)
-
-
 async def find_prewarmed(stack: Stack, *, n_system: int) -> list[Opening]:
     """New conversations that begin with what ``prewarm`` names: the first ever, and after both have been restarted."""
     async with clients(stack) as (front, _):
