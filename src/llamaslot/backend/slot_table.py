@@ -17,11 +17,10 @@ from llamaslot.backend.assist import LostSlots
 from llamaslot.backend.slot_worth import SlotWorth
 from llamaslot.backend.snapshot_candidates import SnapshotCandidates
 from llamaslot.cache.content import NOTHING, Content, SnapshotKind
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, count, head
+from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count, head
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
-from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import SnapshotStats
@@ -128,7 +127,9 @@ class SlotTable:
             found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
         residents = [
             (hit.n_shared, partial(self.residents.tokens, hit.holder))
-            for hit in takewhile(lambda hit: hit.n_shared >= MIN_TOKENS, near.hits)  # the longest come first
+            for hit in takewhile(
+                lambda hit: hit.n_shared >= MIN_SHARED_TOKENS, near.hits
+            )  # the longest come first
         ]
         branch = self._candidates.branch(residents, found)
         n_alike = max(branch, request.n_system, self._candidates.trunk(found))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
-from llamaslot.cache import shared_prefix
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count, head
+from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count, head
 from llamaslot.cache.layered_index import Joined
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import Shared
@@ -25,6 +24,30 @@ N_COVERING = 4  # holders checked for covering the content of a slot
 def source_of(snapshot: Snapshot) -> str:
     """The source by which its predictions are distinguished."""
     return TRUNK if snapshot.kind is SnapshotKind.TRUNK else SNAPSHOT
+
+
+def branch_of(others: Iterable[tuple[int, Callable[[], bytes]]]) -> int:
+    """How many tokens a prompt shares with two other conversations; 0 if a shared-prefix snapshot is not worth it
+    there.
+
+    ``others``: for each holder with a common prefix, its length in tokens, and a function that returns all tokens of
+    the holder. The prompt's own conversation (a holder that is a prefix of the prompt) does not count. Holders that
+    agree with each other after they diverge from the prompt count as one conversation, for example a slot and its
+    snapshot. A prefix shared with one other conversation may be chance, such as the same first word of two questions;
+    with two it is a common beginning.
+    """
+    first: bytes | None = None
+    for n_shared, tokens in sorted(others, key=lambda other: -other[0]):
+        if n_shared < MIN_SHARED_TOKENS:
+            return 0
+        held = tokens()
+        if count(held) <= n_shared + NEGLIGIBLE_TOKENS:
+            continue
+        if first is None:
+            first = held
+        elif common(first, held) <= n_shared + NEGLIGIBLE_TOKENS:
+            return n_shared
+    return 0
 
 
 class SnapshotCandidates:
@@ -150,10 +173,10 @@ class SnapshotCandidates:
         self, residents: Iterable[tuple[int, Callable[[], bytes]]], found: Iterable[Shared[str]]
     ) -> int:
         """Where two other conversations diverge from a prompt, in tokens. ``residents``: as in
-        ``shared_prefix.branch``.
+        ``branch_of``.
         """
         on_disk = ((hit.n_shared, partial(self._index.tokens, hit.holder)) for hit in found)
-        return shared_prefix.branch([*residents, *on_disk])
+        return branch_of([*residents, *on_disk])
 
     def trunks(self, request: Request, branch: int, is_second: bool) -> tuple[int, ...]:
         """Token counts at which ``request`` should make a shared-prefix snapshot:
@@ -188,7 +211,7 @@ class SnapshotCandidates:
         A snapshot that ends a little later serves as well only if it can be truncated. One that is to be pinned was
         requested, and must end there.
         """
-        if not shared_prefix.MIN_TOKENS <= at < request.n_tokens:
+        if not MIN_SHARED_TOKENS <= at < request.n_tokens:
             return False
         can_be_cut = self._rewind_model.is_rewindable and not request.is_prewarm
         upto = at + NEGLIGIBLE_TOKENS if can_be_cut else at

@@ -9,8 +9,8 @@ from msgspec import Struct
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
+from llamaslot.cache.ids import MIN_SHARED_TOKENS
 from llamaslot.cache.reuse import TRUNK, checkpoints_after
-from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.scheduling.placement import BackendView
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
@@ -85,7 +85,7 @@ def ask_for_trunk(
             and maker.can_keep
             and not (maker.request.no_cache or maker.request.is_prewarm)
         )
-        if is_ahead and may_keep and n >= MIN_TOKENS and (best is None or n > best[0]):
+        if is_ahead and may_keep and n >= MIN_SHARED_TOKENS and (best is None or n > best[0]):
             best = n, maker
     if best is None:
         return False

@@ -21,8 +21,7 @@ from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import head
-from llamaslot.cache.shared_prefix import MIN_TOKENS
+from llamaslot.cache.ids import MIN_SHARED_TOKENS, head
 from llamaslot.errors import BackendDown, LlamaslotError, SlotWedged
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.scheduling.plan import SaveSharedPrefix
@@ -159,7 +158,7 @@ class Prewarm:
                 await self._set_pinned(table, there, is_pinned=True)
             log.info("prewarm: %s is on disk: %d tokens, %s", one.name, one.n_tokens, there.id)
             left.remove(one)
-        elif one.n_tokens < MIN_TOKENS:
+        elif one.n_tokens < MIN_SHARED_TOKENS:
             log.warning(
                 "prewarm: %s has only %d tokens: computing them is faster than reading",
                 one.name,
