@@ -223,23 +223,25 @@ def test_each_share_is_what_its_definition_says(seed: int) -> None:
     """An equal part of the time for each other one, up to its limit; all that is owed by the one with the slot."""
     rng, shares, deficits = random.Random(seed), Shares(), dict[str, float]()
     names = [f"u{n}" for n in range(6)]
-    open_ = list[tuple[Booked, float]]()
+    open_ = list[tuple[Booked, set[str], set[str], dict[str, float]]]()
     for _ in range(60):
         if open_ and rng.random() < 0.4:
-            booked, seconds = open_.pop(rng.randrange(len(open_))), rng.choice((0.0, 0.3, 7.0, 500.0))
-            for other, change_s in booked[0].changes_s.items():
+            booked, waiting, idle, changes = open_.pop(rng.randrange(len(open_)))
+            user, seconds = booked.user, rng.choice((0.0, 0.3, 7.0, 500.0))
+            for other, change_s in changes.items():
                 deficits[other] -= change_s
-            shares.took(booked[0], seconds)
-            user, waiting, idle = booked[0].user, booked[0].waiting, booked[0].idle
+            shares.took(booked, seconds)
         else:
             user, seconds = rng.choice(names), rng.choice((0.0, 0.1, 1.0, 40.0, 900.0))
-            waiting = frozenset(rng.sample(names, rng.randrange(4)))
-            idle = frozenset(rng.sample(names, rng.randrange(4)))
-            open_.append((shares.granted(user, seconds, waiting, idle), seconds))
-        others, changes = (waiting | idle) - {user}, dict[str, float]()
+            waiting, idle = (set(rng.sample(names, rng.randrange(4))) for _ in range(2))
+            booked = shares.granted(user, seconds, waiting, idle)
+            open_.append((booked, waiting, idle, changes := {}))
+        others = (waiting | idle) - {user}
+        changes.clear()
         for other in others:
             most_s = 300.0 if other in waiting else min(seconds, 300.0)
-            changes[other] = min(seconds / (len(others) + 1), max(most_s - deficits.get(other, 0.0), 0.0))
+            room_s = max(most_s - deficits.get(other, 0.0), 0.0)
+            changes[other] = min(seconds / (len(others) + 1), room_s)
         changes[user] = -min(sum(changes.values()), max(300.0 + deficits.get(user, 0.0), 0.0))
         for other, change_s in changes.items():
             deficits[other] = deficits.get(other, 0.0) + change_s

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from msgspec import Struct, field
@@ -68,14 +69,15 @@ A = TypeVar("A", bound=Asking)
 
 
 class Booked(Struct, frozen=True):
-    """The changes of deficits made by a slot granted to ``user``. ``waiting``, ``idle``: the users that were
-    present.
+    """The changes of deficits made by a slot granted to ``user``: its own, and those of ``others``, of whom the first
+    ``n_waiting`` waited. Each running request has one: as sets and dictionaries they took 80 kB with 1,000 users.
     """
 
     user: str
-    waiting: frozenset[str]
-    idle: frozenset[str]
-    changes_s: Mapping[str, float]
+    others: tuple[str, ...]
+    n_waiting: int
+    changes_s: array[float]
+    own_s: float
 
 
 class Charge(Struct, frozen=True):
@@ -140,39 +142,45 @@ class Shares:
         """
         self._n_served += 1
         self._served[user] = self._n_served
-        waiting, idle = frozenset(waiting), frozenset(idle)
-        return Booked(user, waiting, idle, self._book(user, cost_s, waiting, idle))
+        first = tuple(set(waiting).difference((user,)))
+        others = (*first, *set(idle).difference(waiting, (user,)))
+        return Booked(user, others, len(first), *self._book(user, cost_s, others, len(first)))
 
     def took(self, booked: Booked, seconds: float) -> None:
         """Replace the estimate in ``booked`` by the actual ``seconds``, for the users that are still known."""
-        deficits = self._deficits
-        for other, change_s in booked.changes_s.items():
+        deficits, n_waiting, known = self._deficits, 0, list[str]()
+        for n, (other, change_s) in enumerate(zip(booked.others, booked.changes_s, strict=True)):
             if other in deficits:
                 deficits[other] -= change_s
-        known = deficits.keys()
-        self._book(booked.user, seconds, booked.waiting & known, booked.idle & known)
+                known.append(other)
+                n_waiting += n < booked.n_waiting
+        if booked.user in deficits:
+            deficits[booked.user] -= booked.own_s
+        self._book(booked.user, seconds, known, n_waiting)
 
-    def _book(self, user: str, seconds: float, waiting: Set[str], idle: Set[str]) -> dict[str, float]:
-        """The changes of deficits. A plain loop, as it runs twice for each request: with 1,000 users each took 2 ms."""
-        deficits = self._deficits
-        others = waiting | idle if waiting else idle
-        n_others = len(others) - (user in others)
-        if not n_others:
+    def _book(
+        self, user: str, seconds: float, others: Sequence[str], n_waiting: int
+    ) -> tuple[array[float], float]:
+        """The changes of deficits: those of ``others``, and that of ``user``. A plain loop, as it runs twice for each
+        request: with 1,000 users each took 2 ms.
+        """
+        deficits, changes_s = self._deficits, array("d")
+        if not others:
             deficits.setdefault(user, 0.0)
-            return {user: 0.0}
-        each_s, idle_most_s = seconds / (n_others + 1), min(seconds, _LIMIT_S)
-        changes_s, known_s = dict[str, float](), deficits.get
-        for other in others:
-            deficit_s = known_s(other, 0.0)
-            room_s = (_LIMIT_S if other in waiting else idle_most_s) - deficit_s
-            change_s = each_s if each_s < room_s else room_s if room_s > 0.0 else 0.0
-            if other != user:
-                changes_s[other] = change_s
+            return changes_s, 0.0
+        each_s, known_s, add = seconds / (len(others) + 1), deficits.get, changes_s.append
+        parts = (_LIMIT_S, others[:n_waiting]), (min(seconds, _LIMIT_S), others[n_waiting:])
+        for most_s, part in parts:
+            for other in part:
+                deficit_s = known_s(other, 0.0)
+                room_s = most_s - deficit_s
+                change_s = each_s if each_s < room_s else room_s if room_s > 0.0 else 0.0
+                add(change_s)
                 deficits[other] = deficit_s + change_s
         had_s = known_s(user, 0.0)
-        changes_s[user] = -min(sum(changes_s.values()), max(_LIMIT_S + had_s, 0.0))
-        deficits[user] = had_s + changes_s[user]
-        return changes_s
+        own_s = -min(sum(changes_s), max(_LIMIT_S + had_s, 0.0))
+        deficits[user] = had_s + own_s
+        return changes_s, own_s
 
     def keep(self, present: Collection[str], remembered: Collection[str]) -> None:
         """Forget users that are not ``present`` (waiting, or with a slot). Of the others only a negative deficit is
