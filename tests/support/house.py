@@ -203,7 +203,7 @@ class House:
     async def ask_unpinned(self, job: Request, tokens: bytes) -> None:
         """A request whose slot the server chooses, as ``web`` serves it."""
         with await self.dispatcher.lease(job) as lease:
-            async with self.exclusive.take(lease, _say_nothing) as turn:
+            async with self.exclusive.section(lease, _say_nothing) as turn:
                 async with self.server.run_unpinned(tokens, job):
                     pass
                 await turn.settle()
@@ -346,7 +346,7 @@ class _Asking:
             prefill_stats = before.then(prefill_stats)
         self.prefill_stats = prefill_stats
         if self.request.n_children:
-            async with turns.take(lease, _say_nothing) as turn:
+            async with turns.section(lease, _say_nothing) as turn:
                 return await self._answer(lease, turn, may_replan=False)
         try:
             return await self._answer(lease, None, may_replan=may_replan)

@@ -126,7 +126,7 @@ def test_what_is_kept_of_a_slot_is_what_would_be_computed(seed: int) -> None:
         if pending is not None:
             if rng.random() < 0.7:
                 table.add_snapshot(snapshot(f"s{step}", pending.content.tokens))
-            table.left(pending)
+            table.end_pending_save(pending)
         check_worths(table)
         if step % 5 == 0:
             table.drop_snapshot(f"s{rng.randrange(step + 1)}")

@@ -60,7 +60,7 @@ async def takes_unpinned(house: House, cut: Cut) -> None:
     """Waits until nobody is between two steps, saves all slots, sends, settles."""
 
     async def turn(lease: Lease) -> None:
-        async with house.exclusive.take(lease, lambda _: None) as turn:
+        async with house.exclusive.section(lease, lambda _: None) as turn:
             async with house.server.run_unpinned(tokens_of(1, 300)):
                 pass
             await turn.settle()

@@ -78,7 +78,7 @@ def test_a_leased_slot_is_expected_back_after_its_steps_and_an_answer() -> None:
     answer_s = table.rates.answer.seconds_left(0)
     asks = Request("b", A)
     assert table.view(asks, 10.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(2 + answer_s)
-    table.answering(table.slots[0], 11.0)
+    table.begin_answer(table.slots[0], 11.0)
     assert table.view(asks, 11.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(answer_s)
     assert table.view(asks, 14.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(answer_s - 3)
 
@@ -179,8 +179,8 @@ def test_what_has_left_is_not_waited_for() -> None:
     slot = hold(table, 0, A)
     leaving = table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
     assert leaving is not None
-    table.left(leaving)
-    table.left(leaving)
+    table.end_pending_save(leaving)
+    table.end_pending_save(leaving)
     table.check()
     assert table.view(Request("owner", A), 10.0, SYSTEM_USER).snapshots == ()
 
@@ -263,7 +263,7 @@ def test_agreeing_with_the_catalog() -> None:
     table.add_snapshot(snapshot("gone", A))
     table.add_snapshot(there)
     hold(table, 0, A, is_dirty=False, snapshot="gone")
-    table.agree({"there": there, "another": snapshot("another", B)})
+    table.keep_only({"there": there, "another": snapshot("another", B)})
     table.check()
     assert table.snapshot("gone") is None
     assert table.snapshot("there") == there

@@ -145,7 +145,7 @@ async def test_new_limits_for_all_leave_a_model_its_own(tmp_path: Path) -> None:
         for name in MODELS:
             await it.ask(TALK, model=name)
         queue = it.config.queue.model_copy(update={"max_waiting": 99, "max_wait_s": 7.0})
-        it.registry.take(it.config.model_copy(update={"queue": queue}))
+        it.registry.apply(it.config.model_copy(update={"queue": queue}))
         limits = [it.pool_of(f"box/{name}").dispatcher.queue.limits for name in MODELS]
         assert [(its.max_waiting, its.max_wait_s) for its in limits] == [(3, 7.0), (99, 7.0)]
 

@@ -206,7 +206,7 @@ class Backend:
     def _prove(self, session: ServerSession, props: Props) -> None:
         """``props``, just told, are those of the session's process."""
         if session is self.session:
-            self._proof.take(props)
+            self._proof.renew(props)
 
     def lost(self, table: SlotTable) -> None:
         """The server is another process than the one that ``table`` describes: forget its slots, and connect again.
@@ -353,7 +353,7 @@ class Backend:
             session.table.give_back(slot, SlotEvent.LEAVE, NOTHING, self.now())
             self.abandoned_slots.add_slot(session.table, slot, NOTHING)
         if self._catalog is not None and session.table.can_save:  # some were dropped while connecting
-            session.table.agree(self._catalog.snapshots)
+            session.table.keep_only(self._catalog.snapshots)
         for known in (self.route_availability, self.dry_runs):
             known.forget()
         session.table.lost_slots.on_many = self._slots_were_lost

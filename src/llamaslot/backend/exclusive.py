@@ -157,7 +157,7 @@ class ExclusiveSection:
         self._clearing: dict[Lease, None] = {}  # in the order of their calls
 
     @contextlib.asynccontextmanager
-    async def take(
+    async def section(
         self, lease: Lease, report: Report, left: Content | None = None
     ) -> AsyncIterator[UnpinnedRequest]:
         """Wait until no other request is between two steps, then lease and save the slots that the request may take.

@@ -113,7 +113,7 @@ class Proof:
             and props.is_connected()
         )
 
-    def take(self, props: Props) -> None:
+    def renew(self, props: Props) -> None:
         """The process has just told ``props``."""
         if not props.is_sleeping:
             self._props, self._told_at = props, self._leases.now()

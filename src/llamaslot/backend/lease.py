@@ -239,7 +239,7 @@ class Lease:
     def end_pending_save(self) -> None:
         """The save at the beginning of its plan has ended, successful or not. Idempotent."""
         if self._leaving is not None:
-            self.table.left(self._leaving)
+            self.table.end_pending_save(self._leaving)
 
     def stop_keeping(self) -> None:
         """A shared-prefix snapshot could not be saved: this request saves no more of them."""
@@ -358,7 +358,7 @@ class Lease:
             self._become(LeaseEvent.CONFIRM)
             self._is_confirmed = True
             if self.slot is not None:
-                self.table.answering(self.slot, self.now())
+                self.table.begin_answer(self.slot, self.now())
 
     def confirm(self, content: Content) -> None:
         """llama-server has begun with what was sent: the slot holds at most ``content``."""

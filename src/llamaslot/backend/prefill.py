@@ -262,7 +262,7 @@ class ChunkedPrefill(Struct):
             self.leases.prefill_ended()
             if self._current is long:
                 self._ended(long, took_s)
-        lease.table.is_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())
+        lease.table.set_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())
         if is_misplaced:
             raise RetryPlacement(long.prefill_stats)
         return True

@@ -213,7 +213,7 @@ class SlotTable:
             if slot.content.snapshot == snapshot_id:
                 slot.content = replace(slot.content, snapshot=None, is_dirty=True)
 
-    def agree(self, snapshots: Mapping[str, Snapshot]) -> None:
+    def keep_only(self, snapshots: Mapping[str, Snapshot]) -> None:
         """Drop all snapshots that are not among ``snapshots``, the existing ones."""
         held = {slot.content.snapshot for slot in self.slots if slot.content.snapshot is not None}
         for snapshot_id in (self._snapshots.keys() | held) - snapshots.keys():
@@ -312,7 +312,7 @@ class SlotTable:
         self.worth.lost(slot)
         return leaving
 
-    def left(self, leaving: PendingSave) -> None:
+    def end_pending_save(self, leaving: PendingSave) -> None:
         """The save of ``leaving`` has ended, successful or not. Idempotent."""
         self._pending.end(leaving)
 
@@ -356,12 +356,12 @@ class SlotTable:
         entry = self._pending.get(holder) if holder is not None else None
         return entry if entry is not None and entry.slot is not None else None
 
-    def answering(self, slot: Slot, now: float) -> None:
+    def begin_answer(self, slot: Slot, now: float) -> None:
         """The steps before the answer are over."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.ready_at = now
 
-    def is_ready_in(self, slot: int, seconds: float, now: float) -> None:
+    def set_ready_in(self, slot: int, seconds: float, now: float) -> None:
         """The steps before the answer are expected to take ``seconds`` more."""
         if slot in self._busy:
             self._busy[slot].ready_at = now + seconds

@@ -151,7 +151,7 @@ class Registry:
     def backend_named(self, name: str) -> Backend | None:
         return self._backends.get(name)
 
-    def take(self, config: Config) -> None:
+    def apply(self, config: Config) -> None:
         """Put the limits of another configuration in force: of the queue, and of snapshots. What is too much for a
         smaller quota goes at the next write.
         """

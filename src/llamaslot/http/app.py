@@ -83,13 +83,13 @@ class App:
             self._is_admitted,
         )
 
-    def take(self, config: Config) -> None:
+    def apply(self, config: Config) -> None:
         """Put another configuration in force, as far as that needs no restart. Raises ConfigError, and changes nothing,
         if a file that it names, readable a moment ago, is not readable any more.
         """
         self._authenticator = Authenticator(config.auth)
         self._cors = Cors(config.listen.cors)
-        self._prompts.take(config.rules)
+        self._prompts.apply(config.rules)
         self.config = config
 
     def _is_admitted(self, request: web.Request) -> bool:

@@ -198,7 +198,7 @@ class _Exchange:
         if parsed.request.placement is Placement.STEERED and (not parsed.prompts or parsed.is_head):
             if parsed.is_head:
                 await self._prepare_head(parsed, context)
-            self.deadlines.answering()  # the beginning of the answer is not detected
+            self.deadlines.begin_answer()  # the beginning of the answer is not detected
             untokenized = self.served.untokenized(head=parsed.left_in_slot, attempts=self.attempts)
             return self._counted(context, parsed, await untokenized)
         if len(parsed.prompts) > 1 and self._is_long(parsed):
@@ -387,7 +387,9 @@ class _Exchange:
                 )
                 unpinned: UnpinnedRequest | None = None
                 if slot_request.n_children:
-                    unpinned = await stack.enter_async_context(backend.exclusive.take(lease, self.down.say))
+                    unpinned = await stack.enter_async_context(
+                        backend.exclusive.section(lease, self.down.say)
+                    )
                 if slot_request.placement is Placement.STEERED:
                     self.down.say(Comment.WAITING_FOR_TURN)
                     await backend.exclusive.evict_competitors(lease, here)
@@ -400,9 +402,9 @@ class _Exchange:
                     self.down.add_headers(of_placement(lease.slot_key, parsed.request.n_tokens))
                 )
                 if not answering.is_streamed:
-                    self.deadlines.answering()
+                    self.deadlines.begin_answer()
                 await answering.begin(stack, may_replan=may_replan)
-            self.deadlines.answering()
+            self.deadlines.begin_answer()
             try:
                 return await answering.finish()
             except (asyncio.CancelledError, ClientGone):

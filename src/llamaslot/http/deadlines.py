@@ -56,7 +56,7 @@ class Deadlines:
                 ) from error
             raise
 
-    def answering(self) -> None:
+    def begin_answer(self) -> None:
         """The answer has begun, or its beginning cannot be noticed: from now on only the total time is limited."""
         if self._first is not None and not self._first.expired():
             self._first.reschedule(None)

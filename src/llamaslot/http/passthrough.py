@@ -186,7 +186,7 @@ class Passthrough:
             silence_s = backend.api.watchdog_s if is_watched else None
             watchdog = Watchdog(silence_s, partial(_how_far, backend, lease))
             async with (
-                backend.exclusive.take(lease, no_report, left) as unpinned,
+                backend.exclusive.section(lease, no_report, left) as unpinned,
                 watchdog.kept(pool.tasks),
                 self._upstream(backend, request, raw, to_server(request)) as upstream,
             ):

@@ -33,7 +33,7 @@ class Reload:
     ) -> None:
         """``path``: None if there is no file."""
         self.config, self._path, self._registry, self._manager = config, path, registry, manager
-        self.take: Callable[[Config], None] = lambda _: None
+        self.apply: Callable[[Config], None] = lambda _: None
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self) -> dict[str, Any]:
@@ -67,12 +67,12 @@ class Reload:
             added, removed, other = _backends(self.config, new)
             at_once = [key for key in changed if key.startswith(_AT_ONCE)]
             restart = [key for key in changed if not key.startswith(_AT_ONCE)]
-            self.take(new)  # first: it may find that a file of keys has just gone
+            self.apply(new)  # first: it may find that a file of keys has just gone
         except ConfigError as error:
             raise NotReloaded(f"{error}; the old configuration stays in force") from None
         logging.getLogger().setLevel(new.log.level.upper())
         in_force = _merged(self.config, new)
-        self._registry.take(in_force)
+        self._registry.apply(in_force)
         for name in removed:
             if (backend := self._registry.backend_named(name)) is not None:
                 backend.drain.begin()

@@ -24,7 +24,7 @@ class SystemPrompts:
         self._rewriting, self._metrics = Rewriting(tuple(rules)), metrics
         self._told: set[str] = set()
 
-    def take(self, rules: Sequence[RewriteRule]) -> None:
+    def apply(self, rules: Sequence[RewriteRule]) -> None:
         """Use these from now on. Counters begin anew unless the rules are the same."""
         if tuple(rules) != self._rewriting.rules:
             self._rewriting, self._told = Rewriting(tuple(rules)), set()

@@ -110,7 +110,7 @@ class Front:
 
         app = App(self._reload.config if self._reload else self._config, self._registry, self._reload)
         if self._reload is not None:
-            self._reload.take = app.take
+            self._reload.apply = app.apply
         runner = self._runner = web.AppRunner(
             app.application(),
             handler_cancellation=True,  # detect that a client leaves while nothing is being written to it

@@ -106,7 +106,7 @@ class Unassisted:
                 lease.recorder.rewrote(rewrote(request))
                 down.say(Comment.WAITING_FOR_SERVER)
                 if not down.is_streaming:
-                    deadlines.answering()  # not a stream: the beginning of the answer is not detected
+                    deadlines.begin_answer()  # not a stream: the beginning of the answer is not detected
                 upstream = await stack.enter_async_context(
                     backend.api.request(
                         request.method,
@@ -155,7 +155,7 @@ class Unassisted:
         await down.begin(upstream.status, to_client(upstream, {**down.headers, **SSE_HEADERS}))
         while (events := await reading.next(down.put)) is not None:
             if reading.has_token or reading.is_over:
-                deadlines.answering()
+                deadlines.begin_answer()
             await down.write(b"".join(events))
         await down.write(reading.rest)
 

@@ -95,7 +95,7 @@ async def ensure_accepted(
         "%s: llama-server accepted what it refused in a dry run; the request is placed again",
         client_request.id,
     )
-    backend.dry_runs.take(run)
+    backend.dry_runs.note_accepted(run)
     await _stopped(backend, lease)
     raise RetryPlacement(None)
 

@@ -178,7 +178,7 @@ class DryRuns:
         # The server's error for a request whose last field is invalid; False if it accepts that.
         self._stopped: object = None
 
-    def take(self, run: DryRun) -> None:
+    def note_accepted(self, run: DryRun) -> None:
         """Record that llama-server has accepted such a request."""
         self._learn(_key(run.path, run.fields))
         if run.chat is not None:
