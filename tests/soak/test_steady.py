@@ -1,6 +1,7 @@
 """Steady load for a long time: nothing grows, and no request fails over a reload, a drain and a restart.
 
-Half an hour, or LLAMASLOT_SOAK_S seconds. Two real llama-servers with a tiny model; llamaslot is activated by a socket.
+Half an hour, or LLAMASLOT_SOAK_S seconds; LLAMASLOT_SOAK_PAUSE_S (0.1): a client's longest pause between two. Two real
+llama-servers with a tiny model; llamaslot is activated by a socket.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tests.support.inprocess import a_session
 from tests.support.real import RealServer
 
 TOTAL_S = float(os.environ.get("LLAMASLOT_SOAK_S", "1800"))
+PAUSE_S = float(os.environ.get("LLAMASLOT_SOAK_PAUSE_S", "0.1"))
 pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(TOTAL_S + 600)]
 
 N_CLIENTS, N_CONVERSATIONS = 6, 20
@@ -62,7 +64,7 @@ class Load:
                     await self._ask(session, body)
                 except (aiohttp.ClientError, OSError, TimeoutError) as error:
                     self.failures.append(f"{time.strftime('%H:%M:%S')} {error!r}")
-                await asyncio.sleep(rng.random() * 0.1)
+                await asyncio.sleep(rng.random() * PAUSE_S)
 
     async def _ask(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> None:
         timeout = aiohttp.ClientTimeout(total=120)
