@@ -171,3 +171,9 @@ def test_the_report() -> None:
         "             -> llama-server -x",
         "1 found in 2 checks",
     ]
+    narrow = lines([Finding("long", "note", "two words", "llama-server -np 4 --slot-save-path /kv")], 40)
+    assert narrow[:3] == [
+        "note   long  two words",
+        "             -> llama-server -np 4",
+        "                --slot-save-path /kv",
+    ]

@@ -84,12 +84,30 @@ def test_the_dashboard_is_in_order() -> None:
         assert panel["type"] == "row" or panel["description"].endswith(".")
 
 
+def test_the_dashboard_uses_variables_that_it_has() -> None:
+    """Or Grafana's own; each target has an id of its own, and asks the data source that is chosen above."""
+    dashboard = json.loads(printed("dashboard"))
+    its = {variable["name"] for variable in dashboard["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(dashboard)))
+    assert used - {"__rate_interval", "__all"} == its
+    for panel in dashboard["panels"]:
+        targets = panel.get("targets", ())
+        assert len({target["refId"] for target in targets}) == len(targets)
+        assert all(target["datasource"]["uid"] == "${datasource}" for target in targets), panel["title"]
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="apt install prometheus")
 def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
-    """And the lines for reading metrics."""
+    """The lines for reading metrics, and all that the dashboard asks, with values in the place of its variables."""
     (tmp_path / "rules.yaml").write_text(printed("alerts"))
     (tmp_path / "prometheus.yml").write_text(printed("scrape"))
-    for what, name in (("rules", "rules.yaml"), ("config", "prometheus.yml")):
+    asked = [
+        {"record": f"asked_{i}", "expr": expression.replace("$__rate_interval", "5m").replace("$", "")}
+        for i, expression in enumerate(expressions())
+        if not expression.startswith("label_values(")  # Grafana's own
+    ]
+    (tmp_path / "asked.yaml").write_text(yaml.safe_dump({"groups": [{"name": "asked", "rules": asked}]}))
+    for what, name in (("rules", "rules.yaml"), ("rules", "asked.yaml"), ("config", "prometheus.yml")):
         done = subprocess.run(
             ["promtool", "check", what, tmp_path / name], capture_output=True, text=True, check=False
         )

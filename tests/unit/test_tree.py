@@ -394,6 +394,8 @@ async def test_stock_counts_each_file_once(tmp_path: Path) -> None:
     assert stock.size_bytes == tree.catalog.size_bytes == tree.bytes_on_disk()
     for id_, item in stock.items.items():
         assert item.size_bytes == tree.catalog.own_bytes(id_)
+    held = sum(tree.catalog.own_bytes(id_) + tree.catalog.share_bytes(id_) for id_ in ids)
+    assert held == pytest.approx(tree.catalog.size_bytes, abs=len(ids))  # what the page shows adds up
     tree.catalog.close()
 
 

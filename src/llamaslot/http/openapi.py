@@ -184,6 +184,7 @@ _SNAPSHOT = _object(
     n_tokens=_COUNT,
     n_common=_COUNT,
     size_bytes=_COUNT,
+    share_bytes=_COUNT,
     created_at=_SECONDS,
     last_used=_SECONDS,
     n_hits=_COUNT,

@@ -142,7 +142,8 @@ _NAMES = {"save": "a save", "keep": "a save", "restore": "a restore", "prefill":
 def _about(act: Act) -> str:
     parts = [f"{act.n_tokens:,} tokens"] if act.n_tokens else []
     parts += [size(act.size_bytes)] if act.size_bytes else []
-    parts += [f"stopped {act.n_interruptions} times for others"] if act.n_interruptions else []
+    times = "once" if act.n_interruptions == 1 else f"{act.n_interruptions} times"
+    parts += [f"stopped {times} for others"] if act.n_interruptions else []
     return ", ".join(parts) if act.is_done else ", ".join(["failed", *parts])
 
 

@@ -108,6 +108,10 @@ class Catalog:
         """The bytes that no other snapshot needs. Raises KeyError."""
         return self._table.stats[id].size_bytes
 
+    def share_bytes(self, id: str) -> int:  # noqa: A002
+        """Its share of the files that others need too. Raises KeyError."""
+        return self._table.files.share_bytes(self.snapshots[id])
+
     async def open(self) -> list[Snapshot]:
         """Lock the directory, scan it, repair it, enforce the quota. Returns the valid snapshots.
 

@@ -69,6 +69,11 @@ class SharedFiles:
             return snapshot.size_bytes if len(self.users[snapshot.file_name]) == 1 else 0
         return sum(self.sizes[name] for name in snapshot.files if len(self.users[name]) == 1)
 
+    def share_bytes(self, snapshot: Snapshot) -> int:
+        """Its share of the files that others need too, each divided equally: what all own and share is all there is."""
+        users = ((name, len(self.users[name])) for name in snapshot.files)
+        return round(sum(self.sizes[name] / n for name, n in users if n > 1))
+
     def n_covered(self, snapshot: Snapshot) -> int:
         """Tokens from its beginning that are there without it too: rows that another snapshot needs, on a model with
         states up to the last one that another keeps. 0 for a shared prefix: those that need it are larger, and go

@@ -81,6 +81,7 @@ class Listing:
             "kind": its.kind.value,
             "n_tokens": its.n_tokens,
             "size_bytes": catalog.own_bytes(its.id),
+            "share_bytes": catalog.share_bytes(its.id),
             "created_at": its.created_at,
             "last_used": catalog.last_used(its.id),
             "n_hits": catalog.n_hits(its.id),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,6 +54,6 @@ def doctor(path: Path, who: str | None, deep: bool, is_json: bool) -> None:
         told = {"config": str(path), "findings": [asdict(finding) for finding in findings]}
         click.echo(orjson.dumps(told, option=orjson.OPT_INDENT_2).decode())
     else:
-        for line in lines(findings):
+        for line in lines(findings, shutil.get_terminal_size().columns if sys.stdout.isatty() else None):
             click.echo(line)
     sys.exit(EXIT_FOUND if any(finding.is_found for finding in findings) else 0)

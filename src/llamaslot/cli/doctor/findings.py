@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,6 +16,7 @@ from msgspec import Struct
 State = Literal["ok", "warning", "fault", "note", "skipped"]
 
 _MARKS: dict[State, str] = {"ok": "ok", "warning": "WARN", "fault": "FAULT", "note": "note", "skipped": "-"}
+_NARROWEST = 20  # columns of a text that is broken
 
 
 class Finding(Struct, frozen=True):
@@ -32,15 +34,29 @@ class Finding(Struct, frozen=True):
         return self.state in ("warning", "fault")
 
 
-def lines(findings: Sequence[Finding]) -> list[str]:
-    """One line per check, its remedy below it, and a last line that counts."""
+def lines(findings: Sequence[Finding], columns: int | None = None) -> list[str]:
+    """One line per check, its remedy below it, and a last line that counts. ``columns``: texts are broken there."""
     width = max(len(finding.check) for finding in findings)
     said = []
     for finding in findings:
-        said.append(f"{_MARKS[finding.state]:5}  {finding.check:{width}}  {finding.text}")
+        said += _broken(f"{_MARKS[finding.state]:5}  {finding.check:{width}}  ", finding.text, columns)
         if finding.remedy:
-            said.append(f"{'':5}  {'':{width}}  -> {finding.remedy}")
+            said += _broken(f"{'':5}  {'':{width}}  -> ", finding.remedy, columns)
     n_found = sum(finding.is_found for finding in findings)
     n_skipped = sum(finding.state == "skipped" for finding in findings)
     not_tried = f", {n_skipped} not tried" if n_skipped else ""
     return [*said, f"{n_found or 'nothing'} found in {len(findings)} checks{not_tried}"]
+
+
+def _broken(heading: str, text: str, columns: int | None) -> list[str]:
+    """The text behind its heading, broken between words; a path or a command is not broken at its hyphens."""
+    if columns is None or columns - len(heading) < _NARROWEST:
+        return [heading + text]
+    return textwrap.wrap(
+        text,
+        columns,
+        initial_indent=heading,
+        subsequent_indent=" " * len(heading),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -118,7 +118,7 @@ function path(line, x, y) {
     if (value == null) return;
     const isBegun = i > 0 && line.values[i - 1] != null;
     data += `${isBegun ? 'L' : 'M'}${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
-    if (!isBegun && line.values[i + 1] == null) data += 'h0.01';
+    if (!isBegun && line.values[i + 1] == null) data += 'm-1.5 0a1.5 1.5 0 1 0 3 0a1.5 1.5 0 1 0 -3 0';
   });
   return svg('path', { d: data || 'M0 0', class: `line c${line.colour}${line.dashed ? ' dashed' : ''}` });
 }

@@ -62,8 +62,11 @@ export function treeOf(rows) {
   return root;
 }
 
+// Its own bytes, and its share of the files that others need too.
+const held = (row) => row.size_bytes + row.share_bytes;
+
 function weigh(node) {
-  node.own = node.row?.size_bytes ?? 0;
+  node.own = node.row ? held(node.row) : 0;
   node.n = node.row ? 1 : 0;
   node.bytes = node.own;
   node.used = node.row?.last_used ?? 0;
@@ -84,7 +87,7 @@ function label(node) {
   switch (node.level) {
     case 'model': return `${node.name}${node.isServed ? '' : ' (not served now)'}: ${bytes(node.bytes)}`;
     case 'alike': return `${number(node.depth)} tokens alike: ${node.n} snapshots, ${bytes(node.bytes)}`;
-    case 'rest': return `${node.n} small ones, ${bytes(node.bytes)}`;
+    case 'rest': return `${node.n} small one${node.n === 1 ? '' : 's'}, ${bytes(node.bytes)}`;
     default: {
       const what = node.row.kind === 'trunk' ? 'shared beginning' : node.row.user ? person(node.row.user) : 'conversation';
       return `${node.row.is_pinned ? 'pinned, ' : ''}${what}: ${number(node.row.n_tokens)} tokens, ${bytes(node.own)}`;
@@ -174,8 +177,8 @@ function tell(node) {
   const { row } = node;
   const facts = [
     ['Snapshot', row.id], ['User', row.user ?? (row.namespace || 'not known any more')], ['Kind', row.kind === 'trunk' ? 'shared beginning of conversations' : 'conversation'],
-    ['Tokens', number(row.n_tokens)], ['Size', bytes(row.size_bytes)], ['Made', `${seconds(now() - row.created_at)} ago`], ['Used', `${seconds(now() - row.last_used)} ago`],
-    ['Resumed', `${number(row.n_hits)} times`], ['By request', row.request],
+    ['Tokens', number(row.n_tokens)], ['Size', bytes(held(row))], ['To delete it frees', bytes(row.size_bytes)], ['Made', `${seconds(now() - row.created_at)} ago`], ['Used', `${seconds(now() - row.last_used)} ago`],
+    ['Resumed', `${number(row.n_hits)} time${row.n_hits === 1 ? '' : 's'}`], ['By request', row.request],
   ];
   panel.replaceChildren(
     el('dl', {}, ...facts.map(([name, value]) => el('div', {}, el('dt', {}, name), el('dd', {}, value)))),
@@ -200,7 +203,7 @@ async function act(what, row) {
 }
 
 function fillers(rows) {
-  const users = [...Map.groupBy(rows, (row) => (row.kind === 'trunk' ? ' ' : row.user ?? row.namespace ?? ''))].map(([user, its]) => ({ user, n: its.length, bytes: its.reduce((sum, row) => sum + row.size_bytes, 0) }));
+  const users = [...Map.groupBy(rows, (row) => (row.kind === 'trunk' ? ' ' : row.user ?? row.namespace ?? ''))].map(([user, its]) => ({ user, n: its.length, bytes: its.reduce((sum, row) => sum + held(row), 0) }));
   users.sort((a, b) => b.bytes - a.bytes);
   const most = users[0]?.bytes || 1;
   const line = ({ user, n, bytes: size }) => {
