@@ -67,7 +67,11 @@ class Disk:
         return self._table.stats[id].n_hits
 
     async def reserve(
-        self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
+        self,
+        size_bytes: int,
+        keep: Collection[str] = (),
+        spare: Collection[str] = (),
+        new_bytes: int | None = None,
     ) -> Reservation:
         """Raises QuotaExceeded, and evicts nothing, if there is not enough that may go.
 
@@ -133,7 +137,7 @@ class Disk:
         own = (Part(id_ + EXT, start, n_tokens, (n_tokens - start) * row_bytes),) if start < n_tokens else ()
         return (*order.rows, *own)
 
-    async def abandon(self, reservation: Reservation) -> None:
+    async def abandon(self, reservation: Reservation, *, is_refused: bool = False) -> None:
         if self._reservations.pop(reservation.id, None) is not None:
             self._server.files.pop(reservation.part_name, None)
 

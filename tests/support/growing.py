@@ -108,11 +108,21 @@ def _body(messages: Messages, n_answer: int) -> dict[str, Any]:
 
 @asynccontextmanager
 async def place_of(
-    kind: Callable[[Path], Path], directory: Path, *, context: int = 16384, seed: int = 1
+    kind: Callable[[Path], Path],
+    directory: Path,
+    *,
+    context: int = 16384,
+    seed: int = 1,
+    landing: Path | None = None,
 ) -> AsyncIterator[Place]:
-    """A llama-server with one slot and llamaslot in front of it."""
+    """A llama-server with one slot and llamaslot in front of it. ``landing``: where the former writes."""
     model = kind(directory.parent / "models")
-    async with Stack(model, directory, slots=1, context=context) as stack, clients(stack) as (front, server):
+    settings = None
+    if landing is not None:
+        (directory / "kept").mkdir(parents=True, exist_ok=True)
+        settings = {"store": {"directory": str(directory / "kept")}}
+    stack = Stack(model, directory, slots=1, context=context, settings=settings, save_dir=landing)
+    async with stack, clients(stack) as (front, server):
         yield Place(stack, front, server, random.Random(seed))
 
 

@@ -44,8 +44,13 @@ class Shelter:
     """A directory, a clock that stands still until told otherwise, and the catalog that works there."""
 
     def __init__(
-        self, directory: Path, quota_bytes: int = 10_000, order: Callable[[], Order] = ByValue
+        self,
+        directory: Path,
+        quota_bytes: int = 10_000,
+        order: Callable[[], Order] = ByValue,
+        landing: Path | None = None,
     ) -> None:
+        self.landing, self.landing_bytes = landing, 0
         self.directory, self.quota_bytes, self.order = directory, quota_bytes, order
         self.max_files, self.min_free_bytes = 10_000, 0
         self.manifest = directory.with_name(directory.name + ".sidecars")
@@ -64,6 +69,8 @@ class Shelter:
             on_drop=self._on_drop,
             manifest=self.manifest,
             order=self.order(),
+            landing=self.landing,
+            landing_bytes=self.landing_bytes,
         )
 
     def _on_drop(self, snapshot: Snapshot) -> None:
@@ -92,7 +99,7 @@ class Shelter:
     def write(self, draft: Reservation, tokens: bytes, size_bytes: int | None = None) -> int:
         """Save as llama-server does; the size in bytes."""
         data = slot_file(tokens, draft.size_bytes if size_bytes is None else size_bytes)
-        (self.directory / draft.part_name).write_bytes(data)
+        (self.catalog.slot_files / draft.part_name).write_bytes(data)
         return len(data)
 
     def put(self, name: str, data: bytes = b"") -> Path:

@@ -166,9 +166,10 @@ class Stack:
         alone: bool = False,
         quota: str = "4GiB",
         settings: Mapping[str, Any] | None = None,
+        save_dir: Path | None = None,
         **server: Any,
     ) -> None:
-        self.server = RealServer(model, directory / "kv", **server)
+        self.server = RealServer(model, save_dir or directory / "kv", **server)
         self.alone, self.directory = alone, directory
         self._quota, self._settings = quota, settings
         self._proxy: Proxy | None = None

@@ -416,7 +416,11 @@ class StubCatalog:
     _serial: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     async def reserve(
-        self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
+        self,
+        size_bytes: int,
+        keep: Collection[str] = (),
+        spare: Collection[str] = (),
+        new_bytes: int | None = None,
     ) -> Reservation:
         await self.server.op("reserve", None)
         while len(self.snapshots) + len(self.reservations) >= self.room:
@@ -449,7 +453,7 @@ class StubCatalog:
         self.snapshots[reservation.id] = snapshot
         return snapshot
 
-    async def abandon(self, reservation: Reservation) -> None:
+    async def abandon(self, reservation: Reservation, *, is_refused: bool = False) -> None:
         self.reservations.discard(reservation.id)
         self.server.files.pop(reservation.part_name, None)
         await asyncio.sleep(0)

@@ -38,8 +38,14 @@ def _file(model: Model, tokens: tuple[int, ...]) -> bytes:
 class Tree(Shelter):
     """Knows the tokens of all that was saved, as the prefix index does."""
 
-    def __init__(self, directory: Path, kind: str = "dense", quota_bytes: int = 1 << 20) -> None:
-        super().__init__(directory, quota_bytes, ByUse)
+    def __init__(
+        self,
+        directory: Path,
+        kind: str = "dense",
+        quota_bytes: int = 1 << 20,
+        landing: Path | None = None,
+    ) -> None:
+        super().__init__(directory, quota_bytes, ByUse, landing)
         self.model: Model = KINDS[kind]
         self.tokens: dict[str, bytes] = {}
         self.most_bytes = 0
@@ -52,7 +58,7 @@ class Tree(Shelter):
     def write_file(self, draft: Reservation, tokens: Sequence[int]) -> int:
         """Save as llama-server does; the size in bytes."""
         data = self.file(tokens)
-        (self.directory / draft.part_name).write_bytes(data)
+        (self.catalog.slot_files / draft.part_name).write_bytes(data)
         return len(data)
 
     async def take(
@@ -61,7 +67,7 @@ class Tree(Shelter):
         """Save a slot with these tokens; ``after``: the snapshot that it goes on from."""
         data = self.file(tokens) if data is None else data
         draft = await self.catalog.reserve(len(data))
-        (self.directory / draft.part_name).write_bytes(data)
+        (self.catalog.slot_files / draft.part_name).write_bytes(data)
 
         def find_base(saved: bytes) -> Base | None:
             listed = self.catalog.snapshots
@@ -87,7 +93,7 @@ class Tree(Shelter):
         with self.catalog.pin(id_):
             async with self.catalog.given_out(snapshot, n_tokens or snapshot.n_tokens) as given:
                 self.look()
-                return (self.directory / given.name).read_bytes()
+                return (self.catalog.slot_files / given.name).read_bytes()
 
     async def check_all(self) -> None:
         """Each snapshot is given out with its rows and its last state as llama-server wrote them; there are no other

@@ -314,7 +314,7 @@ class Handshake:
         assert self.catalog is not None
         reservation, saved = written
         try:
-            file = await read_slot_file(self.catalog.directory / reservation.part_name)
+            file = await read_slot_file(self.catalog.slot_files / reservation.part_name)
             if (same := self._listed(file.tokens)) is not None:
                 await self.catalog.abandon(reservation)
                 table.add_snapshot(same)  # perhaps it is still to be read

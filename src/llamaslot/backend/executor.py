@@ -28,8 +28,9 @@ from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import Act
 from llamaslot.scheduling.placement import prefill_steps
 from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, SaveSharedPrefix
-from llamaslot.store import Snapshot, WithTokens
+from llamaslot.store import WithTokens
 from llamaslot.store.giving_out import is_passing
+from llamaslot.store.landing import NoLanding
 from llamaslot.store.model_snapshots import content_of
 
 log = logging.getLogger(__name__)
@@ -175,10 +176,10 @@ class PlanExecutor:
 
     # -- save ----------------------------------------------------------------------------------------------------
 
-    async def save_now(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """Save a slot leased only for that. ``must_give_way``: as in ``Saving.save``. Canceling is safe: the save is
-        completed.
-        """
+    async def save_now(
+        self, lease: Lease, must_give_way: Callable[[], bool] = never
+    ) -> asyncio.Task[WithTokens | None] | None:
+        """Save a slot leased only for that: as ``Saving.save``. Canceling is safe: the save is completed."""
         return await self._carry_out(lease, self.saving.save(lease, must_give_way))
 
     # -- erase and restore ---------------------------------------------------------------------------------------
@@ -218,7 +219,8 @@ class PlanExecutor:
             lease.set_content(None)
             raise
         except (LlamaslotError, KeyError, OSError) as error:
-            log.warning("%s: snapshot %s was not restored: %s", lease.request.id, snapshot_id, error)
+            level = logging.DEBUG if isinstance(error, NoLanding) else logging.WARNING  # that was said
+            log.log(level, "%s: snapshot %s was not restored: %s", lease.request.id, snapshot_id, error)
             if is_passing(error):
                 lease.table.model_snapshots.set_aside[snapshot_id] = self.now() + _SET_ASIDE_S
             else:

@@ -50,6 +50,7 @@ class IdleSave:
             if slot is None or (lease := self._lease(slot)) is None:
                 break
             n_saved += await self._save(lease) is not None
+        await self._executor.saving.settle()
         return n_saved
 
     def _lease(self, slot: Slot) -> Lease | None:
@@ -57,18 +58,21 @@ class IdleSave:
         return self._leases.try_lease(slot, request)
 
     async def _save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """Save the slot. None if that failed: then not again until its content has changed."""
+        """Save the slot, which is given back before the commit. None if that failed: then not again until its content
+        has changed.
+        """
         assert lease.slot is not None
         with lease:
             slot, before = lease.slot, lease.slot.content.tokens
             try:
-                snapshot = await self._executor.save_now(lease, must_give_way)
+                commit = await self._executor.save_now(lease, must_give_way)
             except LlamaslotError as error:
                 log.warning(NOT_SAVED, lease.request.id, slot.name, error)
-                snapshot = None
-            gave_way = snapshot is None and must_give_way()
+                commit = None
+            gave_way = commit is None and must_give_way()
+        snapshot = await asyncio.shield(commit) if commit is not None else None
         if snapshot is None and not gave_way:
-            self._failed[slot] = before
+            self._failed[slot] = before if commit is None else slot.content.tokens
         else:
             self._failed.pop(slot, None)
         return snapshot

@@ -57,7 +57,9 @@ class SlotFiles(Protocol):
     """Where probes save slots: the catalog, or ``llamaslot doctor``, which keeps none."""
 
     @property
-    def directory(self) -> Path: ...
+    def slot_files(self) -> Path:
+        """Where llama-server writes and reads."""
+        ...
 
     @property
     def snapshots(self) -> Mapping[str, object]: ...
@@ -133,7 +135,7 @@ class Probes:
                     " its entries, or give this server a directory of its own"
                 ) from error
 
-        directory = self.catalog.directory
+        directory = self.catalog.slot_files
         room = await self._quota(self.rates.size_bytes(n_tokens)) if n_tokens else None
         try:
             # Not in a slot that holds a context: a restore that fails would lose it.

@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
@@ -18,20 +20,24 @@ from llamaslot.backend.slot_content import prefilled
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.snapshot_usage import abandoned_by, supersedes
 from llamaslot.cache.content import Content, SnapshotKind
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, head
 from llamaslot.cache.reuse import CacheKind, RewindModel
-from llamaslot.errors import LlamaslotError, OtherConversation, SlotWedged, SnapshotInvalid
+from llamaslot.errors import LlamaslotError, OtherConversation, SlotActionFailed, SlotWedged, SnapshotInvalid
+from llamaslot.llama.answers import SlotAction
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
-from llamaslot.store import Catalog, QuotaExceeded, SavedSlot, Snapshot, WithTokens
-from llamaslot.store.model_snapshots import content_of
+from llamaslot.store import Catalog, QuotaExceeded, Reservation, SavedSlot, WithTokens
+from llamaslot.store.landing import NoLanding
+from llamaslot.store.model_snapshots import PendingSave, content_of
 from llamaslot.store.taking_in import Base
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
+OnEnd: TypeAlias = Callable[[Lease, Content, WithTokens | None], None]
+_MAX_COMMITS = 2  # in the background: each has a whole slot file
 _N_NEAREST = 8  # snapshots that share most with a new one
 
 NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
@@ -40,6 +46,26 @@ NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
 def never() -> bool:
     """For a save that yields to nothing."""
     return False
+
+
+@dataclass(eq=False)
+class _File:
+    """A slot file of ``content`` that llama-server has written for ``lease``. ``is_checked``: its tokens, once it is
+    known to be what was to be saved; ``pending``: its entry while the commit goes on in the background.
+    """
+
+    lease: Lease
+    content: Content
+    kind: SnapshotKind
+    reservation: Reservation
+    result: SlotAction
+    fingerprint: str
+    on_end: OnEnd
+    started: float
+    pending: PendingSave | None = None
+    is_checked: asyncio.Future[bytes] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class Saving:
@@ -59,6 +85,7 @@ class Saving:
         self.leases = leases
         self.fingerprint = ""
         self._lock = asyncio.Lock()
+        self._commits: set[asyncio.Task[WithTokens | None]] = set()  # in the background
 
     @contextlib.asynccontextmanager
     async def in_turn(self, lease: Lease, seconds: float) -> AsyncIterator[None]:
@@ -73,9 +100,13 @@ class Saving:
         else:
             yield
 
-    async def save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """Save the slot's content as a snapshot, verified and committed. None if that failed: the slot keeps its
-        content. ``must_give_way`` is called just before the file is written: True cancels the save.
+    async def save(
+        self, lease: Lease, must_give_way: Callable[[], bool] = never
+    ) -> asyncio.Task[WithTokens | None] | None:
+        """Save the slot's content as a snapshot. Returns its commit, once llama-server's file is known to hold that
+        content: the slot may be used again. Until the commit has ended the content is found as a pending save. None if
+        it failed: the slot keeps its content. ``must_give_way`` is called just before the file is written: True cancels
+        the save.
 
         Raises SlotWedged if the slot had to be rewound first, and llama-server sent nothing.
         """
@@ -92,21 +123,56 @@ class Saving:
         if lease.is_own:  # otherwise slots that are all hot would evict each other in turn, for ever
             keep = lease.table.backing(besides=lease.slot)
         n_held = await self._n_held(lease, content)
-        snapshot = await self._write(lease, content, n_held, keep, SnapshotKind.LEAF, must_give_way)
-        # No await from here to the end: the pending save becomes a snapshot at once.
+        commit = await self._write(
+            lease, content, n_held, keep, SnapshotKind.LEAF, self._has_ended, must_give_way
+        )
         lease.end_pending_save()
-        if snapshot is not None:
-            old = lease.table.snapshot(content.snapshot) if content.snapshot else None
-            lease.set_content(replace(content_of(snapshot), checkpoints=content.checkpoints))
-            if old is not None and supersedes(snapshot, old, lease.table.rules.similarity_min):
-                self.catalog.inherit(snapshot.id, old.id)
-                self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
         self.leases.dispatch()
-        return snapshot
+        return commit
+
+    def _has_ended(self, lease: Lease, content: Content, snapshot: WithTokens | None) -> None:
+        """The commit of the slot's ``content`` has ended, without an await since it became a snapshot."""
+        table = lease.table
+        old = table.snapshot(content.snapshot) if content.snapshot else None
+        self._mark(lease, content, snapshot)
+        if snapshot is None or old is None or self.catalog is None:
+            return
+        if supersedes(snapshot, old, table.rules.similarity_min):
+            self.catalog.inherit(snapshot.id, old.id)
+            self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
+
+    def _mark(self, lease: Lease, content: Content, snapshot: WithTokens | None) -> None:
+        """Note in what the slot of ``lease`` holds now that ``content``, or what goes on from it, was saved as
+        ``snapshot``, or could not be saved.
+        """
+        table, slot = lease.table, lease.slot
+        if slot is None:
+            return
+        holder = next((its for its in self.leases.leases if its.slot is slot), None)
+        held = holder.content if holder is not None else slot.content
+        if held is None or held.namespace != content.namespace or not (holder is not None or slot.is_idle):
+            return
+        if held is content:
+            after = replace(held, is_dirty=True)
+            if snapshot is not None:
+                after = replace(content_of(snapshot), checkpoints=content.checkpoints)
+        elif (
+            snapshot is not None
+            and held.snapshot == content.snapshot
+            and (common(held.tokens, snapshot.tokens) >= table.rules.similarity_min * content.n_tokens)
+        ):  # it has gone on
+            after = replace(held, snapshot=snapshot.id)
+        else:
+            return
+        if holder is not None:
+            holder.set_content(after)
+        elif after.tokens == held.tokens:
+            slot.content = after
+            table.worth.holds(slot)
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
-        """Save the slot's content, exactly the first ``n_tokens`` of its request, as a shared-prefix snapshot. False if
-        that failed. Raises SlotWedged as ``save`` does.
+        """Save the slot's content, exactly the first ``n_tokens`` of its request, as a shared-prefix snapshot; as
+        ``save``. False if that failed. Raises SlotWedged.
 
         The slot continues from there: its unsaved content is the same as before.
         """
@@ -120,14 +186,21 @@ class Saving:
                 return False  # the prefill has failed
             if not await self._has_gone_back(lease, content, SnapshotKind.TRUNK) or lease.content is None:
                 return False
-            snapshot = await self._write(lease, lease.content, n_tokens, _planned(lease), SnapshotKind.TRUNK)
-            is_kept = snapshot is not None
+            commit = await self._write(
+                lease, lease.content, n_tokens, _planned(lease), SnapshotKind.TRUNK, lambda *_: None
+            )
+            is_kept = commit is not None
             return is_kept
-        finally:  # without an await since it became a snapshot
+        finally:  # without an await since it became a snapshot, or a pending save
             if not is_kept:
                 lease.stop_keeping()
             lease.table.end_expected_trunks(lease.slot_id, n_tokens)
             self.leases.dispatch()
+
+    async def settle(self) -> None:
+        """Wait for the commits in the background. Canceling is safe."""
+        while self._commits:
+            await asyncio.wait(self._commits)
 
     async def _write(
         self,
@@ -136,25 +209,25 @@ class Saving:
         n_held: int,
         keep: set[str],
         kind: SnapshotKind,
+        on_end: OnEnd,
         must_give_way: Callable[[], bool] = never,
-    ) -> WithTokens | None:
-        """Reserve space, save, verify, commit, and add it to the index. None if that failed, which is logged.
-
-        There is no await between the commit and the return.
+    ) -> asyncio.Task[WithTokens | None] | None:
+        """Reserve space, save, verify, and begin the commit, which adds it to the index. None if that failed, which is
+        logged. ``on_end`` is called when a commit ends, with the slot's content as it was then known.
         """
         assert self.catalog is not None
         began = self.now()
         try:
             size_bytes = self.rates.size_bytes(n_held)
+            base = _base(lease.table, content, content.tokens)
+            new_bytes = size_bytes - (self.rates.size_bytes(base.n_shared) if base is not None else 0)
             reservation = await self.catalog.reserve(
-                size_bytes, keep=keep, spare=self.leases.snapshots_in_demand()
+                size_bytes, keep, self.leases.snapshots_in_demand(), max(new_bytes, 0)
             )
         except (QuotaExceeded, SnapshotInvalid) as error:
             _not_saved(lease, kind, error)
             return None
         asked_at = started = self.now()
-        used_at = lease.slot.used_at if lease.slot is not None and kind is SnapshotKind.LEAF else started
-        idle_s = max(started - used_at, 0.0)
         fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
         try:
             async with self.in_turn(lease, self.rates.save.seconds(size_bytes)):
@@ -169,26 +242,14 @@ class Saving:
                 lease.table.lost_slots.count(self.now())
             if kind is SnapshotKind.TRUNK and result.n_tokens != n_held:
                 raise OtherConversation(f"{result.n_tokens} tokens were saved instead of {n_held}")
-            saved = SavedSlot(
-                tokens_expected=content.tokens,
-                n_saved=result.n_tokens,
-                n_written=result.n_bytes,
-                fingerprint=fingerprint,
-                checkpoints=lease.table.rewind_model.in_file(content.checkpoints),
-                source=lease.request.id,
-                kind=kind,
-                is_pinned=kind is SnapshotKind.TRUNK and lease.request.is_prewarm,
-                namespace=content.namespace.text,
-                idle_s=idle_s,
-                find_base=partial(_base, lease.table, content),
-                marks=(*content.checkpoints, *lease.request.boundaries, lease.request.n_system),
-            )
-            snapshot = await self.catalog.commit(reservation, saved)
         except (LlamaslotError, OSError) as error:
-            await self.catalog.abandon(reservation)
-            if isinstance(error, OtherConversation):
-                lease.set_content(None)  # a full disk, by contrast, says nothing about the slot
-            _not_saved(lease, kind, error, self.now() - started)
+            await self._abandon(lease, kind, reservation, error, self.now() - started)
+            return None
+        file = _File(lease, content, kind, reservation, result, fingerprint, on_end, started)
+        commit = self.tasks.spawn(self._commit(file), f"{lease.request.id} takes {reservation.id} in")
+        ends: list[asyncio.Future[Any]] = [commit, file.is_checked]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if commit.done() and commit.result() is None:
             return None
         # The server's own time: what a save waits for (the batch of other requests) a prefill would wait for too.
         save_s, waited_s = result.seconds or seconds, started - asked_at
@@ -200,21 +261,87 @@ class Saving:
         self.metrics.saved(result.n_bytes, seconds)
         act = Act(
             _step(kind), seconds, is_done=True, n_tokens=result.n_tokens, size_bytes=result.n_bytes,
-            snapshot=snapshot.id, waited_s=waited_s,
+            snapshot=reservation.id, waited_s=waited_s,
         )  # fmt: skip
         lease.recorder.record_step(lease.slot_key, act)
-        if kind is SnapshotKind.TRUNK:
-            log.info(
-                "%s: shared-prefix snapshot of %d tokens saved: %s", lease.request.id, n_held, snapshot.id
+        if not commit.done():
+            await self._leave_to_itself(file, commit)
+        return commit
+
+    async def _leave_to_itself(self, file: _File, commit: asyncio.Task[WithTokens | None]) -> None:
+        """The commit goes on in the background. Waits while there are too many."""
+        lease, content = file.lease, file.content
+        if file.kind is SnapshotKind.LEAF:
+            content = replace(content, tokens=file.is_checked.result(), is_exact=True, n_more=0)
+            if lease.is_own:  # not to be saved again
+                content = replace(content, is_dirty=False)
+            lease.set_content(content)
+            file.content = content
+        until = self.now() + self.rates.save.seconds(file.result.n_bytes)
+        file.pending = lease.table.model_snapshots.pending.add(content, until, lease.table.backend)
+        self._commits.add(commit)
+        commit.add_done_callback(self._commits.discard)
+        while len(self._commits) > _MAX_COMMITS:
+            await asyncio.wait(self._commits, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _commit(self, file: _File) -> WithTokens | None:
+        """Commit what llama-server has written, and add it to the index. None if that failed, which is logged."""
+        assert self.catalog is not None
+        lease, content, kind, snapshot = file.lease, file.content, file.kind, None
+        used_at = lease.slot.used_at if lease.slot is not None and kind is SnapshotKind.LEAF else file.started
+        try:
+            saved = SavedSlot(
+                tokens_expected=content.tokens,
+                n_saved=file.result.n_tokens,
+                n_written=file.result.n_bytes,
+                fingerprint=file.fingerprint,
+                checkpoints=lease.table.rewind_model.in_file(content.checkpoints),
+                source=lease.request.id,
+                kind=kind,
+                is_pinned=kind is SnapshotKind.TRUNK and lease.request.is_prewarm,
+                namespace=content.namespace.text,
+                idle_s=max(file.started - used_at, 0.0),
+                find_base=partial(_base, lease.table, content),
+                marks=(*content.checkpoints, *lease.request.boundaries, lease.request.n_system),
+                on_checked=file.is_checked.set_result,
             )
+            snapshot = await self.catalog.commit(file.reservation, saved)
+        except (LlamaslotError, OSError) as error:
+            await self._abandon(lease, kind, file.reservation, error, self.now() - file.started)
+        else:
+            self._add(file, snapshot)
+        # No await since it became a snapshot.
+        if file.pending is not None:
+            lease.table.model_snapshots.pending.end(file.pending)
+        file.on_end(lease, file.content, snapshot)
+        self.leases.dispatch()
+        return snapshot
+
+    def _add(self, file: _File, snapshot: WithTokens) -> None:
+        """Add it to the index."""
+        assert self.catalog is not None
+        lease = file.lease
+        if file.kind is SnapshotKind.TRUNK:
+            log.info(
+                "%s: shared-prefix snapshot of %d tokens saved: %s",
+                lease.request.id, snapshot.n_tokens, snapshot.id,
+            )  # fmt: skip
         if snapshot.id in self.catalog.snapshots:
             lease.table.add_snapshot(snapshot)
-            if kind is SnapshotKind.LEAF and (left := abandoned_by(lease.table, snapshot)) is not None:
+            if file.kind is SnapshotKind.LEAF and (left := abandoned_by(lease.table, snapshot)) is not None:
                 self.catalog.branched(left)
             current = self.leases.table
-            if current not in (None, lease.table) and self.fingerprint == fingerprint:
+            if current not in (None, lease.table) and self.fingerprint == file.fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it too
-        return snapshot
+
+    async def _abandon(
+        self, lease: Lease, kind: SnapshotKind, reservation: Reservation, error: Exception, seconds: float
+    ) -> None:
+        assert self.catalog is not None
+        await self.catalog.abandon(reservation, is_refused=isinstance(error, SlotActionFailed))
+        if isinstance(error, OtherConversation):
+            lease.set_content(None)  # a full disk, by contrast, says nothing about the slot
+        _not_saved(lease, kind, error, seconds)
 
     @staticmethod
     def _must_go_back(rewind_model: RewindModel, content: Content) -> bool:
@@ -300,9 +427,10 @@ def _planned(lease: Lease) -> set[str]:
 
 def _not_saved(lease: Lease, kind: SnapshotKind, error: Exception, seconds: float = 0.0) -> None:
     lease.recorder.record_step(lease.slot_key, Act(_step(kind), seconds, is_done=False))
+    level = logging.DEBUG if isinstance(error, NoLanding) else logging.WARNING  # that was said
     if kind is SnapshotKind.TRUNK:
-        log.warning(
-            "%s: shared prefix in slot %s was not saved: %s", lease.request.id, lease.slot_name, error
+        log.log(
+            level, "%s: shared prefix in slot %s was not saved: %s", lease.request.id, lease.slot_name, error
         )
     else:
-        log.warning(NOT_SAVED, lease.request.id, lease.slot_name, error)
+        log.log(level, NOT_SAVED, lease.request.id, lease.slot_name, error)

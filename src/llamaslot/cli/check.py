@@ -52,7 +52,7 @@ def check(path: Path) -> Checked:
         raise ConfigError(error.source, [*error.faults, *_unusable_as_written(path)]) from None
     checked = Checked(list(_unusable(config)))
     store = config.store
-    for directory in dict.fromkeys(backend.slot_save_path for backend in config.backends):
+    for directory in dict.fromkeys(config.directory_of(backend) for backend in config.backends):
         if directory is None or not directory.is_dir() or not os.access(directory, os.R_OK | os.X_OK):
             continue
         n_held = sum(size_bytes(directory, id_) for id_ in list_own(directory).suffixes)
@@ -78,6 +78,8 @@ def check(path: Path) -> Checked:
 def _unusable(config: Config) -> Iterator[str]:
     """The directories that this user cannot use. Files that are only read were read with the configuration."""
     made = [("store.meta_dir", config.store.meta_dir)]  # at the start
+    if config.store.directory is not None:
+        made.append(("store.directory", config.store.directory))
     for i, backend in enumerate(config.backends):
         directory, key = backend.slot_save_path, f"backends[{i}].slot_save_path"
         if directory is None or directory in (before.slot_save_path for before in config.backends[:i]):
@@ -189,6 +191,7 @@ def _only_for_root(path: Path, config: Config) -> Iterator[str]:
             yield f"{key}: only root can read {file} ({_owner(file)})"
     written = {
         "store.meta_dir": config.store.meta_dir,
+        "store.directory": config.store.directory,
         **{
             f"backends[{i}].slot_save_path": backend.slot_save_path
             for i, backend in enumerate(config.backends)

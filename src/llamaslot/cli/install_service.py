@@ -159,6 +159,7 @@ def units(
                 "llama-server.service",
                 model=model, host=url.hostname, port=url.port or 80, slots=slots, context=slots * context,
                 directory=backend.slot_save_path or _STATE / "kv", server_user=server_user, group=group,
+                runtime=_in_memory(backend.slot_save_path),
                 key=f" \\\n  --api-key-file {key}" if key is not None else "",
             ),
         )  # fmt: skip
@@ -173,6 +174,7 @@ def units(
             needs="Requires=llamaslot.socket\n" if has_socket else "",
             type=Template(_TYPES[is_new]).substitute(),
             program=_program(program), config=path, user=user, group=group,
+            runtime="# For slot files in memory.\nRuntimeDirectory=llamaslot\n" if has_managed else "",
             writes=f"ReadWritePaths={' '.join(elsewhere)}\n" if elsewhere else "",
             drain_s=f"{shutdown.drain_s:g}", save_s=f"{shutdown.save_s:g}",
             stop_s=f"{2 * shutdown.drain_s + shutdown.save_s + _MARGIN_S:.0f}",
@@ -184,7 +186,17 @@ def units(
         yield "llamaslot.socket", _filled("llamaslot.socket", address=f"{host}:{config.listen.port}")
 
 
+def _in_memory(directory: Path | None) -> str:
+    """The lines that make a directory below /run, for llama-server and llamaslot."""
+    if directory is None or not directory.is_relative_to("/run") or directory == Path("/run"):
+        return ""
+    name = directory.relative_to("/run")
+    return f"RuntimeDirectory={name}\nRuntimeDirectoryMode=2770\nRuntimeDirectoryPreserve=yes\n"
+
+
 def _directories(config: Config) -> Iterator[Path]:
+    if config.store.directory is not None:
+        yield config.store.directory
     for backend in config.backends:
         if backend.slot_save_path is not None:
             yield backend.slot_save_path

@@ -113,10 +113,13 @@ def _run(
         from llamaslot.config.sections import default_meta_dir
         from llamaslot.http.serve import serve_command
         from llamaslot.llama.managed.process import ManagedServer, in_words
+        from llamaslot.store.landing import landing_in_memory
         from llamaslot.store.shared_store import claim
 
         part = claim(store or default_meta_dir() / "models", given.model)
-        slot_files = Path(given.said(SAVE_PATH) or part.directory)
+        directory = Path(given.said(SAVE_PATH) or part.directory)
+        slot_files = landing_in_memory(directory) if given.said(SAVE_PATH) is None else directory
+        slot_files = slot_files or directory
         server = ManagedServer(
             given,
             name="llama",
@@ -124,7 +127,7 @@ def _run(
             log_path=None,
             api_key=next(iter(given.api_keys), None),
         )
-        config = _config(given, address, server.url, slot_files, part, quota, stop_s)
+        config = _config(given, address, server.url, slot_files, directory, part, quota, stop_s)
     except LlamaslotError as error:
         fail([str(error)])
     for cost in given.costs():
@@ -158,6 +161,7 @@ def _config(
     address: tuple[str, str],
     url: str,
     slot_files: Path,
+    directory: Path,
     part: Part,
     quota: str,
     stop_s: float,
@@ -180,7 +184,7 @@ def _config(
         "listen": {"host": address[0], "port": address[1]},
         "backends": [backend],
         "auth": auth,
-        "store": {"quota": quota, "meta_dir": part.meta_dir},
+        "store": {"quota": quota, "meta_dir": part.meta_dir, "directory": directory},
         "shutdown": {"drain_s": drain_s(stop_s)},
     }
     _remember(part.meta_dir / RUN_CONFIG, settings)

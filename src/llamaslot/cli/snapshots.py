@@ -368,8 +368,10 @@ class OfflineStore(Struct, frozen=True):
         named = [backend for backend in config.backends if backend.slot_save_path is not None]
         if not named:
             raise DirectoryUnusable("backends[0].slot_save_path is not set: nothing is kept on disk")
-        backend, directory = named[0], os.path.realpath(str(named[0].slot_save_path))
-        that_share_it = [each for each in named if os.path.realpath(str(each.slot_save_path)) == directory]
+        backend, directory = named[0], os.path.realpath(str(config.directory_of(named[0])))
+        that_share_it = [
+            each for each in named if os.path.realpath(str(config.directory_of(each))) == directory
+        ]
         learned = [
             Rates.from_json(_read(store.meta_dir / f"{each.name}.rates.json")) for each in that_share_it
         ]
@@ -378,7 +380,7 @@ class OfflineStore(Struct, frozen=True):
         known = tuple(model for model in models if model is not None) if None not in models else ()
         hit_rates = HitRateModel.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
         limits = Limits(store.quota, store.max_files, store.min_free)
-        return cls(Path(str(backend.slot_save_path)), limits, now, known, rates, hit_rates)
+        return cls(Path(str(config.directory_of(backend))), limits, now, known, rates, hit_rates)
 
     def is_ours(self, item: Item) -> bool:
         """Whether a model that was served last can use it; also true if those are not known."""

@@ -121,6 +121,12 @@ def _directory_faults(
     """Directories of slot files that hold other files of llamaslot too: each would take the others' for foreign."""
     store = raw.get("store")
     meta = _real(store.get("meta_dir"), info) if isinstance(store, dict) else None
+    kept = _real(store.get("directory"), info) if isinstance(store, dict) else None
+    if kept is not None and kept == meta:
+        yield (
+            ("store", "directory"),
+            "is store.meta_dir too: llamaslot's own files and slot files need a directory each",
+        )
     seen = dict[Path, int]()
     for i, backend in enumerate(backends):
         path = _real(backend.get("slot_save_path"), info) if isinstance(backend, dict) else None
@@ -130,7 +136,9 @@ def _directory_faults(
         if path == meta:
             yield loc, "is store.meta_dir too: llamaslot's own files and slot files need a directory each"
         for other, j in seen.items():
-            if path != other and (path in other.parents or other in path.parents):
+            if kept is not None and path != other:
+                yield loc, f"with store.directory it must be that of backends[{j}]: all save into one place"
+            elif path != other and (path in other.parents or other in path.parents):
                 yield (
                     loc,
                     f"and that of backends[{j}] are one inside the other: give them the same, or one beside",

@@ -89,6 +89,12 @@ class Config(Section):
     def backend(self) -> BackendConfig:
         return self.backends[0]
 
+    def directory_of(self, backend: BackendConfig) -> Path | None:
+        """Where its snapshots are; None without."""
+        return (
+            (self.store.directory or backend.slot_save_path) if backend.slot_save_path is not None else None
+        )
+
     @property
     def rules(self) -> tuple[RewriteRule, ...]:
         """All rules for system prompts, built-in ones included."""
@@ -127,8 +133,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _slot_files_of_a_managed_server(self) -> Config:
-        """The default for a managed server: ``<store.meta_dir>/kv``."""
-        default = {"slot_save_path": self.store.meta_dir / "kv"}
+        """The default for a managed server: ``store.directory``, else ``<store.meta_dir>/kv``."""
+        default = {"slot_save_path": self.store.directory or self.store.meta_dir / "kv"}
         backends = tuple(
             backend.model_copy(update=default)
             if backend.managed is not None and backend.slot_save_path is None

@@ -176,7 +176,11 @@ class StoreConfig(Section):
     quota: Size = 20 * GIB
     # Most snapshots; beyond, the least valuable are evicted.
     max_files: Annotated[Count, Field(gt=0)] = 10_000
-    # Bytes to leave free on the file system of slot_save_path; 0: not checked.
+    # Where snapshots are kept. None: in each slot_save_path; else that is only where llama-server writes and reads.
+    directory: FilePath | None = None
+    # Bytes of slot files that stay in slot_save_path for the next restore, if ``directory`` is elsewhere.
+    landing_quota: Size = 0
+    # Bytes to leave free on the file system of the snapshots; 0: not checked.
     min_free: Size = 1 * GIB
     # Directory of llamaslot's own files.
     meta_dir: FilePath = Field(default_factory=default_meta_dir)

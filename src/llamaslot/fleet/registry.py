@@ -68,9 +68,11 @@ class Registry:
         self.router = Router(self.pools, self._backends)
 
     @classmethod
-    def of(cls, config: Config, urls: Mapping[str, str] | None = None) -> Registry:
-        """``urls``: of managed backends, by name. Raises ConfigError if a configured file, readable a moment ago, is
-        not readable any more.
+    def of(
+        cls, config: Config, urls: Mapping[str, str] | None = None, landing: Path | None = None
+    ) -> Registry:
+        """``urls``: of managed backends, by name; ``landing``: where those write, if not in their slot_save_path.
+        Raises ConfigError if a configured file, readable a moment ago, is not readable any more.
         """
         registry = cls(Metrics(), _pool_settings(config))
         registry.router.configure(config.models)
@@ -82,16 +84,27 @@ class Registry:
             url = (urls or {}).get(settings.name) or settings.url
             assert url is not None, "a managed backend has a URL once it is there"
             api = LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name)
-            backend = registry.add(settings.name, api, config.store, settings.slot_save_path)
+            slot_files = landing if settings.managed is not None and landing else settings.slot_save_path
+            backend = registry.add(
+                settings.name, api, config.store, config.directory_of(settings), slot_files
+            )
             backend.cache_misses.tells_texts = config.log.prompts
         return registry
 
-    def add(self, name: str, api: LlamaServer, store: StoreConfig, directory: Path | None) -> Backend:
-        """Add a llama-server. It is connected to after ``start``. ``directory``: its snapshots; None without."""
+    def add(
+        self,
+        name: str,
+        api: LlamaServer,
+        store: StoreConfig,
+        directory: Path | None,
+        slot_files: Path | None = None,
+    ) -> Backend:
+        """Add a llama-server. It is connected to after ``start``. ``directory``: its snapshots; None without.
+        ``slot_files``: where it writes and reads, if elsewhere.
+        """
         rates_file = store.meta_dir / f"{name}.rates.json"
-        return self._add(
-            name, api, self._store(name, store, directory) if directory is not None else None, rates_file
-        )
+        its = self._store(name, store, directory, slot_files) if directory is not None else None
+        return self._add(name, api, its, rates_file)
 
     def _add(self, name: str, api: LlamaServer, store: SnapshotStore | None, rates_file: Path) -> Backend:
         pool = self.pools[0]
@@ -110,7 +123,9 @@ class Registry:
         pool.backends[name] = backend
         return backend
 
-    def _store(self, name: str, settings: StoreConfig, directory: Path) -> SnapshotStore:
+    def _store(
+        self, name: str, settings: StoreConfig, directory: Path, slot_files: Path | None
+    ) -> SnapshotStore:
         """The store of a directory. Its files in ``meta_dir`` have the name of the first backend with it."""
         path = Path(os.path.realpath(directory))
         if path not in self.stores:
@@ -121,6 +136,8 @@ class Registry:
                 quota_bytes=settings.quota,
                 max_files=settings.max_files,
                 min_free_bytes=settings.min_free,
+                landing=slot_files,
+                landing_bytes=settings.landing_quota,
                 on_drop=self._dropped,
                 saves_s=self._saves_s,
             )
@@ -175,7 +192,8 @@ class Registry:
         assert settings.url is not None, "one that runs already"
         api = LlamaServer(settings.url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=name)
         known = set(self.stores)
-        backend = self.add(name, api, config.store, settings.slot_save_path)
+        directory = config.directory_of(settings)
+        backend = self.add(name, api, config.store, directory, settings.slot_save_path)
         backend.cache_misses.tells_texts = config.log.prompts
         for path in self.stores.keys() - known:
             await self.stores[path].open()

@@ -18,6 +18,7 @@ from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import scan, sidecar
 from llamaslot.store.entries import Pin, SnapshotTable
+from llamaslot.store.landing import Landing, copy_file
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Quota
 from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
@@ -41,8 +42,8 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
 
     ``n_saved`` (tokens) and ``n_written`` (bytes): its answer. ``tokens_expected``: the file must begin with these.
     ``idle_s``: seconds since their last use. ``find_base(tokens)``: the snapshot that shares most with the file;
-    without, it is kept whole. ``marks``: token counts to which a later request may go back. The other fields are those
-    of the ``Snapshot``.
+    without, it is kept whole. ``marks``: token counts to which a later request may go back. ``on_checked(tokens)`` is
+    called once the file is known to hold what it must. The other fields are those of the ``Snapshot``.
     """
 
     tokens_expected: bytes
@@ -57,6 +58,7 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     idle_s: float = 0.0
     find_base: Callable[[bytes], Base | None] | None = None
     marks: tuple[int, ...] = ()
+    on_checked: Callable[[bytes], None] = lambda tokens: None
 
     def noted(self, id_: str, created_at: float) -> Noted:
         """Its sidecar, before its file was read."""
@@ -77,14 +79,15 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
 
 class ReservationState(Struct):
     """The account of a reservation: its bytes and those on disk, the snapshots protected from its eviction, and its
-    commit once that has begun. ``spare``: may be evicted to save it, but not to write less. ``base``: the pin of a
-    snapshot whose files the new one needs, until it is listed.
+    commit once that has begun. ``has_landed``: llama-server's file is not in the store. ``spare``: may be evicted to
+    save it, but not to write less. ``base``: the pin of a snapshot whose files the new one needs, until it is listed.
     """
 
     size_bytes: int
     keep: frozenset[str]
     spare: frozenset[str] = frozenset()
     landed_bytes: int = 0
+    has_landed: bool = False
     base: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
 
@@ -103,41 +106,63 @@ class Acceptance:
         evict: Callable[[Deficit, frozenset[str]], bool],
         pin: Callable[[str], Pin],
         lost: Callable[[str], None],
+        landing: Landing,
     ) -> None:
         self._directory, self._table, self._quota, self._manifest = directory, table, quota, manifest
-        self._evict, self._pin, self._lost = evict, pin, lost
+        self._evict, self._pin, self._lost, self._landing = evict, pin, lost, landing
         self._said = set[str]()
         self.n_differing = 0  # saves with other rows than their slot had before
         self.added_bytes = 0  # to the store, by all saves
 
     async def accept(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
         """Verify the part file of a reservation, and give it its name. Raises SnapshotInvalid and QuotaExceeded."""
-        part = self._directory / (noted.id + PART)
+        part = self._landing.path(noted.id) if state.has_landed else self._directory / (noted.id + PART)
         file = await read_slot_file(part)
-        if (extra := file.size_bytes - state.size_bytes) > 0:
-            # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
-            self._book(state, extra)
-        state.landed_bytes = file.size_bytes
-        self._quota.land(file.size_bytes)
-        if extra > 0:
-            await self._quota.make_available(0, lambda short: self._evict(short, state.keep))
+        self._landing.written(noted.id)
+        if not state.has_landed:
+            await self._has_written(state, file.size_bytes)
         scan.agree(noted, file)
         if not file.tokens:
             raise OtherConversation(f"{part.name}: holds no tokens")
         if not file.tokens.startswith(saved.tokens_expected):
             raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
+        saved.on_checked(file.tokens)
         noted = replace(noted, digest=sidecar.digest_of(file.tokens))
         taken = await self._take_in(state, part, noted, saved, file.tokens)
         if taken is None:
-            taken = await self._keep_whole(part, noted)
+            taken = await self._keep_whole(state, part, noted)
+        await self._landing.settle(noted.id, noted.id, file.n_tokens, file.size_bytes)
         return taken.snapshot(taken.digest).with_tokens(file.tokens)
+
+    async def _has_written(self, state: ReservationState, size_bytes: int) -> None:
+        """llama-server's file is in the store. Raises QuotaExceeded if it is too large."""
+        if (extra := size_bytes - state.size_bytes) > 0:
+            # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
+            self._book(state, extra)
+        state.landed_bytes = size_bytes
+        self._quota.land(size_bytes)
+        if extra > 0:
+            await self._quota.make_available(0, lambda short: self._evict(short, state.keep))
 
     def _book(self, state: ReservationState, size_bytes: int) -> None:
         self._quota.granted += size_bytes
         state.size_bytes += size_bytes
 
-    async def _keep_whole(self, part: Path, noted: Noted) -> Noted:
+    async def _make_room(self, state: ReservationState, size_bytes: int, keep: frozenset[str]) -> None:
+        """Book so many bytes in all, without more files: those were counted before. Raises QuotaExceeded."""
+        if (more := size_bytes - state.size_bytes) > 0:
+            await self._quota.make_available(more, lambda short: self._evict(short, keep), n_files=0)
+            self._book(state, more)
+
+    async def _keep_whole(self, state: ReservationState, part: Path, noted: Noted) -> Noted:
+        if state.has_landed:
+            await self._make_room(state, noted.size_bytes, state.keep)
         try:
+            if state.has_landed:
+                landed, part = part, self._directory / part.name
+                await asyncio.to_thread(copy_file, landed, part, is_durable=True)
+                noted = replace(noted, boot=None)
+                self._manifest.durable.add(noted.id)
             self._manifest.file_ids[noted.id] = await asyncio.to_thread(self._publish, part, noted)
         except OSError as error:
             raise SnapshotInvalid(f"{noted.id}: cannot be written: {error.strerror or error}") from error
@@ -184,10 +209,8 @@ class Acceptance:
         self, state: ReservationState, part: Path, noted: Noted, intake: Intake, new: list[str]
     ) -> Noted:
         """Raises SnapshotInvalid, OSError and QuotaExceeded; then files of the ids in ``new`` may be left."""
-        kept = state.keep | state.spare
-        # No more files: it was counted when it was reserved.
-        await self._quota.make_available(intake.size_bytes, lambda short: self._evict(short, kept), n_files=0)
-        self._book(state, intake.size_bytes)
+        there = 0 if state.has_landed else state.size_bytes
+        await self._make_room(state, there + intake.size_bytes, state.keep | state.spare)
 
         def new_file() -> str:
             new.append(id_ := sidecar.new_id())
@@ -196,7 +219,9 @@ class Acceptance:
 
         noted = await asyncio.to_thread(take_in, self._directory, part, intake, noted, new_file)
         async with self._quota.turn():
-            self._manifest.file_ids[noted.id] = await asyncio.to_thread(let_go, self._directory, part, noted)
+            self._manifest.file_ids[noted.id] = await asyncio.to_thread(
+                let_go, self._directory, None if state.has_landed else part, noted
+            )
         written = noted.size_bytes + sum(
             part.size_bytes for part in noted.parts if part.file[: -len(EXT)] in new
         )

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,7 +20,8 @@ from llamaslot.store import scan, sidecar
 from llamaslot.store.acceptance import Acceptance, Reservation, ReservationState, SavedSlot
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.entries import Pin, SnapshotTable
-from llamaslot.store.giving_out import Copies, Given, is_passing
+from llamaslot.store.giving_out import Copies, is_passing
+from llamaslot.store.landing import Landing
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
@@ -50,12 +50,16 @@ class Catalog:
         on_drop: Callable[[Snapshot], None],
         manifest: Path | None = None,
         order: Order | None = None,
+        landing: Path | None = None,
+        landing_bytes: int = 0,
     ) -> None:
-        self.directory = directory
+        """``landing``: where llama-server writes and reads, if elsewhere; ``landing_bytes`` may stay there."""
+        self.directory, self.slot_files = directory, landing or directory
         self.quota_bytes = quota_bytes
         self._now, self._on_drop = now, on_drop
         self._lock = DirectoryLock(directory)
         self._tasks = TaskOwner()
+        self.landing = Landing(self.slot_files, directory, self._tasks, landing_bytes)
         self._table = SnapshotTable(order)
         self._quota = Quota(
             directory,
@@ -69,11 +73,13 @@ class Catalog:
         self._upkeep = Upkeep(directory, self._table, self._manifest, self._tasks, self._drop)
         self._sweep = Sweep(directory, self._table, self._quota, self._reservations.keys(), self._drop)
         self.acceptance = Acceptance(
-            directory, self._table, self._quota, self._manifest, self._evict, self.pin, self._drop
-        )
+            directory, self._table, self._quota, self._manifest, self._evict, self.pin, self._drop,
+            self.landing,
+        )  # fmt: skip
         self._copies = Copies(
-            directory, self.reserve, self.abandon, self._is_invalid, self._table.checksum_of
+            directory, self.landing, self.reserve, self.abandon, self._is_invalid, self._table.checksum_of
         )
+        self.given_out = self._copies.given_out  # if a file is damaged, what needs it is dropped
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:
@@ -120,9 +126,10 @@ class Catalog:
         """
         try:
             await in_thread(self._lock.acquire)  # cancelled while the thread still locks, the lock would stay
+            await self.landing.open()
             return await self._open()
         except BaseException:
-            self._lock.release()
+            self.close()
             raise
 
     async def _open(self) -> list[Snapshot]:
@@ -169,6 +176,7 @@ class Catalog:
         """Release the lock. Idempotent. Without ``settle`` before, unfinished removals, commits and times of use may
         be lost.
         """
+        self.landing.close()
         self._lock.release()
 
     # -- space ---------------------------------------------------------------------------------------------------
@@ -178,24 +186,35 @@ class Catalog:
         self.quota_bytes, self._quota.limits = quota_bytes, Limits(quota_bytes, max_files, min_free_bytes)
 
     async def reserve(
-        self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
+        self,
+        size_bytes: int,
+        keep: Collection[str] = (),
+        spare: Collection[str] = (),
+        new_bytes: int | None = None,
     ) -> Reservation:
-        """Reserve ``size_bytes``, evicting snapshots that are neither pinned nor in ``keep``.
+        """Reserve ``size_bytes``, evicting snapshots that are neither pinned nor in ``keep``. If llama-server writes
+        elsewhere, and ``new_bytes`` is given, only these.
 
         Those in ``spare`` are evicted only if there are no others. When this returns, the evicted files are gone from
         the disk. Raises QuotaExceeded, and evicts nothing, if not enough may be evicted. Canceling is safe: the space
         is released, evictions that have begun are completed.
         """
+        id_ = sidecar.new_id()
+        has_landed = await self.landing.book(id_, size_bytes)
+        booked = size_bytes if new_bytes is None or not has_landed else min(new_bytes, size_bytes)
         kept, spared = frozenset(keep), frozenset(keep) | frozenset(spare)
         self._table.tend(self._now())
-        await self._sweep.run()
-        await self._quota.make_available(
-            size_bytes, lambda short: self._evict(short, spared) or self._evict(short, kept)
-        )
+        try:
+            await self._sweep.run()
+            await self._quota.make_available(
+                booked, lambda short: self._evict(short, spared) or self._evict(short, kept)
+            )
+        except BaseException:
+            await self.landing.drop(id_)
+            raise
         # No await since the space was found.
-        id_ = sidecar.new_id()
-        self._reservations[id_] = ReservationState(size_bytes, kept, frozenset(spare))
-        self._quota.granted += size_bytes
+        self._reservations[id_] = ReservationState(booked, kept, frozenset(spare), has_landed=has_landed)
+        self._quota.granted += booked
         return Reservation(id_, id_ + PART, size_bytes)
 
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
@@ -246,9 +265,10 @@ class Catalog:
         del self._reservations[noted.id]
         self._quota.granted -= state.size_bytes
         self._quota.landed -= state.landed_bytes
-        self._list(snapshot.listed, noted.created_at - saved.idle_s, self._now())
+        self._table.add(snapshot.listed, self._now(), last_used=noted.created_at - saved.idle_s)
+        self._quota.committed = self._table.files.size_bytes
         state.base.__exit__(None, None, None)
-        if not snapshot.parts:
+        if snapshot.id not in self._manifest.durable:
             self._upkeep.sync(Noted.of(snapshot))
         elif saved.idle_s:  # on disk already, but dated as if used now: the manifest would leave it out
             self._upkeep.date(noted.id)
@@ -256,18 +276,12 @@ class Catalog:
             self._upkeep.changed(1)
         return snapshot
 
-    def given_out(
-        self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
-    ) -> AbstractAsyncContextManager[Given]:
-        """A slot file of its first ``n_tokens``, or of all: see ``Copies.given_out``. If a file is damaged or gone, the
-        snapshots that need it are dropped.
+    async def abandon(self, reservation: Reservation, *, is_refused: bool = False) -> None:
+        """Remove the part file and release the space. ``is_refused``: llama-server could not write it. Idempotent; no
+        effect on a committed reservation. Canceling is safe: the file is removed all the same.
         """
-        return self._copies.given_out(snapshot, n_tokens, spare)
-
-    async def abandon(self, reservation: Reservation) -> None:
-        """Remove the part file and release the space. Idempotent; no effect on a committed reservation. Canceling is
-        safe: the file is removed all the same.
-        """
+        if is_refused:
+            self.landing.was_refused(reservation.id)
         state = self._reservations.get(reservation.id)
         if state is not None and state.commit is not None:
             await asyncio.shield(state.commit)
@@ -279,7 +293,9 @@ class Catalog:
         state = self._reservations.pop(id_)
         self._quota.granted -= state.size_bytes
         self._quota.landed -= state.landed_bytes
-        await asyncio.shield(self._quota.remove(id_, state.size_bytes))
+        removal = self._quota.remove(id_, state.size_bytes)
+        await self.landing.drop(id_)
+        await asyncio.shield(removal)
 
     # -- one snapshot ---------------------------------------------------------------------------------------------
 
@@ -371,10 +387,6 @@ class Catalog:
 
     # -- without an await ------------------------------------------------------------------------------------------
 
-    def _list(self, snapshot: Snapshot, last_used: float, now: float) -> None:
-        self._table.add(snapshot, now, last_used=last_used)
-        self._quota.committed = self._table.files.size_bytes
-
     def _take(self, id_: str) -> Snapshot:
         """Move it from listed to leaving, or to pending_delete: it can no longer be chosen, pinned or restored."""
         snapshot = self.snapshots[id_]
@@ -387,6 +399,7 @@ class Catalog:
 
     def _remove(self, snapshot: Snapshot) -> None:
         """Remove its sidecar, and those of its files that no other snapshot needs."""
+        self.landing.forget(snapshot.id)
         freed = self._table.release(snapshot)
         self._quota.committed -= sum(freed.values())
         if (own := snapshot.id + KV) not in freed:

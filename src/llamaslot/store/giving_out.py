@@ -15,12 +15,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from llamaslot.cache.ids import WIDTH
-from llamaslot.errors import SnapshotInvalid
+from llamaslot.errors import SlotActionFailed, SnapshotInvalid
 from llamaslot.store.acceptance import Reservation
 from llamaslot.store.assemble import DoesNotFit, StateAt, assemble
 from llamaslot.store.extent import Piece, Source, check_file
+from llamaslot.store.landing import Landing, copy_file
 from llamaslot.store.quota import QuotaExceeded
-from llamaslot.store.sidecar import KV, N_STATES, Part, Snapshot
+from llamaslot.store.sidecar import KV, N_STATES, PART, Part, Snapshot, new_id
 from llamaslot.store.slot_file import ROW_HEAD
 from llamaslot.tasks import in_thread
 
@@ -99,12 +100,14 @@ class Copies:
     def __init__(
         self,
         directory: Path,
-        reserve: Callable[[int, Collection[str], Collection[str]], Awaitable[Reservation]],
+        landing: Landing,
+        reserve: Callable[[int, Collection[str], Collection[str], int | None], Awaitable[Reservation]],
         abandon: Callable[[Reservation], Awaitable[None]],
         on_damage: Callable[[str, SnapshotInvalid], None],
         checksum_of: Callable[[str], int | None],
     ) -> None:
-        self._directory, self._reserve, self._abandon = directory, reserve, abandon
+        self._directory, self._landing = directory, landing
+        self._reserve, self._abandon = reserve, abandon
         self._on_damage, self._checksum_of = on_damage, checksum_of
 
     @asynccontextmanager
@@ -117,16 +120,52 @@ class Copies:
         Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe: it waits for the
         copy and removes it.
         """
+        has_states = any(part.is_state for part in snapshot.parts)
+        or_more = n_tokens if has_states else int(n_tokens / _CUT_SHARE)
+        if (kept := self._landing.take(snapshot.id, n_tokens, or_more=or_more)) is not None:
+            try:
+                yield Given(kept.name, kept.size_bytes, kept.n_tokens)
+            finally:
+                self._landing.give_back(kept)
+            return
         await self._check_whole(snapshot)
         order = outgoing(snapshot, n_tokens)
         copy = await self._copy(snapshot, order, spare) if order is not None else None
         if copy is None:
-            yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
+            async with self._whole(snapshot) as name:
+                yield Given(name, snapshot.size_bytes, snapshot.n_tokens)
             return
         try:
             yield Given(copy.part_name, copy.size_bytes, n_tokens)
+            await self._landing.settle(copy.id, snapshot.id, n_tokens, copy.size_bytes)
+        except SlotActionFailed:
+            self._landing.was_refused(copy.id)
+            raise
         finally:
             await self._abandon(copy)
+
+    @asynccontextmanager
+    async def _whole(self, snapshot: Snapshot) -> AsyncIterator[str]:
+        """The name of its own file, where llama-server finds it. Raises SnapshotInvalid and QuotaExceeded."""
+        if not self._landing.is_separate:
+            yield snapshot.file_name
+            return
+        id_ = new_id()
+        try:
+            if await self._landing.book(id_, snapshot.size_bytes, snapshot.file_name):
+                source = self._directory / snapshot.file_name
+                try:
+                    await in_thread(copy_file, source, self._landing.path(id_))
+                except OSError as error:
+                    raise SnapshotInvalid(f"{snapshot.id}: cannot be copied: {error}") from error
+                self._landing.written(id_)
+            yield id_ + PART
+            await self._landing.settle(id_, snapshot.id, snapshot.n_tokens, snapshot.size_bytes)
+        except SlotActionFailed:
+            self._landing.was_refused(id_)
+            raise
+        finally:
+            await self._landing.drop(id_)
 
     async def _check_whole(self, snapshot: Snapshot) -> None:
         """Compare a slot file whose checksum others have noted: read once in this process, a second or more for several
@@ -147,10 +186,11 @@ class Copies:
         """None if its own file will do as well."""
         try:
             size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)
-            copy = await self._reserve(size_bytes, (snapshot.id,), spare)
-            target = self._directory / copy.part_name
+            copy = await self._reserve(size_bytes, (snapshot.id,), spare, 0)
+            target = self._landing.path(copy.id)  # or through the link there
             try:
                 size_bytes = await in_thread(order.write, self._directory, target)
+                self._landing.written(copy.id)
             except BaseException:
                 await self._abandon(copy)
                 raise

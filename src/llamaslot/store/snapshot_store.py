@@ -31,6 +31,8 @@ class SnapshotStore:
         quota_bytes: int,
         max_files: int = 10_000,
         min_free_bytes: int = 0,
+        landing: Path | None = None,
+        landing_bytes: int = 0,
         on_drop: Callable[[Snapshot], None],
         saves_s: Callable[[SnapshotStats], float],
     ) -> None:
@@ -47,6 +49,8 @@ class SnapshotStore:
             now=time.time,
             on_drop=self._dropped,
             order=self._order,
+            landing=landing,
+            landing_bytes=landing_bytes,
             manifest=meta_dir / f"{name}.sidecars",
         )
         self.libraries = Libraries(self.catalog, meta_dir / f"{name}.index", self._tasks)

@@ -204,8 +204,8 @@ def take_in(
     return noted
 
 
-def let_go(directory: Path, landing: Path, noted: Noted) -> FileId:
-    """Remove ``landing``, of which ``take_in`` has made ``noted``. Returns the mark of its .kv file.
+def let_go(directory: Path, landing: Path | None, noted: Noted) -> FileId:
+    """Remove ``landing``, if given, of which ``take_in`` has made ``noted``. Returns the mark of its .kv file.
 
     Another llamaslot of a shared store may have evicted what it goes on from. Within ``Quota.turn`` such an
     eviction either has been, and is found here, or comes later, and spares what the sidecar names. Raises
@@ -214,5 +214,6 @@ def let_go(directory: Path, landing: Path, noted: Noted) -> FileId:
     if gone := bad_files(directory, noted):
         raise SnapshotInvalid(f"{', '.join(sorted(gone))} has vanished")
     file_id = FileId.of(os.lstat(directory / (noted.id + KV)))
-    os.unlink(landing)
+    if landing is not None:
+        os.unlink(landing)
     return file_id

@@ -36,9 +36,7 @@ def of_check(checked: Checked) -> Iterator[Finding]:
 
 def of_machine(config: Config) -> Iterator[Finding]:
     yield _open_files(config)
-    directories = dict.fromkeys(
-        backend.slot_save_path for backend in config.backends if backend.slot_save_path is not None
-    )
+    directories = dict.fromkeys(filter(None, map(config.directory_of, config.backends)))
     yield _clock(
         [directory for directory in directories if os.access(directory, os.R_OK | os.W_OK | os.X_OK)]
     )

@@ -26,7 +26,7 @@ class ProbeFiles:
         self._directory = directory
 
     @property
-    def directory(self) -> Path:
+    def slot_files(self) -> Path:
         return self._directory
 
     @property

@@ -90,6 +90,11 @@ def _said_in(option: ServerFlag, environment: Mapping[str, str]) -> str | None:
     return None if said is None else "off" if said in _OFF else "on"
 
 
+def is_contained(command: Sequence[str] | None) -> bool:
+    """Whether the program of a command, or what a wrapper starts, is that of a container."""
+    return any(Path(word).name in _CONTAINERS for word in command or ())
+
+
 @dataclass(frozen=True)
 class GivenCommand:
     """As ``process.Launch``. ``line``: the whole command. Raises UnusableCommand."""
@@ -103,7 +108,7 @@ class GivenCommand:
                 "llama-server's command line is missing: llamaslot run -- llama-server -m model.gguf -np 4"
             )
         program = Path(self.line[0]).name
-        if program in _CONTAINERS:
+        if is_contained(self.line[:1]):
             raise UnusableCommand(
                 f"{program}: neither the port nor the files of a container are this machine's: run llamaslot in the "
                 "container, or in front of it with `llamaslot serve`"
