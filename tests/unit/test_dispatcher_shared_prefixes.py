@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -16,6 +17,7 @@ from llamaslot.errors import SlotActionFailed
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotState
 from llamaslot.store import Snapshot
+from llamaslot.store.giving_out import Given
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
 
@@ -256,6 +258,24 @@ def test_a_slot_that_is_taken_for_another_conversation_is_none_of_the_old_one() 
         house.loop.run(house.ask(opening(user, n_own)))
         house.loop.run(house.idle_save.save_all())
     assert sorted(one.n_tokens for one in house.catalog.snapshots.values()) == [N, N + 120, N + 300]
+    house.close()
+
+
+def test_what_was_cut_for_another_conversation_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tenths of it are the system part, which the other one was given alone; and that one is longer."""
+    house = house_of(CacheKind.DENSE, n_slots=1)
+
+    @asynccontextmanager
+    async def cut(snapshot: Snapshot, n_tokens: int, spare: object = ()) -> AsyncIterator[Given]:
+        house.server.files["cut"] = head(house.server.files[snapshot.file_name], n_tokens)
+        yield Given("cut", snapshot.size_bytes, n_tokens)
+
+    monkeypatch.setattr(house.catalog, "given_out", cut)
+    foreign = Request("foreign", tokens_of(900_000, 1500))
+    for request in (opening(1, 120), foreign, opening(2, 300)):
+        house.loop.run(house.ask(request))
+        house.loop.run(house.idle_save.save_all())
+    assert sorted(one.n_tokens for one in house.catalog.snapshots.values()) == [N + 120, N + 300, 1500]
     house.close()
 
 

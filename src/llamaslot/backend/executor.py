@@ -248,7 +248,7 @@ class PlanExecutor:
             return False
         restored = snapshot.cut(given.n_tokens)
         checkpoints = lease.table.rewind_model.in_file(restored.checkpoints)
-        lease.set_restored(restored, replace(content_of(restored), checkpoints=checkpoints))
+        lease.set_restored(snapshot, replace(content_of(restored), checkpoints=checkpoints))
         self.catalog.touch(snapshot.id)
         return True
 

@@ -39,7 +39,7 @@ from llamaslot.scheduling.placement import is_long
 from llamaslot.scheduling.plan import Plan, PrefillStats, Step
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import IllegalTransition, Slot, SlotEvent, SlotKey, SlotState
-from llamaslot.store import Snapshot
+from llamaslot.store import Snapshot, WithTokens
 
 T = TypeVar("T")
 
@@ -66,8 +66,8 @@ class Lease:
     llama-server has done so. ``content``: what the slot holds, as far as known; None if unknown. ``before``: what it
     held when the request itself was sent. ``restored``: the snapshot that was restored into the slot. ``n_done``:
     tokens of its prompt that are present, as far as known. ``sent_at``: when the request itself was sent.
-    ``came_at``, ``n_preempted``: since when it waits for an answer, and how often it was preempted. ``was_computing``:
-    it was released while llama-server computed its prompt.
+    ``came_at``, ``n_preempted``: since when it waits, and how often it was preempted. ``was_computing``: it was
+    released while llama-server computed its prompt.
     """
 
     def __init__(
@@ -224,9 +224,11 @@ class Lease:
         """Record what the slot holds; None for unknown content."""
         self.content = content
 
-    def set_restored(self, snapshot: Snapshot, content: Content) -> None:
-        """Record that ``snapshot`` was restored into the slot, which holds ``content`` since."""
-        self.restored, self.content = snapshot, content
+    def set_restored(self, snapshot: WithTokens, content: Content) -> None:
+        """Record that ``snapshot``, or as much of it as ``content`` has, was restored into the slot."""
+        is_other = self._is_other_conversation(content.n_tokens, snapshot.n_tokens)
+        self.restored = snapshot.cut(content.n_tokens)
+        self.content = replace(content, snapshot=None) if is_other else content
 
     def clear_restored(self) -> None:
         """From now on a shortfall of reuse is not the restored snapshot's fault."""
@@ -324,18 +326,18 @@ class Lease:
     def _cut_back(self) -> None:
         """Until the server confirms that it has begun, only the common prefix of old and new tokens is certain."""
         self._is_confirmed = False
-        if self.content is None:
+        if (content := self.content) is None:
             return
-        is_ours = self.request.may_use(self.content)
-        n = common(self.content.tokens, self.request.tokens) if is_ours else 0
-        content = self.content
+        n = common(content.tokens, self.request.tokens) if self.request.may_use(content) else 0
         if n < content.n_tokens:
-            # With only a common beginning it is another conversation, whose snapshot does not belong to this one.
-            is_other_conversation = n <= self.request.n_system + NEGLIGIBLE_TOKENS < content.n_tokens
-            snapshot = None if is_other_conversation else content.snapshot
-            self.content = content.cut_back(n, snapshot, self.request.namespace)
-            return
-        self.content = self._in_its_space(content)
+            is_other = self._is_other_conversation(n, content.n_tokens)
+            self.content = content.cut_back(n, None if is_other else content.snapshot, self.request.namespace)
+        else:
+            self.content = self._in_its_space(content)
+
+    def _is_other_conversation(self, n_common: int, n_tokens: int) -> bool:
+        """Whether only the beginning of these is common: then their snapshot does not belong to this one."""
+        return n_common <= self.request.n_system + NEGLIGIBLE_TOKENS < n_tokens
 
     def _in_its_space(self, content: Content) -> Content:
         namespace = self.request.namespace
