@@ -19,8 +19,8 @@ LONG_S = 1.0  # a prompt that takes longer to compute is a long one
 class Served:
     """What became of a request. ``n_known``: what an unlimited cache would have had of its prompt.
 
-    In seconds from when it was sent: ``queued_s`` until it had a slot, ``ttft_s`` until its first token, ``all_s``
-    until its last; ``answer_s`` from the first one to the last.
+    In seconds from when it was sent: ``queued_s`` until it had a slot, ``ttft_s`` until its first token;
+    ``answer_s`` from that to the last one.
     """
 
     request: TraceRequest
@@ -29,7 +29,6 @@ class Served:
     ttft_s: float = 0.0
     queued_s: float = 0.0
     answer_s: float = 0.0
-    all_s: float = 0.0
 
     @property
     def n_computed(self) -> int:
@@ -136,7 +135,6 @@ class Users:
         self.served: list[Served] = []
         self._trace, self._loop, self._ask, self._foresight = trace, loop, ask, foresight
         self._known = Known()
-        self._started_at = loop.time()
         self._held: dict[int, bytes] = {}  # by conversation: its last prompt and the answer to it
         self._index = {
             id(request): Origin(conversation, i)
@@ -175,4 +173,3 @@ class Users:
         sent_at = self._loop.time()
         n_system = trace.n_system(conversation)
         await self._ask(SentRequest(served, prompt, n_system, answer, self._index[id(request)], sent_at))
-        served.all_s = self._loop.time() - sent_at
