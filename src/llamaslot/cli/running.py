@@ -128,8 +128,10 @@ def _connection(listen: ListenConfig) -> HTTPConnection:
     return HTTPSConnection(host, listen.port, timeout=_TIMEOUT_S, context=context)
 
 
-def which(command: F) -> F:
-    """Adds both options. The command gets the configuration as ``path``."""
+def with_config_or_store(command: F) -> F:
+    """Adds ``--config`` and ``--store``, which say what llamaslot the command is about. It gets the configuration as
+    ``path``.
+    """
     config = click.option(
         "--config",
         "path",
@@ -168,7 +170,7 @@ def _of_run(context: click.Context, option: click.Parameter, store: Path | None)
 
 
 @click.command()
-@which
+@with_config_or_store
 @click.argument("backend")
 def drain(path: Path, backend: str) -> None:
     """Take BACKEND out of service: running answers end, its slots are saved, nothing new begins there.
@@ -193,7 +195,7 @@ def drain(path: Path, backend: str) -> None:
 
 
 @click.command()
-@which
+@with_config_or_store
 @click.argument("backend")
 def undrain(path: Path, backend: str) -> None:
     """Put BACKEND into service again."""

@@ -24,7 +24,7 @@ from xxhash import xxh3_64_hexdigest
 
 from llamaslot.cli.faults import report_faults
 from llamaslot.cli.format import number, several, span, table
-from llamaslot.cli.running import which
+from llamaslot.cli.running import with_config_or_store
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
@@ -56,7 +56,7 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be 
 
 
 @snapshots.command()
-@which
+@with_config_or_store
 @_json
 @click.option(
     "--sort",
@@ -83,7 +83,7 @@ def ls(path: Path, is_json: bool, order: str) -> None:
 
 
 @snapshots.command()
-@which
+@with_config_or_store
 @_json
 @click.argument("name", metavar="ID")
 def show(path: Path, is_json: bool, name: str) -> None:
@@ -108,7 +108,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
 
 
 @snapshots.command()
-@which
+@with_config_or_store
 @_dry_run
 @click.argument("names", metavar="ID...", nargs=-1, required=True)
 def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 
 
 @snapshots.command()
-@which
+@with_config_or_store
 @_dry_run
 @click.option("--others", is_flag=True, help="Also remove those of models other than the last served one.")
 def gc(path: Path, dry_run: bool, others: bool) -> None:
@@ -146,7 +146,7 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 
 
 @snapshots.command()
-@which
+@with_config_or_store
 @_dry_run
 @click.option("--remove", "removes", is_flag=True, help="Remove what is broken.")
 @click.argument("names", metavar="[ID]...", nargs=-1)

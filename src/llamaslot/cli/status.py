@@ -11,7 +11,7 @@ import click
 
 from llamaslot.cli.faults import report_faults
 from llamaslot.cli.format import number, several, span, table
-from llamaslot.cli.running import NotRunning, Running, which
+from llamaslot.cli.running import NotRunning, Running, with_config_or_store
 
 # Slow imports are made where they are needed: rich takes 0.1 s, and only ``top`` uses it.
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _url = click.option(
 
 
 @click.command()
-@which
+@with_config_or_store
 @_url
 @click.option("--json", "is_json", is_flag=True, help="All that /llamaslot/status tells.")
 def status(path: Path, url: str | None, is_json: bool) -> None:
@@ -55,7 +55,7 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
 
 
 @click.command()
-@which
+@with_config_or_store
 @_url
 @click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=_EVERY_S, show_default=True)
 def top(path: Path, url: str | None, every_s: float) -> None:
