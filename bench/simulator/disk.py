@@ -16,14 +16,14 @@ from msgspec.structs import replace
 
 from bench.simulator.server import File, Origin, SimulatedServer
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import head
+from llamaslot.cache.ids import MIN_SHARED_TOKENS, head
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.scheduling.eviction import ByUse, ByValue, SnapshotStats
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.giving_out import Given, outgoing
 from llamaslot.store.sidecar import EXT, KV, PART, Part, digest_of
-from llamaslot.store.taking_in import MIN_SHARED, Base
+from llamaslot.store.taking_in import Base
 
 FINGERPRINT = "simulated"
 UNLIMITED = 1 << 60
@@ -127,7 +127,7 @@ class Disk:
 
     def _parts(self, base: Base | None, id_: str, n_tokens: int) -> tuple[Part, ...]:
         """Where the rows are; empty if all are in a file of its own."""
-        if base is None or base.snapshot.id not in self.snapshots or base.n_shared < MIN_SHARED:
+        if base is None or base.snapshot.id not in self.snapshots or base.n_shared < MIN_SHARED_TOKENS:
             return ()
         order = outgoing(
             replace(base.snapshot, parts=base.snapshot.parts or _whole(base.snapshot)), base.n_shared

@@ -24,8 +24,8 @@ from llamaslot.store.extent import (
     verify,
     write_extent,
 )
-from llamaslot.store.kept_states import states_to_keep
 from llamaslot.store.slot_layout import read_layout
+from llamaslot.store.taking_in import states_to_keep
 from tests.support.slot_files import KINDS, Model, slot_file
 
 TOKENS = [random.Random(1).randrange(1000) for _ in range(60)]

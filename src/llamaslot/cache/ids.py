@@ -14,7 +14,7 @@ from collections.abc import Sequence
 #: fewer says little about speed; the beginning of a first message, which many conversations share, is no longer than
 #: this.
 NEGLIGIBLE_TOKENS = 64
-# Fewer are computed about as fast as they are restored.
+# Fewer are computed about as fast as they are restored, and not worth a file of their own.
 MIN_SHARED_TOKENS = 256
 WIDTH = 4  # bytes per token
 _CHUNK = 256  # bytes: in so few, one XOR of two big integers is faster than more probes

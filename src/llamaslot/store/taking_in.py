@@ -13,28 +13,30 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, WIDTH
+from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
 from llamaslot.store.copying import sync_directory
 from llamaslot.store.extent import Piece, Source, checksum_of_file, differing_tokens, write_extent
-from llamaslot.store.kept_states import states_to_keep
 from llamaslot.store.scan import bad_files
 from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
 from llamaslot.store.slot_file import slot_file_head
 from llamaslot.store.slot_layout import LayoutUnknown, SlotLayout, read_layout
 
-MIN_SHARED = 256  # tokens; fewer are not worth a file of their own
 # Of 32 tokens that are compared: llama-server computes one again where it goes back to a checkpoint.
 ROUNDED = 1
 MAX_ROWS = 64  # extents of one snapshot; then all is written anew
+GAP_TOKENS = 512  # a state that saves less is not worth its bytes
+FAR_TOKENS = 8192  # as llama-server's --checkpoint-min-step
+_LAST_TURN = 3  # states: the start of its message, the end of its prompt, the end
+_ROW_BYTES = 8 << 10  # so much of the disk a token is worth on models without rows
 _FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # of an extent, at most: in its footer, and there for each tensor
 
 
@@ -126,7 +128,7 @@ def look(directory: Path, landing: Path, base: Base | None, marks: Collection[in
 
 def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list[Part], dict[int, Part]]:
     """The rows and the states of ``base`` that are also those of a slot file with that ``layout``."""
-    if base is None or base.n_shared < MIN_SHARED:
+    if base is None or base.n_shared < MIN_SHARED_TOKENS:
         return [], {}
     snapshot, n_shared = base.snapshot, min(base.n_shared, layout.n_tokens)
     whole = Part(snapshot.id + KV, 0, snapshot.n_tokens, snapshot.size_bytes, base.checksum)
@@ -217,3 +219,53 @@ def let_go(directory: Path, landing: Path | None, noted: Noted) -> FileId:
     if landing is not None:
         os.unlink(landing)
     return file_id
+
+
+def states_to_keep(
+    at: Iterable[int], marks: Iterable[int], *, state_bytes: int = 0, row_bytes: int = 0
+) -> list[int]:
+    """Which states of a slot file are worth their bytes. llama-server leaves up to 32 checkpoints in a file: 3 around
+    the end of each prompt, one at the start of each last user message, others 8,192 tokens apart. One is 63 to 230 MiB
+    on the models that people run, as much as the rows of 1,000 to 10,000 tokens.
+
+    Choose from the states after ``at`` tokens of a conversation, each of ``state_bytes``. ``marks``: the numbers of
+    tokens to which a later request may go back: the ends of the system part and of messages, of the prompt, where
+    conversations parted. ``row_bytes``: of the rows of a token. All in any order; ascending in return.
+
+    1. The last one: the conversation goes on there.
+    2. For each mark the last one up to it, if that saves ``GAP_TOKENS`` against the one kept before it.
+    3. Where nothing is marked, one each ``FAR_TOKENS``: what is edited need not be a chat.
+    4. Of these only the first, with which other conversations begin, and the last three, where most edits are, need not
+       be worth as much per byte as rows are: another one must save as many tokens as have rows of its size. So all
+       together hardly weigh more than the rows.
+    """
+    states = sorted(set(at))
+    if not states:
+        return []
+    chosen, present = {states[-1]}, list[int]()
+    for mark in sorted(marks):
+        below = _last(states, mark)
+        if below - _last(present, mark) >= GAP_TOKENS:
+            chosen.add(below)
+            present.append(below)
+    for state in states:
+        if state - _last(present, state) >= FAR_TOKENS and _next(present, state) - state >= GAP_TOKENS:
+            chosen.add(state)
+            present.append(state)
+    return _thinned(sorted(chosen), min(state_bytes // max(row_bytes, _ROW_BYTES), FAR_TOKENS))
+
+
+def _thinned(states: Sequence[int], apart_tokens: int) -> list[int]:
+    kept = list(states[:1])
+    for state in states[1:-_LAST_TURN]:
+        if state - kept[-1] >= apart_tokens:
+            kept.append(state)
+    return [*kept, *(state for state in states[-_LAST_TURN:] if state > kept[0])]
+
+
+def _last(states: Iterable[int], up_to: int) -> int:
+    return max((state for state in states if state <= up_to), default=0)
+
+
+def _next(states: Iterable[int], after: int) -> int:
+    return min((state for state in states if state > after), default=after + FAR_TOKENS)
