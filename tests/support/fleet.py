@@ -112,12 +112,22 @@ def configured(directory: Path, backends: list[dict[str, str]], settings: Settin
 
 @contextlib.asynccontextmanager
 async def real_fleet(
-    directory: Path, models: Sequence[Path], settings: Settings | None = None, **server: Any
+    directory: Path,
+    models: Sequence[Path],
+    settings: Settings | None = None,
+    *,
+    is_shared: bool = True,
+    **server: Any,
 ) -> AsyncIterator[RealFleet]:
-    """One real server ``gpu0``, ``gpu1``, … for each of ``models``, all with one directory."""
+    """One real server ``gpu0``, ``gpu1``, … for each of ``models``, all with one directory, or each with its own."""
     path = directory / "kv"
-    servers = {f"gpu{i}": RealServer(model, path, **server) for i, model in enumerate(models)}
-    backends = [{"name": name, "url": its.url, "slot_save_path": str(path)} for name, its in servers.items()]
+    servers = {
+        f"gpu{i}": RealServer(model, path if is_shared else directory / f"kv{i}", **server)
+        for i, model in enumerate(models)
+    }
+    backends = [
+        {"name": name, "url": its.url, "slot_save_path": str(its.save_dir)} for name, its in servers.items()
+    ]
     config = configured(directory, backends, settings or {})
     async with contextlib.AsyncExitStack() as stack:
         for its in servers.values():

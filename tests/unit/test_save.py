@@ -104,6 +104,20 @@ def test_a_save_ahead_of_need_gives_way(house: House) -> None:
     house.check_nothing_is_left()
 
 
+def test_restores_tell_how_long_a_save_would_wait(house: House) -> None:
+    """Both wait for the same batch. Else a delay that was once so long that nothing is saved would stay what it was."""
+    for first in (10_000, 50_000):
+        for i in range(3):
+            house.start(house.ask(Request(f"{first} {i}", tokens_of(first + 10_000 * i, 400))), "first")
+        house.finish()
+        house.loop.run_until_complete(house.idle_save.save_all())
+    n_saves, house.rates.save_delay.seconds = len(house.catalog.snapshots), 9.0
+    house.start(house.ask(Request("back", tokens_of(10_000, 400))), "back")
+    house.finish()
+    assert house.rates.save_delay.seconds < 9.0
+    assert len(house.catalog.snapshots) == n_saves
+
+
 def test_a_long_answer_is_worth_its_save(house: House) -> None:
     """The disk has the prompt, and computing the answer again as a part of the next one takes longer than saving."""
     table = house.leases.table

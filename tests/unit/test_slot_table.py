@@ -296,6 +296,14 @@ def test_a_save_is_worth_it_when_computing_takes_longer() -> None:
     assert not table.worth.is_worth_saving(hold(table, 1, head(B, 40)))
 
 
+def test_the_wait_of_one_request_for_a_save_is_shared_by_the_slots() -> None:
+    """A second of computing, which delays all four, against two seconds in which one request waits for a batch."""
+    for n_slots, is_worth in ((1, False), (4, True)):
+        table = make(n_slots)
+        table.rates.save_delay.seconds = 2.0
+        assert table.worth.of(hold(table, 0, head(A, 1000))).is_worth_saving is is_worth
+
+
 def test_what_is_saved_or_cannot_be_is_not_worth_saving() -> None:
     """Clean content; content that a snapshot holds; a server without slot files."""
     table = make()

@@ -233,6 +233,8 @@ class PlanExecutor:
         if (await self.api.props()).boot_id != self.boot_id:
             raise BackendRestarted
         self.rates.restore.observe(given.size_bytes, (result.seconds or seconds) + asked_at - began)
+        if result.seconds:  # a save would have waited as long; without any its delay would stay what it was
+            self.rates.save_delay.observe(max(seconds - result.seconds, 0.0))
         self.metrics.restored(given.size_bytes, seconds)
         is_whole = result.n_tokens == given.n_tokens
         act = Act(

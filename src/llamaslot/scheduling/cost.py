@@ -335,8 +335,8 @@ class Rates(Struct):
     ``interruption``: what is lost by stopping a prefill and resuming it later: the batch that must end before the slot
     is idle, or, between two chunks, the request sent again with all its tokens. ``save_delay``: how long a request
     waits for a save of its slot, apart from the save itself: the batch running for other requests, the calls of
-    llama-server, the files. Measured beside three answers of a small model: 20 ms, where the save took 3. ``request``:
-    what one more request costs an idle llama-server, apart from its computation.
+    llama-server, the files; restores tell it too. Measured beside three answers of a small model: 20 ms, where the
+    save took 3. ``request``: what one more request costs an idle llama-server, apart from its computation.
     """
 
     prefill: PrefillRate = field(default_factory=PrefillRate)
