@@ -22,6 +22,7 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lla
 AXE = next(_CACHE.glob("axe-*/node_modules/axe-core/axe.min.js"), None)
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
 ADMIN_KEY = "an-admin-key-of-forty-characters-0123456"
+CONNECTION = "document.getElementById('connection').textContent"
 SIZES = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 pytestmark = [
@@ -211,3 +212,12 @@ async def test_an_operator_needs_the_key_and_a_keyboard(tmp_path: Path) -> None:
             await page.wait_for_selector(".backend.down .warning")
             await it.fake.start()
             await page.wait_for_selector(".backend:not(.down) .slot")
+
+            await it.stop()
+            await page.wait_for_function(f"{CONNECTION}.startsWith('no connection since ')")
+            await page.evaluate(
+                "new Promise((done) => setTimeout(done, 1100))"
+            )  # what counts each second is silent
+            assert (await page.evaluate(CONNECTION)).startswith("no connection since ")
+            await it.start()
+            await live(page)

@@ -5,7 +5,7 @@ import { Refused, key, post, watch } from './server.js';
 import * as activity from './activity.js';
 import * as plots from './plots.js';
 import * as store from './store.js';
-import { bytes, day, elapsed, modelName, number, percent, person, seconds, short } from './words.js';
+import { bytes, clock, day, elapsed, modelName, number, percent, person, seconds, short } from './words.js';
 
 const state = new Map();
 let ahead = 0; // seconds that the clock of llamaslot's machine is ahead of ours
@@ -14,6 +14,7 @@ const now = () => Date.now() / 1000 + ahead;
 // -- the stream --------------------------------------------------------------------------------------------------
 
 let stream = null;
+let isTold = false; // the state is that of now
 
 async function connect() {
   for (let pause = 1; stream === null; pause = Math.min(pause * 2, 10)) {
@@ -28,12 +29,14 @@ async function connect() {
       }
     }
     stream = null;
-    connection('lost', 'no connection, trying again');
+    if (isTold) connection('lost', `no connection since ${clock(now())}, trying again`);
+    isTold = false;
     await new Promise((resolve) => setTimeout(resolve, pause * 1000));
   }
 }
 
 function took(name, changes) {
+  isTold = true;
   if (name === 'all') {
     state.clear();
     ahead = changes.now - Date.now() / 1000;
@@ -56,6 +59,7 @@ function connection(kind, text) {
 }
 
 function refused(error) {
+  isTold = false;
   at('content').hidden = true;
   connection('lost', 'not connected');
   if (error.status === 403 && !key.get()) {
@@ -210,7 +214,7 @@ function updateFlight(row, its) {
 const tick = (row) => say(row.children[0], elapsed(now() - row.its.at));
 
 setInterval(() => {
-  if (document.hidden || at('content').hidden) return;
+  if (document.hidden || !isTold) return;
   for (const row of at('flights').children) tick(row);
   if (state.size) backends();
 }, 1000);
