@@ -15,11 +15,10 @@ from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
 
 from llamaslot import cli
-from llamaslot.bench.measure import Measurement, Texts, chars_per_token
 from llamaslot.bench.report import report
 from llamaslot.bench.result import Request, Result, Run, Side, figures, load, rows, save, verdict
 from llamaslot.bench.target import BenchError, ContextTooSmall, Target
-from llamaslot.bench.workload import Workload, recorded, team
+from llamaslot.bench.workload import Measurement, Texts, Workload, chars_per_token, recorded, team
 
 Answerer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TEAM = {"users": 4, "turns": 3, "context": 2000, "question": 100, "answer": 20, "think_s": 1.0, "shared": 500}

@@ -15,10 +15,9 @@ from llamaslot.cli.faults import EXIT_FAULT, fail
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:
-    from llamaslot.bench.measure import Texts
     from llamaslot.bench.result import Request, Result, Side
     from llamaslot.bench.target import Target
-    from llamaslot.bench.workload import Workload
+    from llamaslot.bench.workload import Texts, Workload
 
 _REPORT = Path("llamaslot-bench.html")
 _SHARED = 1000
@@ -196,9 +195,9 @@ class _Comparison:
         import contextlib
         import time
 
-        from llamaslot.bench.measure import Texts, chars_per_token
         from llamaslot.bench.result import Result, Side
         from llamaslot.bench.target import BenchError, ContextTooSmall
+        from llamaslot.bench.workload import Texts, chars_per_token
 
         options, texts = self._options, Texts(self._options["folder"])
         workload = _workload(options)
@@ -265,7 +264,7 @@ class _Comparison:
         chars: Sequence[float],
     ) -> None:
         """All runs; who begins alternates. Raises ContextTooSmall."""
-        from llamaslot.bench.measure import Measurement
+        from llamaslot.bench.workload import Measurement
 
         rounds = self._options["rounds"]
         n_all = workload.n_requests * len(targets) * rounds
