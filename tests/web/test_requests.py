@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import itertools
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from llamaslot.http.client_stream import Downstream
+from llamaslot.http.failover import Attempts
+from llamaslot.http.in_flight import InFlight
 from llamaslot.tokens.tokenizer import NoPrompt
 from tests.support.answers import without_progress
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served
@@ -343,3 +347,21 @@ async def test_a_client_that_speaks_http_1_0_reads_to_the_end(tmp_path: Path) ->
         assert b"chunked" not in head.lower()
         assert rest == without_progress(bytes(it.fake.sent(NATIVE)[-1].answer))
         assert rest.count(b"data: ") == 5
+
+
+async def test_what_a_request_took_is_free_when_it_has_ended(tmp_path: Path) -> None:
+    """Nothing of it waits for the garbage collector, which comes late to what has lived for seconds."""
+
+    def left() -> list[object]:
+        return [one for one in gc.get_objects() if isinstance(one, InFlight | Attempts | Downstream)]
+
+    async with served(tmp_path) as it:
+        gc.collect()
+        gc.disable()
+        try:
+            for n, stream in enumerate((True, False)):
+                await it.ask(letters(n, 400), stream=stream)
+            assert left()
+            await it.until(lambda: not left())
+        finally:
+            gc.enable()

@@ -134,17 +134,25 @@ class _Exchange:
         raw: bytes,
         body: dict[str, Any],
         deadlines: Deadlines | None = None,
+        down: Downstream | None = None,
     ) -> None:
-        """``raw``: the bytes of ``body``. ``deadlines``: of a whole list, for one of its prompts."""
+        """``raw``: the bytes of ``body``. For one prompt of a list, ``deadlines`` are those of the whole, and ``down``
+        is its part of the client's side.
+
+        Nothing that belongs to it refers to it, so what a request takes is free as soon as it has ended.
+        """
         self.served, self.request, self.raw, self.body = served, served.request, raw, body
         self.in_one_piece = False  # the answer cannot be assembled from a stream
         self.must_load = False  # the model is not loaded, and ``pool`` may be another one's
         self.id = id_of(self.request)
-        self.client_request = ClientRequest(self.id, body, self._format, self._post, time.monotonic())
-        is_streaming, headers = self.client_request.is_streaming, {"x-request-id": self.id}
-        self.down = Downstream(self.request, served.rules, is_streaming, headers)
-        self.attempts = Attempts(self.id, pool, raw, lambda: self.down.has_answer)
+        if down is None:
+            headers = {"x-request-id": self.id}
+            down = Downstream(self.request, served.rules, body.get("stream") is True, headers)
+        self.down = down
+        self.attempts = Attempts(self.id, pool, raw, lambda: down.has_answer)
         self.attempts.pool_again = served.pool_again
+        post = partial(_post, self.attempts, self.request, body, raw)
+        self.client_request = ClientRequest(self.id, body, self._format, post, time.monotonic())
         begins(self.request, pool, body.get("model"), self.down)
         self.deadlines = deadlines if deadlines is not None else Deadlines(served.rules.timeouts)
 
@@ -299,8 +307,8 @@ class _Exchange:
         response: web.StreamResponse | None = None
         for number, prompt in enumerate(prompts):
             body = {**self.body, "prompt": prompt}
-            one = _Exchange(self.pool, self.served, orjson.dumps(body), body, self.deadlines)
-            one.down = part = PromptPart(self.down, number * n_each, is_last=number == len(prompts) - 1)
+            part = PromptPart(self.down, number * n_each, is_last=number == len(prompts) - 1)
+            one = _Exchange(self.pool, self.served, orjson.dumps(body), body, self.deadlines, part)
             response = await one._run()
             if part.has_failed:  # llama-server's own error in the stream ends it
                 return await self.down.end()
@@ -424,12 +432,16 @@ class _Exchange:
         }
         return self._format.progress_event(self.id, context.name, progress)
 
-    def _post(self, body: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[Response]:
-        return self.backend.api.request(
-            "POST",
-            origin_form(self.request.raw_path),
-            data=written(body, self.body, self.raw),
-            headers=to_server(self.request, content_type="application/json"),
-            is_watched=body.get("stream") is True,
-            is_relayed=True,
-        )
+
+def _post(
+    attempts: Attempts, request: web.Request, given: dict[str, Any], raw: bytes, body: dict[str, Any]
+) -> contextlib.AbstractAsyncContextManager[Response]:
+    """Send ``body`` to the backend of the attempt. ``given``: the client's own body; ``raw``: its bytes."""
+    return attempts.backend.api.request(
+        "POST",
+        origin_form(request.raw_path),
+        data=written(body, given, raw),
+        headers=to_server(request, content_type="application/json"),
+        is_watched=body.get("stream") is True,
+        is_relayed=True,
+    )

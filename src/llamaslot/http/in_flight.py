@@ -215,6 +215,8 @@ class Requests:
         ended, self._ended = self._ended, []
         self._find_owners()
         for flight in ended:
+            # Else the two refer to each other: of 1,000 streams 25 MB would stay until the garbage collector comes.
+            del flight.request[IN_FLIGHT]
             try:
                 self.history.add(self._activity(flight))
             except Exception:  # a history is worth no request, and no other one's history

@@ -129,18 +129,8 @@ class KeepAlivePool:
         """Wait for one of the busy connections; None if one of them is closed, or none becomes free for ``_WAIT_S``."""
         loop = asyncio.get_running_loop()
         free: asyncio.Future[_Connection | None] = loop.create_future()
-        timer: asyncio.TimerHandle
-
-        def look() -> None:
-            nonlocal timer
-            if free.done():
-                return
-            if loop.time() < self._freed_at + _WAIT_S:
-                timer = loop.call_later(_WAIT_S, look)
-            else:
-                free.set_result(None)
-
-        timer = loop.call_later(_WAIT_S, look)
+        timers = list[asyncio.TimerHandle]()  # the one that runs
+        timers.append(loop.call_later(_WAIT_S, self._look, free, timers))
         self._waiting.append(free)
         try:
             return await free
@@ -150,7 +140,17 @@ class KeepAlivePool:
                 self._keep(connection)
             raise
         finally:
-            timer.cancel()
+            timers[0].cancel()
+
+    def _look(self, free: asyncio.Future[_Connection | None], timers: list[asyncio.TimerHandle]) -> None:
+        """Go on waiting while connections become free."""
+        loop = asyncio.get_running_loop()
+        if free.done():
+            return
+        if loop.time() < self._freed_at + _WAIT_S:
+            timers[0] = loop.call_later(_WAIT_S, self._look, free, timers)
+        else:
+            free.set_result(None)
 
     async def _connect(self, deadline: float) -> _Connection:
         loop = asyncio.get_running_loop()
