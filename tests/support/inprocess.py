@@ -233,11 +233,18 @@ class Front:
         """Snapshots that lie in the directory."""
         return sorted(self.save_dir.glob("*.kv"))
 
+    async def saved(self) -> None:
+        """Wait until no file is half written: idle saves go on when everybody has gone."""
+        await self.until(lambda: not self._parts())
+
     def check(self) -> None:
         """Raise AssertionError when something is left."""
         self.pool.dispatcher.check()
-        parts = [(part.name, part.stat()) for part in self.save_dir.glob("*.part")]
-        assert not parts, f"no half-written file: {parts}, {self.pool.dispatcher.journal.latest(5)}"
+        assert not self._parts(), f"{self._parts()}, {self.pool.dispatcher.journal.latest(5)}"
+
+    def _parts(self) -> list[str]:
+        """Half-written files."""
+        return [part.name for part in self.save_dir.glob("*.part")]
 
 
 def _is_busy(n_slots: int, fake: FakeServer) -> bool:
@@ -329,6 +336,7 @@ async def served(
             yield it
             if it.backend.health is Health.UP:
                 await it.at_rest()
+                await it.saved()
             it.check()
         finally:
             server.go()
@@ -351,6 +359,7 @@ async def fronted(
             # A server that is met anew has files of that in its directory, and nobody has a lease meanwhile.
             await it.until(lambda: it.backend.health is not Health.CONNECTING)
             await it.at_rest()
+            await it.saved()
             it.check()
         finally:
             await it.stop()
