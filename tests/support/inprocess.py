@@ -234,8 +234,9 @@ class Front:
         return sorted(self.save_dir.glob("*.kv"))
 
     async def saved(self) -> None:
-        """Wait until no file is half written: idle saves go on when everybody has gone."""
+        """Wait until no file is half written, nor a snapshot about to be listed: that goes on after the answer."""
         await self.until(lambda: not self._parts())
+        await self.backend.executor.saving.settle()
 
     def check(self) -> None:
         """Raise AssertionError when something is left."""

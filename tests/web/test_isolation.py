@@ -60,6 +60,7 @@ async def test_not_even_where_both_must_use_the_same_slot(tmp_path: Path) -> Non
         assert reused(await ask_as(it, "bert", text)) == 0
         anna = await ask_as(it, "anna", text + " and more")
         assert (anna.source, reused(anna)) == ("snapshot", 600)
+        await it.saved()
         assert len(it.files()) == 2
 
 

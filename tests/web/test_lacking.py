@@ -94,6 +94,7 @@ async def test_an_old_build_with_a_recurrent_model(tmp_path: Path) -> None:
     async with served(tmp_path, slots=1, kind="recurrent", **OLD) as it:
         await it.ask(ONE)
         await it.ask(TWO)
+        await it.saved()
         (file,) = it.files()
         assert (await read_slot_file(it.save_dir / file)).tokens == pack(it.fake.model.tokenize(ONE))
         again = await it.ask(ONE + "another answer than the model gave")

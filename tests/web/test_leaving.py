@@ -90,6 +90,7 @@ async def test_during_a_slot_action(tmp_path: Path, action: str, stream: bool) -
             await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             hang.release()
             assert (await waiting).text == right(it.fake, THREE)
+        await it.saved()
         assert len(it.files()) >= 2
         answer = await it.ask(TWO + "more")
         assert (answer.source, answer.text) == ("snapshot", right(it.fake, TWO + "more"))

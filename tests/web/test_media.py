@@ -51,6 +51,7 @@ def n_ahead(it: Served) -> list[int]:
 
 async def saved(it: Served) -> list[Path]:
     await it.backend.idle_save.save_all()
+    await it.saved()
     return it.files()
 
 

@@ -326,6 +326,7 @@ async def test_an_exchanged_model_never_uses_the_old_ones_snapshots(tmp_path: Pa
     async with served(tmp_path, slots=1) as it:
         for model in (FakeModel(), FakeModel(weights="B"), FakeModel()):
             await it.fake.restart(model)
+            await it.saved()
             before = {file.name for file in it.files()}
             answers = [await it.ask(text + "more") for text in texts]
             assert [answer.text for answer in answers] == [right(it.fake, text + "more") for text in texts]

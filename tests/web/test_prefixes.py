@@ -261,6 +261,7 @@ async def test_a_snapshot_that_parts_is_found_too(tmp_path: Path) -> None:
     async with served(tmp_path, **{**FAKE, "slots": 1}) as it:
         for prompt in (f"It is Monday. {SYSTEM}{QUESTION}", LATER, f"It is Tuesday. {SYSTEM}{QUESTION}"):
             answer = await it.ask(prompt, path=NATIVE)
+            await it.saved()
         found = (await decision(it, answer))["diverged"]
     assert (found["where"], found["at"]) == ("prompt", 6)
     assert found["holder"].startswith("snapshot ls-")

@@ -20,6 +20,7 @@ async def one_on_disk(it: Served) -> Path:
     """ONE's context is on disk only; TWO's is in the only slot. The file."""
     await it.ask(ONE)
     await it.ask(TWO)
+    await it.saved()
     (file,) = it.files()
     return file
 
@@ -39,6 +40,7 @@ async def test_a_context_comes_back_from_disk(tmp_path: Path) -> None:
     async with served(tmp_path, slots=1) as it:
         await one_on_disk(it)
         answer = await it.ask(ONE + "more")
+        await it.saved()
         actions = [seen.action for seen in it.fake.requests if seen.action]
         metrics = await it.metrics()
         n_bytes = sum(file.stat().st_size for file in it.files())
@@ -171,6 +173,7 @@ async def test_the_quota_holds(tmp_path: Path) -> None:
         for text in texts:
             await it.ask(text)
             assert sum(file.stat().st_size for file in it.files()) <= 100 << 10
+        await it.saved()
         assert 2 <= len(it.files()) <= 3
         assert (await it.ask(texts[4] + "more")).source == "snapshot"
         assert (await it.ask(texts[0] + "more")).source == "cold"

@@ -70,6 +70,7 @@ async def hot_and_saved(it: Served) -> None:
     """User 1's context is on disk, user 2's in the only slot."""
     await it.ask(letters(1, 800))
     await it.ask(letters(2, 800))
+    await it.saved()
     assert len(it.files()) == 1
 
 
