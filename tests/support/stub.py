@@ -413,6 +413,8 @@ class StubCatalog:
     reservations: set[str] = field(default_factory=set)
     pending_delete: set[str] = field(default_factory=set)
     fingerprint: str = MODEL
+    is_slow_to_commit: bool = False  # in the background, once the file is known to be what was to be saved
+    is_disk_full: bool = False
     _serial: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     async def reserve(
@@ -439,9 +441,15 @@ class StubCatalog:
     async def commit(self, reservation: Reservation, saved: SavedSlot) -> WithTokens:
         await self.server.op("commit", None)
         tokens = self.server.files.pop(reservation.part_name)
-        self.reservations.discard(reservation.id)
         if not tokens or not tokens.startswith(saved.tokens_expected):
+            self.reservations.discard(reservation.id)
             raise OtherConversation("holds another conversation")
+        if self.is_slow_to_commit:
+            saved.on_checked(tokens)
+            await self.server.op("take in", None)
+        self.reservations.discard(reservation.id)
+        if self.is_disk_full:
+            raise QuotaExceeded("no room")
         self.server.files[f"{reservation.id}.kv"] = tokens
         self.server.namespaces[f"{reservation.id}.kv"] = was_in = self.server.namespaces.pop(
             reservation.part_name

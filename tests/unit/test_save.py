@@ -9,6 +9,7 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.cache.content import Content
+from llamaslot.cache.ids import head
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotWedged
@@ -240,3 +241,112 @@ def test_it_does_not_where_they_keep_them(house: House) -> None:
     [snapshot] = house.catalog.snapshots.values()
     assert snapshot.tokens == tokens_of(0, 400) + tokens_of(5000, 20)
     house.check_nothing_is_left()
+
+
+class TestInTheBackground:
+    """A slot is used again as soon as llama-server has written its file and the file's header was read."""
+
+    @pytest.fixture(autouse=True)
+    def _slow(self, house: House) -> None:
+        house.catalog.is_slow_to_commit = True
+        house.server.pace = lambda op: 60.0 if op.kind == "take in" else SECONDS.get(op.kind, 0.01)
+
+    @staticmethod
+    def n_committing(house: House) -> int:
+        return sum(op.kind == "take in" for op in house.server.pending)
+
+    def test_the_next_request_does_not_wait_for_the_commit(self, house: House) -> None:
+        """The owner of what is committed waits for it, and computes nothing again."""
+        fill(house)
+        house.start(house.ask(Request("next", tokens_of(50_000, 400))), "next")
+        house.loop.pass_time(30.0)
+        assert not house.clients
+        assert self.n_committing(house) == 1
+        assert house.catalog.snapshots == {}
+        table = house.leases.table
+        assert table is not None
+        held = [head(slot.content.tokens, 100) for slot in table.slots]
+        evicted = next(i for i in range(3) if tokens_of(10_000 * i, 100) not in held)
+        back = house.start(house.ask(Request("back", tokens_of(10_000 * evicted, 500))), "back")
+        house.loop.pass_time(20.0)
+        assert not back.done()
+        house.finish()
+        assert back.result() >= 399
+        house.check_nothing_is_left()
+
+    def test_an_idle_save_gives_its_slot_back_before_the_commit(self, house: House) -> None:
+        """Its owner goes on in it at once, and the snapshot is that of the conversation all the same."""
+        fill(house)
+        saving = house.loop.create_task(house.idle_save.save_all())
+        house.loop.pass_time(10.0)
+        assert self.n_committing(house) == 1
+        table = house.leases.table
+        assert table is not None
+        assert all(slot.is_idle for slot in table.slots)
+        slot = next(slot for slot in table.slots if not slot.content.is_dirty)
+        tokens = slot.content.tokens + tokens_of(90_000, 30)
+        client = house.start(house.ask(Request("goes on", tokens)), "client")
+        house.loop.pass_time(30.0)
+        assert client.done()
+        house.finish()
+        house.loop.run_until_complete(saving)
+        assert slot.content.snapshot in house.catalog.snapshots
+        assert "ls-1" not in house.catalog.snapshots  # a later one of the same conversation has replaced it
+        house.check_nothing_is_left()
+
+    def test_three_files_are_too_many(self, house: House) -> None:
+        """Each is a whole slot file in memory, so the third save waits in its slot."""
+        fill(house)
+        for i in range(3):
+            house.start(house.ask(Request(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
+        house.loop.pass_time(40.0)
+        assert len(house.clients) == 1
+        assert self.n_committing(house) == 3
+        house.finish()
+        assert len(house.catalog.snapshots) == 3
+        house.check_nothing_is_left()
+
+    def test_what_could_not_be_committed_is_dirty_again(self, house: House) -> None:
+        """If the slot still holds it; what has left its slot is lost, and those who wait for it compute it."""
+        fill(house)
+        house.catalog.is_disk_full = True
+        house.start(house.idle_save.save_all(), "idle save")
+        house.start(house.ask(Request("next", tokens_of(50_000, 400))), "next")
+        house.finish()
+        table = house.leases.table
+        assert table is not None
+        assert house.catalog.snapshots == {}
+        assert all(slot.content.is_dirty for slot in table.slots)
+        house.check_nothing_is_left()
+
+    def test_a_stop_waits_for_commits(self, house: House) -> None:
+        """Also for those of slots that hold something else by now."""
+        fill(house)
+        house.start(house.ask(Request("next", tokens_of(50_000, 400))), "next")
+        house.loop.pass_time(30.0)
+        assert self.n_committing(house) == 1
+        stop = house.loop.create_task(house.idle_save.save_all())
+        house.loop.pass_time(30.0)
+        assert not stop.done()
+        house.finish()
+        house.loop.run_until_complete(stop)
+        assert len(house.catalog.snapshots) == 4
+        house.check_nothing_is_left()
+
+    def test_a_shared_prefix_is_waited_for_until_it_is_committed(self, house: House) -> None:
+        """Its own request goes on meanwhile."""
+        table = house.leases.table
+        assert table is not None
+        table.cache_kind = house.server.cache_kind = CacheKind.RECURRENT
+        system = tokens_of(0, 2000)
+        first = house.start(
+            house.ask(Request("first", system + tokens_of(50_000, 400), n_system=2000)), "first"
+        )
+        house.loop.pass_time(3000.0)
+        second = house.start(
+            house.ask(Request("second", system + tokens_of(70_000, 400), n_system=2000)), "second"
+        )
+        house.finish()
+        assert first.done()
+        assert second.result() >= 1999
+        house.check_nothing_is_left()
