@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
-from tests.support.growing import Messages, Stored, grow, place_of
+from tests.support.growing import Messages, grow, place_of
 from tests.support.jobs import ids
 from tests.support.users import rendered, words
 
@@ -55,7 +55,8 @@ async def test_twenty_conversations_on_one_system_prompt(
         for _ in range(20):
             await place.ask([system, {"role": "user", "content": words(place.rng, 300)}])
         await place.forget()
-        stored, layout = Stored.of(place.stack.server.save_dir), await place.layout(300)
+        stored = await place.stored(place.stack.server.save_dir)
+        layout = await place.layout(300)
         per_token = layout.shape.bytes_per_token + 16
         distinct = (10_000 + 20 * 330) * per_token
         figure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -73,6 +75,16 @@ class Place:
 
     async def figure(self, name: str) -> float:
         return (await self.stack.own_metrics()).get(f"llamaslot_{name}", 0.0)
+
+    async def stored(self, directory: Path) -> Stored:
+        """What lies in ``directory``, once all saves are committed and what they replace is gone."""
+        async with asyncio.timeout(30):
+            while True:
+                found = Stored.of(directory)
+                is_still = found.n_bytes == await self.figure("snapshot_stored_bytes")
+                if is_still and not any(name.endswith(".part") for name in os.listdir(directory)):
+                    return found
+                await asyncio.sleep(0.02)
 
     async def forget(self) -> None:
         """Have another conversation take the slot."""
@@ -151,12 +163,13 @@ async def grow(place: Place, n_turns: int, n_tokens: int) -> tuple[Growth, Messa
     for _ in range(n_turns):
         await place.turn(messages, n_tokens - 60)
         await place.forget()
+    stored = await place.stored(place.stack.server.save_dir)
     added, saved = (
         await place.figure("snapshot_added_bytes"),
         await place.figure("snapshot_saved_bytes_total"),
     )
     n = len(ids(rendered(messages[:-1]))) - len(ids(rendered([])))
-    stored, layout = Stored.of(place.stack.server.save_dir), await place.layout(300)
+    layout = await place.layout(300)
     states = sum(state.size_bytes for state in layout.checkpoints) + (
         layout.end.size_bytes if layout.end else 0
     )
