@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -66,7 +67,8 @@ class Beside:
 class Proxy:
     """What ``backend.backend`` makes of these parts, without a network. ``ask`` is what ``http.completion`` does.
 
-    With ``saves_each`` every answer is saved as soon as it is complete, before its slot is given back.
+    With ``saves_each`` every answer is saved as soon as it is complete, before its slot is given back. ``first``: of a
+    pool of several, the one that was made before the others; they share its queue and its snapshots.
     """
 
     def __init__(
@@ -77,22 +79,30 @@ class Proxy:
         *,
         rules: Rules | None = None,
         saves_each: bool = False,
+        first: Proxy | None = None,
+        dispatcher: Callable[[Rules, QueueLimits, Callable[[], float]], Dispatcher] = Dispatcher,
     ) -> None:
         self.server, self.disk, self.saves_each = server, disk, saves_each
         self.beside = Beside(server.machine)
-        self._metrics = Metrics()
-        self.rates, self.metrics, self.tasks = Rates(), self._metrics.of_backend("simulated"), TaskOwner()
+        self._metrics: Metrics = first._metrics if first is not None else Metrics()
+        self.rates, self.metrics, self.tasks = Rates(), self._metrics.of_backend(server.url), TaskOwner()
         rules = rules or Rules()
-        self.dispatcher = Dispatcher(rules, PATIENT, loop.time)
-        self.leases = self.dispatcher.add("simulated")
+        self.dispatcher: Dispatcher = (
+            first.dispatcher if first is not None else dispatcher(rules, PATIENT, loop.time)
+        )
+        self.pool: dict[str, Proxy] = first.pool if first is not None else {}
+        self.pool[server.url] = self
+        self.leases = self.dispatcher.add(server.url)
         self.leases.pin = disk.pin
         self.dispatcher.on_prefix_wait = self._metrics.prefix_wait_s.observe
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
         self.executor = PlanExecutor(Saving(api, catalog, self.rates, self.metrics, self.tasks, self.leases))
         self.executor.saving.fingerprint, self.executor.boot_id = FINGERPRINT, "simulated"
         self.idle_save = IdleSave(self.leases, self.executor, IDLE_SAVE_S)
-        self.table = SlotTable("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
+        self.table = SlotTable(server.url, server.n_slots, N_CTX, rules=rules, rates=self.rates)
         self.table.can_save = self.table.can_erase = True
+        if first is not None:
+            self.table.use_snapshots(first.table.model_snapshots)
         self._loop = loop
         self._meet()
         self.dispatcher.attach(self.table)
@@ -139,28 +149,29 @@ class Proxy:
         served, may_replan = asked.served, n_before < REPLANS
         with contextlib.ExitStack() as stack:
             lease = stack.enter_context(await self.dispatcher.lease(request, is_back=n_before > 0))
+            its = self.pool[lease.table.backend]
             if not n_before:
                 served.queued_s = self._loop.time() - asked.sent_at
             until_first = stack.enter_context(contextlib.ExitStack())
             assert lease.plan is not None
-            if self.server.hardware.prefill_s(lease.plan.n_reused, request.n_tokens) > LONG_S:
-                until_first.enter_context(self.beside)
-            here = await self.executor.prepare(lease, _say_nothing, may_replan=may_replan)
+            if its.server.hardware.prefill_s(lease.plan.n_reused, request.n_tokens) > LONG_S:
+                until_first.enter_context(its.beside)
+            here = await its.executor.prepare(lease, _say_nothing, may_replan=may_replan)
             done = here
             if before is not None:  # without a prefill here: what it finds of its own work was not reused
                 done = before.then(
                     here or PrefillStats(lease.forecast.n_expected, lease.forecast.n_expected, 0.0)
                 )
-            answered = await self._answer(asked, lease, here, until_first, may_replan=may_replan)
+            answered = await its._answer(asked, lease, here, until_first, may_replan=may_replan)
             served.n_reused = min(done.n_reused, answered.n_cache) if done is not None else answered.n_cache
             served.answer_s = answered.predicted_s
             n_computed, n_answer = answered.n_prompt - answered.n_cache, count(asked.answer)
             told = ReportedCounts(
                 answered.n_cache, None, n_computed, answered.prompt_s, n_answer, answered.predicted_s
             )
-            self.executor.settle(lease, told, here, request.tokens)
+            its.executor.settle(lease, told, here, request.tokens)
             if self.saves_each:
-                self.tasks.spawn(self._save(lease), f"{request.id} is saved")
+                its.tasks.spawn(its._save(lease), f"{request.id} is saved")
                 stack.pop_all()
 
     async def _answer(

@@ -69,13 +69,20 @@ class Answer:
 class SimulatedServer:
     """Sent to a slot at work, or restored into one that was not erased: an AssertionError, for it is a bug."""
 
-    url = "simulated"
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, n_slots: int, hardware: Hardware) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        n_slots: int,
+        hardware: Hardware,
+        url: str = "simulated",
+        files: dict[str, File] | None = None,
+    ) -> None:
+        """``files``: those of a directory that it shares with other servers."""
+        self.url = url
         self.hardware = hardware
         self.machine = Machine(loop, hardware)
         self.counts = Counts()
-        self.files: dict[str, File] = {}
+        self.files: dict[str, File] = {} if files is None else files
         self.on_begun: Callable[[Origin], None] = lambda origin: None  # a client's own request is there
         self._loop = loop
         self._slots = [_Slot(i) for i in range(n_slots)]

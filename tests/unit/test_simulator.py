@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.simulator import many
 from bench.simulator.__main__ import main
 from bench.simulator.generate import Recipe, generate
 from bench.simulator.machine import Hardware
@@ -187,3 +188,12 @@ def test_the_share_of_streams_is_what_the_setting_says_and_a_token_per_batch() -
     shares = [beside(with_rules(Rules(sharing=PrefillSharing(decode_share=share)))) for share in (0.1, 0.4)]
     assert shares[0] >= 0.1
     assert shares[1] >= 0.4
+
+
+def test_many_servers_behind_one_queue() -> None:
+    """So many that a placement looks at a few only: conversations go on where they are, and nothing is left."""
+    figures = many.simulate(9, users=2, hours=0.03, seed=1, slots=2)
+    assert (figures.n_backends, figures.n_users) == (9, 18)
+    assert figures.n_requests > 18
+    assert figures.hit_ratio_follow_up > 0.95
+    assert figures.row().count("|") == many.HEAD.splitlines()[0].count("|")
