@@ -169,15 +169,19 @@ async def test_a_port_that_is_taken(directory: Path, tmp_path: Path) -> None:
         )
 
 
-async def test_a_missing_engine(directory: Path, tmp_path: Path) -> None:
-    """Without the wheel one line says what to install."""
-    (tmp_path / "xllamacpp.py").write_text("raise ImportError('not here')")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [("ModuleNotFoundError", "pip install 'llamaslot[embedded]'"), ("ImportError", "apt install libgomp1")],
+)
+async def test_a_missing_engine(directory: Path, tmp_path: Path, error: str, said: str) -> None:
+    """Without the wheel, or a library that it needs, one line says what to install."""
+    (tmp_path / "xllamacpp.py").write_text(f"raise {error}('not here')")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "llamaslot.llama.managed.embedded", "-m", str(models.dense(directory))),
         stderr=asyncio.subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
-    assert "pip install 'llamaslot[embedded]'" in await last_line(process)
+    assert said in await last_line(process)
     assert process.returncode == 1
 
 

@@ -89,6 +89,9 @@ class Place:
     async def forget(self) -> None:
         """Have another conversation take the slot."""
         await self.ask([{"role": "user", "content": words(self.rng, 40)}], 2)
+        async with asyncio.timeout(60):
+            while any(self.stack.server.save_dir.glob("*.part")):  # noqa: ASYNC110  # taken in after the answer
+                await asyncio.sleep(0.02)
 
     async def layout(self, n_tokens: int) -> SlotLayout:
         """Of a slot file that llama-server writes of so many tokens."""
