@@ -157,25 +157,12 @@ class Growth:
         )
 
 
-async def settled(directory: Path) -> None:
-    """Wait until nothing has been written for a second: what llama-server has saved is taken in after the answer."""
-    before, n_same = Stored(), 0
-    while n_same < 20:
-        await asyncio.sleep(0.05)
-        try:
-            now = Stored.of(directory)
-        except FileNotFoundError:  # removed meanwhile
-            now = Stored()
-        before, n_same = now, n_same + 1 if now == before else 0
-
-
 async def grow(place: Place, n_turns: int, n_tokens: int) -> tuple[Growth, Messages]:
     """A conversation of ``n_turns``; a short other one after each makes it leave the slot."""
     messages: Messages = [{"role": "user", "content": words(place.rng, n_tokens)}]
     for _ in range(n_turns):
         await place.turn(messages, n_tokens - 60)
         await place.forget()
-    await settled(place.stack.server.save_dir)
     stored = await place.stored(place.stack.server.save_dir)
     added, saved = (
         await place.figure("snapshot_added_bytes"),
