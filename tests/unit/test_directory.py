@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import aiofiles.os
 import pytest
 
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid
-from llamaslot.store import DirectoryUnusable, NotShared, directory, prove_shared
+from llamaslot.store import DirectoryUnusable, NotShared, prove_shared
 from llamaslot.store.sidecar import own_name
 from tests.support.snapshots import slot_file
 
@@ -29,10 +30,10 @@ def saver(directory: Path, data: bytes = EMPTY) -> Callable[[str], Awaitable[Non
     return save
 
 
-def refused(code: int) -> Callable[..., None]:
+def refused(code: int) -> Callable[..., Awaitable[None]]:
     """An operation that the file system does not permit. (Tests may run as root, to whom chmod says nothing.)"""
 
-    def refuse(*_: Any) -> None:
+    async def refuse(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
     return refuse
@@ -79,7 +80,7 @@ async def test_a_file_that_is_not_ours_to_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, said: str
 ) -> None:
     """A directory that only its owner may write, or one with the sticky bit."""
-    monkeypatch.setattr(directory, step, refused(code))
+    monkeypatch.setattr(aiofiles.os, step, refused(code))
     with pytest.raises(NotShared, match=f"{said}.*{GROUP}.*without sticky bit"):
         await prove_shared(tmp_path, saver(tmp_path))
     assert os.listdir(tmp_path) == []
@@ -95,7 +96,10 @@ async def test_a_missing_directory(tmp_path: Path) -> None:
 async def test_a_closed_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours to see, not to write."""
 
-    monkeypatch.setattr(directory, "access", lambda *_: False)
+    async def no(*_: Any) -> bool:
+        return False
+
+    monkeypatch.setattr(aiofiles.os, "access", no)
     with pytest.raises(DirectoryUnusable, match=f"cannot be read and written by us: .*{GROUP}"):
         await prove_shared(tmp_path, saver(tmp_path))
     assert os.listdir(tmp_path) == []

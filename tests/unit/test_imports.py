@@ -44,6 +44,7 @@ MAY_IMPORT = {
 EXCEPTIONS: dict[str, set[str]] = {}
 #: What thinking does not need: sockets, files, clocks, loggers, event loops.
 IMPURE = {
+    "aiofiles",
     "aiohttp",
     "asyncio",
     "datetime",

@@ -215,7 +215,7 @@ class Requests:
         ended, self._ended = self._ended, []
         self._find_owners()
         for flight in ended:
-            # Else the two refer to each other: of 1,000 streams 25 MB would stay until the garbage collector comes.
+            # Else the two refer to each other, and stay until the garbage collector comes.
             del flight.request[IN_FLIGHT]
             try:
                 self.history.add(self._activity(flight))

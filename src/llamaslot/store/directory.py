@@ -9,8 +9,10 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Awaitable, Callable
-from os import access, rename, unlink
 from pathlib import Path
+
+import aiofiles.os
+import aiofiles.ospath
 
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.store.sidecar import PROBE, new_id
@@ -99,8 +101,8 @@ async def prove_shared(
     """
     probe, moved = (directory / (new_id() + PROBE) for _ in range(2))
     fix = _GROUP.format(directory=directory)
-    if not await asyncio.to_thread(access, directory, os.R_OK | os.W_OK | os.X_OK):
-        exists = await asyncio.to_thread(os.path.isdir, directory)
+    if not await aiofiles.os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        exists = await aiofiles.ospath.isdir(directory)
         why = (
             f"cannot be read and written by us: {fix}"
             if exists
@@ -114,10 +116,10 @@ async def prove_shared(
         except SnapshotInvalid as error:
             _explain(error, probe, fix)
             raise
-        await _attempt("renamed", rename, probe, moved, fix=fix)
+        await _attempt("renamed", aiofiles.os.rename, probe, moved, fix=fix)
         if restore is not None:
             await restore(moved.name)
-        await _attempt("unlinked", unlink, moved, fix=fix)
+        await _attempt("unlinked", aiofiles.os.unlink, moved, fix=fix)
     finally:
         await asyncio.shield(asyncio.to_thread(_clear, probe, moved))
 
@@ -137,9 +139,9 @@ def _explain(error: SnapshotInvalid, probe: Path, fix: str) -> None:
         ) from error
 
 
-async def _attempt(done: str, act: Callable[..., None], *paths: Path, fix: str) -> None:
+async def _attempt(done: str, act: Callable[..., Awaitable[None]], *paths: Path, fix: str) -> None:
     try:
-        await asyncio.to_thread(act, *paths)
+        await act(*paths)
     except OSError as error:
         raise NotShared(
             f"{paths[0].name} in {paths[0].parent}, saved by llama-server, cannot be {done} by llamaslot "

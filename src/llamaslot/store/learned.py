@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiofiles
 import orjson
 
 from llamaslot.store.directory import HITS_NAME
@@ -32,7 +33,8 @@ class LearnedFile:
     async def read(self) -> Any:
         """The content of the file; None if it cannot be read. Canceling is safe."""
         try:
-            return orjson.loads(await asyncio.to_thread(self.path.read_bytes))
+            async with aiofiles.open(self.path, "rb") as opened:
+                return orjson.loads(await opened.read())
         except (OSError, orjson.JSONDecodeError):
             return None
 
