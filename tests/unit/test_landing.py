@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -218,6 +219,30 @@ async def test_a_late_file_of_llama_server_is_removed(both: Places) -> None:
         await tree.catalog.abandon(await tree.catalog.reserve(SIZE))
         await tree.catalog.settle()
         assert both.names() == set()
+
+
+async def test_a_sweep_of_the_store_spares_a_save_whose_slot_file_is_being_removed(
+    both: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several GB take a while, and the next save begins meanwhile."""
+    begun, may_go_on, real = threading.Event(), threading.Event(), places._unlink_quietly
+
+    def unlink(path: Path) -> None:
+        begun.set()
+        may_go_on.wait(5.0)
+        real(path)
+
+    async with both.tree() as tree:
+        first = await tree.take(A[:420])
+        monkeypatch.setattr(places, "_unlink_quietly", unlink)
+        second = asyncio.get_running_loop().create_task(tree.take(A, after=first.id))
+        await asyncio.to_thread(begun.wait)
+        draft = await tree.catalog.reserve(SIZE // 8)
+        while tree.catalog._quota.removing:
+            await tree.catalog._quota.next_removal()
+        may_go_on.set()
+        await tree.catalog.abandon(draft)
+        assert await tree.given((await second).id) == tree.file(A)
 
 
 async def test_two_llamaslots_do_not_share_a_landing_place(both: Places, tmp_path: Path) -> None:

@@ -131,7 +131,6 @@ class Acceptance:
         taken = await self._take_in(state, part, noted, saved, file.tokens)
         if taken is None:
             taken = await self._keep_whole(state, part, noted)
-        await self._landing.settle(noted.id, noted.id, file.n_tokens, file.size_bytes)
         return taken.snapshot(taken.digest).with_tokens(file.tokens)
 
     async def _has_written(self, state: ReservationState, size_bytes: int) -> None:

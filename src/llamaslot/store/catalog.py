@@ -260,7 +260,7 @@ class Catalog:
             if isinstance(error, LlamaslotError):
                 return error
             raise
-        # No await from here on: a granted commit is carried out.
+        # No await from here until it is listed: a granted commit is carried out, and a sweep knows its files.
         self._quota.n_commits += 1
         del self._reservations[noted.id]
         self._quota.granted -= state.size_bytes
@@ -274,6 +274,7 @@ class Catalog:
             self._upkeep.date(noted.id)
         else:
             self._upkeep.changed(1)
+        await self.landing.settle(noted.id, noted.id, saved.n_saved, saved.n_written)
         return snapshot
 
     async def abandon(self, reservation: Reservation, *, is_refused: bool = False) -> None:
