@@ -350,3 +350,39 @@ class TestInTheBackground:
         assert first.done()
         assert second.result() >= 1999
         house.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_idle_save", [True, False])
+@pytest.mark.parametrize("ends", ["while the other one runs", "after it"])
+def test_what_is_committed_while_another_conversation_has_the_slot_stays(
+    is_idle_save: bool, ends: str
+) -> None:
+    """Both begin with the same long system part: when the later one is saved, it does not replace the other."""
+    house = House(VirtualLoop(), StubServer(1, pace=lambda op: None if op.kind == "take in" else 0.01))
+    house.rates.prefill.observe(0, 1000, 1000.0)
+    house.catalog.is_slow_to_commit = True
+    system = tokens_of(0, 900)
+    one, other = system + tokens_of(5000, 80), system + tokens_of(7000, 90)
+    house.start(house.ask(Request("one", one, n_system=900)), "one")
+    house.finish()
+    if is_idle_save:
+        house.start(house.idle_save.save_all(), "idle save")
+        house.loop.pass_time(1.0)
+    pace = house.server.pace
+    house.server.pace = lambda op: 5.0 if op.kind == "answer" else pace(op)
+    client = house.start(house.ask(Request("other", other, n_system=900)), "other")
+    house.loop.pass_time(3.0 if ends == "while the other one runs" else 10.0)
+    assert client.done() is (ends == "after it")
+    house.server.pace = lambda op: 0.01 if op.kind != "answer" else 5.0
+    for op in [op for op in house.server.pending if op.kind == "take in"]:
+        house.server.serve(op)
+    house.loop.pass_time(10.0)
+    house.start(house.ask(Request("other again", other + tokens_of(8000, 90), n_system=900)), "other")
+    house.finish()
+    house.start(house.idle_save.save_all(), "idle save")
+    house.finish()
+    saved = [snapshot.tokens for snapshot in house.catalog.snapshots.values()]
+    assert any(tokens.startswith(one) for tokens in saved)
+    assert any(tokens.startswith(other) for tokens in saved)
+    house.check_nothing_is_left()
+    house.close()

@@ -226,7 +226,7 @@ class Lease:
 
     def set_restored(self, snapshot: WithTokens, content: Content) -> None:
         """Record that ``snapshot``, or as much of it as ``content`` has, was restored into the slot."""
-        is_other = self._is_other_conversation(content.n_tokens, snapshot.n_tokens)
+        is_other = self.is_other_conversation(content.n_tokens, snapshot.n_tokens)
         self.restored = snapshot.cut(content.n_tokens)
         self.content = replace(content, snapshot=None) if is_other else content
 
@@ -330,12 +330,12 @@ class Lease:
             return
         n = common(content.tokens, self.request.tokens) if self.request.may_use(content) else 0
         if n < content.n_tokens:
-            is_other = self._is_other_conversation(n, content.n_tokens)
+            is_other = self.is_other_conversation(n, content.n_tokens)
             self.content = content.cut_back(n, None if is_other else content.snapshot, self.request.namespace)
         else:
             self.content = self._in_its_space(content)
 
-    def _is_other_conversation(self, n_common: int, n_tokens: int) -> bool:
+    def is_other_conversation(self, n_common: int, n_tokens: int) -> bool:
         """Whether only the beginning of these is common: then their snapshot does not belong to this one."""
         return n_common <= self.request.n_system + NEGLIGIBLE_TOKENS < n_tokens
 

@@ -143,7 +143,8 @@ class Saving:
 
     def _mark(self, lease: Lease, content: Content, snapshot: WithTokens | None) -> None:
         """Note in what the slot of ``lease`` holds now that ``content``, or what goes on from it, was saved as
-        ``snapshot``, or could not be saved.
+        ``snapshot``, or could not be saved. In doubt whether it is the same conversation it is another one, for the
+        snapshot of its own is dropped when a conversation is saved again.
         """
         table, slot = lease.table, lease.slot
         if slot is None:
@@ -159,8 +160,8 @@ class Saving:
         elif (
             snapshot is not None
             and held.snapshot == content.snapshot
-            and (common(held.tokens, snapshot.tokens) >= table.rules.similarity_min * content.n_tokens)
-        ):  # it has gone on
+            and _goes_on(held, snapshot, holder, table.rules.similarity_min)
+        ):
             after = replace(held, snapshot=snapshot.id)
         else:
             return
@@ -413,6 +414,17 @@ def _base(table: SlotTable, content: Content, tokens: bytes) -> Base | None:
     if hit is None or snapshot is None:
         return None
     return Base(snapshot, hit.n_shared, is_lineage=snapshot.id == content.snapshot)
+
+
+def _goes_on(held: Content, saved: WithTokens, holder: Lease | None, similarity_min: float) -> bool:
+    """Whether a slot that was ``saved`` still holds that conversation, now in the lease of ``holder``. If it is idle
+    again, all tokens must be there: how long its system part was is not known any more.
+    """
+    n_common = common(held.tokens, saved.tokens)
+    if holder is None:
+        return n_common == saved.n_tokens
+    is_other = holder.is_other_conversation(n_common, saved.n_tokens)
+    return n_common >= similarity_min * saved.n_tokens and not is_other
 
 
 def _step(kind: SnapshotKind) -> str:
