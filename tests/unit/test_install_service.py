@@ -76,6 +76,13 @@ def test_units_fit_their_configuration() -> None:
     assert "ListenStream=127.0.0.1:8081\n" in found["llamaslot.socket"]
 
 
+def test_llama_server_may_write_where_what_does_not_fit_in_memory_goes() -> None:
+    """Through a link to the store."""
+    backend = {"url": "http://127.0.0.1:8080", "slot_save_path": "/run/llamaslot"}
+    unit = made({"backends": [backend], "store": {"directory": "/srv/kv"}})["llama-server.service"]
+    assert "\nReadWritePaths=/run/llamaslot\nReadWritePaths=/srv/kv\nRuntimeDirectory=llamaslot\n" in unit
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_accepts_the_socket(tmp_path: Path) -> None:
     """And the service that belongs to it."""

@@ -159,6 +159,7 @@ def units(
                 "llama-server.service",
                 model=model, host=url.hostname, port=url.port or 80, slots=slots, context=slots * context,
                 directory=backend.slot_save_path or _STATE / "kv", server_user=server_user, group=group,
+                writes=f"ReadWritePaths={config.store.directory}\n" if config.store.directory else "",
                 runtime=_in_memory(backend.slot_save_path),
                 key=f" \\\n  --api-key-file {key}" if key is not None else "",
             ),
