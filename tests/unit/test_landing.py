@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 import shutil
+import stat
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -152,12 +154,24 @@ async def test_a_link_that_llama_server_cannot_read_is_noticed(both: Places) -> 
     async with both.tree() as tree:
         saved = await tree.take(A)
         both.free = 1000
-        with tree.catalog.pin(saved.id), pytest.raises(SlotActionFailed):
+        with tree.catalog.pin(saved.id), pytest.raises(NoLanding):  # which blames no snapshot
             async with tree.catalog.given_out(saved, saved.n_tokens):
                 raise SlotActionFailed("400")
         with pytest.raises(NoLanding):
             await tree.given(saved.id)
         both.free = 1 << 30
+
+
+async def test_links_that_worked_are_not_blamed_for_what_llama_server_refuses(both: Places) -> None:
+    """It may have no free cells for a restore, for example: the next save is made."""
+    both.free = 1000
+    async with both.tree() as tree:
+        saved = await tree.take(A)
+        await tree.catalog.abandon(await tree.catalog.reserve(SIZE), is_refused=True)
+        with tree.catalog.pin(saved.id), pytest.raises(SlotActionFailed):
+            async with tree.catalog.given_out(saved, saved.n_tokens):
+                raise SlotActionFailed("400")
+        assert await tree.given(saved.id) == tree.file(A)
 
 
 @pytest.mark.parametrize("fault", ["gone", "read-only", "unmounted"])
@@ -340,18 +354,70 @@ async def test_bookings_that_are_cancelled_leave_nothing(both: Places) -> None:
             assert both.names() == set(), n_steps
 
 
-def test_a_place_in_memory_is_chosen_where_there_is_one_with_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each store has its own."""
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "llamaslot"))
-    assert landing_in_memory(tmp_path / "kv") is None
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Below it is memory, with room."""
+    (tmp_path / "kv").mkdir(mode=0o700)
     monkeypatch.setattr(places, "is_in_memory", lambda path: path == tmp_path)
     monkeypatch.setattr(places, "available_memory", lambda: 1 << 40)
     monkeypatch.setattr(places, "_ENOUGH", 1)
-    one, two = landing_in_memory(tmp_path / "kv"), landing_in_memory(tmp_path / "kv2")
+    return tmp_path
+
+
+def test_a_place_in_memory_is_chosen_where_there_is_one_with_room(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each store has its own."""
+    (memory / "kv2").mkdir()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(memory / "llamaslot"))
+    one, two = landing_in_memory(memory / "kv"), landing_in_memory(memory / "kv2")
     assert one is not None
     assert two not in (None, one)
-    assert one.parent == tmp_path / "llamaslot"
+    assert one.parent == memory / "llamaslot"
     monkeypatch.setattr(places, "available_memory", lambda: 0)
-    assert landing_in_memory(tmp_path / "kv") is None
+    assert landing_in_memory(memory / "kv") is None
+    monkeypatch.setattr(places, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(places, "is_in_memory", lambda path: False)
+    assert landing_in_memory(memory / "kv") is None
+
+
+def test_a_chosen_place_is_open_to_those_who_may_use_the_store(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A managed llama-server may run as another user of the store's group."""
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(memory / "llamaslot"))
+    (memory / "kv").chmod(0o2770)
+    place = landing_in_memory(memory / "kv")
+    assert place is not None
+    assert stat.S_IMODE(place.stat().st_mode) == 0o2770
+
+
+def test_memory_that_goes_at_logout_is_not_chosen(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing could be saved from then on."""
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(memory))
+    monkeypatch.setattr(places, "_LINGERING", memory / "linger")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() or 1)
+    assert landing_in_memory(memory / "kv") is None
+    (memory / "linger").mkdir()
+    (memory / "linger" / pwd.getpwuid(os.geteuid()).pw_name).touch()
+    place = landing_in_memory(memory / "kv")
+    assert place is not None
+    assert place.is_relative_to(memory / "llamaslot")
+
+
+def test_memory_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beyond the limit of a container or a service would end llama-server."""
+    own, inner = tmp_path / "own", tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    own.write_text("0::/a/b\n")
+    monkeypatch.setattr(places, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(places, "_OWN_GROUP", own)
+    whole = places.available_memory()
+    for group, limit in ((inner, "max"), (inner.parent, "5000")):
+        (group / "memory.max").write_text(limit)
+        (group / "memory.high").write_text("max")
+        (group / "memory.current").write_text("4000")
+        (group / "memory.stat").write_text("anon 1000\ninactive_file 1000\nactive_file 500\n")
+    assert whole > 2500
+    assert places.available_memory() == 2500

@@ -19,7 +19,7 @@ from llamaslot.errors import SlotActionFailed, SnapshotInvalid
 from llamaslot.store.acceptance import Reservation
 from llamaslot.store.assemble import DoesNotFit, StateAt, assemble
 from llamaslot.store.extent import Piece, Source, check_file
-from llamaslot.store.landing import Landing, copy_file
+from llamaslot.store.landing import Landing, NoLanding, copy_file
 from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import KV, N_STATES, PART, Part, Snapshot, new_id
 from llamaslot.store.slot_file import ROW_HEAD
@@ -138,8 +138,9 @@ class Copies:
         try:
             yield Given(copy.part_name, copy.size_bytes, n_tokens)
             await self._landing.settle(copy.id, snapshot.id, n_tokens, copy.size_bytes)
-        except SlotActionFailed:
-            self._landing.was_refused(copy.id)
+        except SlotActionFailed as error:
+            if self._landing.was_refused(copy.id):
+                raise NoLanding(str(error)) from error  # the snapshot is whole
             raise
         finally:
             await self._abandon(copy)
@@ -161,8 +162,9 @@ class Copies:
                 self._landing.written(id_)
             yield id_ + PART
             await self._landing.settle(id_, snapshot.id, snapshot.n_tokens, snapshot.size_bytes)
-        except SlotActionFailed:
-            self._landing.was_refused(id_)
+        except SlotActionFailed as error:
+            if self._landing.was_refused(id_):
+                raise NoLanding(str(error)) from error  # the snapshot is whole
             raise
         finally:
             await self._landing.drop(id_)

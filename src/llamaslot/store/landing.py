@@ -15,6 +15,8 @@ import contextlib
 import hashlib
 import logging
 import os
+import pwd
+import stat
 from pathlib import Path
 
 from msgspec import Struct
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 _LEFT_TO_OTHERS = 1 << 30  # bytes of memory
 _ENOUGH = 1 << 30  # bytes of a directory that is chosen by itself
 _TRY_LINKS_S = 60.0  # after llama-server could not use one
+_LINGERING = Path("/var/lib/systemd/linger")  # has a file for each user whose processes outlive the sessions
+_CGROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class NoLanding(QuotaExceeded):
@@ -73,6 +77,7 @@ class Landing:
         self._kept: dict[tuple[str, int], Kept] = {}  # by snapshot and number of tokens; last used last
         self._said = ""
         self._links_from = 0.0  # time of the event loop
+        self._links_work = False  # llama-server has used one: what it refuses has another reason
 
     @property
     def kept_bytes(self) -> int:
@@ -195,9 +200,10 @@ class Landing:
         if (file := self._files.get(id_)) is not None:
             file.size_bytes = 0
 
-    def was_refused(self, id_: str) -> None:
-        """llama-server could not write or read it."""
-        if (file := self._files.get(id_)) is not None and file.is_link:
+    def was_refused(self, id_: str) -> bool:
+        """llama-server could not write or read it. True if that is because of a link."""
+        is_link = (file := self._files.get(id_)) is not None and file.is_link
+        if is_link and not self._links_work:
             self._links_from = asyncio.get_running_loop().time() + _TRY_LINKS_S
             self._say(
                 "links",
@@ -206,6 +212,8 @@ class Landing:
                 " container: mount it there too)",
                 self._store, self.directory,
             )  # fmt: skip
+            return True
+        return False
 
     async def drop(self, id_: str) -> None:
         """Remove a booked file. Idempotent. Canceling is safe: it is removed all the same."""
@@ -218,7 +226,7 @@ class Landing:
         """
         if (file := self._files.get(id_)) is None:
             return
-        key = snapshot, n_tokens
+        key, self._links_work = (snapshot, n_tokens), self._links_work or file.is_link
         if file.is_link or size_bytes > self.quota_bytes or key in self._kept:
             await self.drop(id_)
             return
@@ -289,21 +297,36 @@ def _unlink_quietly(path: Path) -> None:
 def landing_in_memory(store: Path) -> Path | None:
     """A directory in memory for slot files of that ``store``, which is made; None where there is none with room.
 
-    It is below ``$RUNTIME_DIRECTORY`` (systemd), else ``/run`` for root, else ``$XDG_RUNTIME_DIR``. Blocking.
+    It has the owner, group and mode of ``store``: what llama-server runs as may reach that. Blocking.
     """
     given = os.environ.get("RUNTIME_DIRECTORY")
-    above = Path("/run") if os.geteuid() == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or os.devnull)
-    root = Path(given.split(":")[0]) if given else above / "llamaslot"
+    root = Path(given.split(":")[0]) if given else _above() / "llamaslot"
     directory = root / hashlib.sha256(os.fsencode(os.path.realpath(store))).hexdigest()[:8]
     try:
         if not is_in_memory(root.parent):
             return None
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        like, made = os.stat(store), os.stat(directory)
+        if (like.st_uid, like.st_gid) != (made.st_uid, made.st_gid):
+            os.chown(directory, like.st_uid, like.st_gid)
+        os.chmod(directory, stat.S_IMODE(like.st_mode))
         found = os.statvfs(directory)
     except OSError:
         return None
     free = min(found.f_bavail * found.f_frsize, available_memory() - _LEFT_TO_OTHERS)
     return directory if free >= _ENOUGH and os.access(directory, os.R_OK | os.W_OK | os.X_OK) else None
+
+
+def _above() -> Path:
+    """``/run`` for root, else ``$XDG_RUNTIME_DIR`` of a user that lingers: that of others goes when they log out, and
+    nothing could be saved from then on.
+    """
+    if os.geteuid() == 0:
+        return Path("/run")
+    with contextlib.suppress(KeyError):
+        if (_LINGERING / pwd.getpwuid(os.geteuid()).pw_name).exists():
+            return Path(os.environ.get("XDG_RUNTIME_DIR") or os.devnull)
+    return Path(os.devnull)
 
 
 def _are_apart(one: Path, other: Path) -> bool:
@@ -323,8 +346,31 @@ def is_in_memory(directory: Path) -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that programs can have without swapping; very many if that is not known. Blocking."""
+    """Bytes that programs can have without swapping, in the control groups of this process too: what is in a tmpfs
+    counts there, and at the limit llama-server is killed. Very many if that is not known. Blocking.
+    """
+    free = 1 << 62
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10
-    return 1 << 62
+        free = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        group = _CGROUPS / _OWN_GROUP.read_text().rpartition("0::/")[2].strip()
+        for each in (group, *group.parents):
+            if each.is_relative_to(_CGROUPS):
+                free = min(free, _free_in(each))
+    return free
+
+
+def _free_in(group: Path) -> int:
+    """Bytes until a control group (v2) has all it may have; the page cache counts as free. Raises ValueError,
+    KeyError.
+    """
+    free = 1 << 62
+    with contextlib.suppress(OSError):  # the root has no limits
+        limits = [(group / name).read_text().strip() for name in ("memory.max", "memory.high")]
+        if limits := [limit for limit in limits if limit != "max"]:
+            used = int((group / "memory.current").read_text())
+            figures = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cache = int(figures["active_file"]) + int(figures["inactive_file"])
+            free = min(map(int, limits)) - used + cache
+    return free
