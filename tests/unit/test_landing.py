@@ -11,12 +11,15 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from llamaslot.backend.probes import Probes
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SlotActionFailed
+from llamaslot.llama.client import LlamaServer
+from llamaslot.scheduling.cost import Rates
 from llamaslot.store import DirectoryUnusable, QuotaExceeded
 from llamaslot.store import landing as places
 from llamaslot.store.landing import NoLanding, landing_in_memory
@@ -116,6 +119,27 @@ async def test_what_does_not_fit_goes_through_a_link(both: Places) -> None:
         assert await tree.given(first.id) == tree.file(A[:420])
         await tree.catalog.settle()
         assert both.names() == set()
+
+
+async def test_a_full_slot_proves_that_slots_can_be_saved_through_a_link_too(both: Places) -> None:
+    """At a restart of llamaslot, if none is empty: else nothing would be saved until the next one."""
+    both.free = 1000
+    async with both.tree() as tree:
+        data = tree.file(A)
+
+        class Server:
+            async def save(self, slot: int, name: str) -> None:
+                if not (both.landing / name).is_symlink():
+                    raise SlotActionFailed("no space left")
+                (both.landing / name).write_bytes(data)
+
+        rates = Rates()
+        rates.size.observe(len(A), len(data))
+        probes = Probes(cast(LlamaServer, Server()), tree.catalog, rates)
+        assert await probes.can_save(0, len(A))
+        await tree.catalog.settle()
+        assert both.names() == set()
+        assert tree.names() == set()
 
 
 async def test_two_files_that_fit_only_one_by_one(both: Places) -> None:

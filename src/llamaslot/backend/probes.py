@@ -139,7 +139,11 @@ class Probes:
         room = await self._quota(self.rates.size_bytes(n_tokens)) if n_tokens else None
         try:
             # Not in a slot that holds a context: a restore that fails would lose it.
-            await prove_shared(directory, save, restore if self.has_others_files and not n_tokens else None)
+            name = (
+                room.part_name if room is not None else None
+            )  # through a link, if that is where there is room
+            can_lose = self.has_others_files and not n_tokens
+            await prove_shared(directory, save, restore if can_lose else None, name)
         except SlotActionFailed as error:
             self.can_erase = error.status_upstream != 501
             self.warnings.append(NO_SAVE_PATH if not self.can_erase else f"slots cannot be saved: {error}")

@@ -88,18 +88,19 @@ async def prove_shared(
     directory: Path,
     save: Callable[[str], Awaitable[None]],
     restore: Callable[[str], Awaitable[None]] | None = None,
+    name: str | None = None,
 ) -> None:
     """Check that llama-server's ``--slot-save-path`` is ``directory`` and that llamaslot can handle its files.
 
     ``save(name)`` makes llama-server save an idle slot under that name. The file must then appear here, be a readable
     slot file, and be renamed and unlinked. Nothing is left behind if unlinking works; after a crash in between the
     next scan removes the probe by its name. ``restore(name)`` makes llama-server restore the renamed file: then it also
-    sees what others do in the directory.
+    sees what others do in the directory. ``name``: of the file, for one whose space is reserved.
 
     Raises NotShared or DirectoryUnusable with the fix, SnapshotInvalid if the server writes an unknown format, and
     whatever ``save`` and ``restore`` raise. Canceling is safe.
     """
-    probe, moved = (directory / (new_id() + PROBE) for _ in range(2))
+    probe, moved = directory / (name or new_id() + PROBE), directory / (new_id() + PROBE)
     fix = _GROUP.format(directory=directory)
     if not await aiofiles.os.access(directory, os.R_OK | os.W_OK | os.X_OK):
         exists = await aiofiles.ospath.isdir(directory)
