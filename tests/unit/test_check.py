@@ -171,7 +171,12 @@ def test_a_quota_beyond_the_disk_is_told(box: Path) -> None:
     assert beyond_disk(2 * n_free, 0, box, 2 * n_free) is None
     assert "store.quota is" in str(beyond_disk(2 * n_free, 0, box, 1 << 20))
     assert "1.0 MiB are there" in str(beyond_disk(2 * n_free, 0, box, 1 << 20))
-    assert beyond_disk(n_free // 2, n_free, box, 0) is not None, "what is left to others is not ours"
+    assert "worth least goes" in str(beyond_disk(n_free // 2, n_free, box, 0)), (
+        "what is left to others is not ours"
+    )
+    assert "saves fail" in str(beyond_disk(2 * n_free, 0, box, 0)), (
+        "without store.min_free nothing is evicted then"
+    )
     assert beyond_disk(0, n_free, box, 0) is None
 
 

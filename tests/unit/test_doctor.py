@@ -58,6 +58,7 @@ def test_a_journal_in_which_nothing_is_wrong() -> None:
 def test_too_few_decisions_tell_nothing() -> None:
     findings = list(of_journal(STATUS, []))
     assert [its.state for its in findings] == ["skipped", "ok", "skipped", "skipped"]
+    assert findings[0].text.startswith("the journal has too few requests (0)")
 
 
 def test_too_few_slots() -> None:
@@ -118,6 +119,9 @@ def test_a_clock_that_is_wrong(config_path: Path) -> None:
     ahead.touch()
     os.utime(ahead, (4e9, 4e9))
     assert found(of_machine(config)) == {"clock": "timedatectl set-ntp true"}
+    assert "last used in the future, at 2096-10-0" in next(
+        its.text for its in of_machine(config) if its.check == "clock"
+    )
     assert [its.name for its in (config_path.parent / "kv").iterdir()] == [ahead.name]
 
 

@@ -49,10 +49,15 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
     can_have = held_bytes + max(free_bytes - min_free_bytes, 0)
     if quota_bytes <= can_have:
         return None
-    return (
+    room = (
         f"store.quota is {readable(quota_bytes)}, but {directory} has room for {readable(can_have)} of snapshots:"
-        f" {readable(held_bytes)} are there, {readable(free_bytes)} are free, and store.min_free leaves"
-        f" {readable(min_free_bytes)} to others. What is worth least goes when that is full, not at the quota"
+        f" {readable(held_bytes)} are there, {readable(free_bytes)} are free"
+    )
+    if not min_free_bytes:  # free space is not queried then
+        return f"{room}. With store.min_free: 0 nothing goes when that is full: saves fail"
+    return (
+        f"{room}, and store.min_free leaves {readable(min_free_bytes)} to others."
+        " What is worth least goes when that is full, not at the quota"
     )
 
 

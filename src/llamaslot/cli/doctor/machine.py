@@ -99,7 +99,8 @@ def _clock(directories: list[Path]) -> Finding:
             (_mtime(directory / (id_ + JSON)) for id_ in list_own(directory).suffixes), default=0.0
         )
         if newest_s > now + _FUTURE_S:
-            told = f"{directory} has snapshots from {(newest_s - now) / 60:,.0f} min in the future: {cost}"
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest_s))
+            told = f"{directory} has snapshots last used in the future, at {used}: {cost}"
             return Finding(check, "warning", told, "timedatectl set-ntp true")
     return Finding(check, "ok", "this machine and the snapshots' file system agree")
 

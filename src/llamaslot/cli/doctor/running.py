@@ -51,7 +51,7 @@ def _slots(status: Json, decisions: Sequence[Json]) -> Finding:
     asked = [decision for decision in decisions if decision["user"]]
     if len(asked) < _ENOUGH or not n_slots:
         return Finding(
-            check, "skipped", f"the journal has {len(asked)} requests only: run it again after some use"
+            check, "skipped", f"the journal has too few requests ({len(asked)}): run it again after some use"
         )
     newest = max(decision["at"] for decision in asked)
     recent = [decision for decision in asked if newest - decision["at"] <= _WITHIN_S]
