@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pwd
 import shutil
-import stat
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,7 +20,7 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import DirectoryUnusable, QuotaExceeded
 from llamaslot.store import landing as places
-from llamaslot.store.landing import NoLanding, landing_in_memory
+from llamaslot.store.landing import NoLanding
 from tests.support.trees import Tree, words
 
 A, B = words(700, 1), words(700, 2)
@@ -376,58 +374,6 @@ async def test_bookings_that_are_cancelled_leave_nothing(both: Places) -> None:
                 await tree.catalog.abandon(task.result())
             await tree.catalog.settle()
             assert both.names() == set(), n_steps
-
-
-@pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Below it is memory, with room."""
-    (tmp_path / "kv").mkdir(mode=0o700)
-    monkeypatch.setattr(places, "is_in_memory", lambda path: path == tmp_path)
-    monkeypatch.setattr(places, "available_memory", lambda: 1 << 40)
-    monkeypatch.setattr(places, "_ENOUGH", 1)
-    return tmp_path
-
-
-def test_a_place_in_memory_is_chosen_where_there_is_one_with_room(
-    memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each store has its own."""
-    (memory / "kv2").mkdir()
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(memory / "llamaslot"))
-    one, two = landing_in_memory(memory / "kv"), landing_in_memory(memory / "kv2")
-    assert one is not None
-    assert two not in (None, one)
-    assert one.parent == memory / "llamaslot"
-    monkeypatch.setattr(places, "available_memory", lambda: 0)
-    assert landing_in_memory(memory / "kv") is None
-    monkeypatch.setattr(places, "available_memory", lambda: 1 << 40)
-    monkeypatch.setattr(places, "is_in_memory", lambda path: False)
-    assert landing_in_memory(memory / "kv") is None
-
-
-def test_a_chosen_place_is_open_to_those_who_may_use_the_store(
-    memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A managed llama-server may run as another user of the store's group."""
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(memory / "llamaslot"))
-    (memory / "kv").chmod(0o2770)
-    place = landing_in_memory(memory / "kv")
-    assert place is not None
-    assert stat.S_IMODE(place.stat().st_mode) == 0o2770
-
-
-def test_memory_that_goes_at_logout_is_not_chosen(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing could be saved from then on."""
-    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(memory))
-    monkeypatch.setattr(places, "_LINGERING", memory / "linger")
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() or 1)
-    assert landing_in_memory(memory / "kv") is None
-    (memory / "linger").mkdir()
-    (memory / "linger" / pwd.getpwuid(os.geteuid()).pw_name).touch()
-    place = landing_in_memory(memory / "kv")
-    assert place is not None
-    assert place.is_relative_to(memory / "llamaslot")
 
 
 def test_memory_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,6 @@ def units(
             needs="Requires=llamaslot.socket\n" if has_socket else "",
             type=Template(_TYPES[is_new]).substitute(),
             program=_program(program), config=path, user=user, group=group,
-            runtime="# For slot files in memory.\nRuntimeDirectory=llamaslot\n" if has_managed else "",
             writes=f"ReadWritePaths={' '.join(elsewhere)}\n" if elsewhere else "",
             drain_s=f"{shutdown.drain_s:g}", save_s=f"{shutdown.save_s:g}",
             stop_s=f"{2 * shutdown.drain_s + shutdown.save_s + _MARGIN_S:.0f}",

@@ -113,21 +113,18 @@ def _run(
         from llamaslot.config.sections import default_meta_dir
         from llamaslot.http.serve import serve_command
         from llamaslot.llama.managed.process import ManagedServer, in_words
-        from llamaslot.store.landing import landing_in_memory
         from llamaslot.store.shared_store import claim
 
         part = claim(store or default_meta_dir() / "models", given.model)
         directory = Path(given.said(SAVE_PATH) or part.directory)
-        slot_files = landing_in_memory(directory) if given.said(SAVE_PATH) is None else directory
-        slot_files = slot_files or directory
         server = ManagedServer(
             given,
             name="llama",
-            slot_save_path=slot_files,
+            slot_save_path=directory,
             log_path=None,
             api_key=next(iter(given.api_keys), None),
         )
-        config = _config(given, address, server.url, slot_files, directory, part, quota, stop_s)
+        config = _config(given, address, server.url, directory, part, quota, stop_s)
     except LlamaslotError as error:
         fail([str(error)])
     for cost in given.costs():
@@ -160,7 +157,6 @@ def _config(
     given: GivenCommand,
     address: tuple[str, str],
     url: str,
-    slot_files: Path,
     directory: Path,
     part: Part,
     quota: str,
@@ -175,7 +171,7 @@ def _config(
     from llamaslot.http.serve import drain_s
 
     keys = given.api_keys
-    backend: dict[str, Any] = {"name": "llama", "url": url, "slot_save_path": slot_files}
+    backend: dict[str, Any] = {"name": "llama", "url": url, "slot_save_path": directory}
     auth: dict[str, Any] = {"allow_anonymous": True}  # as llama-server itself on that address
     if keys:
         backend["api_key"] = keys[0]
@@ -184,7 +180,7 @@ def _config(
         "listen": {"host": address[0], "port": address[1]},
         "backends": [backend],
         "auth": auth,
-        "store": {"quota": quota, "meta_dir": part.meta_dir, "directory": directory},
+        "store": {"quota": quota, "meta_dir": part.meta_dir},
         "shutdown": {"drain_s": drain_s(stop_s)},
     }
     _remember(part.meta_dir / RUN_CONFIG, settings)

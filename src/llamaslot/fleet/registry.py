@@ -68,11 +68,9 @@ class Registry:
         self.router = Router(self.pools, self._backends)
 
     @classmethod
-    def of(
-        cls, config: Config, urls: Mapping[str, str] | None = None, landing: Path | None = None
-    ) -> Registry:
-        """``urls``: of managed backends, by name; ``landing``: where those write, if not in their slot_save_path.
-        Raises ConfigError if a configured file, readable a moment ago, is not readable any more.
+    def of(cls, config: Config, urls: Mapping[str, str] | None = None) -> Registry:
+        """``urls``: of managed backends, by name. Raises ConfigError if a configured file, readable a moment ago,
+        is not readable any more.
         """
         registry = cls(Metrics(), _pool_settings(config))
         registry.router.configure(config.models)
@@ -84,10 +82,8 @@ class Registry:
             url = (urls or {}).get(settings.name) or settings.url
             assert url is not None, "a managed backend has a URL once it is there"
             api = LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name)
-            slot_files = landing if settings.managed is not None and landing else settings.slot_save_path
-            backend = registry.add(
-                settings.name, api, config.store, config.directory_of(settings), slot_files
-            )
+            directory, slot_files = config.directory_of(settings), settings.slot_save_path
+            backend = registry.add(settings.name, api, config.store, directory, slot_files)
             backend.cache_misses.tells_texts = config.log.prompts
         return registry
 

@@ -27,10 +27,8 @@ from llamaslot.http.connections import ClientTimeouts, Connections, raise_file_l
 from llamaslot.http.health import HealthChecks
 from llamaslot.http.reload import Reload
 from llamaslot.http.service_manager import ServiceManager
-from llamaslot.llama.managed.given_command import is_contained
 from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.llama.quick_import import import_aiohttp
-from llamaslot.store.landing import landing_in_memory
 from llamaslot.tasks import TaskOwner
 
 if TYPE_CHECKING:
@@ -184,9 +182,8 @@ async def serve(config: Config, path: Path | None = None) -> None:
     raise_file_limit()
     manager, tasks = ServiceManager(), TaskOwner()
     await asyncio.to_thread(_make_directories, config)
-    landing = await asyncio.to_thread(_landing, config)
-    servers = {server.name: server for server in _managed(config, landing)}
-    registry = Registry.of(config, {name: server.url for name, server in servers.items()}, landing)
+    servers = {server.name: server for server in _managed(config)}
+    registry = Registry.of(config, {name: server.url for name, server in servers.items()})
     await registry.open()
     limits = config.managed
     managed = ManagedModels(
@@ -231,19 +228,7 @@ async def serve(config: Config, path: Path | None = None) -> None:
         manager.close()
 
 
-def _landing(config: Config) -> Path | None:
-    """A directory in memory for slot files, if all llama-servers are llamaslot's own and none has a slot_save_path of
-    its own. Blocking.
-    """
-    store = config.store.directory or config.store.meta_dir / "kv"
-    for its in config.backends:
-        is_default = its.managed is not None and its.slot_save_path == store
-        if not is_default or (its.managed is not None and is_contained(its.managed.command)):
-            return None
-    return landing_in_memory(store)
-
-
-def _managed(config: Config, landing: Path | None) -> Iterator[ManagedServer]:
+def _managed(config: Config) -> Iterator[ManagedServer]:
     for settings in config.backends:
         if settings.managed is None:
             continue
@@ -251,7 +236,7 @@ def _managed(config: Config, landing: Path | None) -> Iterator[ManagedServer]:
         yield ManagedServer(
             settings.managed,
             name=settings.name,
-            slot_save_path=landing or settings.slot_save_path,
+            slot_save_path=settings.slot_save_path,
             log_path=config.store.meta_dir / f"{settings.name}.log",
             port=settings.managed.port,
             api_key=settings.resolve_api_key(),

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
-import pwd
-import stat
 from pathlib import Path
 
 from msgspec import Struct
@@ -32,9 +29,7 @@ from llamaslot.tasks import TaskOwner, in_thread
 log = logging.getLogger(__name__)
 
 _LEFT_TO_OTHERS = 1 << 30  # bytes of memory
-_ENOUGH = 1 << 30  # bytes of a directory that is chosen by itself
 _TRY_LINKS_S = 60.0  # after llama-server could not use one
-_LINGERING = Path("/var/lib/systemd/linger")  # has a file for each user whose processes outlive the sessions
 _CGROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -292,41 +287,6 @@ def copy_file(source: Path, target: Path, *, is_durable: bool = False) -> None:
 def _unlink_quietly(path: Path) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
-
-
-def landing_in_memory(store: Path) -> Path | None:
-    """A directory in memory for slot files of that ``store``, which is made; None where there is none with room.
-
-    It has the owner, group and mode of ``store``: what llama-server runs as may reach that. Blocking.
-    """
-    given = os.environ.get("RUNTIME_DIRECTORY")
-    root = Path(given.split(":")[0]) if given else _above() / "llamaslot"
-    directory = root / hashlib.sha256(os.fsencode(os.path.realpath(store))).hexdigest()[:8]
-    try:
-        if not is_in_memory(root.parent):
-            return None
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        like, made = os.stat(store), os.stat(directory)
-        if (like.st_uid, like.st_gid) != (made.st_uid, made.st_gid):
-            os.chown(directory, like.st_uid, like.st_gid)
-        os.chmod(directory, stat.S_IMODE(like.st_mode))
-        found = os.statvfs(directory)
-    except OSError:
-        return None
-    free = min(found.f_bavail * found.f_frsize, available_memory() - _LEFT_TO_OTHERS)
-    return directory if free >= _ENOUGH and os.access(directory, os.R_OK | os.W_OK | os.X_OK) else None
-
-
-def _above() -> Path:
-    """``/run`` for root, else ``$XDG_RUNTIME_DIR`` of a user that lingers: that of others goes when they log out, and
-    nothing could be saved from then on.
-    """
-    if os.geteuid() == 0:
-        return Path("/run")
-    with contextlib.suppress(KeyError):
-        if (_LINGERING / pwd.getpwuid(os.geteuid()).pw_name).exists():
-            return Path(os.environ.get("XDG_RUNTIME_DIR") or os.devnull)
-    return Path(os.devnull)
 
 
 def _are_apart(one: Path, other: Path) -> bool:
