@@ -18,7 +18,7 @@ from llamaslot.cache.ids import pack
 from llamaslot.errors import SlotActionFailed
 from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.cost import Rates
-from llamaslot.store import DirectoryUnusable, QuotaExceeded
+from llamaslot.store import DirectoryUnusable, QuotaExceeded, sidecar
 from llamaslot.store import landing as places
 from llamaslot.store.landing import NoLanding
 from tests.support.trees import Tree, words
@@ -138,6 +138,23 @@ async def test_a_full_slot_proves_that_slots_can_be_saved_through_a_link_too(bot
         await tree.catalog.settle()
         assert both.names() == set()
         assert tree.names() == set()
+
+
+async def test_a_whole_file_is_a_snapshot_before_the_disk_has_it(
+    both: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that llama-server writes there: a stop that has ten seconds must not wait for the disk, and a kill then
+    loses nothing.
+    """
+    async with both.tree() as tree:
+        with monkeypatch.context() as patch:
+            patch.setattr("llamaslot.store.sidecar.make_durable", lambda *_: None)
+            saved = await tree.take(A)
+            await tree.catalog.settle()
+        path = both.store / (saved.id + ".json")
+        assert sidecar.parse(path.name, path.read_bytes()).boot == sidecar.boot_id()
+        await tree.reopen(has_manifest=False)
+        assert await tree.given(saved.id) == tree.file(A)
 
 
 async def test_two_files_that_fit_only_one_by_one(both: Places) -> None:

@@ -159,9 +159,7 @@ class Acceptance:
         try:
             if state.has_landed:
                 landed, part = part, self._directory / part.name
-                await asyncio.to_thread(copy_file, landed, part, is_durable=True)
-                noted = replace(noted, boot=None)
-                self._manifest.durable.add(noted.id)
+                await asyncio.to_thread(copy_file, landed, part)
             self._manifest.file_ids[noted.id] = await asyncio.to_thread(self._publish, part, noted)
         except OSError as error:
             raise SnapshotInvalid(f"{noted.id}: cannot be written: {error.strerror or error}") from error

@@ -276,12 +276,10 @@ class Landing:
         )
 
 
-def copy_file(source: Path, target: Path, *, is_durable: bool = False) -> None:
-    """Blocking; raises SnapshotInvalid and OSError, and leaves nothing in ``target`` then."""
+def copy_file(source: Path, target: Path) -> None:
+    """Blocking; raises SnapshotInvalid and OSError, and leaves nothing in ``target`` then. It is not synced."""
     with Source(source) as opened, Copier(target) as copier:
         copier.copy(opened.fd, 0, opened.size_bytes)
-        if is_durable:
-            os.fsync(copier.fd)
 
 
 def _unlink_quietly(path: Path) -> None:
