@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
-from tests.support.growing import Stored, grow, place_of
+from tests.support.growing import grow, place_of
 from tests.support.users import words
 
 pytestmark = pytest.mark.real
@@ -32,4 +32,4 @@ async def test_a_conversation_is_on_disk_once(
         figure(f"edited at {reply.n_prompt - 90}: {reply.n_reused} reused")
         assert reply.n_reused >= reply.n_prompt - 90 - 512
         assert await place.n_other_answers(3) == 0
-        assert Stored.of(place.stack.server.save_dir).n_snapshots >= 1
+        assert (await place.stored(place.stack.server.save_dir)).n_snapshots >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -80,10 +81,11 @@ class Place:
         """What lies in ``directory``, once all saves are committed and what they replace is gone."""
         async with asyncio.timeout(30):
             while True:
-                found = Stored.of(directory)
-                is_still = found.n_bytes == await self.figure("snapshot_stored_bytes")
-                if is_still and not any(name.endswith(".part") for name in os.listdir(directory)):
-                    return found
+                with contextlib.suppress(FileNotFoundError):  # it was replaced between listing and looking
+                    found = Stored.of(directory)
+                    is_still = found.n_bytes == await self.figure("snapshot_stored_bytes")
+                    if is_still and not any(name.endswith(".part") for name in os.listdir(directory)):
+                        return found
                 await asyncio.sleep(0.02)
 
     async def forget(self) -> None:
