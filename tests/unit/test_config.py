@@ -412,6 +412,17 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
             "backends: [{url: 'http://a', slot_save_path: kv}]\nstore: {meta_dir: ./kv}",
             "backends[0].slot_save_path: is store.meta_dir too",
         ),
+        (BACKEND + "store: {directory: kv, meta_dir: ./kv}", "store.directory: is store.meta_dir too"),
+        (
+            "backends: [{url: 'http://a', slot_save_path: a}, {name: b, url: 'http://b', slot_save_path: b}]\n"
+            "store: {directory: kv}",
+            "backends[1].slot_save_path: with store.directory it must be that of backends[0]",
+        ),
+        (
+            "backends: [{managed: {model: m, command: sh}}, {name: b, url: 'http://b', slot_save_path: b}]\n"
+            "store: {directory: kv}",
+            "backends[1].slot_save_path: with store.directory it must be that of backends[0]",
+        ),
     ],
 )
 def test_a_fault_says_where_and_what_would_be_right(faults: Faults, text: str, fault: str) -> None:

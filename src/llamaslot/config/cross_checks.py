@@ -130,10 +130,12 @@ def _directory_faults(
     seen = dict[Path, int]()
     for i, backend in enumerate(backends):
         path = _real(backend.get("slot_save_path"), info) if isinstance(backend, dict) else None
+        if path is None and isinstance(backend, dict) and backend.get("managed"):
+            path = kept  # the default
         if path is None:
             continue
         loc: Loc = ("backends", i, "slot_save_path")
-        if path == meta:
+        if path == meta != kept:
             yield loc, "is store.meta_dir too: llamaslot's own files and slot files need a directory each"
         for other, j in seen.items():
             if kept is not None and path != other:
