@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import models
-from tests.support.growing import Messages, place_of
+from tests.support.growing import Messages, Stored, place_of
 from tests.support.users import words
 
 pytestmark = pytest.mark.real
@@ -39,7 +39,7 @@ async def test_a_conversation_comes_back_after_a_restart_of_both(
         await place.stack.llamaslot.stop()
         await place.stack.server.restart()
         assert os.listdir(memory) == [".llamaslot.lock"]
-        assert (await place.stored(tmp_path / "kept")).n_snapshots >= 1
+        assert Stored.of(tmp_path / "kept").n_snapshots >= 1  # llamaslot has stopped
         await place.stack.llamaslot.start()
         reply = await place.ask(messages)
         assert reply.n_reused >= reply.n_prompt - 450

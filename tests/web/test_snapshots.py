@@ -12,6 +12,7 @@ import pytest
 from llamaslot.cache.ids import pack
 from tests.support import fake_files
 from tests.support.inprocess import NATIVE, Served, letters, right, served
+from tests.support.stack import size_of
 
 ONE, TWO, THREE = (letters(n, 800) for n in (1, 2, 3))
 
@@ -172,7 +173,7 @@ async def test_the_quota_holds(tmp_path: Path) -> None:
     async with served(tmp_path, {"store": {"quota": "100KiB"}}, slots=1) as it:
         for text in texts:
             await it.ask(text)
-            assert sum(file.stat().st_size for file in it.files()) <= 100 << 10
+            assert sum(map(size_of, it.files())) <= 100 << 10
         await it.saved()
         assert 2 <= len(it.files()) <= 3
         assert (await it.ask(texts[4] + "more")).source == "snapshot"
