@@ -59,7 +59,7 @@ def of_kind(kind: str, directory: Path) -> dict[str, Any]:
 
 def letters(seed: int, n: int) -> str:
     """``n`` tokens that share nothing with those of another seed."""
-    rng = random.Random(seed)
+    rng = random.Random(seed if seed >= 0 else repr(seed))  # an int seeds with its absolute value
     return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=n))
 
 
