@@ -79,7 +79,12 @@ def test_so_do_the_steps_of_a_short_request(cache_kind: CacheKind) -> None:
         house.wait(house.come(back))
         slot = house.slots[back.id]
         works = [work for work in house.main.works if work.ended > asked_at]
-        assert [work.kind for work in works if work.slot == slot] == ["save", "erase", "restore", "batch"]
+        kinds = [work.kind for work in works if work.slot == slot]
+        assert kinds[kinds[0] == "save" :] == [
+            "erase",
+            "restore",
+            "batch",
+        ]  # or saved before the stranger came
         first_at = asked_at + house.first_s[back.id]
         assert not [
             work

@@ -72,9 +72,8 @@ async def test_one_that_answers_500_draws_no_requests(
         it.fakes[place].overrides = {}
         it.named(place).suspicion._until = 0.0
         await it.until(lambda: not it.named(place).leases.is_suspect)
-        it.fakes[other].hold()
+        break_(it, other, *ROUTES)  # else it might be preferred: it holds what the other one has missed
         assert {backend_of(await it.ask(text)) for text in TEXTS[:2]} == {place}
-        it.fakes[other].go()
 
 
 @pytest.mark.parametrize("path", [NATIVE, "/apply-template", "/tokenize", "/v1/embeddings"])
