@@ -40,6 +40,20 @@ def some_tokens(n_tokens: int, seed: int = 0) -> bytes:
     return pack([seed, *range(1, n_tokens)])
 
 
+def listed(id_: str, tokens: bytes, size_bytes: int) -> WithTokens:
+    """An entry of a catalog of which only these fields matter."""
+    return WithTokens.of(
+        tokens,
+        id=id_,
+        size_bytes=size_bytes,
+        fingerprint="m",
+        created_at=0.0,
+        checkpoints=(),
+        source="r",
+        namespace="",
+    )
+
+
 class Shelter:
     """A directory, a clock that stands still until told otherwise, and the catalog that works there."""
 

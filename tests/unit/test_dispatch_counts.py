@@ -24,8 +24,8 @@ from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Plan, Save, Source, Wait
 from llamaslot.scheduling.request import Request, User
 from llamaslot.scheduling.slots import SlotEvent
-from llamaslot.store import WithTokens
 from tests.support.house import House, tokens_of
+from tests.support.snapshots import listed
 from tests.support.stub import StubServer
 
 N_SLOTS = 4
@@ -125,26 +125,13 @@ def test_what_is_kept_of_a_slot_is_what_would_be_computed(seed: int) -> None:
         check_worths(table)
         if pending is not None:
             if rng.random() < 0.7:
-                table.add_snapshot(snapshot(f"s{step}", pending.content.tokens))
+                table.add_snapshot(listed(f"s{step}", pending.content.tokens, len(pending.content.tokens)))
             table.end_pending_save(pending)
         check_worths(table)
         if step % 5 == 0:
             table.drop_snapshot(f"s{rng.randrange(step + 1)}")
         table.give_back(slot, SlotEvent.KEEP, Content(held, is_dirty=True), float(step))
         check_worths(table)
-
-
-def snapshot(id_: str, tokens: bytes) -> WithTokens:
-    return WithTokens.of(
-        tokens,
-        id=id_,
-        size_bytes=len(tokens),
-        fingerprint="m",
-        created_at=0.0,
-        checkpoints=(),
-        source="r",
-        namespace="",
-    )
 
 
 def check_worths(table: SlotTable) -> None:

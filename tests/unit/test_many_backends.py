@@ -19,8 +19,8 @@ from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Plan, Wait
 from llamaslot.scheduling.request import Request, User
 from llamaslot.scheduling.slots import SlotEvent, SlotKey
-from llamaslot.store import WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots
+from tests.support.snapshots import listed
 
 N = 40
 RULES = Rules()
@@ -140,18 +140,7 @@ class Many:
         held, slot, snapshot = pack(tokens), table.slots[number], None
         if self.rng.random() < 0.3:
             snapshot = f"s{len(self.held)}"
-            table.add_snapshot(
-                WithTokens.of(
-                    held,
-                    id=snapshot,
-                    size_bytes=len(held) * 10,
-                    fingerprint="m",
-                    created_at=0.0,
-                    checkpoints=(),
-                    source="r",
-                    namespace="",
-                )
-            )
+            table.add_snapshot(listed(snapshot, held, len(held) * 10))
         table.take(slot, Request("fill", held), self.now, has_answer=True)
         content = Content(held, is_dirty=snapshot is None, snapshot=snapshot)
         if self.rng.random() < 0.8:

@@ -16,7 +16,7 @@ from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Plan, Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotEvent
-from llamaslot.store import WithTokens
+from tests.support.snapshots import listed
 
 N_SLOTS = 40
 NAMESPACES = (Namespace(), Namespace("anna"))
@@ -43,18 +43,7 @@ def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
         snapshot = None
         if held and rng.random() < 0.3 and namespace == Namespace():
             snapshot = f"s{slot.id}"
-            table.add_snapshot(
-                WithTokens.of(
-                    held,
-                    id=snapshot,
-                    size_bytes=len(held) * 10,
-                    fingerprint="m",
-                    created_at=0.0,
-                    checkpoints=(),
-                    source="r",
-                    namespace="",
-                )
-            )
+            table.add_snapshot(listed(snapshot, held, len(held) * 10))
         content = Content(held, is_dirty=snapshot is None, snapshot=snapshot, namespace=namespace)
         now = rng.uniform(0, 3000)
         table.take(slot, Request("fill", held, namespace=namespace), now, has_answer=False)
