@@ -240,7 +240,7 @@ class Landing:
         except OSError:
             return  # ``book`` says so
         known = self._files.keys() | {kept.id for kept in self._kept.values()}
-        for id_ in found.holders(PART) - known - self._files.keys():
+        for id_ in found.holders(PART) - known:
             await self._unlinked(id_)
 
     # -- files that stay -------------------------------------------------------------------------------------------
