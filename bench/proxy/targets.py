@@ -208,6 +208,7 @@ class Target:
             ],
             "store": {
                 "quota": "4GiB",
+                "max_files": 20_000,
                 "min_free": "0",
                 "meta_dir": str(self.directory / "meta"),
                 "idle_save_s": 3_600,
