@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.virtual import VirtualLoop
+from llamaslot.backend.lease import Lease
 from llamaslot.cache.ids import count, pack
 from llamaslot.scheduling.request import Request
 from tests.support.house import House, tokens_of
@@ -98,6 +101,27 @@ def test_owners_who_ask_while_they_are_saved_recompute_nothing(
         assert has_system or server.n_computed >= team.n_new
     finally:
         house.close()
+
+
+def test_a_save_is_tried_again_if_the_request_that_it_gave_way_to_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It came while space was reserved, and was served in another slot before that was given back."""
+    server = StubServer(1, token_s=1.0, pace=lambda op: 0.1)
+    house = House(VirtualLoop(), server)
+    house.loop.run_until_complete(house.ask(Request("first turn", tokens_of(1000, 300))))
+    [slot] = house.idle_save.worth_saving()
+    lease, is_wanted = house.idle_save._lease(slot), iter([True, False])
+    assert lease is not None
+
+    async def save_now(_: Lease, must_give_way: Callable[[], bool]) -> None:
+        assert must_give_way()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.idle_save._executor, "save_now", save_now)
+        house.loop.run_until_complete(house.idle_save._save(lease, lambda: next(is_wanted)))
+    assert house.idle_save._next() is slot
+    house.close()
 
 
 def test_what_a_queued_request_needs_is_not_evicted_for_an_earlier_one() -> None:

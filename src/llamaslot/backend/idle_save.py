@@ -62,14 +62,21 @@ class IdleSave:
         has changed.
         """
         assert lease.slot is not None
+        has_given_way = False
+
+        def gives_way() -> bool:
+            nonlocal has_given_way
+            has_given_way = has_given_way or must_give_way()
+            return has_given_way
+
         with lease:
             slot, before = lease.slot, lease.slot.content.tokens
             try:
-                commit = await self._executor.save_now(lease, must_give_way)
+                commit = await self._executor.save_now(lease, gives_way)
             except LlamaslotError as error:
                 log.warning(NOT_SAVED, lease.request.id, slot.name, error)
                 commit = None
-            gave_way = commit is None and must_give_way()
+            gave_way = commit is None and gives_way()  # also if the request has gone since it gave way to it
         snapshot = await asyncio.shield(commit) if commit is not None else None
         if snapshot is None and not gave_way:
             self._failed[slot] = before if commit is None else slot.content.tokens
