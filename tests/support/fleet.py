@@ -56,13 +56,15 @@ class Several(Front):
         return str([(its.name, its.health, its.leases.table) for its in self.registry.backends])
 
     async def rest(self) -> None:
-        """Wait until every slot is given back and nobody waits."""
+        """Wait until every slot is given back, nobody waits and no save is pending."""
         every = [its.leases for its in self.registry.backends]
 
         def rests() -> bool:
-            slots = [slot for leases in every if leases.table for slot in leases.table.slots]
-            return not any(leases.leases or leases.n_waiting for leases in every) and all(
-                slot.is_idle for slot in slots
+            tables = [leases.table for leases in every if leases.table]
+            if any(leases.leases or leases.n_waiting for leases in every):
+                return False
+            return all(slot.is_idle for table in tables for slot in table.slots) and not any(
+                len(table.model_snapshots.pending) for table in tables
             )
 
         await self.until(rests)
@@ -82,7 +84,8 @@ class Fleet(Several):
     def check(self) -> None:
         """Also when something was done that must never be."""
         super().check()
-        assert {name: fake.violations for name, fake in self.fakes.items() if fake.violations} == {}
+        violations = {name: fake.violations for name, fake in self.fakes.items() if fake.violations}
+        assert not violations, violations
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,26 +23,31 @@ Messages = list[dict[str, str]]
 
 @dataclass(slots=True)
 class Stored:
-    """Of a directory in which nothing is written: snapshots, whole ones among them, files, bytes; of states alone."""
+    """Of a directory: snapshots, whole ones among them, files, bytes; of states alone. ``is_still``: no file is one
+    that no snapshot has a part in: none is being written, or about to be removed.
+    """
 
     n_snapshots: int = 0
     n_whole: int = 0
     n_files: int = 0
     n_bytes: int = 0
     state_bytes: int = 0
+    is_still: bool = True
 
     @classmethod
     def of(cls, directory: Path) -> Stored:
-        found, states = cls(), dict[str, int]()
+        found, states, files, named = cls(), dict[str, int](), set[str](), set[str]()
         for path in directory.glob("ls-*"):
             if path.suffix != ".json":
-                found.n_files += 1
+                files.add(path.name)
                 found.n_bytes += path.stat().st_size
                 continue
             parts = json.loads(path.read_bytes()).get("parts", [])
             found.n_snapshots += 1
             found.n_whole += not parts
+            named |= {path.with_suffix(".kv").name, *(file for file, *_ in parts)}
             states |= {file: size for file, start, end, size, *_ in parts if start == end}
+        found.n_files, found.is_still = len(files), files == named
         found.state_bytes = sum(states.values())
         return found
 
@@ -83,8 +87,7 @@ class Place:
             while True:
                 with contextlib.suppress(FileNotFoundError):  # it was replaced between listing and looking
                     found = Stored.of(directory)
-                    is_still = found.n_bytes == await self.figure("snapshot_stored_bytes")
-                    if is_still and not any(name.endswith(".part") for name in os.listdir(directory)):
+                    if found.is_still and found.n_bytes == await self.figure("snapshot_stored_bytes"):
                         return found
                 await asyncio.sleep(0.02)
 

@@ -311,9 +311,9 @@ class Saving:
             await self._abandon(lease, kind, file.reservation, error, self.now() - file.started)
         else:
             self._add(file, snapshot)
-        # No await since it became a snapshot.
-        if file.pending is not None:
-            lease.table.model_snapshots.pending.end(file.pending)
+        finally:  # without an await since it became a snapshot
+            if file.pending is not None:
+                lease.table.model_snapshots.pending.end(file.pending)
         file.on_end(lease, file.content, snapshot)
         self.leases.dispatch()
         return snapshot
