@@ -187,4 +187,4 @@ def test_the_check_tells_it(box: Path) -> None:
     (box / "config.yaml").write_text(yaml.safe_dump(raw))
     result = run(box)
     assert result.exit_code == 0
-    assert f"note: store.quota is 818.5 TiB, but {box / 'kv'} has room for" in result.stderr
+    assert f"note: store.quota is 819 TiB, but {box / 'kv'} has room for" in result.stderr

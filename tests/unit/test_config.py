@@ -12,7 +12,6 @@ import pytest
 from llamaslot.config.faults import keys_of
 from llamaslot.config.load import Config
 from llamaslot.config.sections import default_meta_dir
-from llamaslot.config.values import parse_size
 from llamaslot.errors import ConfigError
 from llamaslot.llama.routes import KNOWN_GATES
 
@@ -114,31 +113,6 @@ def test_a_config_can_not_be_changed(load: Load) -> None:
     """Settings are read once; nobody changes them under another's feet."""
     with pytest.raises(ValueError, match="frozen"):
         load(BACKEND).listen.port = 1
-
-
-@pytest.mark.parametrize(
-    ("text", "size_bytes"),
-    [
-        (7, 7),
-        ("7", 7),
-        ("512B", 512),
-        ("64MiB", 64 * 1024**2),
-        ("200 GiB", 200 * 1024**3),
-        ("1.5kB", 1500),
-        ("2TB", 2 * 10**12),
-        ("3gib", 3 * 1024**3),
-    ],
-)
-def test_sizes(text: object, size_bytes: int) -> None:
-    """Units of 1024 and of 1000, or a plain number of bytes."""
-    assert parse_size(text) == size_bytes
-
-
-@pytest.mark.parametrize("text", ["64M", "-1MiB", "1.5", "MiB", "", None, True, 1.5])
-def test_sizes_that_are_none(text: object) -> None:
-    """What could be meant in two ways is a fault, and says what would be right."""
-    with pytest.raises(ValueError, match="64MiB or 200GiB"):
-        parse_size(text)
 
 
 def test_relative_paths_start_at_the_file(load: Load, tmp_path: Path) -> None:

@@ -336,8 +336,8 @@ def test_reprs_are_readouts() -> None:
     rates.prefill.observe(0, 1000, 1.0)
     rates.size.observe(1000, 1024)
     assert repr(rates.prefill) == "<PrefillRate 1000.0 us/tok + 0.00 us/tok per 1000 depth>"
-    assert repr(rates.save) == "<TransferRate 5.0 ms + 1000 MB/s>"
-    assert repr(rates.size) == "<SnapshotSize 0.0 KiB + 1 B/tok>"
+    assert repr(rates.save) == "<TransferRate 5.0 ms + 954 MiB/s>"
+    assert repr(rates.size) == "<SnapshotSize 0 B + 1 B/tok>"
     assert repr(rates.answer) == "<AnswerLength 300 tok at 30.0 tok/s>"
 
 

@@ -52,7 +52,7 @@ def test_a_journal_in_which_nothing_is_wrong() -> None:
     """Two users on two slots, whose contexts are where they were left."""
     findings = list(of_journal(STATUS, [decision(i % 2) for i in range(40)]))
     assert {its.state for its in findings} == {"ok"}
-    assert "save 100 MB/s (40)" in findings[-1].text
+    assert "save 95.4 MiB/s (40)" in findings[-1].text
 
 
 def test_too_few_decisions_tell_nothing() -> None:

@@ -15,7 +15,7 @@ from tests.support.source import MODULES, REPOSITORY, SOURCE, SOURCE_GROUP, pars
 
 pytestmark = SOURCE_GROUP
 
-OPEN = {"", "errors", "tasks", "file_id"}  # "" is the package itself: its version
+OPEN = {"", "errors", "tasks", "file_id", "sizes"}  # "" is the package itself: its version
 PURE = OPEN | {"cache", "scheduling"}
 #: Which rooms a room may know, beside itself. Imports point one way:
 #: cache, scheduling <- tokens, llama, store, formats <- backend <- fleet <- http <- cli.
@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "errors": {""},
     "tasks": {"", "errors"},
     "file_id": {""},
+    "sizes": {""},
     "cache": {"errors"},
-    "scheduling": {"errors", "cache"},
+    "scheduling": {"errors", "cache", "sizes"},
     "llama": PURE,
     "observe": PURE | {"llama"},
     "tokens": PURE | {"llama", "observe"},

@@ -64,7 +64,7 @@ def test_a_save_of_our_own_is_explained() -> None:
     """What was written, how large it is and how long it took."""
     act = Act("save", 0.4, True, 9000, 312_000_000, "ls-7", waited_s=0.1)
     assert explain(Decision("idle-save-3", 0.0, 9000, slot=SlotKey("gpu0", 1), acts=[act])) == (
-        "idle-save-3 9,000 tok in slot gpu0/1: save ls-7, 312.0 MB in 0.4 s after waiting 0.1 s"
+        "idle-save-3 9,000 tok in slot gpu0/1: save ls-7, 298 MiB in 0.4 s after waiting 0.1 s"
     )
 
 

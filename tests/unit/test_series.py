@@ -145,7 +145,7 @@ def restored(**more: object) -> list[Act]:
         (
             ended(slot=0, n_prompt=41_560, n_reused=41_203, source="snapshot", saved_s=71.0),
             restored(),
-            "restored 2.1 GB in 0.6 s instead of 71 s of prefill: 41,203 of 41,560 tokens",
+            "restored 2.0 GiB in 0.6 s instead of 71 s of prefill: 41,203 of 41,560 tokens",
         ),
         (ended(slot=0, n_prompt=500, n_reused=0), [], "nothing of it was cached: all 500 tokens computed"),
         (
@@ -197,7 +197,7 @@ def test_a_timeline_has_its_steps_in_order() -> None:
         ("prompt", 8.0, 0.5),
         ("answer", 8.5, 3.5),
     ]
-    assert found[2].note == "3.0 MB"
+    assert found[2].note == "2.9 MiB"
     assert found[4].note == "400 tokens, stopped 2 times for others"
 
 

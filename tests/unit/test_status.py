@@ -34,7 +34,7 @@ ASIDE = {
 }
 STATUS: dict[str, Any] = {
     "version": "1", "backends": [GPU, DOWN, ASIDE], "queue": 2, "rewrite": [],
-    "snapshots": {"n": 1, "size_bytes": 1_500_000_000, "quota_bytes": 20_000_000_000},
+    "snapshots": {"n": 1, "size_bytes": 3 << 29, "quota_bytes": 20 << 30},
     "users": [{"id": "key:bob", "running": 0, "waiting": 2, "deficit_s": 0.0}],
 }  # fmt: skip
 FLIGHT = {
@@ -61,7 +61,7 @@ def test_one_table(config_path: Path) -> None:
     """That a person can paste into a chat."""
     result = CliRunner().invoke(cli.main, ["status", "--config", str(config_path)])
     assert result.stdout.splitlines() == [
-        "llamaslot 1: 1 of 3 slots work, 2 wait; 1 snapshot, 1.5 GB of 20.0 GB",
+        "llamaslot 1: 1 of 3 slots work, 2 wait; 1 snapshot, 1.5 GiB of 20.0 GiB",
         "",
         "SLOT    STATE          TOKENS  USED  SAVED  USER  DOING",
         "gpu0/0  hot             4,096   50%  no",

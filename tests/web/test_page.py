@@ -26,7 +26,7 @@ from llamaslot.http import page_events
 from llamaslot.http.in_flight import InFlight, outcome_of
 from llamaslot.http.page import FILES
 from llamaslot.http.page_events import PageEvents
-from llamaslot.observe import words
+from llamaslot.sizes import readable_size
 from llamaslot.tasks import TaskOwner
 from tests.support.inprocess import CHAT, NATIVE, Served, letters, served, spawn
 from tests.support.real import free_port
@@ -257,7 +257,7 @@ async def test_a_restore_is_told_with_its_size(tmp_path: Path) -> None:
         async with it.asking(first + letters(3, 50)) as asked:
             await hang.reached.wait()
             (flight,) = (await activity(it))["in_flight"]
-            size = words.size((await it.get("/llamaslot/snapshots")).json["snapshots"][0]["size_bytes"])
+            size = readable_size((await it.get("/llamaslot/snapshots")).json["snapshots"][0]["size_bytes"])
             assert flight["stage"] == f"restoring {size}"
             told = (await it.get("/llamaslot/snapshots")).json["snapshots"]
             assert {row["user"] for row in told} == {"named:ada", "named:ben"}

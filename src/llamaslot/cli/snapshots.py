@@ -29,11 +29,11 @@ from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
+from llamaslot.sizes import readable_size
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.inventory import FileState, Item, Stock, read_headers, remove, take_stock
 from llamaslot.store.quota import Limits
-from llamaslot.store.sidecar import readable
 
 EXIT_BROKEN = 1
 
@@ -96,7 +96,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
         if is_json:
             _say_json(fields)
             return
-        fields["size"] = f"{readable(item.size_bytes)} ({number(item.size_bytes)} bytes)"
+        fields["size"] = f"{readable_size(item.size_bytes)} ({number(item.size_bytes)} bytes)"
         del fields["size_bytes"]
         for key in ("created_at", "last_used"):
             if fields[key] is not None:
@@ -186,7 +186,7 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
             item.id,
             "-",
             "-",
-            readable(item.size_bytes),
+            readable_size(item.size_bytes),
             "-",
             "-",
             "-",
@@ -201,8 +201,8 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
         item.id,
         kind,
         number(noted.n_tokens),
-        readable(item.size_bytes),
-        readable(item.shared_bytes),
+        readable_size(item.size_bytes),
+        readable_size(item.shared_bytes),
         number(item.hits.n_hits),
         span(store.now - noted.created_at),
         span(store.now - item.last_used),
@@ -212,8 +212,8 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
 
 
 def _summary(n_items: int, stock: Stock, store: OfflineStore) -> str:
-    size, n_foreign = readable(stock.size_bytes), stock.n_foreign
-    quota = readable(store.limits.quota_bytes)
+    size, n_foreign = readable_size(stock.size_bytes), stock.n_foreign
+    quota = readable_size(store.limits.quota_bytes)
     said = f"{several(n_items, 'snapshot', 'snapshots')}, {size} of {quota}, in {store.directory}"
     return said + (f"; {several(n_foreign, 'other file', 'other files')} left alone" if n_foreign else "")
 
@@ -329,7 +329,7 @@ def _remove(store: OfflineStore, removals: list[Removal], dry_run: bool) -> None
         if error is not None:
             raise DirectoryUnusable(f"{each.item.id} cannot be removed: {error.strerror or error}")
     done = "would be removed" if dry_run else "removed"
-    size = readable(sum(each.item.size_bytes for each in removals) - n_left)
+    size = readable_size(sum(each.item.size_bytes for each in removals) - n_left)
     _say([f"{several(len(removals), 'snapshot', 'snapshots')} {done}, {size}"])
 
 
@@ -346,7 +346,7 @@ class Removal(Struct, frozen=True):
 
     @property
     def row(self) -> tuple[str, str, str]:
-        return self.item.id, readable(self.item.size_bytes), self.why
+        return self.item.id, readable_size(self.item.size_bytes), self.why
 
 
 class OfflineStore(Struct, frozen=True):

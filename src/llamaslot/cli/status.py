@@ -12,6 +12,7 @@ import click
 from llamaslot.cli.faults import report_faults
 from llamaslot.cli.format import number, several, span, table
 from llamaslot.cli.running import NotRunning, Running, with_config_or_store
+from llamaslot.sizes import readable_size
 
 # Slow imports are made where they are needed: rich takes 0.1 s, and only ``top`` uses it.
 if TYPE_CHECKING:
@@ -92,10 +93,8 @@ def _running(path: Path, url: str | None) -> Running:
 
 
 def headline(found: Json) -> str:
-    from llamaslot.observe.words import size
-
     snapshots = found["snapshots"]
-    used = f"{size(snapshots['size_bytes'])} of {size(snapshots['quota_bytes'])}"
+    used = f"{readable_size(snapshots['size_bytes'])} of {readable_size(snapshots['quota_bytes'])}"
     kept = f"{several(snapshots['n'], 'snapshot', 'snapshots')}, {used}"
     slots = [slot for backend in found["backends"] for slot in backend["slots"]]
     n_busy = sum(slot["state"] == "LEASED" for slot in slots)

@@ -12,8 +12,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from llamaslot.config.keys import read_keys
 from llamaslot.config.tls import TlsConfig
 from llamaslot.config.values import (
-    GIB,
-    MIB,
     Count,
     FilePath,
     Port,
@@ -34,6 +32,7 @@ from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
 from llamaslot.scheduling.placement import SIMILARITY_MIN, SMALL_PROMPT_TOKENS
 from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.sizes import GIB, MIB
 
 _SHARING = PrefillSharing()  # the defaults of ``prefill``
 

@@ -11,33 +11,7 @@ from urllib.parse import urlsplit
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-KIB, MIB, GIB = 1024, 1024**2, 1024**3
-
-_UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": KIB,
-    "MIB": MIB,
-    "GIB": GIB,
-    "TIB": 1024**4,
-}
-
-
-def parse_size(value: object) -> int:
-    """Bytes from ``64MiB``, ``1.5 GB`` or a plain integer. Raises ValueError that says what is expected."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    found = (
-        re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?B|B)?", value.strip(), re.I)
-        if isinstance(value, str)
-        else None
-    )
-    if found is None or (found[2] is None and "." in found[1]):
-        raise ValueError(f"should be a size such as 64MiB or 200GiB, or a number of bytes; not {value!r}")
-    return int(float(found[1]) * _UNITS[found[2].upper()]) if found[2] else int(found[1])
+from llamaslot.sizes import parse_size
 
 
 def number(value: object) -> object:

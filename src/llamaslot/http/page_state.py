@@ -21,7 +21,7 @@ from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import Writer
 from llamaslot.http.in_flight import InFlight, Requests
 from llamaslot.observe.series import Sums
-from llamaslot.observe.words import size
+from llamaslot.sizes import readable_size
 
 State = dict[str, Any]
 
@@ -204,7 +204,7 @@ def stage_of(flight: InFlight) -> str:
     if lease.is_in_line:
         return f"waits to prefill {n_tokens:,} tokens"
     if state is Comment.RESTORING and (restored := _restored(lease)) is not None:
-        return f"restoring {size(restored)}"
+        return f"restoring {readable_size(restored)}"
     return str(state) if state is not None else "running"
 
 

@@ -17,6 +17,7 @@ from msgspec.structs import asdict
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
+from llamaslot.sizes import readable_size
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def _sum(option: Option) -> str:
 def _act(act: Act) -> str:
     text = act.step + (f" {act.snapshot}" if act.snapshot else "") + ("" if act.is_done else " failed")
     if act.size_bytes:
-        text += f", {act.size_bytes / 1e6:,.1f} MB"
+        text += f", {readable_size(act.size_bytes)}"
     text += f" in {_seconds(act.seconds)} s"
     if act.waited_s >= 0.01:
         text += f" after waiting {_seconds(act.waited_s)} s"

@@ -8,21 +8,10 @@ from typing import Any
 from llamaslot.observe.activity import Activity, Stage
 from llamaslot.observe.journal import Act, Decision, Waited
 from llamaslot.scheduling.plan import Source
+from llamaslot.sizes import readable_size
 
 _LITTLE = 0.02  # of a prompt: so little is computed of every follow-up
 _TOLD_S = 0.05  # shorter steps are no reason why a request was slow
-
-
-def size(size_bytes: float) -> str:
-    """``2.1 GB``; as disks are sold, in powers of 1,000."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= factor:
-            return (
-                f"{size_bytes / factor:.1f} {unit}"
-                if size_bytes < 100 * factor
-                else f"{size_bytes / factor:.0f} {unit}"
-            )
-    return f"{size_bytes:.0f} B"
 
 
 def seconds(value: float) -> str:
@@ -63,7 +52,7 @@ def decision(activity: Activity, acts: list[Act]) -> str:
     if restored is not None and n_reused:
         instead = f" instead of {seconds(activity.saved_s)} of prefill" if activity.saved_s else ""
         return (
-            f"restored {size(restored.size_bytes)} in {seconds(restored.seconds)}{instead}: "
+            f"restored {readable_size(restored.size_bytes)} in {seconds(restored.seconds)}{instead}: "
             f"{n_reused:,} of {n:,} tokens"
         )
     if n_reused:
@@ -141,7 +130,7 @@ _NAMES = {"save": "a save", "keep": "a save", "restore": "a restore", "prefill":
 
 def _about(act: Act) -> str:
     parts = [f"{act.n_tokens:,} tokens"] if act.n_tokens else []
-    parts += [size(act.size_bytes)] if act.size_bytes else []
+    parts += [readable_size(act.size_bytes)] if act.size_bytes else []
     times = "once" if act.n_interruptions == 1 else f"{act.n_interruptions} times"
     parts += [f"stopped {times} for others"] if act.n_interruptions else []
     return ", ".join(parts) if act.is_done else ", ".join(["failed", *parts])

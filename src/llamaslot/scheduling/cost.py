@@ -19,6 +19,7 @@ from msgspec import Struct, field
 from llamaslot.cache.reuse import Predictions
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.json_numbers import positive, rows, within
+from llamaslot.sizes import readable_size
 
 _GUESSED_BYTES_PER_TOKEN = 100_000
 _CLOSE = 1.03  # figures that differ by 3 % decide alike
@@ -177,7 +178,7 @@ class TransferRate:
         self.n_samples = 0
 
     def __repr__(self) -> str:
-        return f"<TransferRate {self.latency_s * 1000:.1f} ms + {self.bytes_per_s / 1e6:.0f} MB/s>"
+        return f"<TransferRate {self.latency_s * 1000:.1f} ms + {readable_size(self.bytes_per_s)}/s>"
 
     def observe(self, size_bytes: int, seconds: float) -> None:
         """Record that ``size_bytes`` were written or read in ``seconds``. 0 bytes or 0 seconds are ignored."""
@@ -229,7 +230,7 @@ class SnapshotSize:
         if not self._points:
             return "<SnapshotSize unknown>"
         constant, per_token = self._fit()
-        return f"<SnapshotSize {float(constant) / 1024:.1f} KiB + {float(per_token):.0f} B/tok>"
+        return f"<SnapshotSize {readable_size(float(constant))} + {float(per_token):.0f} B/tok>"
 
     def observe(self, n_tokens: int, size_bytes: int) -> None:
         """Record that a file of ``n_tokens`` tokens has ``size_bytes``. Empty files are ignored."""

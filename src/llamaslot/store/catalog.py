@@ -16,6 +16,7 @@ from types import MappingProxyType
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.scheduling.eviction import Order
+from llamaslot.sizes import readable_size
 from llamaslot.store import scan, sidecar
 from llamaslot.store.acceptance import Acceptance, Reservation, ReservationState, SavedSlot
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
@@ -24,7 +25,7 @@ from llamaslot.store.giving_out import Copies, is_passing
 from llamaslot.store.landing import Landing
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
-from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
+from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens
 from llamaslot.store.upkeep import Sweep, Upkeep
 from llamaslot.tasks import TaskOwner, in_thread
 
@@ -83,7 +84,7 @@ class Catalog:
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:
-        used = f"{readable(self.size_bytes)} of {readable(self.quota_bytes)}"
+        used = f"{readable_size(self.size_bytes)} of {readable_size(self.quota_bytes)}"
         return f"<Catalog {self.directory} {len(self.snapshots)} snapshots {used}>"
 
     @property
@@ -158,7 +159,8 @@ class Catalog:
         log.info(
             "snapshots: %d in %s, %s of %s used; removed %d unfinished and %d broken, evicted %d, ignored %d files"
             " of others",
-            *(len(self.snapshots), self.directory, readable(self.size_bytes), readable(self.quota_bytes)),
+            *(len(self.snapshots), self.directory),
+            *(readable_size(self.size_bytes), readable_size(self.quota_bytes)),
             *(found.n_unfinished, len(found.faults), len(over), found.n_foreign),
         )
         return list(self.snapshots.values())

@@ -14,9 +14,9 @@ from pathlib import Path
 from llamaslot.cache.disk_index import DiskIndex
 from llamaslot.cache.layered_index import NEW_MIN, LayeredIndex, Sowing
 from llamaslot.errors import LlamaslotError
+from llamaslot.sizes import readable_size
 from llamaslot.store import disk_index_files
 from llamaslot.store.disk_index_files import Generation, GenerationUnusable, Recipe
-from llamaslot.store.sidecar import readable
 from llamaslot.tasks import TaskOwner, to_its_end
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class DiskIndexRebuild:
             await asyncio.to_thread(disk_index_files.sweep, self._directory, self._current)
         log.info(
             "index: %d snapshots written to the disk index (%s) in %.1f s",
-            *(len(made.index), readable(made.size_bytes), time.monotonic() - started),
+            *(len(made.index), readable_size(made.size_bytes), time.monotonic() - started),
         )
         if self._on_made is not None:
             await self._on_made()

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from llamaslot.sizes import readable_size
 from llamaslot.store import scan
 from llamaslot.store.copying import Copier
 from llamaslot.store.directory import LOCK_NAME, DirectoryLock, DirectoryUnusable
 from llamaslot.store.extent import Source
 from llamaslot.store.quota import QuotaExceeded
-from llamaslot.store.sidecar import PART, PROBE, readable
+from llamaslot.store.sidecar import PART, PROBE
 from llamaslot.tasks import TaskOwner, in_thread
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Landing:
                 await asyncio.shield(self._removal(least))
             if asyncio.get_running_loop().time() < self._links_from:
                 raise NoLanding(
-                    f"no room for {readable(size_bytes)} in {self.directory}, and llama-server cannot use"
+                    f"no room for {readable_size(size_bytes)} in {self.directory}, and llama-server cannot use"
                     f" {self._store} through a link"
                 )
             self._files[id_] = _File(0, is_link=True)

@@ -18,9 +18,10 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from llamaslot.errors import LlamaslotError
+from llamaslot.sizes import readable_size
 from llamaslot.store import scan
 from llamaslot.store.neighbours import Neighbours
-from llamaslot.store.sidecar import JSON, readable
+from llamaslot.store.sidecar import JSON
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -50,13 +51,13 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
     if quota_bytes <= can_have:
         return None
     room = (
-        f"store.quota is {readable(quota_bytes)}, but {directory} has room for {readable(can_have)} of snapshots:"
-        f" {readable(held_bytes)} are there, {readable(free_bytes)} are free"
+        f"store.quota is {readable_size(quota_bytes)}, but {directory} has room for {readable_size(can_have)} of"
+        f" snapshots: {readable_size(held_bytes)} are there, {readable_size(free_bytes)} are free"
     )
     if not min_free_bytes:  # free space is not queried then
         return f"{room}. With store.min_free: 0 nothing goes when that is full: saves fail"
     return (
-        f"{room}, and store.min_free leaves {readable(min_free_bytes)} to others."
+        f"{room}, and store.min_free leaves {readable_size(min_free_bytes)} to others."
         " What is worth least goes when that is full, not at the quota"
     )
 
@@ -232,17 +233,17 @@ class Quota:
         limits = self.limits
         if self._free is not None and self._short_of_free(self.waiting, self.leaving) > 0:
             return (
-                f"no room for {readable(size_bytes)}: {readable(self._free)} are free on the file system of "
-                f"{self.directory}, of which store.min_free leaves {readable(limits.min_free_bytes)} to others"
+                f"no room for {readable_size(size_bytes)}: {readable_size(self._free)} are free on the file system of "
+                f"{self.directory}, of which store.min_free leaves {readable_size(limits.min_free_bytes)} to others"
             )
-        parts = f"{readable(self.committed)} in snapshots, {readable(self.granted)} being written"
+        parts = f"{readable_size(self.committed)} in snapshots, {readable_size(self.granted)} being written"
         if self.others:
-            parts += f", {readable(self.others)} of other models in the same store"
+            parts += f", {readable_size(self.others)} of other models in the same store"
         if self.left:
-            parts += f", {readable(self.left)} in files that cannot be removed"
+            parts += f", {readable_size(self.left)} in files that cannot be removed"
         if self._n_held() + len(self.leftovers) + self._n_waiting > limits.max_files:
             return f"no room for another file: store.max_files is {limits.max_files} ({parts})"
-        return f"no room for {readable(size_bytes)}: the quota is {readable(limits.quota_bytes)} ({parts})"
+        return f"no room for {readable_size(size_bytes)}: the quota is {readable_size(limits.quota_bytes)} ({parts})"
 
     def remove(self, id_: str, size_bytes: int, *, keeps_data: bool = False) -> asyncio.Task[None]:
         """Start to unlink the files of an id; its bytes count until that is done. ``keeps_data``: only the sidecar."""

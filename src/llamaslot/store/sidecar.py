@@ -30,6 +30,7 @@ from xxhash import xxh3_128_hexdigest
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.sizes import readable_size
 
 # 2 if there is a namespace: a reader of version 1 must not take the snapshot for a shared one. 3 if there are parts.
 VERSION = 3
@@ -116,7 +117,9 @@ class Snapshot(Struct, frozen=True):
     def __repr__(self) -> str:
         kind = "" if self.kind is SnapshotKind.LEAF else f" {self.kind}"
         kind += " pinned" if self.is_pinned else ""
-        return f"<Snapshot {self.id} {self.n_tokens} tok {readable(self.size_bytes)} {self.source}{kind}>"
+        return (
+            f"<Snapshot {self.id} {self.n_tokens} tok {readable_size(self.size_bytes)} {self.source}{kind}>"
+        )
 
 
 class WithTokens(Snapshot, frozen=True):
@@ -194,16 +197,6 @@ def own_name(name: str) -> tuple[str, str] | None:
     """The id and suffix of a file that is ours by its name; None for other files."""
     match = _OURS.fullmatch(name)
     return (match[1], match[2]) if match else None
-
-
-def readable(size_bytes: int) -> str:
-    """A size for people: ``114.0 MiB``."""
-    size, unit = float(size_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def parse(name: str, data: bytes) -> Noted:

@@ -22,6 +22,7 @@ from llamaslot.errors import LlamaslotError, SlotActionFailed, UpstreamError
 from llamaslot.llama.answers import Props, SlotInfo
 from llamaslot.llama.client import ACTION_S, LlamaServer
 from llamaslot.scheduling.cost import Rates
+from llamaslot.sizes import readable_size
 from llamaslot.tasks import TaskOwner
 
 _STEP_S = 120.0  # for a probe that is small: longer if another client has taken the slot
@@ -176,8 +177,8 @@ class ServerProbes:
         await self._compute(slot, meaningless_tokens(n_long))
         plain = max(await self._size(slot) - 2 * each, 1.0) * props.n_ctx / n_long
         text = (
-            f"a conversation keeps {'at least ' if n_kept >= 2 * _MORE_TASKS else ''}{n_kept} of {each / 1e6:,.1f} MB:"
-            f" {n_kept * each / 1e6:,.0f} MB in each file, beside {plain / 1e6:,.0f} MB for {props.n_ctx:,} tokens"
+            f"a conversation keeps {'at least ' if n_kept >= 2 * _MORE_TASKS else ''}{n_kept} of {readable_size(each)}:"
+            f" {readable_size(n_kept * each)} in each file, beside {readable_size(plain)} for {props.n_ctx:,} tokens"
         )
         if n_kept > _MANY_CHECKPOINTS and n_kept * each > plain:
             return self._say(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llamaslot.cli.doctor.findings import Finding
+from llamaslot.sizes import readable_size
 
 Json = Mapping[str, Any]
 
@@ -130,4 +131,4 @@ def _speed(decisions: Sequence[Json]) -> Finding:
 
 def _rate(acts: Sequence[Json]) -> str:
     n_bytes, seconds = sum(act["size_bytes"] for act in acts), sum(act["seconds"] for act in acts)
-    return f"{n_bytes / seconds / 1e6:,.0f} MB/s"
+    return f"{readable_size(n_bytes / seconds)}/s"

@@ -15,6 +15,7 @@ from llamaslot.cache.ids import unpack
 from llamaslot.cli.doctor.slots_taken import until_idle
 from llamaslot.llama.answers import Progress, next_piece
 from llamaslot.llama.client import LlamaServer
+from llamaslot.sizes import readable_size
 from llamaslot.tasks import TaskOwner
 
 _DEEPER = 1.5  # a prefill slows down with depth
@@ -75,7 +76,7 @@ class Trip(Struct):
     pause_s: float | None
 
     def told(self) -> str:
-        size = f"{self.n_bytes / 1e6:,.1f} MB ({self.n_saved:,} tokens)"
+        size = f"{readable_size(self.n_bytes)} ({self.n_saved:,} tokens)"
         text = f"{size} saved in {self.save_s:.2f} s, restored in {self.restore_s:.2f} s"
         pause = "" if self.pause_s is None else f"; a stream beside it stood still for {self.pause_s:.2f} s"
         return text + pause

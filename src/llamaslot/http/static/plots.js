@@ -16,7 +16,7 @@ const FIGURES = [
   { title: 'First token', say: seconds, gap: true, lines: [['half of the requests', (point) => point.first_p50_s], ['95 of 100', (point) => point.first_p95_s]] },
   { title: 'Wait in the queue', say: seconds, lines: [['mean', (point) => (point.n ? point.queued_s / point.n : 0)], ['longest', (point) => point.longest_queued_s]] },
   { title: 'Requests', say: number, lines: [['all', (point) => point.n], ['not served', (point) => point.n_faults + point.n_unserved]] },
-  { title: 'Snapshots on disk', say: bytes, isLevel: true, least: 1e9, lines: [['', (point) => point.disk_bytes]] },
+  { title: 'Snapshots on disk', say: bytes, isLevel: true, least: 2 ** 30, lines: [['', (point) => point.disk_bytes]] },
 ];
 
 let asked = 0;
@@ -61,7 +61,8 @@ const TIMES = [0.1, 0.2, 0.4, 1, 2, 4, 10, 20, 40, 60, 120, 240, 600, 1200, 2400
 // The top of a scale, whose half is a round number too.
 function niceTop(most, figure) {
   if (figure.say === seconds && most <= TIMES.at(-1)) return TIMES.find((top) => top >= most);
-  const size = 10 ** Math.floor(Math.log10(most));
+  const unit = figure.say === bytes ? 1024 ** Math.floor(Math.log2(most) / 10) : 1;
+  const size = unit * 10 ** Math.floor(Math.log10(most / unit));
   return [1, 2, 4, 10].map((factor) => factor * size).find((top) => top >= most * 0.999);
 }
 

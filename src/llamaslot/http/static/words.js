@@ -10,7 +10,7 @@ export function short(n) {
 }
 
 export function bytes(n) {
-  for (const [unit, factor] of [['TB', 1e12], ['GB', 1e9], ['MB', 1e6], ['kB', 1e3]]) {
+  for (const [unit, factor] of [['TiB', 2 ** 40], ['GiB', 2 ** 30], ['MiB', 2 ** 20], ['KiB', 2 ** 10]]) {
     if (n >= factor) return `${(n / factor).toFixed(n < 100 * factor ? 1 : 0)} ${unit}`;
   }
   return `${n ?? 0} B`;

@@ -218,7 +218,7 @@ class ManagedServer:
     """Runs one llama-server on a port of loopback and restarts it when it dies.
 
     ``run`` is its whole life, ``run_once`` a life without restarts. ``port`` None: ``launch.port``, or a free one,
-    chosen now and kept over restarts. ``log_path``: the server's output; at a start a log above 20 MB becomes
+    chosen now and kept over restarts. ``log_path``: the server's output; at a start a log above 20 MiB becomes
     ``<log_path>.1``; None: llamaslot's own standard error. ``api_key`` is passed in the environment (LLAMA_API_KEY),
     where other users cannot see it. ``stop_s``: from SIGTERM to SIGKILL. ``sleep`` and ``now`` are for tests.
 

@@ -1,0 +1,42 @@
+"""Sizes as people write and read them: in powers of 1,024, in configuration, log, pages and commands alike."""
+
+from __future__ import annotations
+
+import re
+
+KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": KIB,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": TIB,
+}
+
+
+def parse_size(value: object) -> int:
+    """Bytes from ``64MiB``, ``1.5 GB`` or a plain integer. Raises ValueError that says what is expected."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = (
+        re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?B|B)?", value.strip(), re.I)
+        if isinstance(value, str)
+        else None
+    )
+    if found is None or (found[2] is None and "." in found[1]):
+        raise ValueError(f"should be a size such as 64MiB or 200GiB, or a number of bytes; not {value!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()]) if found[2] else int(found[1])
+
+
+def readable_size(size_bytes: float) -> str:
+    """``2.1 GiB``, ``366 GiB``, ``512 B``; ``http/static/words.js`` writes them likewise."""
+    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if size_bytes >= factor:
+            size = size_bytes / factor
+            return f"{size:.1f} {unit}" if size < 100 else f"{size:.0f} {unit}"
+    return f"{size_bytes:.0f} B"
