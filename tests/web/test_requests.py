@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from llamaslot.fleet.failover import Attempts
 from llamaslot.http.client_stream import Downstream
-from llamaslot.http.failover import Attempts
 from llamaslot.http.in_flight import InFlight
 from llamaslot.tokens.tokenizer import NoPrompt
 from tests.support.answers import without_progress

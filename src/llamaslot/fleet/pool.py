@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 from msgspec import Struct, field
 
@@ -16,9 +17,10 @@ from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.health import Health
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
+from llamaslot.backend.long_prompt import Report, no_report
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.namespaces import Namespace
-from llamaslot.errors import BackendDown, BackendRestarted, UpstreamError
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
 from llamaslot.fleet.bad_prompts import BadPrompts
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.infill_prompts import InfillPrompts
@@ -27,7 +29,7 @@ from llamaslot.fleet.pool_server import PoolServer
 from llamaslot.fleet.prewarm import Bodies, Prewarm
 from llamaslot.fleet.queue import QueueLimits, QueuePosition, UserLoad
 from llamaslot.llama.identity import Identity
-from llamaslot.observe.journal import Decision
+from llamaslot.observe.journal import Journal
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User
@@ -35,6 +37,7 @@ from llamaslot.store import Catalog
 from llamaslot.tasks import TaskOwner
 from llamaslot.tokens.tokenizer import Tokenizer
 
+T = TypeVar("T")
 DownCall = Callable[[Backend, BackendDown], None]
 
 
@@ -197,6 +200,46 @@ class Pool:
             return members[0].use_if_proved()
         return any(backend.session is not None for backend in members)
 
+    async def ready_with(
+        self, parse: Callable[[ModelContext], Coroutine[Any, Any, T]]
+    ) -> tuple[ModelContext, T] | tuple[None, None]:
+        """The model, served by processes that were checked to be alive, and what ``parse`` makes of a request for it;
+        None for both if llama-server chooses slots. Raises as ``ready`` and ``parse`` do. Canceling is safe if that
+        of ``parse`` is.
+
+        Both are requested concurrently: together they are most of what llamaslot adds to a follow-up. If the server
+        turns out to be another one, the request is parsed again. Nothing is asked where the process is known to be the
+        same before and after it was parsed: the two tasks alone take 0.1 ms.
+        """
+        context = self.context
+        if context is not None and self.use_if_proved():
+            try:
+                parsed = await parse(context)
+            except LlamaslotError:
+                if self.context is context and self.use_if_proved():
+                    raise
+            else:
+                if self.context is context and (self.use_if_proved() or await self.ready() is context):
+                    return context, parsed
+        if (context := self.context) is not None:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    checked = group.create_task(self.ready())
+                    parsing = group.create_task(parse(context))
+                if checked.result() is context:
+                    return context, parsing.result()
+            except ExceptionGroup as errors:
+                if self.context is context:
+                    raise errors.exceptions[0] from None
+        context = await self.ready()
+        return (context, await parse(context)) if context is not None else (None, None)
+
+    async def has_route(self, path: str) -> bool:
+        """Whether llama-server has this route for its model. If assist is off it is not checked, and llama-server
+        refuses the request itself. Raises as ``ready`` does. Canceling is safe.
+        """
+        return await self.ready() is None or await self.any_backend().route_availability.has(path)
+
     async def confirm(self, lease: Lease) -> None:
         """Check that the process of ``lease`` is alive, if there are several backends: the request may have waited, and
         the model be another one now. Raises BackendRestarted and BackendDown. Canceling is safe.
@@ -233,14 +276,18 @@ class Pool:
             del self._down_calls[call]
 
     async def lease(
-        self, request: Request, *, is_back: bool = False, preempted: Preempted | None = None
+        self,
+        request: Request,
+        report: Report = no_report,
+        *,
+        is_back: bool = False,
+        preempted: Preempted | None = None,
     ) -> Lease:
-        """As ``Dispatcher.lease``."""
+        """As ``Dispatcher.lease``. ``report`` gets its position in the queue, which is that of the moment when it is
+        looked at.
+        """
+        report(QueuePosition(partial(self.dispatcher.position, request)))
         return await self.dispatcher.lease(request, is_back=is_back, preempted=preempted)
-
-    def position(self, request: Request) -> QueuePosition:
-        """Of a request in the queue, whenever it is looked at."""
-        return QueuePosition(partial(self.dispatcher.position, request))
 
     def takes_long(self, n_tokens: int) -> bool:
         """Whether a prompt of ``n_tokens`` is computed ahead of its request, in turn with those of other requests."""
@@ -286,13 +333,10 @@ class Pool:
         self._n_too_long += 1
         self._longest_refused = max(self._longest_refused, n_tokens)
 
-    def decisions_since(self, at: float) -> Iterator[Decision]:
-        """The decisions of the journal that began after ``at``, in seconds since 1970; newest first."""
-        return self.dispatcher.journal.since(at)
-
-    def latest_decisions(self, n: int) -> Iterator[Decision]:
-        """The last ``n`` decisions of the journal, newest first."""
-        return self.dispatcher.journal.latest(n)
+    @property
+    def journal(self) -> Journal:
+        """The decisions on its requests."""
+        return self.dispatcher.journal
 
     # -- called for backends -------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class Status:
 
     def journal(self, n: int) -> dict[str, Any]:
         """The last ``n`` decisions, newest first."""
-        every = (decision for pool in self._registry.pools for decision in pool.latest_decisions(n))
+        every = (decision for pool in self._registry.pools for decision in pool.journal.latest(n))
         latest = sorted(every, key=lambda decision: -decision.at)[:n]
         return {"decisions": [decision.to_json() for decision in latest]}
 

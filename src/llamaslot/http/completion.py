@@ -28,6 +28,7 @@ from llamaslot.errors import (
     PromptTooLong,
     SlotWedged,
 )
+from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
@@ -39,7 +40,6 @@ from llamaslot.http.client_errors import MISTAKE
 from llamaslot.http.client_stream import Downstream, StreamRules
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.in_flight import begins, by_operator, id_of, placed
 from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request
@@ -94,7 +94,7 @@ class Completions:
         pool = unloaded or await self._router.pool_for(body.get("model"), loads=True)
         if self._prompts.rewrite(request, body, format_named(route.format)):
             raw = orjson.dumps(body)
-        if route.may_be_missing and not await self._passthrough.is_offered(pool, route):
+        if route.may_be_missing and not await pool.has_route(route.path):
             return await self._passthrough.unprepared(pool, request, raw)
         untokenized = partial(self._passthrough.run_exclusively, request, route, raw)
         pool_again = partial(self._router.pool_for, body.get("model"), loads=True)
@@ -193,7 +193,7 @@ class _Exchange:
 
     async def _try(self) -> web.StreamResponse:
         """Raises BackendRestarted, BackendDown and UpstreamError, after which it may be tried again."""
-        context, parsed = await self._context_and_parsed()
+        context, parsed = await self.pool.ready_with(self._parsed)
         if context is None or parsed is None:
             return await self.served.unassisted.relay(
                 self.attempts, self.down, self.deadlines, self._format, self.raw, self.body
@@ -246,39 +246,6 @@ class _Exchange:
         if parsed.unknown is not None and response.status < 400:
             context.untokenized.count(self._format.name, parsed.unknown)
         return response
-
-    async def _context_and_parsed(self) -> tuple[ModelContext, ParsedRequest] | tuple[None, None]:
-        """The model, served by processes that were checked to be alive, and the request; None for both if assist is
-        off.
-
-        Both are requested concurrently: together they are most of what llamaslot adds to a follow-up. If the server
-        turns out to be another one, the prompt is tokenized again. Nothing is asked where the process is known to be
-        the same before and after the prompt was tokenized: the two tasks alone take 0.1 ms.
-        """
-        context = self.pool.context
-        if context is not None and self.pool.use_if_proved():
-            try:
-                parsed = await self._parsed(context)
-            except LlamaslotError:
-                if self.pool.context is context and self.pool.use_if_proved():
-                    raise
-            else:
-                if self.pool.context is context and (
-                    self.pool.use_if_proved() or await self.pool.ready() is context
-                ):
-                    return context, parsed
-        if (context := self.pool.context) is not None:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    checked = group.create_task(self.pool.ready())
-                    parsing = group.create_task(self._parsed(context))
-                if checked.result() is context:
-                    return context, parsing.result()
-            except ExceptionGroup as errors:
-                if self.pool.context is context:
-                    raise errors.exceptions[0] from None
-        context = await self.pool.ready()
-        return (context, await self._parsed(context)) if context is not None else (None, None)
 
     async def _parsed(self, context: ModelContext) -> ParsedRequest:
         parsed = await parse_request(
@@ -371,10 +338,9 @@ class _Exchange:
             self.down.progress = partial(self._progress, context, before)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.pool.tasks):
-                self.down.say(self.pool.position(slot_request))
                 is_back = last is not None and last is not preempted
                 lease = stack.enter_context(
-                    await self.pool.lease(slot_request, is_back=is_back, preempted=preempted)
+                    await self.pool.lease(slot_request, self.down.say, is_back=is_back, preempted=preempted)
                 )
                 if self.pool.context is not context:
                     raise BackendRestarted  # and may have another model now

@@ -21,10 +21,10 @@ from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import JSON_TYPE, UpstreamError
+from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.stream_to_json import Doubt
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
-from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
 from llamaslot.http.in_flight import in_flight
 from llamaslot.http.parse import ClientRequest, ParsedRequest

@@ -233,7 +233,7 @@ class Requests:
                     self._own(decision.slot, decision.acts)
         since, self._looked_at = self._looked_at, time.time()
         for pool in self._registry.pools:
-            for decision in pool.decisions_since(since):
+            for decision in pool.journal.since(since):
                 if not decision.user and decision.slot is not None:
                     self._own(decision.slot, decision.acts)
 

@@ -17,6 +17,7 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
 from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed, UpstreamError
+from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.registry import format_named
@@ -24,7 +25,6 @@ from llamaslot.http.auth import user_of
 from llamaslot.http.client_errors import HAS_BEGUN
 from llamaslot.http.client_stream import end_relayed
 from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
-from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.in_flight import begins, id_of, placed
 from llamaslot.http.relay import relay
@@ -94,13 +94,6 @@ class Passthrough:
         named = named_model(request, raw) if self._router.are_several else None
         return await self._router.pool_for(named, is_named=named is not None, loads=loads)
 
-    async def is_offered(self, pool: Pool, route: Route) -> bool:
-        """Whether llama-server has this route for its model. If assist is off it is not checked, and llama-server
-        refuses the request itself. Raises BackendDown.
-        """
-        context = await pool.ready()
-        return context is None or await pool.any_backend().route_availability.has(route.path)
-
     async def unprepared(
         self, pool: Pool, request: web.Request, raw: bytes, *, gate: str | None = None
     ) -> web.StreamResponse:
@@ -141,7 +134,7 @@ class Passthrough:
         while await pool.ready() is None:
             with contextlib.suppress(BackendRestarted):
                 return await self._unassisted.serve(pool, request, route, raw)
-        if route.may_be_missing and not await pool.any_backend().route_availability.has(route.path):
+        if route.may_be_missing and not await pool.has_route(route.path):
             return await self.unprepared(pool, request, raw)
         # /slots does not show the progress of embeddings and the like.
         is_watched = route.format is not None

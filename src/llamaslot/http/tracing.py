@@ -73,7 +73,7 @@ class Tracing:
     def _of_decision(self, id_: str) -> dict[str, Any]:
         """What the journal has about a request, as attributes."""
         for pool in self._registry.pools:
-            for decision in pool.latest_decisions(_LOOKED_THROUGH):
+            for decision in pool.journal.latest(_LOOKED_THROUGH):
                 if decision.id == id_:
                     chosen = decision.chosen
                     told = {

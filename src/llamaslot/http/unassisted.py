@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
+from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.pool import Pool
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
@@ -26,7 +27,6 @@ from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import ASSIST_OFF, BACKEND, to_client, to_server
 from llamaslot.http.in_flight import id_of, in_flight, placed
 from llamaslot.http.parse import max_tokens
@@ -96,10 +96,9 @@ class Unassisted:
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
             async with down.waiting(pool.tasks):
-                down.say(pool.position(slot_request))
                 lease = stack.enter_context(await self._lease(pool, slot_request, down))
-                backend = pool.backend_of(lease)
                 attempts.leased(lease)
+                backend = attempts.backend
                 placed(request, lease, down)
                 await down.write(down.add_headers({BACKEND: backend.name}))
                 backend.metrics.queue_s.observe(time.monotonic() - began)
@@ -140,7 +139,7 @@ class Unassisted:
 
     async def _lease(self, pool: Pool, slot_request: Request, down: Downstream) -> Lease:
         """Wait for the right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
-        lease = await pool.lease(slot_request)
+        lease = await pool.lease(slot_request, down.say)
         if lease.table.is_assisted:  # the server was replaced while it waited
             lease.release()
             for name in ASSIST_OFF:

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-
-from aiohttp import web
+from typing import Protocol, TypeVar
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
@@ -23,7 +22,17 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 3
 _GIVEN_UP = "llama-server restarts again and again; see its log"
 
-Attempt = Callable[[], Awaitable[web.StreamResponse]]
+
+class Answer(Protocol):
+    """What an attempt returns."""
+
+    @property
+    def status(self) -> int:
+        """The status that the client gets."""
+        ...
+
+
+A = TypeVar("A", bound=Answer)
 
 
 class Attempts:
@@ -88,7 +97,7 @@ class Attempts:
         if self.pool_again is not None:
             self.pool, self._asked = await self.pool_again(), None
 
-    async def run(self, attempt: Attempt) -> web.StreamResponse:
+    async def run(self, attempt: Callable[[], Awaitable[A]]) -> A:
         """The answer of the first attempt that succeeds. Raises what the last one raises, DeadlyPrompt, and BackendDown
         if llama-server restarts again and again. Canceling is safe if that of ``attempt`` is.
         """
@@ -176,7 +185,7 @@ class Attempts:
         limit, down = asyncio.timeout(None), list[Exception]()
 
         def went_down(which: Backend, error: Exception) -> None:
-            if self.depends_on(which) and not down and self._may_move(which):
+            if self._depends_on(which) and not down and self._may_move(which):
                 down.append(error)
                 limit.reschedule(asyncio.get_running_loop().time())
 
@@ -189,7 +198,7 @@ class Attempts:
                 raise
             raise _WentDown(str(down[0])) from None
 
-    def depends_on(self, backend: Backend) -> bool:
+    def _depends_on(self, backend: Backend) -> bool:
         """Whether it was given to ``backend``."""
         given = self.pool.backend_of(self.lease) if self.lease is not None else self._asked
         return given is backend
