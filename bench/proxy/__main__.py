@@ -17,6 +17,7 @@ SCENARIOS: dict[str, Callable[[Bench], Measured]] = {
     "short": scenarios.short,
     "hot": scenarios.hot,
     "paced": scenarios.paced,
+    "viewers": scenarios.viewers,
     "flood": scenarios.flood,
     "crowd": scenarios.crowd,
     "whole": scenarios.whole,

@@ -22,6 +22,8 @@ import httptools
 import orjson
 import uvloop
 
+from llamaslot.tasks import TaskOwner
+
 _LETTERS = (string.ascii_lowercase + " ") * 4
 _TOKEN = b'"content":"'  # only an event with a token has it: the role comes with null, comments have none
 _PATIENCE_S = 60.0
@@ -140,7 +142,7 @@ class Client:
     async def get(self, path: str) -> Got:
         sent_at = time.perf_counter()
         connection = await self.connection()
-        request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
         return await self.finish(connection, connection.send(request, sent_at, keep=True, timed=False))
 
     async def connection(self, *, fresh: bool = False) -> Connection:
@@ -154,6 +156,55 @@ class Client:
         for connection in self.idle:
             connection.transport.close()
         self.idle.clear()
+
+
+class Viewer:
+    """A browser that shows llamaslot's page, without the drawing: it reads the stream of changes, and asks for the
+    rest when the page's scripts would (``static/page.js``, ``store.js``).
+    """
+
+    def __init__(self, port: int) -> None:
+        self.client, self.is_drawn = Client(port), asyncio.Event()
+        self.n_bytes = self.n_asked = 0
+        self.store: asyncio.TimerHandle | None = None
+        self.stored_at = 0.0
+        self.tasks = TaskOwner()
+        self.tasks.spawn(self.watch(), "watch")
+
+    async def watch(self) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.client.port)
+        writer.write(b"GET /llamaslot/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        try:
+            while told := await reader.read(2**18):
+                self.n_bytes += len(told)
+                if b"event: all" in told:
+                    await self.get("activity?n=2000&after=0")
+                    await self.get("history?span=hour&by=all")
+                if b'"store":{"n"' in told and self.store is None:
+                    loop = asyncio.get_running_loop()
+                    wait_s = max(self.stored_at + 4.0 - loop.time(), 0.0) + random.random()
+                    self.store = loop.call_later(wait_s if self.stored_at else 0.0, self.begin_store)
+        finally:
+            writer.close()
+
+    async def get(self, path: str) -> None:
+        self.n_asked += 1
+        self.n_bytes += sum(map(len, (await self.client.get(f"/llamaslot/{path}")).body))
+
+    def begin_store(self) -> None:
+        self.stored_at = asyncio.get_running_loop().time()
+        self.tasks.spawn(self.snapshots(), "snapshots")
+
+    async def snapshots(self) -> None:
+        await self.get("snapshots?max_age_s=4")
+        self.store = None
+        self.is_drawn.set()
+
+    async def close(self) -> None:
+        if self.store is not None:
+            self.store.cancel()
+        await self.tasks.close()
+        self.client.close()
 
 
 def text(rng: random.Random, n_tokens: int) -> str:
@@ -182,6 +233,7 @@ class Load:
         self.clients = dict[int, Client]()
         self.talks = dict[int, list[str]]()
         self.held = list[tuple[Client, Connection, asyncio.Future[Got]]]()
+        self.viewers = list[Viewer]()
 
     def client(self, port: int) -> Client:
         return self.clients.setdefault(port, Client(port))
@@ -259,12 +311,23 @@ class Load:
             raise
         return {"begun_s": time.perf_counter() - start}
 
-    async def listen(self, seconds: float) -> dict[str, Any]:
-        """Count the events of the streams that are held."""
+    async def listen(
+        self, seconds: float, port: int = 0, cold_per_s: float = 0.0, n_tokens: int = 0
+    ) -> dict[str, Any]:
+        """Count the events of the streams that are held; beside requests of ``n_tokens`` at ``port``, if any."""
         for _, connection, _ in self.held:
             connection.got.delays_s.clear()
             connection.got.body.clear()
-        await asyncio.sleep(seconds)
+        if cold_per_s:
+            colds = iter([text(self.rng, n_tokens) for _ in range(int(seconds * cold_per_s) + 2)])
+
+            async def cold(number: int) -> None:
+                await self.client(port).ask(chat(next(colds)), f"cold{number % 4}")
+
+            async with asyncio.TaskGroup() as group:
+                await self._at_pace(seconds, cold_per_s, cold, group)
+        else:
+            await asyncio.sleep(seconds)
         delays = [delay for _, connection, _ in self.held for delay in connection.got.delays_s]
         return {"n": len(delays), "p50_s": percentile(delays, 0.5), "p99_s": percentile(delays, 0.99)}
 
@@ -297,8 +360,7 @@ class Load:
         self, port: int, seconds: float, short_per_s: int, cold_tokens: int, cold_per_s: float
     ) -> dict[str, Any]:
         """Short requests at their own pace, whether the ones before have ended or not, beside long cold ones."""
-        client, firsts, loop = self.client(port), list[float](), asyncio.get_running_loop()
-        end = loop.time() + seconds
+        client, firsts = self.client(port), list[float]()
 
         async def short(number: int) -> None:
             firsts.append((await client.ask(chat(text(self.rng, 42)), f"user{number % 8}")).first_s)
@@ -306,20 +368,41 @@ class Load:
         async def long(said: str) -> None:
             await client.ask(chat(said), "cold")
 
-        async def at_pace(
-            per_s: float, begin: Callable[[int], Awaitable[None]], group: asyncio.TaskGroup
-        ) -> None:
-            due, number = loop.time() + self.rng.random() / per_s, 0
-            while due < end:
-                await asyncio.sleep(max(0.0, due - loop.time()))
-                group.create_task(_as_coroutine(begin(number)))
-                due, number = due + 1 / per_s, number + 1
-
         colds = [text(self.rng, cold_tokens) for _ in range(int(seconds * cold_per_s) + 1)]
         async with asyncio.TaskGroup() as group:
-            group.create_task(at_pace(short_per_s, short, group))
-            group.create_task(at_pace(cold_per_s, lambda i: long(colds[i]), group))
+            group.create_task(self._at_pace(seconds, short_per_s, short, group))
+            group.create_task(self._at_pace(seconds, cold_per_s, lambda i: long(colds[i]), group))
         return {"n": len(firsts), "p50_s": percentile(firsts, 0.5), "p99_s": percentile(firsts, 0.99)}
+
+    async def _at_pace(
+        self, seconds: float, per_s: float, begin: Callable[[int], Awaitable[None]], group: asyncio.TaskGroup
+    ) -> None:
+        """So many a second, whether the ones before have ended or not."""
+        loop = asyncio.get_running_loop()
+        end, due, number = loop.time() + seconds, loop.time() + self.rng.random() / per_s, 0
+        while due < end:
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            group.create_task(_as_coroutine(begin(number)))
+            due, number = due + 1 / per_s, number + 1
+        await asyncio.sleep(max(0.0, end - loop.time()))
+
+    async def view(self, port: int, n: int) -> None:
+        """``n`` browsers open llamaslot's page; returns when it is drawn in all of them."""
+        begun = [Viewer(port) for _ in range(n)]
+        self.viewers += begun
+        async with asyncio.timeout(_PATIENCE_S):
+            await asyncio.gather(*(viewer.is_drawn.wait() for viewer in begun))
+
+    async def leave(self) -> dict[str, Any]:
+        """All of them are closed. ``n_bytes``: what each was sent, in the mean; ``n_asked``: how often each asked."""
+        viewers, self.viewers = self.viewers, []
+        for viewer in viewers:
+            await viewer.close()
+        n = max(len(viewers), 1)
+        return {
+            "n_bytes": sum(its.n_bytes for its in viewers) / n,
+            "n_asked": sum(its.n_asked for its in viewers) / n,
+        }
 
     async def health(self, port: int, n: int, at_once: int) -> dict[str, Any]:
         """``GET /health`` as ``ab -k -c`` does it: on kept connections."""

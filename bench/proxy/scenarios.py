@@ -201,6 +201,49 @@ def paced(bench: Bench) -> Measured:
     return measured
 
 
+def viewers(bench: Bench) -> Measured:
+    """The same streams beside cold requests, when nobody and when twenty people look at the page."""
+    n_viewers, n_streams, every_ms = 20, 16, 20
+    what = f"{n_streams} streams x {1_000 // every_ms} events/s, {{}}: {{}}"
+    crowds = {0: "nobody looks", n_viewers: f"{n_viewers} pages are open"}
+    units = {"p50": ("delay, median", "ms"), "p99": ("delay, p99", "ms"), "cpu": ("CPU", "% of a core")}
+    rows = {
+        f"{key} {n}": Row(what.format(name, its[0]), its[1])
+        for key, its in units.items()
+        for n, name in crowds.items()
+    }
+    for key in ("p50", "p99"):
+        rows[key] = Row(f"… {units[key][0]}, of that without a page", "times")
+    audience, n_turns = Load(), dict[str, int]()
+
+    def work(target: Target) -> dict[str, float]:
+        turn = n_turns[target.kind] = n_turns.get(target.kind, 0) + 1
+        seconds = 1.5 if bench.is_quick else 4.0
+        bench.do(target, "hold", n=n_streams, every_ms=every_ms)
+        sample = dict[str, float]()
+        for n in (0, n_viewers) if turn % 2 else (n_viewers, 0):
+            audience.do("view", port=target.port, n=n)
+            got = bench.do(target, "listen", seconds=seconds, cold_per_s=2.0, n_tokens=1_000)
+            audience.do("leave")
+            sample |= {f"{key} {n}": got[f"{key}_s"] * MS for key in ("p50", "p99")}
+            sample[f"cpu {n}"] = 100 * got["cpu_s"] / seconds
+        bench.load.do("release", upstream_port=target.upstream_port)
+        return sample | {key: sample[f"{key} {n_viewers}"] / sample[f"{key} 0"] for key in ("p50", "p99")}
+
+    try:
+        with bench.running(("llamaslot", "against"), n_streams + 4) as targets:
+            for target in targets:
+                bench.do(target, "fill", n=bench.scaled(400), n_tokens=1_000, at_once=8)
+            bench.rounds(targets, rows, work)
+    finally:
+        audience.close()
+    measured = Measured(list(rows.values()))
+    measured.goal(
+        f"p99 of streams, {crowds[n_viewers]}, of that without", "times", rows["p99"].median("llamaslot"), 1.1
+    )
+    return measured
+
+
 def flood(bench: Bench) -> Measured:
     """Events as fast as they go."""
     rate, cpu = Row("64 streams, as fast as they go", "events/s"), Row("… CPU per event", "us")

@@ -7,7 +7,7 @@ import pytest
 from llamaslot.observe import words
 from llamaslot.observe.activity import Activity, Outcome, Savings, error_share
 from llamaslot.observe.journal import Act, Decision
-from llamaslot.observe.series import HOUR, Series, class_of, total
+from llamaslot.observe.series import HOUR, MINUTE, Series, class_of, total
 from llamaslot.scheduling.cost import PrefillRate
 
 NOON = 1_700_000_000.0 // HOUR * HOUR
@@ -50,6 +50,15 @@ def test_a_request_counts_when_it_ends() -> None:
     assert series.since(NOON + 120).n == 0
 
 
+@pytest.mark.parametrize("offset_s", [0, MINUTE, HOUR / 2, HOUR - 1])
+def test_a_day_may_begin_in_the_middle_of_an_hour(offset_s: float) -> None:
+    """Each minute from then on counts once, be it in its minute's or its hour's sum."""
+    series = Series()
+    for minute in range(180):
+        series.count(ended(NOON + minute * MINUTE))
+    assert series.since(NOON + offset_s).n == 180 - offset_s // MINUTE
+
+
 @pytest.mark.parametrize("seconds", [0.001, 0.02, 0.5, 7.0, 300.0])
 def test_percentiles_are_within_seven_percent(seconds: float) -> None:
     """Of a histogram with classes a seventh wide."""
@@ -85,9 +94,9 @@ def test_old_sums_go() -> None:
     series = Series()
     series.count(ended())
     series.sweep(NOON + 30 * 86_400)
-    assert (series.since(0).n, series.since(0, HOUR).n, series.ever.n) == (0, 1, 1)
+    assert (len(list(series.points("hour", NOON))), series.since(0).n, series.ever.n) == (0, 1, 1)
     series.sweep(NOON + 500 * 86_400)
-    assert (series.since(0, HOUR).n, series.ever.n) == (0, 1)
+    assert (len(series), series.since(0).n, series.ever.n) == (1, 0, 1)
 
 
 def test_sums_of_an_earlier_process_are_added() -> None:

@@ -168,7 +168,7 @@ async def event(stream: aiohttp.ClientResponse) -> tuple[str, Any]:
 
 
 async def test_changes_are_streamed(tmp_path: Path) -> None:
-    """First everything, then what has changed; what is over is null."""
+    """First everything, then what has changed; what is over is null, and told with its row."""
     async with served(tmp_path, slots=1) as it, it.session.get(it.url + "/llamaslot/events") as stream:
         name, state = await event(stream)
         assert name == "all"
@@ -186,6 +186,9 @@ async def test_changes_are_streamed(tmp_path: Path) -> None:
             it.fake.go()
             while state.get(flights[0], "") is not None:
                 _, state = await event(stream)
+            every = (await activity(it))["ended"]
+            assert state["ended"]
+            assert all(row in every for row in state["ended"])
 
 
 async def test_nobody_watches_nothing_is_computed(tmp_path: Path) -> None:
@@ -330,18 +333,21 @@ async def test_snapshots_are_listed_pinned_and_deleted(tmp_path: Path) -> None:
         for name in ("ada", "ben", "cleo"):
             prompt = common + letters(len(name) + ord(name[0]), 300)
             await it.post("/completion", {"prompt": prompt, "n_predict": 4}, **{"x-llamaslot-user": name})
-        await it.until(lambda: len(it.files()) >= 2)
+        store = it.backend.store
+        assert store is not None
+        every = store.catalog.snapshots
+        await it.until(lambda: sum(its.kind.value == "leaf" for its in every.values()) == 2)
         await ended(it, 3)
         told = (await it.get("/llamaslot/snapshots")).json
-        leaves = [row for row in told["snapshots"] if row["kind"] == "leaf"]
-        assert {row["user"] for row in leaves} == {"named:ada", "named:ben"}
-        assert sorted(row["n_common"] for row in leaves)[-1] == 640
-        id_ = leaves[0]["id"]
+        rows = [row for row in told["snapshots"] if row["kind"] == "leaf"]
+        assert {row["user"] for row in rows} == {"named:ada", "named:ben"}
+        assert sorted(row["n_common"] for row in rows)[-1] == 640
+        id_ = rows[0]["id"]
         assert (await it.post(f"/llamaslot/pin?snapshot={id_}", None)).json == {
             "snapshot": id_,
             "is_pinned": True,
         }
-        told = (await it.get("/llamaslot/snapshots")).json
+        told = (await it.get("/llamaslot/snapshots?max_age_s=60")).json
         assert [row["id"] for row in told["snapshots"] if row["is_pinned"]] == [id_]
         assert (await it.post(f"/llamaslot/unpin?snapshot={id_}", None)).json["is_pinned"] is False
         assert (await it.post(f"/llamaslot/delete?snapshot={id_}", None)).json["is_pinned"] is None

@@ -268,7 +268,8 @@ PATHS: dict[str, Json] = {
         {
             "200": {
                 "description": "Server-sent events: 'all' has the whole state by key, 'change' what has changed; a key"
-                " that is gone is null. Keys: now, about, headline, store, backend:NAME, flight:SERIAL.",
+                " that is gone is null. Keys: now, about, headline, store, ended (the"
+                " last requests that have ended), backend:NAME, flight:SERIAL.",
                 "content": {"text/event-stream": {"schema": _TEXT}},
             },
             "400": _ERROR,
@@ -327,8 +328,14 @@ PATHS: dict[str, Json] = {
                     quota_bytes=_COUNT,
                     snapshots=_list_of(_SNAPSHOT),
                 ),
-            )
+            ),
+            "400": _ERROR,
         },
+        _param(
+            "max_age_s",
+            "Seconds that the uses told may be old.",
+            {"type": "integer", "minimum": 0, "default": 0},
+        ),
     ),
     "/llamaslot/cancel": _action(
         "Cancel a request in flight: its client is told so, its slot is given back.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,12 @@ from llamaslot.http.in_flight import Requests
 from llamaslot.http.page_events import PageEvents
 from llamaslot.http.page_state import PageState
 from llamaslot.observe.history import KEPT
-from llamaslot.observe.series import SPANS
+from llamaslot.observe.series import SPANS, Sums
 from llamaslot.store.listing import MOST, Listing
 from llamaslot.store.snapshot_store import SnapshotStore
 
 _LONGEST_S = 86_400
+_SLICE_S = 0.005
 
 
 class PageApi:
@@ -38,6 +40,7 @@ class PageApi:
         self._is_admitted = is_admitted
         self._page_state = PageState(registry, requests)
         self._listings: dict[str, Listing] = {}
+        self._listed: tuple[float, tuple[int, int], bytes] | None = None  # when, of what, as JSON
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
         """Answer a request for one of these pages; None for another one. Raises NotFound and BadRequest."""
@@ -48,13 +51,16 @@ class PageApi:
             case "/llamaslot/activity":
                 return _answer(self._activity(request))
             case "/llamaslot/history":
-                return _answer(self._history(request))
+                return _answer(await self._history(request))
             case "/llamaslot/snapshots":
-                return _answer(await self._snapshots())
+                return _json(await self._snapshots(digits(request, "max_age_s", 0, _LONGEST_S)))
             case "/llamaslot/cancel":
                 return _answer(self._cancel(request))
             case "/llamaslot/pin" | "/llamaslot/unpin" | "/llamaslot/delete":
-                return _answer(await self._change(request))
+                try:
+                    return _answer(await self._change(request))
+                finally:
+                    self._listed = None
             case _:
                 return None
 
@@ -83,8 +89,8 @@ class PageApi:
 
     # -- history -------------------------------------------------------------------------------------------------
 
-    def _history(self, request: web.Request) -> dict[str, Any]:
-        """Sums over time, one line for all, or for each backend or model."""
+    async def _history(self, request: web.Request) -> dict[str, Any]:
+        """Sums over time, one line for all, or for each backend or model. Canceling is safe."""
         span, by = request.query.get("span", "hour"), request.query.get("by", "all")
         if span not in SPANS:
             raise BadRequest(f"span={span}: one of {', '.join(SPANS)}")
@@ -107,19 +113,25 @@ class PageApi:
             "span_s": SPANS[span][0],
             "step_s": SPANS[span][1],
             "lines": [
-                {
-                    "name": name,
-                    "points": [
-                        {"at": at, **sums.to_json()} for at, sums in series.points(span, now, backend, model)
-                    ],
-                }
+                {"name": name, "points": await _in_slices(series.points(span, now, backend, model))}
                 for name, backend, model in lines
             ],
         }
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
-    async def _snapshots(self) -> dict[str, Any]:
+    async def _snapshots(self, max_age_s: float) -> bytes:
+        """As JSON. That of up to ``max_age_s`` ago, if as many snapshots have as many bytes: many pages cost no more
+        than one. Canceling is safe.
+        """
+        now, holds = time.monotonic(), (self._registry.n_snapshots, self._registry.size_bytes)
+        if self._listed is not None and self._listed[1] == holds and now - self._listed[0] < max_age_s:
+            return self._listed[2]
+        listed = orjson.dumps(await self._listing())
+        self._listed = now, holds, listed
+        return listed
+
+    async def _listing(self) -> dict[str, Any]:
         self._requests.digest()
         users = self._requests.history.owners
         stores = list(self._registry.stores.values())
@@ -177,5 +189,20 @@ def _named(request: web.Request, what: str) -> str:
     return id_
 
 
+async def _in_slices(points: Iterable[tuple[int, Sums]]) -> list[dict[str, Any]]:
+    """As JSON; every few milliseconds others run."""
+    found, since = [], time.monotonic()
+    for at, sums in points:
+        found.append({"at": at, **sums.to_json()})
+        if time.monotonic() - since > _SLICE_S:
+            await asyncio.sleep(0)
+            since = time.monotonic()
+    return found
+
+
 def _answer(told: dict[str, Any]) -> web.Response:
-    return web.Response(body=orjson.dumps(told), content_type="application/json", charset="utf-8")
+    return _json(orjson.dumps(told))
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json", charset="utf-8")

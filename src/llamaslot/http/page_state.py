@@ -26,6 +26,7 @@ from llamaslot.sizes import readable_size
 State = dict[str, Any]
 
 _FRESH_S = 10.0  # figures of the day are computed again after so long, and when a request has ended
+_ENDED = 32  # requests that are told at a look when they have ended; of more, a page asks for itself
 _READS = (LeaseState.PREFILLING, LeaseState.SENT, LeaseState.PROCESSING)
 
 
@@ -46,13 +47,18 @@ class PageState:
         self._speeds: dict[int, _Speed] = {}
         self._headline: State = {}
         self._headline_at, self._n_seen = -_FRESH_S, -1
+        self._ended: list[State] = []
 
     def state(self) -> State:
-        """``about``, ``headline``, ``store``, ``backend:NAME`` and ``flight:SERIAL``, each as JSON."""
+        """``about``, ``headline``, ``store``, ``backend:NAME`` and ``flight:SERIAL``, each as JSON; ``ended``: rows of
+        the requests that have ended last, newest first. Twenty pages that asked for these each held up all streams.
+        """
         requests, now = self._requests, time.monotonic()
         requests.digest()
         self._speeds = {serial: speed for serial, speed in self._speeds.items() if serial in requests.running}
         told: State = {"about": self._about(), "headline": self.headline(now), "store": self._store()}
+        if ended := self._latest():
+            told["ended"] = ended
         for backend in self._registry.backends:
             told[f"backend:{backend.name}"] = self._backend(backend, now)
         for serial, flight in requests.running.items():
@@ -80,6 +86,17 @@ class PageState:
             }
             self._n_seen, self._headline_at = n_seen, now
         return self._headline
+
+    def _latest(self) -> list[State]:
+        """Those since the last look that had any."""
+        last = self._ended[0]["serial"] if self._ended else 0
+        new: list[State] = []
+        for activity in reversed(self._requests.history.latest):
+            if activity.serial <= last or len(new) == _ENDED:
+                break
+            new.append(activity.row())
+        self._ended = new or self._ended
+        return self._ended
 
     def _store(self) -> State:
         registry = self._registry

@@ -37,6 +37,17 @@ export async function refresh() {
   }
 }
 
+// Rows that have just ended, newest first. Where others are missing before them, it is asked for those.
+export function add(ended) {
+  const last = rows[0]?.serial ?? 0;
+  const its = ended.filter(({ serial }) => serial > last);
+  if (busy || (its.length && its.at(-1).serial > last + 1)) refresh();
+  else if (its.length) {
+    rows = [...its, ...rows].slice(0, KEPT);
+    draw();
+  }
+}
+
 const KINDS = {
   all: () => true,
   slow: (its) => (its.first_s ?? its.total_s) >= 5,

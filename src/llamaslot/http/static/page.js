@@ -50,6 +50,7 @@ function took(name, changes) {
     if (value === null) state.delete(what);
     else state.set(what, value);
   }
+  if (name !== 'all' && changes.ended) activity.add(changes.ended);
   draw(name === 'all' ? null : new Set(Object.keys(changes).map((what) => what.split(':')[0])));
 }
 
@@ -96,7 +97,6 @@ const all = (prefix) => [...state].filter(([what]) => what.startsWith(prefix)).m
 function draw(kinds) {
   const has = (kind) => kinds === null || kinds.has(kind);
   if (has('headline') || has('store')) headline();
-  if (has('headline')) activity.refresh();
   if (has('store')) store.refresh();
   if (has('backend')) backends();
   if (has('flight')) flights();

@@ -9,6 +9,7 @@ const HEIGHT = 36;
 const LEAST = 0.25; // percent of the width; thinner ones are drawn together
 const ALIKE = 64; // tokens
 const PAUSE_MS = 4000;
+const SPREAD_MS = 1000; // many pages do not ask in the same moment
 
 let tree = null;
 let chosenKey = null;
@@ -18,13 +19,14 @@ let now = () => Date.now() / 1000;
 
 export function refresh() {
   if (timer !== null) return;
-  timer = setTimeout(load, Math.max(asked + PAUSE_MS - Date.now(), 0));
+  timer = setTimeout(load, asked ? Math.max(asked + PAUSE_MS - Date.now(), 0) + Math.random() * SPREAD_MS : 0);
 }
 
 async function load() {
+  const query = asked ? { max_age_s: PAUSE_MS / 1000 } : {};
   asked = Date.now();
   try {
-    const told = await get('snapshots');
+    const told = await get('snapshots', query);
     timer = null;
     tree = treeOf(told.snapshots);
     const rest = told.n > told.snapshots.length ? `, the ${number(told.snapshots.length)} largest are shown` : '';
@@ -198,6 +200,8 @@ async function act(what, row) {
     at('chosen').append(el('p', { role: 'alert' }, error.message));
     return;
   }
+  clearTimeout(timer);
+  timer = null;
   asked = 0;
   refresh();
 }
