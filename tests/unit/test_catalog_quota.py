@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaslot.store import QuotaExceeded, Reservation, sidecar
+from llamaslot.store.quota import beyond_disk
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
 TOKENS = some_tokens(40)
@@ -309,7 +310,7 @@ class FileSystem:
         return self.size_bytes - self.others_bytes - self.shelter.bytes_on_disk()
 
     def statvfs(self, path: object) -> Any:
-        return SimpleNamespace(f_bavail=self.free_bytes, f_frsize=1)
+        return SimpleNamespace(f_bavail=self.free_bytes, f_frsize=1, f_blocks=self.size_bytes)
 
 
 async def test_as_many_files_as_there_may_be(tmp_path: Path) -> None:
@@ -371,6 +372,45 @@ async def test_drafts_are_not_promised_the_same_free_space(
     with pytest.raises(QuotaExceeded):
         await shelter.catalog.reserve(2_000)
     await closed(shelter)
+
+
+async def test_a_full_disk_evicts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If none of it must be left to others: the least valuable goes when the disk has no room for the next file."""
+    shelter = await limited(tmp_path)
+    assert not shelter.min_free_bytes
+    disk = FileSystem(shelter, 6_000, monkeypatch)
+    saved = [await shelter.save(some_tokens(40, seed), 2_000) for seed in range(3)]
+    assert (shelter.dropped, disk.free_bytes) == ([], 0)
+    await shelter.save(some_tokens(40, 9), 2_000)
+    assert shelter.dropped == [saved[0].id]
+    await closed(shelter)
+
+
+async def test_a_file_system_that_tells_no_size_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of the network say 0 of 0 blocks."""
+    shelter = await limited(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=1, f_blocks=0))
+    await shelter.save(TOKENS, 2_000)
+    assert beyond_disk(2_000, 0, tmp_path, 0) is None
+    await closed(shelter)
+
+
+async def test_smaller_limits_hold_at_once(shelter: Shelter, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a save: what is too much goes, the least valuable first; what is in use stays."""
+    caplog.set_level("INFO")
+    saved = [await shelter.save(some_tokens(40, seed), 2_000) for seed in range(4)]
+    with shelter.catalog.pin(saved[0].id):
+        shelter.catalog.take_limits(4_500, 10_000, 0)
+        await shelter.catalog.settle()
+        assert shelter.dropped == [saved[1].id, saved[2].id]
+        assert shelter.bytes_on_disk() <= 4_500
+    assert "snapshots: 2 evicted for the new limits" in caplog.messages
+    shelter.catalog.take_limits(4_500, 1, 0)
+    await shelter.catalog.settle()
+    assert shelter.dropped == [saved[1].id, saved[2].id, saved[0].id]
+    shelter.catalog.check()
 
 
 async def test_a_disk_that_others_have_filled_takes_nothing(

@@ -325,19 +325,20 @@ def logged() -> Iterator[str]:
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute)):
                 continue
-            if ast.unparse(node.func) not in _LOUD:
+            if (said := ast.unparse(node.func)) not in _LOUD:
                 continue
             names = [part.id for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Name)]
             texts = [constants()[name] for name in names if name in constants()]
-            if isinstance(first := node.args[0], ast.Constant):
-                texts.append(str(first.value))
+            text = node.args[1 if said == "self._failures.failed" else 0]  # behind the reason
+            if isinstance(text, ast.Constant):
+                texts.append(str(text.value))
             for text in texts:
                 line = re.sub(FORMAT, GAP, text)
                 if len(re.findall(r"[a-z]{2,}", line)) > 1:
                     yield line
 
 
-_LOUD = {f"log.{level}" for level in ("info", "warning", "error", "exception")}
+_LOUD = {f"log.{level}" for level in ("info", "warning", "error", "exception")} | {"self._failures.failed"}
 
 
 def test_lines_that_are_said_are_explained() -> None:

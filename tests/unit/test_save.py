@@ -306,8 +306,12 @@ class TestInTheBackground:
         assert len(house.catalog.snapshots) == 3
         house.check_nothing_is_left()
 
-    def test_what_could_not_be_committed_is_dirty_again(self, house: House) -> None:
-        """If the slot still holds it; what has left its slot is lost, and those who wait for it compute it."""
+    def test_what_could_not_be_committed_is_dirty_again(
+        self, house: House, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """If the slot still holds it; what has left its slot is lost, and those who wait for it compute it. The log
+        says so once, and when it is over."""
+        caplog.set_level("INFO")
         fill(house)
         house.catalog.is_disk_full = True
         house.start(house.idle_save.save_all(), "idle save")
@@ -317,6 +321,11 @@ class TestInTheBackground:
         assert table is not None
         assert house.catalog.snapshots == {}
         assert all(slot.content.is_dirty for slot in table.slots)
+        assert caplog.text.count("was not saved: ") == 1
+        house.catalog.is_disk_full = False
+        house.start(house.idle_save.save_all(), "idle save")
+        house.finish()
+        assert caplog.text.count("slots are saved again") == 1
         house.check_nothing_is_left()
 
     def test_a_stop_waits_for_commits(self, house: House) -> None:

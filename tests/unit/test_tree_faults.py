@@ -179,7 +179,7 @@ async def test_a_file_that_has_landed_is_not_free_and_not_waited_for(
     n_disk = len(tree.file(words(500, 7))) + len(tree.file(A[:400])) + 2 * day.n_follow_up + 2_000
 
     def statvfs(_: object) -> Any:
-        return SimpleNamespace(f_bavail=n_disk - tree.bytes_on_disk(), f_frsize=1)
+        return SimpleNamespace(f_bavail=n_disk - tree.bytes_on_disk(), f_frsize=1, f_blocks=n_disk)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     await day.begin()

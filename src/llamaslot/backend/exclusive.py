@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 from collections.abc import AsyncIterator
 
 from llamaslot.backend.executor import PlanExecutor
@@ -18,7 +17,6 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import LeaseState, RetryPlacement
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import Report
-from llamaslot.backend.save import NOT_SAVED
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.namespaces import SHARED
@@ -30,8 +28,6 @@ from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot
 from llamaslot.tasks import TaskOwner
-
-log = logging.getLogger(__name__)
 
 _CONFIRM_EVERY_S = (
     1.5  # as for draining slots: more frequent polls keep requests of clients that have left alive
@@ -343,7 +339,7 @@ class ExclusiveSection:
             try:
                 await self._executor.save_now(lease)
             except LlamaslotError as error:
-                log.warning(NOT_SAVED, lease.request.id, lease.slot_name, error)
+                self._executor.saving.say_failed(lease, error)
 
     async def _confirm_running(self) -> None:
         """Non-streaming answers send no headers before their end: ask the server whether they have begun."""

@@ -26,6 +26,7 @@ from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, SnapshotInvalid
 from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import Act
+from llamaslot.observe.recurring import Recurring
 from llamaslot.scheduling.placement import prefill_steps
 from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, SaveSharedPrefix
 from llamaslot.store import WithTokens
@@ -34,6 +35,7 @@ from llamaslot.store.landing import NoLanding
 from llamaslot.store.model_snapshots import content_of
 
 log = logging.getLogger(__name__)
+_NOT_RESTORED = "%s: snapshot %s was not restored: %s"  # request, snapshot, reason
 _SET_ASIDE_S = 10.0  # a snapshot that could not be restored for want of room, open files or a right
 T = TypeVar("T")
 
@@ -49,6 +51,7 @@ class PlanExecutor:
         self.feedback = Feedback(self.catalog, self.rates, self.metrics, self.tasks, self.now)
         self.chunked_prefill = ChunkedPrefill(self.api, self.rates, self.metrics, self._leases, self.feedback)
         self.boot_id = ""
+        self._failures = Recurring(f"{self._leases.backend}: snapshots are restored again")
 
     async def prepare(
         self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False
@@ -219,8 +222,12 @@ class PlanExecutor:
             lease.set_content(None)
             raise
         except (LlamaslotError, KeyError, OSError) as error:
-            level = logging.DEBUG if isinstance(error, NoLanding) else logging.WARNING  # that was said
-            log.log(level, "%s: snapshot %s was not restored: %s", lease.request.id, snapshot_id, error)
+            if isinstance(error, NoLanding):
+                pass  # that was said
+            elif is_passing(error):
+                self._failures.failed(error, _NOT_RESTORED, lease.request.id, snapshot_id, error)
+            else:
+                log.warning(_NOT_RESTORED, lease.request.id, snapshot_id, error)
             if is_passing(error):
                 lease.table.model_snapshots.set_aside[snapshot_id] = self.now() + _SET_ASIDE_S
             else:
@@ -252,6 +259,7 @@ class PlanExecutor:
         checkpoints = lease.table.rewind_model.in_file(restored.checkpoints)
         lease.set_restored(snapshot, replace(content_of(restored), checkpoints=checkpoints))
         self.catalog.touch(snapshot.id)
+        self._failures.succeeded()
         return True
 
     async def refused(self, lease: Lease, status: int) -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections.abc import Callable
 
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.save import NOT_SAVED, never
+from llamaslot.backend.save import never
 from llamaslot.errors import LlamaslotError
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotState
 from llamaslot.store import Snapshot
-
-log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
 
@@ -74,7 +71,7 @@ class IdleSave:
             try:
                 commit = await self._executor.save_now(lease, gives_way)
             except LlamaslotError as error:
-                log.warning(NOT_SAVED, lease.request.id, slot.name, error)
+                self._executor.saving.say_failed(lease, error)
                 commit = None
             gave_way = commit is None and gives_way()  # also if the request has gone since it gave way to it
         snapshot = await asyncio.shield(commit) if commit is not None else None

@@ -27,6 +27,7 @@ from llamaslot.llama.answers import SlotAction
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
+from llamaslot.observe.recurring import Recurring
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, QuotaExceeded, Reservation, SavedSlot, WithTokens
 from llamaslot.store.landing import NoLanding
@@ -39,8 +40,6 @@ log = logging.getLogger(__name__)
 OnEnd: TypeAlias = Callable[[Lease, Content, WithTokens | None], None]
 _MAX_COMMITS = 2  # in the background: each has a whole slot file
 _N_NEAREST = 8  # snapshots that share most with a new one
-
-NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
 
 
 def never() -> bool:
@@ -84,6 +83,7 @@ class Saving:
         self.metrics, self.tasks, self.now = metrics, tasks, leases.now
         self.leases = leases
         self.fingerprint = ""
+        self._failures = Recurring(f"{leases.backend}: slots are saved again")
         self._lock = asyncio.Lock()
         self._commits: set[asyncio.Task[WithTokens | None]] = set()  # in the background
 
@@ -226,7 +226,7 @@ class Saving:
                 size_bytes, keep, self.leases.snapshots_in_demand(), max(new_bytes, 0)
             )
         except (QuotaExceeded, SnapshotInvalid) as error:
-            _not_saved(lease, kind, error)
+            self._not_saved(lease, kind, error)
             return None
         asked_at = started = self.now()
         fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
@@ -310,6 +310,7 @@ class Saving:
         except (LlamaslotError, OSError) as error:
             await self._abandon(lease, kind, file.reservation, error, self.now() - file.started)
         else:
+            self._failures.succeeded()
             self._add(file, snapshot)
         finally:  # without an await since it became a snapshot
             if file.pending is not None:
@@ -342,7 +343,18 @@ class Saving:
         await self.catalog.abandon(reservation, is_refused=isinstance(error, SlotActionFailed))
         if isinstance(error, OtherConversation):
             lease.set_content(None)  # a full disk, by contrast, says nothing about the slot
-        _not_saved(lease, kind, error, seconds)
+        self._not_saved(lease, kind, error, seconds)
+
+    def _not_saved(self, lease: Lease, kind: SnapshotKind, error: Exception, seconds: float = 0.0) -> None:
+        lease.recorder.record_step(lease.slot_key, Act(_step(kind), seconds, is_done=False))
+        if not isinstance(error, NoLanding):  # that was said
+            self.say_failed(lease, error, "slot" if kind is SnapshotKind.LEAF else "shared prefix in slot")
+
+    def say_failed(self, lease: Lease, error: Exception, what: str = "slot") -> None:
+        """Log why the slot of ``lease`` was not saved; not with each save."""
+        self._failures.failed(
+            error, "%s: %s %s was not saved: %s", lease.request.id, what, lease.slot_name, error
+        )
 
     @staticmethod
     def _must_go_back(rewind_model: RewindModel, content: Content) -> bool:
@@ -369,7 +381,7 @@ class Saving:
                 await self._rewind(lease, content)
             except LlamaslotError as error:
                 lease.lose_track()
-                _not_saved(lease, kind, error)
+                self._not_saved(lease, kind, error)
                 if not isinstance(error, SlotWedged):
                     return False
                 # With a plan, it is counted where the client is told.
@@ -435,14 +447,3 @@ def _step(kind: SnapshotKind) -> str:
 def _planned(lease: Lease) -> set[str]:
     """The snapshot that its own plan resumes from, which must not be evicted."""
     return {lease.plan.snapshot} if lease.plan is not None and lease.plan.snapshot else set()
-
-
-def _not_saved(lease: Lease, kind: SnapshotKind, error: Exception, seconds: float = 0.0) -> None:
-    lease.recorder.record_step(lease.slot_key, Act(_step(kind), seconds, is_done=False))
-    level = logging.DEBUG if isinstance(error, NoLanding) else logging.WARNING  # that was said
-    if kind is SnapshotKind.TRUNK:
-        log.log(
-            level, "%s: shared prefix in slot %s was not saved: %s", lease.request.id, lease.slot_name, error
-        )
-    else:
-        log.log(level, NOT_SAVED, lease.request.id, lease.slot_name, error)

@@ -409,7 +409,9 @@ def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
     found = os.statvfs(store.directory)
     short = {
         "store.quota": size_bytes - store.limits.quota_bytes,
-        "store.min_free": store.limits.min_free_bytes - found.f_bavail * found.f_frsize,
+        "store.min_free": store.limits.min_free_bytes - found.f_bavail * found.f_frsize
+        if found.f_blocks
+        else 0,
     }
     n_short = len(items) - store.limits.max_files
     over = [key for key, n in (*short.items(), ("store.max_files", n_short)) if n > 0]

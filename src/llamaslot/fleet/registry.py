@@ -166,7 +166,7 @@ class Registry:
 
     def apply(self, config: Config) -> None:
         """Put the limits of another configuration in force: of the queue, and of snapshots. What is too much for a
-        smaller quota goes at the next write.
+        smaller quota is evicted in the background.
         """
         self._settings = replace(self._settings, limits=_limits(config))
         for name, settings in self._of_models.items():

@@ -16,17 +16,20 @@ from msgspec.structs import replace
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
+from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
 from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.landing import Landing, copy_file
 from llamaslot.store.manifest import Manifest
-from llamaslot.store.quota import Deficit, Quota
+from llamaslot.store.quota import Deficit, Quota, QuotaExceeded
 from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
 from llamaslot.store.slot_file import read_slot_file
 from llamaslot.store.slot_layout import LayoutUnknown
 from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, let_go, look, take_in
 
 log = logging.getLogger(__name__)
+
+_KEPT_WHOLE = "snapshots: %s is kept whole: %s"
 
 
 class Reservation(Struct, frozen=True):
@@ -111,6 +114,7 @@ class Acceptance:
         self._directory, self._table, self._quota, self._manifest = directory, table, quota, manifest
         self._evict, self._pin, self._lost, self._landing = evict, pin, lost, landing
         self._said = set[str]()
+        self._failures = Recurring("snapshots: rows are shared again")
         self.n_differing = 0  # saves with other rows than their slot had before
         self.added_bytes = 0  # to the store, by all saves
 
@@ -224,6 +228,7 @@ class Acceptance:
         )
         self.added_bytes += written
         self._manifest.durable.add(noted.id)
+        self._failures.succeeded()
         return noted
 
     def _say(self, noted: Noted, error: Exception) -> None:
@@ -235,4 +240,8 @@ class Acceptance:
                 log.warning("snapshots: slot files are kept whole, their rows cannot be shared: %s", reason)
             return
         self.n_differing += isinstance(error, RowsDiffer)
-        log.warning("snapshots: %s is kept whole: %s", noted.id, str(error) or repr(error))
+        reason = str(error) or repr(error)
+        if isinstance(error, OSError | QuotaExceeded):
+            self._failures.failed(reason, _KEPT_WHOLE, noted.id, reason)
+        else:
+            log.warning(_KEPT_WHOLE, noted.id, reason)

@@ -184,8 +184,20 @@ class Catalog:
     # -- space ---------------------------------------------------------------------------------------------------
 
     def take_limits(self, quota_bytes: int, max_files: int, min_free_bytes: int) -> None:
-        """Keep to these from the next reservation on."""
+        """Keep to these from now on. What is too much is evicted in the background; in a shared store, where that
+        takes a turn, for the next reservation.
+        """
         self.quota_bytes, self._quota.limits = quota_bytes, Limits(quota_bytes, max_files, min_free_bytes)
+        if not self._quota.is_shared:
+            self._tasks.spawn(self._keep_to_limits(), "keep to the limits")
+
+    async def _keep_to_limits(self) -> None:
+        await self._quota.query_free_space()
+        over = self._table.victims(*self._quota.short(), (), self._now())
+        for victim in over:
+            self._drop(victim.id)
+        if over:
+            log.info("snapshots: %d evicted for the new limits", len(over))
 
     async def reserve(
         self,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import aiofiles
 import orjson
 
+from llamaslot.observe.recurring import Recurring
 from llamaslot.store.directory import HITS_NAME
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class HitLog:
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / HITS_NAME
+        self._failures = Recurring("snapshots: hit counts are written again")
         self._n_lines = 0
 
     def load(self) -> dict[str, Hits]:
@@ -99,8 +101,9 @@ class HitLog:
         """Append the changes since the last call."""
         try:
             self._write(self._path, os.O_APPEND, changed)
+            self._failures.succeeded()
         except OSError as error:
-            log.warning("snapshots: cannot write hit counts: %s", error.strerror or error)
+            self._failed(error)
         self._n_lines += len(changed)
 
     def rewrite(self, listed: Mapping[str, Hits]) -> None:
@@ -110,8 +113,12 @@ class HitLog:
             self._write(new, os.O_TRUNC, listed)
             os.rename(new, self._path)
         except OSError as error:
-            log.warning("snapshots: cannot write hit counts: %s", error.strerror or error)
+            self._failed(error)
         self._n_lines = len(listed)
+
+    def _failed(self, error: OSError) -> None:
+        reason = error.strerror or error
+        self._failures.failed(reason, "snapshots: cannot write hit counts: %s", reason)
 
     def _write(self, path: Path, how: int, hits: Mapping[str, Hits]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, _MODE)

@@ -7,7 +7,6 @@ reading the accounts and changing them, so on one event loop they need no lock.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -18,13 +17,12 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from llamaslot.errors import LlamaslotError
+from llamaslot.observe.recurring import Recurring
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan
 from llamaslot.store.neighbours import Neighbours
 from llamaslot.store.sidecar import JSON
 from llamaslot.tasks import TaskOwner
-
-log = logging.getLogger(__name__)
 
 
 class QuotaExceeded(LlamaslotError):
@@ -33,7 +31,7 @@ class QuotaExceeded(LlamaslotError):
 
 class Limits(Struct, frozen=True):
     """``quota_bytes`` and ``max_files`` limit our files; ``min_free_bytes`` of the disk stay free for other
-    programs.
+    programs. With 0 too, snapshots are evicted when the disk is full.
     """
 
     quota_bytes: int
@@ -46,6 +44,8 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
     snapshots. Blocking file access.
     """
     found = os.statvfs(directory)
+    if not found.f_blocks:  # it tells nothing, as some network file systems
+        return None
     free_bytes = found.f_bavail * found.f_frsize
     can_have = held_bytes + max(free_bytes - min_free_bytes, 0)
     if quota_bytes <= can_have:
@@ -54,12 +54,10 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
         f"store.quota is {readable_size(quota_bytes)}, but {directory} has room for {readable_size(can_have)} of"
         f" snapshots: {readable_size(held_bytes)} are there, {readable_size(free_bytes)} are free"
     )
-    if not min_free_bytes:  # free space is not queried then
-        return f"{room}. With store.min_free: 0 nothing goes when that is full: saves fail"
-    return (
-        f"{room}, and store.min_free leaves {readable_size(min_free_bytes)} to others."
-        " What is worth least goes when that is full, not at the quota"
+    others = (
+        f", and store.min_free leaves {readable_size(min_free_bytes)} to others" if min_free_bytes else ""
     )
+    return f"{room}{others}. What is worth least goes when that is full, not at the quota"
 
 
 class Deficit(NamedTuple):
@@ -93,6 +91,7 @@ class Quota:
         self.writing: set[str] = set()  # ids of files that no snapshot names yet
         self.n_commits = 0  # since the start; and files of reservations that landed
         self._n_waiting = 0
+        self._failures = Recurring("snapshots: files can be removed again")
         self._free: int | None = None  # free bytes of the file system at the last query
 
     @property
@@ -156,9 +155,9 @@ class Quota:
         return self._neighbours.turn() if self._neighbours is not None else nullcontext()
 
     async def query_free_space(self) -> None:
-        """Query the free space of the file system, if there is a limit on it."""
+        """Query the free space of the file system."""
         n_before = -1
-        while self.limits.min_free_bytes and n_before != self.n_commits:
+        while n_before != self.n_commits:
             # The result may lack what is committed meanwhile, which is no reservation any more.
             n_before = self.n_commits
             try:
@@ -166,7 +165,7 @@ class Quota:
             except OSError:
                 self._free = None  # then the write reports the fault
             else:
-                self._free = found.f_bavail * found.f_frsize
+                self._free = found.f_bavail * found.f_frsize if found.f_blocks else None
 
     async def make_available(
         self, size_bytes: int, evict: Callable[[Deficit], bool], *, n_files: int = 1
@@ -232,10 +231,13 @@ class Quota:
     def _why_full(self, size_bytes: int) -> str:
         limits = self.limits
         if self._free is not None and self._short_of_free(self.waiting, self.leaving) > 0:
-            return (
+            text = (
                 f"no room for {readable_size(size_bytes)}: {readable_size(self._free)} are free on the file system of "
-                f"{self.directory}, of which store.min_free leaves {readable_size(limits.min_free_bytes)} to others"
+                f"{self.directory}"
             )
+            if limits.min_free_bytes:
+                text += f", of which store.min_free leaves {readable_size(limits.min_free_bytes)} to others"
+            return f"{text}. Contexts stay in their slots only, until there is more"
         parts = f"{readable_size(self.committed)} in snapshots, {readable_size(self.granted)} being written"
         if self.others:
             parts += f", {readable_size(self.others)} of other models in the same store"
@@ -258,7 +260,10 @@ class Quota:
         try:
             n_left, error = await asyncio.to_thread(scan.remove, self.directory, id_, keeps_data=keeps_data)
             if error is not None:
-                log.warning("snapshots: %s cannot be removed: %s", id_, error.strerror or error)
+                reason = error.strerror or error
+                self._failures.failed(reason, "snapshots: %s cannot be removed: %s", id_, reason)
+            else:
+                self._failures.succeeded()
         finally:
             # On every path: waiters for this removal read the result here.
             del self.removing[name]

@@ -75,7 +75,7 @@ class SnapshotStore:
         await self.catalog.open()
 
     def take_limits(self, quota_bytes: int, max_files: int, min_free_bytes: int) -> None:
-        """Keep to these from the next write on."""
+        """Keep to these from now on; what is too much is evicted in the background."""
         self._min_free_bytes = min_free_bytes
         self.catalog.take_limits(quota_bytes, max_files, min_free_bytes)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
 from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.learned import HitLog, Hits
@@ -48,6 +49,7 @@ class Upkeep:
         self._undated: dict[str, float] = {}  # used, and no thread is writing that yet
         self._is_dating = False
         self._n_changed = 0
+        self._failures = Recurring("snapshots: files are synced again")
         self._syncing = asyncio.Lock()
 
     def changed(self, n: int) -> None:
@@ -130,10 +132,12 @@ class Upkeep:
             try:
                 await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)
                 self._manifest.durable.add(noted.id)
+                self._failures.succeeded()
                 self.changed(1)
             except OSError as error:
                 if noted.id in self._table.snapshots:
-                    log.warning("snapshots: %s cannot be synced: %s", noted.id, error.strerror or error)
+                    reason = error.strerror or error
+                    self._failures.failed(reason, "snapshots: %s cannot be synced: %s", noted.id, reason)
                     if error.errno == errno.EIO:
                         self._lost(noted.id)  # the kernel reports the error once; a second sync would succeed
         if noted.id not in self._table.snapshots and noted.id not in self._table.pending_delete:
@@ -159,6 +163,7 @@ class Sweep:
     ) -> None:
         self._directory, self._table, self._quota = directory, table, quota
         self._reservations, self._drop = reservations, drop
+        self._failures = Recurring(f"snapshots: {directory} can be read again")
         self._is_missed = False  # the lock file, and the log says so
 
     async def run(self) -> None:
@@ -171,8 +176,10 @@ class Sweep:
         try:
             found = await asyncio.to_thread(_compare, self._directory, before)
         except OSError as error:
-            log.warning("snapshots: %s cannot be read: %s", self._directory, error.strerror or error)
+            reason = error.strerror or error
+            self._failures.failed(reason, "snapshots: %s cannot be read: %s", self._directory, reason)
             return
+        self._failures.succeeded()
         if found is None:
             # Not the directory that we locked (unmounted, moved): forget and remove nothing.
             if not self._is_missed:

@@ -1,0 +1,57 @@
+"""Faults that come again with each request, as on a full disk: one log line when they begin, one each ten minutes while
+they last, one when they are over.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+
+from msgspec import Struct
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 600.0
+_KINDS_MAX = 64
+# What differs from one failure to the next: ids of snapshots and requests, sizes, counts.
+_PARTICULARS = re.compile(r"\b(?:ls|req)-[\w-]+|\d[\d.,]*(?: ?[KMGT]?i?B\b)?")
+
+
+class _Said(Struct):
+    at: float
+    n_unsaid: int = 0
+    is_open: bool = True
+
+
+class Recurring:
+    """The failures of one kind of work. ``over`` is the text of the line when it succeeds again."""
+
+    def __init__(self, over: str, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._over, self._now = over, now
+        self._kinds: dict[str, _Said] = {}
+
+    def failed(self, reason: object, text: str, *values: object) -> None:
+        """Warn with ``text``, unless a failure of the same kind was told less than ten minutes ago: then at level
+        debug. Reasons are of one kind if they differ in numbers and ids only.
+        """
+        kind, now = _PARTICULARS.sub("", str(reason)), self._now()
+        said = self._kinds.get(kind)
+        if said is not None and now < said.at + AGAIN_S:
+            said.n_unsaid += 1
+            log.debug(text, *values)
+            return
+        if said is not None and said.n_unsaid:
+            text, values = text + "; since this was last said, %d times more", (*values, said.n_unsaid)
+        log.warning(text, *values)
+        if len(self._kinds) >= _KINDS_MAX:
+            self._kinds.clear()
+        self._kinds[kind] = _Said(now)
+
+    def succeeded(self) -> None:
+        """Say so if a failure was told since the last success."""
+        if any(said.is_open for said in self._kinds.values()):
+            for said in self._kinds.values():
+                said.is_open = False
+            log.info(self._over)
