@@ -329,9 +329,9 @@ def logged() -> Iterator[str]:
                 continue
             names = [part.id for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Name)]
             texts = [constants()[name] for name in names if name in constants()]
-            text = node.args[1 if said == "self._failures.failed" else 0]  # behind the reason
-            if isinstance(text, ast.Constant):
-                texts.append(str(text.value))
+            told = node.args[1 if said == "self._failures.failed" else 0]  # behind the reason
+            if isinstance(told, ast.Constant):
+                texts.append(str(told.value))
             for text in texts:
                 line = re.sub(FORMAT, GAP, text)
                 if len(re.findall(r"[a-z]{2,}", line)) > 1:
