@@ -109,7 +109,7 @@ async def bench(disk: Path, memory: Path, n_bytes: int, n_extents: int, rounds: 
     )
     took, pause = await measured(lambda: asyncio.to_thread(lambda: [verify(piece.path) for piece in pieces]))
     show(f"verified in {took:.2f} s, longest pause {pause:.1f} ms")
-    assemble(pieces, None, [], target, layout.n_streams)
+    assemble(pieces, None, [], target)
     compared = await asyncio.create_subprocess_exec("cmp", whole, target)
     assert await compared.wait() == 0, "the assembled file is another"
 
@@ -118,7 +118,7 @@ async def bench(disk: Path, memory: Path, n_bytes: int, n_extents: int, rounds: 
         assert await process.wait() == 0
 
     async def put_together() -> None:
-        await asyncio.to_thread(assemble, pieces, None, [], target, layout.n_streams)
+        await asyncio.to_thread(assemble, pieces, None, [], target)
 
     for has_cache in (True, False):
         times: dict[str, list[tuple[float, float]]] = {"cp": [], "assemble": []}

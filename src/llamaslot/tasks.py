@@ -79,10 +79,10 @@ class TaskOwner:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def drain(self, timeout_s: float | None = None) -> None:
+    async def drain(self) -> None:
         """Wait for the running tasks without cancelling them. Canceling this is safe: the tasks go on."""
         if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=timeout_s)
+            await asyncio.wait(set(self._tasks))
 
     async def close(self) -> None:
         """Cancel every task and wait until each has ended."""

@@ -57,7 +57,7 @@ class Team:
         assert table is not None
         if not any(op.kind in kinds for op in self.house.server.pending):
             return []
-        held = [content.tokens for content in table._pending.contents()]
+        held = [entry.content.tokens for entry in table._pending._entries.values()]
         held += [
             lease.content.tokens for lease in self.house.dispatcher.leases if lease.is_own and lease.content
         ]

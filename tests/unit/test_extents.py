@@ -19,8 +19,8 @@ from llamaslot.store.extent import (
     PART,
     Extent,
     Piece,
+    Source,
     differing_tokens,
-    read_extent,
     verify,
     write_extent,
 )
@@ -55,13 +55,18 @@ class Store:
         path.write_bytes(slot_file(self.model, tokens, checkpoints if self.model.has_states else ()))
         return path
 
-    def cut(self, n_tokens: int, n_streams: int | None = None) -> bytes:
+    def cut(self, n_tokens: int) -> bytes:
         pieces = [Piece(p.path, p.start, min(p.end, n_tokens)) for p in self.pieces if p.start < n_tokens]
         earlier = [self.states[n] for n in sorted(self.states) if n < n_tokens]
         target = self.directory / "cut"
-        size = assemble(pieces, self.states.get(n_tokens), earlier, target, n_streams)
+        size = assemble(pieces, self.states.get(n_tokens), earlier, target)
         assert size == target.stat().st_size
         return target.read_bytes()
+
+
+def footer_of(path: Path) -> Extent:
+    with Source(path) as source:
+        return source.extent()
 
 
 @pytest.fixture(params=KINDS)
@@ -83,21 +88,10 @@ def test_a_cut_is_the_file_that_the_server_would_have_written_there(store: Store
             assert sum(a != b for a, b in zip(cut, whole, strict=True)) <= 4 * len(checkpoints)
 
 
-def test_a_cut_for_a_server_with_other_slots(store: Store) -> None:
-    """The number of slots is written into a file, and a server refuses another."""
-    layout = read_layout(store.directory / "landing")
-    for n_streams in (1, 5):
-        store.cut(60, n_streams)
-        cut = read_layout(store.directory / "cut")
-        assert (cut.shape, cut.tokens) == (layout.shape, layout.tokens)
-        if cut.shape.attention is not None:
-            assert cut.n_streams == n_streams
-
-
 def test_an_extent_says_what_it_has(store: Store) -> None:
     layout = read_layout(store.directory / "landing")
     for piece in store.pieces:
-        extent = read_extent(piece.path)
+        extent = footer_of(piece.path)
         assert (extent.start, extent.end) == (piece.start, piece.end)
         assert extent.shape == layout.shape
         tokens = piece.path.read_bytes()[extent.tokens.at :][: extent.tokens.size]
@@ -154,7 +148,7 @@ def test_damage_is_found_where_a_part_is_used_only_partly(tmp_path: Path) -> Non
     """In the rows that are used, or behind them: a checksum covers all rows of a tensor."""
     store = Store(tmp_path, KINDS["dense"])
     cut, path = store.cut(50), store.pieces[2].path
-    data, rows = path.read_bytes(), read_extent(path).rows[1]
+    data, rows = path.read_bytes(), footer_of(path).rows[1]
     for at in (rows.at + 5, rows.at + rows.size - 1):
         changed = bytearray(data)
         changed[at] ^= 1
@@ -188,10 +182,10 @@ def test_an_extent_cut_short_is_none(store: Store) -> None:
     for size in (0, 7, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
         with pytest.raises(SnapshotInvalid):
-            read_extent(path)
+            footer_of(path)
     path.unlink()
     with pytest.raises(SnapshotInvalid, match="No such file"):
-        read_extent(path)
+        footer_of(path)
 
 
 def test_a_lying_footer_is_no_other_error(tmp_path: Path) -> None:
@@ -217,10 +211,10 @@ def test_a_lying_footer_is_no_other_error(tmp_path: Path) -> None:
         end = struct.pack("<QQ8s", xxhash.xxh3_64_intdigest(changed), len(changed), b"lsextend")
         path.write_bytes(data[: -24 - length] + changed + end)
         with pytest.raises(SnapshotInvalid):
-            read_extent(path)
+            footer_of(path)
     path.write_bytes(data[:-24] + struct.pack("<QQ8s", 0, 1 << 60, b"lsextend"))
     with pytest.raises(SnapshotInvalid):
-        read_extent(path)
+        footer_of(path)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -323,7 +317,7 @@ def test_states_weigh_hardly_more_than_rows() -> None:
 
 def test_an_extent_is_read_as_it_was_written(tmp_path: Path) -> None:
     store = Store(tmp_path, KINDS["window"])
-    extent = read_extent(store.pieces[0].path)
+    extent = footer_of(store.pieces[0].path)
     assert isinstance(extent, Extent)
     assert [state.n_tokens for state in extent.states] == [9, 20]
     assert extent.state_at(9).pos_min == 0

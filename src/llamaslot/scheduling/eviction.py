@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeGuard
 from msgspec import Struct, field
 
 from llamaslot.cache.content import SnapshotKind
+from llamaslot.scheduling.json_numbers import is_number
 
 N_BUCKETS = 52  # of ages: the last begins after half a year
 N_LENGTHS = 26  # of contexts: the last begins at 370,000 tokens
@@ -315,7 +316,7 @@ def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
     return (
         isinstance(values, list)
         and len(values) == n
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1e300 for v in values)
+        and all(is_number(value) and value >= 0 for value in values)
     )
 
 

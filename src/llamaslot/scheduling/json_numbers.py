@@ -10,7 +10,8 @@ def within(value: float, limits: tuple[float, float]) -> float:
     return min(max(value, limits[0]), limits[1])
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is finite, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -18,14 +19,14 @@ def rows(data: object, key: str, width: int) -> Iterable[list[Any]]:
     """The rows in the list ``data[key]`` that consist of ``width`` finite numbers."""
     rows = data.get(key) if isinstance(data, Mapping) else None
     for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, list) and len(row) == width and all(map(_is_number, row)):
+        if isinstance(row, list) and len(row) == width and all(map(is_number, row)):
             yield row
 
 
 def positive(data: object, keys: tuple[str, ...]) -> list[float] | None:
     """The values of ``keys`` if all are finite and above zero; else None."""
     values: list[Any] = [data.get(key) for key in keys] if isinstance(data, Mapping) else []
-    numbers = [float(value) for value in values if _is_number(value) and value > 0]
+    numbers = [float(value) for value in values if is_number(value) and value > 0]
     return numbers if len(numbers) == len(keys) else None
 
 
@@ -33,4 +34,4 @@ def counts(data: object, key: str) -> list[int]:
     """The integers above zero in the list ``data[key]``."""
     values = data.get(key) if isinstance(data, Mapping) else None
     numbers = values if isinstance(values, list) else []
-    return [int(value) for value in numbers if _is_number(value) and value >= 1]
+    return [int(value) for value in numbers if is_number(value) and value >= 1]

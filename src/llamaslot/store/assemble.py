@@ -63,13 +63,11 @@ def assemble(
     state: StateAt | None,
     earlier: Sequence[StateAt],
     target: Path,
-    n_streams: int | None = None,
 ) -> int:
     """Write a slot file with the tokens of ``pieces`` to ``target``; its size in bytes.
 
     ``pieces``: from 0 to p without a gap. ``state``: after p tokens, None on a dense model; ``earlier``: the states
-    to go back to, by number of tokens. ``n_streams``: what the server writes, its slots or 1 with ``--kv-unified``; by
-    default as in the save of the last piece. Parts that are used whole are checked against their checksum; a slot
+    to go back to, by number of tokens. Parts that are used whole are checked against their checksum; a slot
     file with a checksum, and an extent of which fewer rows are used, is read whole before that, once in this process.
 
     Raises SnapshotInvalid, which names the file, if an extent is damaged or gone; DoesNotFit; OSError (no space).
@@ -84,8 +82,8 @@ def assemble(
         if shape.has_states is (state is None):
             raise DoesNotFit(f"{pieces[-1].path.name}: a model with states needs one, another none")
         _check(pieces, sources)
-        writer = _Writer(stack.enter_context(Copier(target)), sources, shape)
-        writer.n_streams = n_streams or sources[pieces[-1].path][1].n_streams
+        n_streams = sources[pieces[-1].path][1].n_streams
+        writer = _Writer(stack.enter_context(Copier(target)), sources, shape, n_streams)
         writer.write(pieces, state, earlier)
         return writer.size_bytes
 
@@ -118,9 +116,11 @@ def _check(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Extent]]) 
 
 
 class _Writer:
-    def __init__(self, copier: Copier, sources: dict[Path, tuple[Source, Extent]], shape: Shape) -> None:
+    def __init__(
+        self, copier: Copier, sources: dict[Path, tuple[Source, Extent]], shape: Shape, n_streams: int
+    ) -> None:
         self._copier, self._sources, self._shape = copier, sources, shape
-        self.n_streams = 1
+        self._n_streams = n_streams
 
     @property
     def size_bytes(self) -> int:
@@ -158,7 +158,7 @@ class _Writer:
     def _rows(self, pieces: Sequence[Piece], tokens: bytes) -> None:
         cache, write = self._shape.attention, self._copier.write
         assert cache is not None
-        write(struct.pack("<II", self.n_streams, len(tokens) // WIDTH))
+        write(struct.pack("<II", self._n_streams, len(tokens) // WIDTH))
         for cells in make_cells(tokens, cache.cell_words):
             write(cells)
         write(CACHE_HEAD.pack(0, len(cache.k), *cache.rotation))
@@ -170,13 +170,13 @@ class _Writer:
                     piece.path, extent.rows[index], tensor.row_bytes,
                     piece.start - extent.start, piece.end - extent.start,
                 )  # fmt: skip
-        write(bytes(4 * (self.n_streams - 1)))
+        write(bytes(4 * (self._n_streams - 1)))
 
     def _state_blocks(self, path: Path, state: KeptState) -> None:
         if self._shape.window is not None:
-            self._copier.write(U32.pack(self.n_streams))
+            self._copier.write(U32.pack(self._n_streams))
             self._whole(path, state.window)
-            self._copier.write(bytes(4 * (self.n_streams - 1)))
+            self._copier.write(bytes(4 * (self._n_streams - 1)))
         if self._shape.recurrent:
             self._whole(path, state.recurrent)
 
@@ -184,7 +184,7 @@ class _Writer:
         write = self._copier.write
         size = BLOB_HEAD.size + state.window.size + state.recurrent.size
         if self._shape.window is not None:
-            size += 4 * self.n_streams
+            size += 4 * self._n_streams
         write(CHECKPOINT.pack(state.n_tokens, state.pos_min, state.pos_max))
         write(U64.pack(size))
         write(BLOB_HEAD.pack(BLOB_MAGIC, 0))

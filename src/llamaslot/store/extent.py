@@ -151,12 +151,6 @@ def write_extent(
         )  # fmt: skip
 
 
-def read_extent(path: Path) -> Extent:
-    """Read and check the footer: one read of 64 kB. Raises SnapshotInvalid with the reason in one line."""
-    with _open(path) as source:
-        return source.extent()
-
-
 def verify(path: Path) -> Extent:
     """Read all of the extent and compare the checksums. Raises SnapshotInvalid with the reason in one line."""
     with _open(path) as source:

@@ -68,10 +68,6 @@ class PendingSnapshots:
         """Raises KeyError for an unknown holder."""
         return self._entries[holder].content.namespace
 
-    def contents(self) -> list[Content]:
-        """The contents of all. Only tests use it."""
-        return [entry.content for entry in self._entries.values()]
-
     @property
     def trunks(self) -> list[str]:
         """The holders of shared prefixes to come: not computed yet, and the request that computes them may leave."""
@@ -120,14 +116,12 @@ class ModelSnapshots:
     may pass. The clock is that of the placements.
     """
 
-    def __init__(
-        self, index: LayeredIndex | None = None, on_change: Callable[[LayeredIndex], None] | None = None
-    ) -> None:
+    def __init__(self, index: LayeredIndex | None = None) -> None:
         self.index = LayeredIndex() if index is None else index
         self.snapshots: dict[str, Snapshot] = {}
         self.set_aside: dict[str, float] = {}
         self.in_namespaces = InNamespaces(self.index, self.namespace_of)
-        self.on_change = on_change
+        self.on_change: Callable[[LayeredIndex], None] = lambda index: None
         self.changes = Changes()  # of the index
         self.pending = PendingSnapshots()
         self.n_unread = 0  # snapshots on disk whose tokens are being read: no request is placed before
@@ -173,8 +167,7 @@ class ModelSnapshots:
         self.changes.note(marked + tokens)
 
     def changed(self) -> None:
-        if self.on_change is not None:
-            self.on_change(self.index)
+        self.on_change(self.index)
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""

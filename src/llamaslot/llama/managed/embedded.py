@@ -25,14 +25,14 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LOG_LAG_S = 0.1
 
 
-def die_with_parent(sig: int = signal.SIGKILL) -> None:
-    """Ask the kernel to send ``sig`` to this process when the thread that started it ends. Linux only; elsewhere it
+def die_with_parent() -> None:
+    """Ask the kernel to send SIGKILL to this process when the thread that started it ends. Linux only; elsewhere it
     does nothing.
 
     Source: prctl(2). It survives execve of an ordinary program, not fork.
     """
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(sig))
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     except (OSError, AttributeError):
         return
 

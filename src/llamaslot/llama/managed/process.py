@@ -29,7 +29,7 @@ EMBEDDED_MODEL = "smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_CONTEXT = 256  # tokens per slot; llama.cpp rounds a context up to a multiple of it
 
-STOP_S = 15.0  # from SIGTERM to SIGKILL: longer than the guard process's own grace
+STOP_S = 15.0  # longer than the guard process's own grace
 HELP_S = 30.0  # `--help` of a CUDA build initializes the GPU first
 LOG_BYTES = 20 * 1024**2
 
@@ -220,7 +220,7 @@ class ManagedServer:
     ``run`` is its whole life, ``run_once`` a life without restarts. ``port`` None: ``launch.port``, or a free one,
     chosen now and kept over restarts. ``log_path``: the server's output; at a start a log above 20 MiB becomes
     ``<log_path>.1``; None: llamaslot's own standard error. ``api_key`` is passed in the environment (LLAMA_API_KEY),
-    where other users cannot see it. ``stop_s``: from SIGTERM to SIGKILL. ``sleep`` and ``now`` are for tests.
+    where other users cannot see it. ``sleep`` and ``now`` are for tests.
 
     Raises LlamaslotError if ``model: smollm2`` has not been fetched.
     """
@@ -235,7 +235,6 @@ class ManagedServer:
         port: int | None = None,
         api_key: str | None = None,
         backoff: Backoff = BACKOFF,
-        stop_s: float = STOP_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -245,7 +244,7 @@ class ManagedServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.n_starts = 0
         self.pid: int | None = None  # of the embedded server, or of the guard process of a command
-        self.stop_s = stop_s
+        self.stop_s = STOP_S  # from SIGTERM to SIGKILL
         self.on_death: Callable[[str], None] = lambda how: None  # it has ended by itself, in words
         self._needed = launch.needed(self.port, slot_save_path)
         self._api_key, self._backoff = api_key, backoff
