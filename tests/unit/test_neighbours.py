@@ -15,8 +15,16 @@ from typing import Any
 import pytest
 
 from llamaslot.store import QuotaExceeded, inventory, taking_in
-from llamaslot.store.neighbours import IN_PLANS_S, RESERVED, Neighbours
-from llamaslot.store.shared_store import META, QUOTA_LOCK, Part, claim, try_lock
+from llamaslot.store.shared_store import (
+    IN_PLANS_S,
+    META,
+    QUOTA_LOCK,
+    RESERVED,
+    Neighbours,
+    StorePart,
+    claim,
+    try_lock,
+)
 from tests.support.cancelled import CancelledAt
 from tests.support.inprocess import spawn
 from tests.support.snapshots import Shelter, opened, some_tokens
@@ -30,7 +38,7 @@ class House:
 
     def __init__(self, root: Path) -> None:
         self.root, self._stack = root, AsyncExitStack()
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, StorePart] = {}
 
     async def part(self, model: str, *, time: float) -> Shelter:
         """The catalog of a model, whose clock begins at ``time``."""
@@ -59,7 +67,7 @@ class House:
 
 @pytest.fixture
 async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
-    monkeypatch.setattr("llamaslot.store.neighbours.time.time", lambda: NOW)
+    monkeypatch.setattr("llamaslot.store.shared_store.time.time", lambda: NOW)
     house = House(tmp_path / "store")
     yield house
     await house.close()
@@ -258,7 +266,7 @@ async def test_an_eviction_by_another_costs_a_save_nothing(
     kept.
     """
     later = NOW + 2 * IN_PLANS_S if is_slow else NOW
-    monkeypatch.setattr("llamaslot.store.neighbours.time.time", lambda: later)
+    monkeypatch.setattr("llamaslot.store.shared_store.time.time", lambda: later)
     parts = [claim(tmp_path / "store", model) for model in ("one", "two")]
     tree, neighbours = Tree(parts[0].directory), Neighbours.of(parts[1].directory)
     assert neighbours is not None
@@ -282,7 +290,7 @@ async def test_an_eviction_by_another_costs_a_save_nothing(
             is_over.set()
 
     def locked(path: Path) -> int | None:
-        if (lock := try_lock(path)) is None:
+        if (lock := try_lock(path)) is None and path.name == QUOTA_LOCK:
             is_over.set()  # or it waits for the end of the eviction
         return lock
 
@@ -295,7 +303,7 @@ async def test_an_eviction_by_another_costs_a_save_nothing(
     with monkeypatch.context() as patch:
         patch.setattr("llamaslot.store.acceptance.take_in", taken_in)
         patch.setattr("llamaslot.store.acceptance.let_go", gone)
-        patch.setattr("llamaslot.store.neighbours.try_lock", locked)
+        patch.setattr("llamaslot.store.shared_store.try_lock", locked)
         patch.setattr(inventory, "take_stock", stock)
         saving = spawn(tree.take(A, after=base.id))
         assert await asyncio.to_thread(begun.wait, 30)

@@ -17,8 +17,7 @@ from llamaslot.cache.ids import pack
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.store.giving_out import is_passing
 from llamaslot.store.inventory import FileState, read_headers, remove, take_stock
-from llamaslot.store.neighbours import Neighbours
-from llamaslot.store.shared_store import META
+from llamaslot.store.shared_store import META, Neighbours
 from llamaslot.store.sidecar import KV
 from llamaslot.store.slot_layout import read_layout
 from tests.support.slot_files import KINDS, slot_file

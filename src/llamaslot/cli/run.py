@@ -17,7 +17,7 @@ from llamaslot.cli.running import RUN_CONFIG
 if TYPE_CHECKING:
     from llamaslot.config.load import Config
     from llamaslot.llama.managed.given_command import GivenCommand
-    from llamaslot.store.shared_store import Part
+    from llamaslot.store.shared_store import StorePart
 
 _USAGE = "llamaslot run [OPTIONS] -- llama-server -m model.gguf -np 4 …"
 #: llama-swap ends a process group 10 s after its SIGTERM (``unloadTimeout``).
@@ -158,7 +158,7 @@ def _config(
     address: tuple[str, str],
     url: str,
     directory: Path,
-    part: Part,
+    part: StorePart,
     quota: str,
     stop_s: float,
 ) -> Config:

@@ -20,7 +20,7 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.observe.recurring import Recurring
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan
-from llamaslot.store.neighbours import Neighbours
+from llamaslot.store.shared_store import Neighbours
 from llamaslot.store.sidecar import JSON
 from llamaslot.tasks import TaskOwner
 
