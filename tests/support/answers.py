@@ -35,10 +35,6 @@ class Answer:
         return [line[2:] for line in self.raw.decode().splitlines() if line.startswith(": ")]
 
     @property
-    def without_comments(self) -> bytes:
-        return b"".join(line for line in self.raw.splitlines(keepends=True) if not line.startswith(b": "))
-
-    @property
     def last(self) -> Any:
         """What carries the numbers: the whole answer, or its last event."""
         return self.events[-1] if self.events else self.json

@@ -14,11 +14,10 @@ from typing import Any
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.health import Health
-from llamaslot.config.load import Config
 from llamaslot.fleet.pool import Pool
 from tests.support.answers import Answer
 from tests.support.fake import FakeModel, FakeServer
-from tests.support.inprocess import QUIET, Front, Settings, a_session
+from tests.support.inprocess import Front, Settings, a_session, configured
 from tests.support.real import RealServer, free_port
 
 _COMPUTED = "llamacpp:prompt_tokens_total"
@@ -97,20 +96,6 @@ class RealFleet(Several):
     async def n_computed(self) -> float:
         """Prompt tokens that the running servers have computed, by their own counters."""
         return sum([(await its.metrics())[_COMPUTED] for its in self.servers.values() if its.is_running])
-
-
-def configured(directory: Path, backends: list[dict[str, str]], settings: Settings) -> Config:
-    """What a config file with these backends and settings says; ``settings`` go over ``QUIET``."""
-    sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
-    for name, values in settings.items():
-        if isinstance(values, Mapping):
-            sections.setdefault(name, {}).update(values)
-        else:
-            sections[name] = values
-    sections["store"]["meta_dir"] = str(directory / "meta")
-    sections.setdefault("listen", {})["port"] = free_port()
-    (directory / "meta").mkdir(parents=True, exist_ok=True)
-    return Config.model_validate({"backends": backends, **sections}, context={"directory": directory})
 
 
 @contextlib.asynccontextmanager

@@ -290,22 +290,28 @@ def spawn(coroutine: Any) -> asyncio.Task[Any]:
     return asyncio.get_running_loop().create_task(coroutine)
 
 
-def configured(directory: Path, url: str, save_dir: Path | None, settings: Settings) -> Config:
-    """What a config file with these settings says."""
-    backend: dict[str, Any] = {"name": "gpu0", "url": url}
-    if save_dir is not None:
-        backend["slot_save_path"] = str(save_dir)
+def configured(directory: Path, backends: list[dict[str, Any]], settings: Settings) -> Config:
+    """What a config file with these backends and settings says; ``settings`` go over ``QUIET``."""
     sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
     for name, values in settings.items():
         if isinstance(values, Mapping):
             sections.setdefault(name, {}).update(values)
         else:
             sections[name] = values
-    backend |= sections.pop("backend", {})
     sections["store"]["meta_dir"] = str(directory / "meta")
     sections.setdefault("listen", {})["port"] = free_port()
     (directory / "meta").mkdir(parents=True, exist_ok=True)
-    return Config.model_validate({"backends": [backend], **sections}, context={"directory": directory})
+    return Config.model_validate({"backends": backends, **sections}, context={"directory": directory})
+
+
+def with_one_backend(directory: Path, url: str, save_dir: Path | None, settings: Settings) -> Config:
+    """As ``configured``, of one backend; ``settings["backend"]``: more of its keys."""
+    backend: dict[str, Any] = {"name": "gpu0", "url": url}
+    if save_dir is not None:
+        backend["slot_save_path"] = str(save_dir)
+    backend |= settings.get("backend", {})
+    rest = {name: values for name, values in settings.items() if name != "backend"}
+    return configured(directory, [backend], rest)
 
 
 @contextlib.asynccontextmanager
@@ -327,7 +333,7 @@ async def served(
     save_dir.mkdir(parents=True, exist_ok=True)
     options = {"slots": 2, "context": 8192, "gone_s": 0.05, **fake}
     server = FakeServer(save_dir if has_save_path else None, port=free_port(), **options)
-    config = configured(directory, answers_at or server.url, save_dir, settings or {})
+    config = with_one_backend(directory, answers_at or server.url, save_dir, settings or {})
     async with a_session() as session:
         it = Served(fake=server, config=config, session=session, save_dir=save_dir)
         try:
@@ -351,7 +357,7 @@ async def fronted(
     directory: Path, url: str, save_dir: Path | None, settings: Settings | None = None
 ) -> AsyncIterator[Front]:
     """llamaslot in front of a llama-server that runs at ``url``."""
-    config = configured(directory, url, save_dir, settings or {})
+    config = with_one_backend(directory, url, save_dir, settings or {})
     async with a_session() as session:
         it = Front(config=config, session=session, save_dir=save_dir or directory / "none")
         try:

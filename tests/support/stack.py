@@ -239,10 +239,6 @@ class Stack:
             for name, _, value in (line.rpartition(" ") for line in lines if line and line[0] != "#")
         }
 
-    def stored_bytes(self) -> int:
-        """All snapshot files in the slot directory, finished or being written."""
-        return sum(size_of(path) for path in self.server.save_dir.iterdir() if path.suffix != ".json")
-
 
 def without_backend(sample: str) -> str:
     """The name of a sample without the labels ``backend`` and ``model``, the same in all where there is one."""

@@ -20,7 +20,7 @@ from llamaslot.scheduling.fairness import Charge, Fairness
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import SYSTEM_USER, Placement, Request, User
 from tests.support.house import House, outcome, tokens_of
-from tests.support.inprocess import configured
+from tests.support.inprocess import with_one_backend
 from tests.support.stub import StubServer
 
 GREEDY, ANNA, BERT = User("key:greedy"), User("key:anna"), User("key:bert")
@@ -344,7 +344,7 @@ def test_each_limit_of_the_configuration_is_in_its_place(tmp_path: Path) -> None
     queue = {"max_waiting": 1, "max_wait_s": 2, "user_max_waiting": 3, "user_max_running": 4}
     settings = {"queue": {**queue, "small_request_max_overtake_s": 5, "return_grace_s": 6}}
     url = "http://127.0.0.1:9"
-    registry = Registry.of(configured(tmp_path, url, None, settings))
+    registry = Registry.of(with_one_backend(tmp_path, url, None, settings))
     fairness = Fairness(max_running=4, max_waiting=3, max_overtake_s=5.0, return_grace_s=6.0)
     assert registry.pools[0].dispatcher.queue.limits == QueueLimits(1, 2.0, fairness)
 

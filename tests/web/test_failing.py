@@ -16,8 +16,8 @@ import pytest
 from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.health import Health
 from tests.support.fake import FakeServer
-from tests.support.fleet import Fleet, backend_of, configured, fleet
-from tests.support.inprocess import CHAT, NATIVE, a_session, letters, spawn
+from tests.support.fleet import Fleet, backend_of, fleet
+from tests.support.inprocess import CHAT, NATIVE, a_session, configured, letters, spawn
 
 TEXTS = [letters(n, 1200) for n in range(40, 48)]
 ROUTES = (NATIVE, CHAT, "/v1/completions", "/tokenize", "/apply-template", "/props", "/v1/embeddings")

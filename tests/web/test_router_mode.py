@@ -13,8 +13,8 @@ import pytest
 from llamaslot.backend.health import Health
 from tests.support.fake import FakeModel
 from tests.support.fake_router import FakeRouter
-from tests.support.fleet import A, B, Several, configured
-from tests.support.inprocess import Settings, a_session, letters, spawn
+from tests.support.fleet import A, B, Several
+from tests.support.inprocess import Settings, a_session, configured, letters, spawn
 
 MODELS = {"a": A, "org/b:Q4": B}
 TALK = letters(1, 600)
