@@ -21,6 +21,7 @@ from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store.directory import DirectoryLock
 from tests.support.snapshots import Shelter, some_tokens
+from tests.support.trees import Tree, words
 
 OURS, OTHERS = (Identity({"n_vocab": n}, {i: -1.0 * i for i in range(8)}).to_text() for n in (1, 2))
 Run = Callable[..., Result]
@@ -239,6 +240,33 @@ def test_gc_removes_what_cannot_be_used(stopped: StoppedStore, run: Run) -> None
     assert stopped.kept() == [0, 2, 3]
     assert (stopped.directory / "notes.txt").exists()
     assert run("gc").output == "nothing to remove\n"
+
+
+def test_gc_says_what_it_does_not_read(tmp_path: Path) -> None:
+    """Rows that have changed are found by ``verify``: reading all of a large store takes long."""
+
+    async def fill(tree: Tree) -> None:
+        await tree.catalog.open()
+        first = await tree.take(words(400, 1))
+        second = await tree.take(words(600, 1), after=first.id)
+        assert second.parts
+        await tree.catalog.settle()
+        tree.catalog.close()
+
+    (directory := tmp_path / "kv").mkdir()
+    asyncio.run(fill(Tree(directory)))
+    extent = next(directory.glob("*.ext"))
+    data = bytearray(extent.read_bytes())
+    data[len(data) // 3] ^= 1
+    extent.write_bytes(data)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "backends: [{url: 'http://127.0.0.1:8080', slot_save_path: kv}]\n"
+        f"store: {{meta_dir: {tmp_path}, min_free: 0}}\n"
+    )
+    said = CliRunner().invoke(cli.main, ["snapshots", "gc", "--dry-run", "--config", str(config)]).output
+    assert said.startswith("nothing to remove\nonly sizes and headers were compared: verify reads the files")
+    assert "1 broken" in CliRunner().invoke(cli.main, ["snapshots", "verify", "--config", str(config)]).output
 
 
 def test_gc_removes_those_of_other_models_when_asked(stopped: StoppedStore, run: Run) -> None:

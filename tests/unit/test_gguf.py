@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamaslot.cache.reuse import CacheKind
+from llamaslot.config.load import Config
+from llamaslot.errors import ConfigError
 from llamaslot.llama.identity import Architecture, architecture
 from tests.support import models
 
@@ -121,3 +123,32 @@ async def test_a_file_that_is_not_there_is_unknown(tmp_path: Path) -> None:
 async def test_no_bytes_raise(tmp_path: Path, data: bytes) -> None:
     """Broken headers of all kinds."""
     await read(tmp_path, b"GGUF" + struct.pack("<I", 3) + data)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is HTML"),
+        (b"PK\x03\x04" + bytes(30), "PyTorch"),
+        (struct.pack("<Q", 600) + b'{"__metadata__":{}}', "safetensors"),
+        (struct.pack("<III", 0x67677371, 4, 9), "is a slot file"),
+        (b"GGML and more", "begins with b'GGML', not with 'GGUF'"),
+        (header(), None),
+    ],
+)
+def test_a_configuration_names_a_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, what: str | None
+) -> None:
+    """Of another file it is said what that is, before a llama-server fails to load it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    (tmp_path / "model.gguf").write_bytes(data)
+    config = tmp_path / "config.yaml"
+    config.write_text("backends: [{managed: {model: model.gguf}}]\n")
+    if what is None:
+        Config.load(config)
+        return
+    with pytest.raises(ConfigError, match=r"managed\.model: .*/model\.gguf is no GGUF: it ") as caught:
+        Config.load(config)
+    assert what in str(caught.value)

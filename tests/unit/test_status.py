@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import time
@@ -74,6 +75,26 @@ def test_one_table(config_path: Path) -> None:
         "gpu0: slots cannot be saved",
         "gpu2: a reason. a flag",
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "others"),
+    [
+        (["status"], ["--url", "--store"]),
+        (["top"], ["--url", "--store"]),
+        (["drain", "gpu0"], ["--store"]),
+        (["snapshots", "ls"], ["--store"]),
+        (["reload"], []),
+    ],
+)
+def test_without_a_configuration_other_ways_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], others: list[str]
+) -> None:
+    """Those that the command has."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.main, command)
+    assert (result.exit_code, "config.yaml: 1 fault" in result.stderr) == (2, True)
+    assert re.findall(r"--\w+", result.stderr) == ["--config", *others]
 
 
 def test_top_draws_the_same_until_it_is_interrupted(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from llamaslot.cli.faults import report_faults
-from llamaslot.errors import LlamaslotError
+from llamaslot.errors import ConfigError, LlamaslotError
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class Running:
     @classmethod
     def of(cls, path: Path) -> Running:
         """Raises ConfigError."""
-        from llamaslot.config.load import Config
-
-        return cls.with_config(Config.load(path))
+        return cls.with_config(load(path))
 
     @classmethod
     def at(cls, url: str) -> Running:
@@ -112,6 +110,23 @@ class Running:
                 response.status, said or f"{self.where} answers {response.status}: is that a llamaslot?"
             )
         return answer
+
+
+def load(path: Path) -> Config:
+    """The configuration of the command that runs. Raises ConfigError: if there is no such file, with the other ways to
+    say which llamaslot the command is about.
+    """
+    from llamaslot.config.load import Config
+
+    if os.path.exists(path):
+        return Config.load(path)
+    options = {option for each in click.get_current_context().command.params for option in each.opts}
+    said = ["there is no such file. --config FILE names the configuration of 'llamaslot serve'"]
+    if "--url" in options:
+        said.append("--url http://127.0.0.1:8081 is the address at which a running llamaslot listens")
+    if "--store" in options:
+        said.append("--store DIR is the store of 'llamaslot run'")
+    raise ConfigError(str(path), ["; ".join(said)])
 
 
 def _connection(listen: ListenConfig) -> HTTPConnection:

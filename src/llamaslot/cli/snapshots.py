@@ -24,7 +24,7 @@ from xxhash import xxh3_64_hexdigest
 
 from llamaslot.cli.faults import report_faults
 from llamaslot.cli.format import number, several, span, table
-from llamaslot.cli.running import with_config_or_store
+from llamaslot.cli.running import load, with_config_or_store
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
@@ -127,7 +127,8 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 def gc(path: Path, dry_run: bool, others: bool) -> None:
     """Remove unfinished and broken files, and what exceeds the limits of the configuration.
 
-    What a sidecar may need that cannot be read stays.
+    Compares sizes and headers. Damaged rows are found by verify, which reads all files. What a sidecar may need that
+    cannot be read stays.
     """
     with report_faults():
         store = _store_of(path)
@@ -143,6 +144,8 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
                 removals += [Removal(item, "of another model") for item in whole if not store.is_ours(item)]
                 whole = [item for item in whole if store.is_ours(item)]
             _remove(store, [*removals, *over_limits(store, whole)], dry_run)
+            if any(item.noted is not None and item.noted.parts for item in items):
+                _say(["only sizes and headers were compared: verify reads the files, and finds damaged rows"])
 
 
 @snapshots.command()
@@ -272,7 +275,7 @@ def _say_json(data: object) -> None:
 
 
 def _store_of(path: Path) -> OfflineStore:
-    return OfflineStore.of(Config.load(path), time.time())
+    return OfflineStore.of(load(path), time.time())
 
 
 def _chosen(store: OfflineStore, names: Sequence[str]) -> list[Item]:

@@ -226,12 +226,12 @@ def _wrong_in_managed(
                 "is not set, and the embedded engine is not installed: pip install 'llamaslot[embedded]'",
             )
         # With a command, the model's path may exist only for that command (a container).
-        if (
-            isinstance(model, str)
-            and model not in ("", EMBEDDED_MODEL)
-            and not anchored(Path(model), info).is_file()
-        ):
-            yield "model", f"there is no such file: {anchored(Path(model), info)}"
+        if isinstance(model, str) and model not in ("", EMBEDDED_MODEL):
+            file = anchored(Path(model), info)
+            if not file.is_file():
+                yield "model", f"there is no such file: {file}"
+            elif (instead := _instead_of_gguf(file)) is not None:
+                yield "model", f"{file} is no GGUF: it {instead}"
     elif (program := _first_word(command)) and shutil.which(program) is None:
         yield "command", f"there is no program {program} (in PATH, if it has no slash)"
     if model == EMBEDDED_MODEL:
@@ -239,6 +239,34 @@ def _wrong_in_managed(
             smollm2_path()
         except LlamaslotError as error:
             yield "model", str(error)
+
+
+_BEGINNINGS = (
+    (b"", "is empty"),
+    (b"version https://git-lfs", "is a pointer of Git LFS: `git lfs pull` fetches the file itself"),
+    (b"<", "is HTML or XML, an error page perhaps: fetch it again"),
+    (
+        b"PK\x03\x04",
+        "is a ZIP archive or a PyTorch checkpoint: llama.cpp's convert_hf_to_gguf.py makes a GGUF",
+    ),
+    (b"qsgg", "is a slot file of llama-server"),
+    (b"tjgg", "is a model in the format before GGUF, which llama-server does not read any more"),
+)
+
+
+def _instead_of_gguf(file: Path) -> str | None:
+    """What a file is by its first bytes; None for a GGUF, and for one that cannot be read, which ``check`` says."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(32)
+    except OSError:
+        return None
+    if start.startswith(b"GGUF"):
+        return None
+    if start[8:10] == b'{"':
+        return "looks like safetensors: llama.cpp's convert_hf_to_gguf.py makes a GGUF"
+    known = (what for magic, what in _BEGINNINGS if (start.startswith(magic) if magic else not start))
+    return next(known, f"begins with {start[:4]!r}, not with 'GGUF'")
 
 
 def _first_word(command: object) -> str | None:

@@ -184,16 +184,16 @@ class App:
             return error_response(mistake)
 
     async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
+        if request.method in _NO_METHODS or request.raw_path == "*":
+            raise NotImplementedHere(
+                f"{request.method} {shortened(request.raw_path)} is not served: llamaslot is no proxy for other servers"
+            )
         if is_page_file(request):
             return page_file(request)
         if is_own_page(request):
             refuse_foreign_page(request, needs_key=self._authenticator.needs_admin_key)
             check_method(request)
             return await self._page_api.handle(request) or await self._status.handle(request)
-        if request.method in _NO_METHODS or request.raw_path == "*":
-            raise NotImplementedHere(
-                f"{request.method} {shortened(request.raw_path)} is not served: llamaslot is no proxy for other servers"
-            )
         match route.kind:
             case "own":
                 status, told = health_of(self._registry)

@@ -23,6 +23,7 @@ from aiohttp.http_exceptions import (
     HttpProcessingError,
     LineTooLong,
 )
+from yarl import URL
 
 from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
 from llamaslot.http.client_errors import MISTAKE, error_response
@@ -60,6 +61,9 @@ def _with_own_version(
     task: asyncio.Task[None],
 ) -> web.BaseRequest:
     """aiohttp's request, with a writer of our own."""
+    if message.method == "CONNECT":
+        # Its address is no path, so aiohttp finds no route for it, and takes what follows for the tunnel's.
+        message = message._replace(url=URL("/"), should_close=True, upgrade=False)
     own = Writer(protocol, asyncio.get_running_loop())
     return make(message, payload, protocol, own, task)
 
