@@ -23,7 +23,7 @@ from llamaslot.store.listing import MOST, Listing
 from llamaslot.store.snapshot_store import SnapshotStore
 
 _LONGEST_S = 86_400
-_SLICE_S = 0.005
+_SLICE_S = 0.002
 
 
 class PageApi:

@@ -18,7 +18,7 @@ from llamaslot.store.snapshot_store import SnapshotStore
 MOST = 1000  # snapshots that are listed one by one: the largest
 _BLOCK = 64  # tokens; beginnings are compared in blocks of so many
 _HASH = 8  # bytes
-_SLICE_S = 0.005  # then others run
+_SLICE_S = 0.002  # then others run
 
 
 class Listing:
@@ -38,13 +38,15 @@ class Listing:
         every = sorted(catalog.snapshots.values(), key=lambda its: -catalog.own_bytes(its.id))[:MOST]
         await self._compare(every)
         every.sort(key=lambda its: (its.fingerprint, its.namespace, self._beginnings.get(its.id, b"")))
-        # No await from here on: each is listed.
-        listed = [its for its in every if its.id in self._store.catalog.snapshots]
         last: Snapshot | None = None
-        rows = []
-        for its in listed:
-            rows.append({**self._row(its), "n_common": self._n_common(last, its)})
-            last = its
+        rows, since = [], time.monotonic()
+        for its in every:
+            if time.monotonic() - since > _SLICE_S:
+                await asyncio.sleep(0)
+                since = time.monotonic()
+            if its.id in catalog.snapshots:  # else it went meanwhile
+                rows.append({**self._row(its), "n_common": self._n_common(last, its)})
+                last = its
         return rows
 
     async def _compare(self, snapshots: list[Snapshot]) -> None:

@@ -67,9 +67,9 @@ function chosen() {
 
 function draw() {
   const found = chosen();
-  say(at('activity-sum'), found.length === rows.length ? `last ${number(rows.length)}` : `${number(found.length)} of the last ${number(rows.length)}`);
+  say(at('activity-sum'), found.length === rows.length ? (rows.length ? `last ${number(rows.length)}` : '') : `${number(found.length)} of the last ${number(rows.length)}`);
   at('no-requests').hidden = found.length > 0;
-  say(at('no-requests'), rows.length ? 'No request matches.' : 'No request yet.');
+  say(at('no-requests'), rows.length ? 'No request matches.' : `No request yet. The base URL for clients is ${new URL('../v1', document.baseURI)}`);
   at('requests').closest('.scroll').hidden = found.length === 0;
   at('more').hidden = found.length <= shown;
   at('requests').parentElement.classList.toggle('one-model', new Set(rows.map((its) => its.model)).size < 2);

@@ -107,13 +107,13 @@ function draw(kinds) {
 }
 
 function headline() {
-  const { today, ever, is_kept: isKept } = state.get('headline');
+  const { today, ever, midnight, is_kept: isKept } = state.get('headline');
   const { began } = state.get('about');
   const { n, size_bytes: size, quota_bytes: quota } = state.get('store');
   const range = (sums) => (sums.saved_error_s / (sums.saved_s || 1) >= 0.01 ? ` ± ${seconds(sums.saved_error_s)}` : '');
   const tiles = [
     ['Prefill saved today', seconds(today.saved_s), range(today).trim(),
-      `by measured speed; ${seconds(ever.saved_s)}${range(ever)} since ${day(began)}; saves and restores took ${seconds(today.moved_s)} today`],
+      `by measured speed; ${began < midnight ? `${seconds(ever.saved_s)}${range(ever)} since ${day(began)}; ` : ''}saves and restores took ${seconds(today.moved_s)} today`],
     ['Prompt tokens reused', percent(today.share_reused), 'today',
       `${short(today.n_reused)} reused, ${short(today.n_computed)} computed`],
     ['First token', seconds(today.first_p50_s), 'for half of the requests', `${seconds(today.first_p95_s)} for 95 of 100`],

@@ -75,7 +75,7 @@ function plot(figure, lines, times, told) {
   for (const part of [0, 0.5, 1]) {
     parts.push(svg('line', { x1: LEFT, x2: WIDTH - 6, y1: y(part * top), y2: y(part * top), class: 'grid' }));
     const text = svg('text', { x: LEFT - 6, y: y(part * top) + 4, 'text-anchor': 'end' });
-    text.textContent = part || figure.most ? figure.say(part * top) : '0';
+    text.textContent = part || figure.most ? figure.say(part * top).replace('.0 ', ' ') : '0';
     parts.push(text);
   }
   for (const part of [0, 0.25, 0.5, 0.75, 1]) {

@@ -30,7 +30,9 @@ async function load() {
     timer = null;
     tree = treeOf(told.snapshots);
     const rest = told.n > told.snapshots.length ? `, the ${number(told.snapshots.length)} largest are shown` : '';
-    say(at('store-sum'), `${bytes(told.size_bytes)}${told.quota_bytes ? ` of ${bytes(told.quota_bytes)}` : ''} in ${number(told.n)}${rest}`);
+    say(at('store-sum'), `${bytes(told.size_bytes)}${told.quota_bytes ? ` of ${bytes(told.quota_bytes)}` : ''}${told.n ? ` in ${number(told.n)} snapshot${told.n === 1 ? '' : 's'}` : ''}${rest}`);
+    at('no-snapshots').hidden = told.n > 0;
+    at('shades').hidden = told.n === 0;
     draw();
     fillers(told.snapshots);
   } catch {
