@@ -22,7 +22,7 @@ from llamaslot.errors import (
     TooManyRequests,
     UpstreamError,
 )
-from llamaslot.http import page_events
+from llamaslot.http import in_flight, page_events
 from llamaslot.http.in_flight import InFlight, outcome_of
 from llamaslot.http.page import FILES
 from llamaslot.http.page_events import PageEvents
@@ -249,21 +249,24 @@ async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.Monk
         await runner.cleanup()
 
 
-async def test_a_restore_is_told_with_its_size(tmp_path: Path) -> None:
-    """And whose conversation was saved for it, while it still runs."""
+async def test_a_restore_is_told_with_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whose conversation was saved for it, while it still runs: that of the request just before it."""
+    monkeypatch.setattr(in_flight, "_DIGEST_S", 60.0)  # looked at when it is asked for
     async with served(tmp_path, slots=1) as it:
-        first, other = letters(1, 800), letters(2, 800)
+        first, other = letters(1, 800), letters(2, 700)
         await it.post("/completion", {"prompt": first, "n_predict": 4}, **{"x-llamaslot-user": "ada"})
+        await activity(it)
         await it.post("/completion", {"prompt": other, "n_predict": 4}, **{"x-llamaslot-user": "ben"})
-        await ended(it, 2)
         hang = it.fake.faults.hang("restore")
         async with it.asking(first + letters(3, 50)) as asked:
             await hang.reached.wait()
             (flight,) = (await activity(it))["in_flight"]
-            size = readable_size((await it.get("/llamaslot/snapshots")).json["snapshots"][0]["size_bytes"])
-            assert flight["stage"] == f"restoring {size}"
-            told = (await it.get("/llamaslot/snapshots")).json["snapshots"]
-            assert {row["user"] for row in told} == {"named:ada", "named:ben"}
+            told = {row["user"]: row for row in (await it.get("/llamaslot/snapshots")).json["snapshots"]}
+            assert flight["stage"] == f"restoring {readable_size(told['named:ada']['size_bytes'])}"
+            assert {user: row["n_tokens"] // 100 for user, row in told.items()} == {
+                "named:ada": 8,
+                "named:ben": 7,
+            }
             hang.release()
             assert (await asked).status == 200
 

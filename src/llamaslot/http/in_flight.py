@@ -10,7 +10,8 @@ import logging
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -154,6 +155,7 @@ class Requests:
         self._timer: asyncio.TimerHandle | None = None
         self._savings: dict[str, Savings] = {}
         self.last_users: dict[SlotKey, str] = {}  # of what slots hold
+        self._held_since: dict[SlotKey, float] = {}  # since that user's request was sent
         self._looked_at = 0.0
         self.has_changed = asyncio.Event()  # for those who watch
 
@@ -213,7 +215,7 @@ class Requests:
         """Put what has ended into the history: 50 us each, after its client has its answer."""
         self._timer = None
         ended, self._ended = self._ended, []
-        self._find_owners()
+        self._find_owners(ended)
         for flight in ended:
             # Else the two refer to each other, and stay until the garbage collector comes.
             del flight.request[IN_FLIGHT]
@@ -225,24 +227,32 @@ class Requests:
             self.history.stored(self.size_bytes)
             self.has_changed.set()
 
-    def _find_owners(self) -> None:
-        """Whose slots were saved: by requests that still run, and by llamaslot itself."""
-        for flight in self.running.values():
-            for decision in flight.decisions:
-                if decision.slot is not None:
-                    self._own(decision.slot, decision.acts)
+    def _find_owners(self, ended: Sequence[InFlight]) -> None:
+        """Whose slots were saved, by requests and by llamaslot itself, in the order in which it happened: a request is
+        followed at once by another one, whose first step saves what it has left in their slot.
+        """
         since, self._looked_at = self._looked_at, time.time()
+        flights = [*self.running.values(), *ended]
+        decisions = [one for flight in flights for one in flight.decisions]
         for pool in self._registry.pools:
-            for decision in pool.journal.since(since):
-                if not decision.user and decision.slot is not None:
-                    self._own(decision.slot, decision.acts)
-
-    def _own(self, slot: SlotKey, acts: list[Act]) -> None:
-        """The slot's content was saved: it is that of its last user."""
-        if (user := self.last_users.get(slot)) is not None:
-            for act in acts:
-                if act.step == "save" and act.snapshot and act.snapshot not in self.history.owners:
-                    self.history.own(act.snapshot, user)
+            decisions += (one for one in pool.journal.since(since) if not one.user)
+        told = [
+            (at, decision.slot, act.snapshot, "")
+            for decision in decisions
+            for act, at in zip(decision.acts, decision.act_ends, strict=True)
+            if decision.slot is not None and act.step == "save"
+        ]
+        told += [
+            (at, slot, None, user_of(flight.request).id)
+            for flight in flights
+            if flight.lease is not None and (at := flight.lease.sent_at or flight.ended)
+            if (slot := _slot_of(flight)) is not None
+        ]
+        for at, slot, snapshot, user in sorted(told, key=itemgetter(0)):
+            if user and at >= self._held_since.get(slot, 0.0):
+                self.last_users[slot], self._held_since[slot] = user, at
+            elif snapshot and snapshot not in self.history.owners and slot in self.last_users:
+                self.history.own(snapshot, self.last_users[slot])
 
     @property
     def size_bytes(self) -> int:
@@ -253,8 +263,7 @@ class Requests:
         assert flight.ended is not None
         lease, acts = flight.lease, [act for one in flight.decisions for act in one.acts]
         total_s = flight.ended - flight.began
-        has_slot = lease is not None and lease.table.is_assisted and lease.slot is not None
-        slot = lease.slot_key if lease is not None and has_slot else None
+        slot = _slot_of(flight)
         _fill_in(flight, acts)
         activity = Activity(
             id=flight.id,
@@ -284,9 +293,6 @@ class Requests:
         if lease is not None and flight.n_reused and flight.source != Source.SERVER.value:
             savings = self._savings.setdefault(lease.table.backend, Savings())
             activity.saved_s, activity.saved_error_s = savings.of(lease.table.rates.prefill, flight.n_reused)
-        if slot is not None:
-            self._own(slot, acts)
-            self.last_users[slot] = activity.user
         activity.text = in_words(activity, acts)
         sent_at = lease.sent_at if lease is not None and lease.sent_at else None
         activity.stages = stages(flight.decisions, flight.began, sent_at, flight.first_s, total_s)
@@ -299,6 +305,13 @@ class Requests:
             if backend is not None and backend.model_name is not None:
                 return backend.model_name
         return flight.model
+
+
+def _slot_of(flight: InFlight) -> SlotKey | None:
+    """The slot that it had; None if llama-server chose it."""
+    lease = flight.lease
+    has_slot = lease is not None and lease.table.is_assisted and lease.slot is not None
+    return lease.slot_key if lease is not None and has_slot else None
 
 
 def _fill_in(flight: InFlight, acts: list[Act]) -> None:

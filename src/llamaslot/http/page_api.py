@@ -40,6 +40,7 @@ class PageApi:
         self._is_admitted = is_admitted
         self._page_state = PageState(registry, requests)
         self._listings: dict[str, Listing] = {}
+        self._names: dict[str, str] = {}  # of models, kept while llama-server restarts
         self._listed: tuple[float, tuple[int, int], bytes] | None = None  # when, of what, as JSON
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
@@ -137,7 +138,7 @@ class PageApi:
         stores = list(self._registry.stores.values())
         self._listings = {store.name: self._listings.get(store.name) or Listing(store) for store in stores}
         rows = [row for listing in list(self._listings.values()) for row in await listing.rows()]
-        names = {
+        self._names |= {
             row["model"]: backend.model_name
             for row in rows
             for backend in self._registry.backends
@@ -146,7 +147,7 @@ class PageApi:
         }
         for row in rows:
             row["user"] = users.get(row["id"])
-            row["model_name"] = names.get(row["model"])
+            row["model_name"] = self._names.get(row["model"])
         return {
             "n": self._registry.n_snapshots,
             "most": MOST,

@@ -131,6 +131,8 @@ function headline() {
   at('about').title = isKept ? '' : 'The history is not kept over restarts: see the log';
 }
 
+let models = ''; // by whose names snapshots are listed
+
 const DOES = { answering: 'answers', 'reading the prompt': 'reads' };
 
 function backends() {
@@ -138,6 +140,9 @@ function backends() {
   const slots = every.flatMap((backend) => backend.slots);
   const nBusy = slots.filter((slot) => slot.state === 'LEASED').length;
   say(at('slots-sum'), slots.length ? `${nBusy} of ${slots.length} busy` : '');
+  const names = every.map((its) => its.model).join(' ');
+  if (names !== models) store.refresh();
+  models = names;
   const down = every.filter((its) => its.health === 'down').map((its) => its.name);
   connection(down.length ? 'lost' : 'live', down.length ? `live, but ${down.join(' and ')} ${down.length > 1 ? 'are' : 'is'} down` : 'live');
   keyed(at('backends'), every, (its) => its.key,
@@ -166,7 +171,8 @@ function updateSlot(row, slot, backend) {
   const n = slot.prefill ? slot.prefill.n_done : slot.n_tokens;
   const share = (x) => `${Math.min(100, (100 * x) / (backend.n_ctx || 1)).toFixed(2)}%`;
   say(id, String(slot.id));
-  say(who, isBusy ? person(slot.user) : slot.last_user ? person(slot.last_user) : slot.n_tokens ? 'unknown' : '');
+  const past = slot.n_tokens ? (slot.last_user ? person(slot.last_user) : 'unknown') : '';
+  say(who, isBusy ? person(slot.user) : past);
   who.classList.toggle('past', !isBusy);
   who.title = slot.user ?? slot.last_user ?? '';
   bar.children[0].style.width = share(slot.prefill ? slot.prefill.n_tokens : 0);
