@@ -141,6 +141,11 @@ class Backend:
         """The name of the model that it serves, or has served last; None before it was connected."""
         return self.last_session.model_name if self.last_session is not None else None
 
+    @property
+    def is_unloaded(self) -> bool:
+        """Whether the next request for its model loads it."""
+        return self.presence.on_demand is not None and self.session is None
+
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def confirm(self, table: SlotTable) -> None:

@@ -89,11 +89,7 @@ class Router:
         if not backends and isinstance(name, str):
             named = self._backends.get(self.expected.get(name, name))
             backends = [named] if named is not None else []
-        unloaded = [
-            backend
-            for backend in backends
-            if backend.presence.on_demand is not None and backend.session is None
-        ]
+        unloaded = [backend for backend in backends if backend.is_unloaded]
         if not unloaded or len(unloaded) < len(backends):
             return None
         return next(pool for pool in self._pools if unloaded[0].name in pool.backends)

@@ -149,19 +149,20 @@ class Downstream:
         writer = self.request.writer
         return self.has_begun and isinstance(writer, Writer) and writer.put(data)
 
-    def waiting(self, tasks: TaskOwner) -> contextlib.AbstractAsyncContextManager[None]:
+    def waiting(self) -> contextlib.AbstractAsyncContextManager[None]:
         """During the block a streaming client gets its headers and a comment every ``keepalive_s`` seconds."""
         if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
             return _NOTHING_TO_SAY
-        return self._commented(tasks)
+        return self._commented()
 
     @contextlib.asynccontextmanager
-    async def _commented(self, tasks: TaskOwner) -> AsyncIterator[None]:
+    async def _commented(self) -> AsyncIterator[None]:
         ticker: asyncio.Task[None] | None = None
 
         def begin(wait_s: float) -> None:
             nonlocal ticker
-            ticker = tasks.spawn(self._tick(wait_s), "comments")
+            # It ends with the block.
+            ticker = TaskOwner().spawn(self._tick(wait_s), "comments")
 
         # Most requests wait for less than the interval: those need no task.
         keepalive_s = self.rules.keepalive_s

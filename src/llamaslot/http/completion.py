@@ -185,7 +185,7 @@ class _Exchange:
     async def _run(self) -> web.StreamResponse:
         if self.must_load:
             self.down.say(Comment.LOADING)
-            async with self.down.waiting(self.pool.tasks):
+            async with self.down.waiting():
                 await self.attempts.look_up_pool()
                 with contextlib.suppress(BackendRestarted):
                     await self.pool.ready()
@@ -337,7 +337,7 @@ class _Exchange:
         if self.client_request.wants_progress and self._format.has_progress_events:
             self.down.progress = partial(self._progress, context, before)
         async with contextlib.AsyncExitStack() as stack:
-            async with self.down.waiting(self.pool.tasks):
+            async with self.down.waiting():
                 is_back = last is not None and last is not preempted
                 lease = stack.enter_context(
                     await self.pool.lease(slot_request, self.down.say, is_back=is_back, preempted=preempted)

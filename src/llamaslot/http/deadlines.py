@@ -72,7 +72,7 @@ class Watchdog(Struct, frozen=True):
     look: Callable[[], Awaitable[object]]
 
     @contextlib.asynccontextmanager
-    async def kept(self, tasks: TaskOwner) -> AsyncIterator[None]:
+    async def kept(self) -> AsyncIterator[None]:
         """The block is cancelled if there is no progress for too long. Raises SlotWedged."""
         if self.silence_s is None:
             yield
@@ -80,7 +80,8 @@ class Watchdog(Struct, frozen=True):
         limit = asyncio.timeout(None)
         try:
             async with limit:
-                watching = tasks.spawn(self._watch(limit, self.silence_s), "watchdog")
+                # It ends with the block.
+                watching = TaskOwner().spawn(self._watch(limit, self.silence_s), "watchdog")
                 try:
                     yield
                 finally:

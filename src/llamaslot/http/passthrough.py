@@ -180,7 +180,7 @@ class Passthrough:
             watchdog = Watchdog(silence_s, partial(_how_far, backend, lease))
             async with (
                 backend.exclusive.section(lease, no_report, left) as unpinned,
-                watchdog.kept(pool.tasks),
+                watchdog.kept(),
                 self._upstream(backend, request, raw, to_server(request)) as upstream,
             ):
                 await _refuse_if_worth_another(attempts, upstream)
@@ -226,7 +226,7 @@ async def _refuse_if_worth_another(attempts: Attempts, upstream: Response) -> No
 
 def _only_asks(backend: Backend, request: web.Request) -> None:
     """Raise BackendDown if a request that takes no slot would load its model, or wake it."""
-    if backend.presence.on_demand is not None and backend.session is None:
+    if backend.is_unloaded:
         raise BackendDown(
             f"{backend.model_name or backend.name} is not loaded: the first request for it loads it"
         )

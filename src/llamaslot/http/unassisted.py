@@ -95,7 +95,7 @@ class Unassisted:
         )
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
-            async with down.waiting(pool.tasks):
+            async with down.waiting():
                 lease = stack.enter_context(await self._lease(pool, slot_request, down))
                 attempts.leased(lease)
                 backend = attempts.backend
