@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from llamaslot.backend.health import Health
 from llamaslot.cache import layered_index
 from llamaslot.cache.ids import pack
+from llamaslot.store import disk_index_rebuild
 from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support.fake import FakeModel
 from tests.support.inprocess import Served, letters, right, served
@@ -176,11 +178,18 @@ async def test_an_index_that_cannot_be_written_costs_nothing(
     assert (tmp_path / "meta" / "gpu0.index").read_text() == "somebody's file"
 
 
-async def test_a_generation_that_is_being_made_ends_with_llamaslot(tmp_path: Path) -> None:
+async def test_a_generation_that_is_being_made_ends_with_llamaslot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its process is not waited for, and nothing of it is left."""
+    endless = tmp_path / "endless"
+    endless.write_text("#!/bin/sh\nexec sleep 1000\n")
+    endless.chmod(0o700)
+    monkeypatch.setattr(disk_index_rebuild, "sys", SimpleNamespace(executable=str(endless)))
     async with served(tmp_path, slots=1) as it:
         for text in TEXTS:
             await it.ask(text)
+        await it.saved()
         assert library(it).index._sealed is not None
         await it.stop()
         assert [path.name for path in index_dir(it).iterdir()] == []

@@ -258,6 +258,7 @@ async def test_what_was_saved_survives_a_restart(tmp_path: Path) -> None:
     async with served(tmp_path, slots=1) as it:
         await it.ask(ONE)
         await it.ask(TWO)  # which saves ONE
+        await it.saved()
         await it.fake.restart()
         answer = await it.ask(ONE + "more")
         assert answer.text == right(it.fake, ONE + "more")

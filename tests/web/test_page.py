@@ -260,6 +260,7 @@ async def test_a_restore_is_told_with_its_size(tmp_path: Path, monkeypatch: pyte
         hang = it.fake.faults.hang("restore")
         async with it.asking(first + letters(3, 50)) as asked:
             await hang.reached.wait()
+            await it.saved()
             (flight,) = (await activity(it))["in_flight"]
             told = {row["user"]: row for row in (await it.get("/llamaslot/snapshots")).json["snapshots"]}
             assert flight["stage"] == f"restoring {readable_size(told['named:ada']['size_bytes'])}"

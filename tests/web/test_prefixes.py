@@ -211,6 +211,7 @@ async def test_no_user_is_told_of_anothers_prompt(tmp_path: Path, isolation: str
             sent = body(CHAT, f"It is {day}. {SYSTEM}", turns(QUESTION))
             answer = await it.send("POST", CHAT, body=sent, headers={"x-llamaslot-user": user})
             found = (await decision(it, answer))["diverged"]
+            await it.saved()
             assert (found is None) == (day == "Monday" or (isolation == "per_user" and day != "Sunday"))
 
 
