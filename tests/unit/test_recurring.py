@@ -24,7 +24,7 @@ def clock() -> Clock:
 @pytest.fixture
 def saves(clock: Clock, caplog: pytest.LogCaptureFixture) -> Recurring:
     caplog.set_level(logging.INFO)
-    return Recurring("slots are saved again", now=clock)
+    return Recurring(logging.getLogger("saves"), "slots are saved again", now=clock)
 
 
 def fail(saves: Recurring, n: int, reason: str = "no room for {} MiB: 1.{} KiB are free") -> None:

@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-log = logging.getLogger(__name__)
-
 AGAIN_S = 600.0
 _KINDS_MAX = 64
 # What differs from one failure to the next: ids of snapshots and requests, sizes, counts.
@@ -26,10 +24,10 @@ class _Said(Struct):
 
 
 class Recurring:
-    """The failures of one kind of work. ``over`` is the text of the line when it succeeds again."""
+    """The failures of one kind of work, which go to ``log``. ``over``: the line when it succeeds again."""
 
-    def __init__(self, over: str, *, now: Callable[[], float] = time.monotonic) -> None:
-        self._over, self._now = over, now
+    def __init__(self, log: logging.Logger, over: str, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._over, self._now = log, over, now
         self._kinds: dict[str, _Said] = {}
 
     def failed(self, reason: object, text: str, *values: object) -> None:
@@ -40,11 +38,11 @@ class Recurring:
         said = self._kinds.get(kind)
         if said is not None and now < said.at + AGAIN_S:
             said.n_unsaid += 1
-            log.debug(text, *values)
+            self._log.debug(text, *values)
             return
         if said is not None and said.n_unsaid:
             text, values = text + "; since this was last said, %d times more", (*values, said.n_unsaid)
-        log.warning(text, *values)
+        self._log.warning(text, *values)
         if len(self._kinds) >= _KINDS_MAX:
             self._kinds.clear()
         self._kinds[kind] = _Said(now)
@@ -54,4 +52,4 @@ class Recurring:
         if any(said.is_open for said in self._kinds.values()):
             for said in self._kinds.values():
                 said.is_open = False
-            log.info(self._over)
+            self._log.info(self._over)

@@ -114,7 +114,7 @@ class Acceptance:
         self._directory, self._table, self._quota, self._manifest = directory, table, quota, manifest
         self._evict, self._pin, self._lost, self._landing = evict, pin, lost, landing
         self._said = set[str]()
-        self._failures = Recurring("snapshots: rows are shared again")
+        self._failures = Recurring(log, "snapshots: rows are shared again")
         self.n_differing = 0  # saves with other rows than their slot had before
         self.added_bytes = 0  # to the store, by all saves
 

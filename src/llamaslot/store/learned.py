@@ -76,7 +76,7 @@ class HitLog:
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / HITS_NAME
-        self._failures = Recurring("snapshots: hit counts are written again")
+        self._failures = Recurring(log, "snapshots: hit counts are written again")
         self._n_lines = 0
 
     def load(self) -> dict[str, Hits]:

@@ -7,6 +7,7 @@ reading the accounts and changing them, so on one event loop they need no lock.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from llamaslot.store import scan
 from llamaslot.store.shared_store import Neighbours
 from llamaslot.store.sidecar import JSON
 from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
 
 
 class QuotaExceeded(LlamaslotError):
@@ -91,7 +94,7 @@ class Quota:
         self.writing: set[str] = set()  # ids of files that no snapshot names yet
         self.n_commits = 0  # since the start; and files of reservations that landed
         self._n_waiting = 0
-        self._failures = Recurring("snapshots: files can be removed again")
+        self._failures = Recurring(log, "snapshots: files can be removed again")
         self._free: int | None = None  # free bytes of the file system at the last query
 
     @property

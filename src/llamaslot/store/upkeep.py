@@ -49,7 +49,7 @@ class Upkeep:
         self._undated: dict[str, float] = {}  # used, and no thread is writing that yet
         self._is_dating = False
         self._n_changed = 0
-        self._failures = Recurring("snapshots: files are synced again")
+        self._failures = Recurring(log, "snapshots: files are synced again")
         self._syncing = asyncio.Lock()
 
     def changed(self, n: int) -> None:
@@ -163,7 +163,7 @@ class Sweep:
     ) -> None:
         self._directory, self._table, self._quota = directory, table, quota
         self._reservations, self._drop = reservations, drop
-        self._failures = Recurring(f"snapshots: {directory} can be read again")
+        self._failures = Recurring(log, f"snapshots: {directory} can be read again")
         self._is_missed = False  # the lock file, and the log says so
 
     async def run(self) -> None:
