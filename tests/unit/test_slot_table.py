@@ -8,7 +8,6 @@ import pytest
 from msgspec.structs import replace
 
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.snapshot_usage import supersedes
 from llamaslot.cache.content import NOTHING, Content, SnapshotKind
 from llamaslot.cache.ids import head, pack
 from llamaslot.cache.namespaces import SHARED, Namespace
@@ -19,7 +18,7 @@ from llamaslot.scheduling.plan import Cost, Plan, Save, Source, Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import WithTokens
-from llamaslot.store.model_snapshots import ModelSnapshots
+from llamaslot.store.model_snapshots import ModelSnapshots, supersedes
 
 A, B = pack(range(1000, 3000)), pack(range(5000, 7000))
 SYSTEM_USER: dict[SlotKey, float] = {}

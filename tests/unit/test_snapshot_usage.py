@@ -7,14 +7,11 @@ from typing import Any
 import pytest
 
 from bench.virtual import VirtualLoop
-from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.snapshot_usage import abandoned_by
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import head, pack
-from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
 from llamaslot.store import WithTokens
+from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
 
@@ -29,10 +26,10 @@ def snapshot(id_: str, tokens: bytes, **more: Any) -> WithTokens:
 
 def left(new: WithTokens, *there: WithTokens) -> str | None:
     """What ``new`` leaves behind of what is there."""
-    table = SlotTable("gpu0", 1, 16_384, rules=Rules(similarity_min=0.85), rates=Rates())
+    library = ModelSnapshots()
     for each in (*there, new):
-        table.add_snapshot(each)
-    return abandoned_by(table, new)
+        library.add(each)
+    return library.abandoned_by(new, similarity_min=0.85)
 
 
 # -- left behind ---------------------------------------------------------------------------------------------------

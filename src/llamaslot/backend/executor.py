@@ -11,7 +11,6 @@ from typing import Any, TypeVar, assert_never
 
 from msgspec.structs import replace
 
-from llamaslot.backend import snapshot_usage
 from llamaslot.backend.feedback import Feedback, ReportedCounts
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import RetryPlacement
@@ -28,8 +27,17 @@ from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import Act
 from llamaslot.observe.recurring import Recurring
 from llamaslot.scheduling.placement import prefill_steps
-from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, SaveSharedPrefix
-from llamaslot.store import WithTokens
+from llamaslot.scheduling.plan import (
+    Erase,
+    Plan,
+    PrefillStats,
+    PrefillTo,
+    Restore,
+    Save,
+    SaveSharedPrefix,
+    Source,
+)
+from llamaslot.store import Catalog, WithTokens
 from llamaslot.store.giving_out import is_passing
 from llamaslot.store.landing import NoLanding
 from llamaslot.store.model_snapshots import content_of
@@ -94,7 +102,7 @@ class PlanExecutor:
                 case _:
                     assert_never(step)
         if self.catalog is not None:
-            snapshot_usage.record_hit(self.catalog, lease)
+            _record_hit(self.catalog, lease)
         if lease.content is not None and not lease.request.may_use(lease.content):
             lease.set_content(None)  # the erase has failed
         if lease.content is None or (lease.request.no_cache and lease.content != NOTHING):
@@ -318,6 +326,20 @@ async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:
         return await action
     except LlamaslotError as error:
         return error
+
+
+def _record_hit(catalog: Catalog, lease: Lease) -> None:
+    """A request has its slot: record a hit of the snapshot of the content that it resumes from, although it needs no
+    restore. A restore is recorded as a hit when it has succeeded.
+    """
+    plan, content, request = lease.plan, lease.content, lease.request
+    if plan is None or content is None or content.snapshot is None or request.no_cache:
+        return
+    snapshot = lease.table.model_snapshots.snapshots.get(content.snapshot)
+    if plan.source is not Source.RESIDENT or snapshot is None:
+        return
+    if plan.n_reused >= lease.table.rules.similarity_min * snapshot.n_tokens:
+        catalog.touch(snapshot.id)
 
 
 def _comment(step: Save | Erase | Restore, *, is_restored: bool) -> Comment:

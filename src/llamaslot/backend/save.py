@@ -18,7 +18,6 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_content import prefilled
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.snapshot_usage import abandoned_by, supersedes
 from llamaslot.cache.content import Content, SnapshotKind
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, head
 from llamaslot.cache.reuse import CacheKind, RewindModel
@@ -31,7 +30,7 @@ from llamaslot.observe.recurring import Recurring
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, QuotaExceeded, Reservation, SavedSlot, WithTokens
 from llamaslot.store.landing import NoLanding
-from llamaslot.store.model_snapshots import PendingSave, content_of
+from llamaslot.store.model_snapshots import PendingSave, content_of, supersedes
 from llamaslot.store.taking_in import Base
 from llamaslot.tasks import TaskOwner
 
@@ -329,11 +328,11 @@ class Saving:
                 lease.request.id, snapshot.n_tokens, snapshot.id,
             )  # fmt: skip
         if snapshot.id in self.catalog.snapshots:
-            lease.table.add_snapshot(snapshot)
-            if file.kind is SnapshotKind.LEAF and (left := abandoned_by(lease.table, snapshot)) is not None:
+            table, current = lease.table, self.leases.table
+            table.add_snapshot(snapshot)
+            if (left := table.model_snapshots.abandoned_by(snapshot, table.rules.similarity_min)) is not None:
                 self.catalog.branched(left)
-            current = self.leases.table
-            if current not in (None, lease.table) and self.fingerprint == file.fingerprint:
+            if current not in (None, table) and self.fingerprint == file.fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it too
 
     async def _abandon(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from llamaslot.cache.content import Content
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
+from llamaslot.cache.content import Content, SnapshotKind
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, count
 from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import Changes, PrefixIndex
@@ -29,6 +29,7 @@ from llamaslot.tasks import TaskOwner
 
 _FEW = 64  # unread snapshots for which a connection waits: 20 ms
 _READ_AT_ONCE = 32
+_N_NEAREST = 8  # snapshots compared with one, the longest common prefixes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,17 @@ def content_of(snapshot: WithTokens) -> Content:
     return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id, namespace=namespace)
 
 
+def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
+    """Whether ``new`` makes ``old``, of the same conversation, unnecessary: never a shared prefix, nor a pinned one.
+
+    Not only if ``old`` is a strict prefix: the answer in ``old`` comes back re-tokenized, so the two diverge
+    somewhere inside it.
+    """
+    if old.kind is not SnapshotKind.LEAF or old.is_pinned or new.n_tokens < old.n_tokens:
+        return False
+    return common(new.tokens, old.tokens) >= similarity_min * old.n_tokens
+
+
 class ModelSnapshots:
     """The snapshots of one model, those being saved, and their index. ``on_change`` is called after each change.
 
@@ -138,6 +150,35 @@ class ModelSnapshots:
         hit = self.in_namespaces.longest_full_prefix(tokens, (namespace,))
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEGLIGIBLE_TOKENS
         return self.snapshots.get(hit.holder) if hit is not None and is_near else None
+
+    def abandoned_by(self, new: WithTokens, similarity_min: float) -> str | None:
+        """The snapshot of the same conversation from which ``new`` diverges well before its end; None if there is none.
+
+        Usually an earlier message was edited. Many conversations have the same beginning, so only tokens that the new
+        one shares with this snapshot, and with no other, show that it is the same. Called after the save: until then it
+        can only be restored from the other one. A shared prefix leaves none behind.
+        """
+        if new.kind is not SnapshotKind.LEAF:
+            return None
+        nearest: Snapshot | None = None
+        n_parted = n_common = 0
+        namespaces = (Namespace.of_text(new.namespace),)
+        for hit in self.in_namespaces.match(new.tokens, namespaces, _N_NEAREST):
+            snapshot = self.snapshots.get(hit.holder)
+            if snapshot is None or snapshot.id == new.id:
+                continue
+            if nearest is not None:
+                n_common = max(n_common, hit.n_shared)
+                break
+            if snapshot.kind is not SnapshotKind.LEAF:
+                n_common = max(n_common, hit.n_shared)
+            elif hit.n_shared >= similarity_min * hit.n_tokens:
+                return None  # the new one continues it, or is the same again
+            else:
+                nearest, n_parted = snapshot, hit.n_shared
+        is_own = 0 < n_common <= n_parted - NEGLIGIBLE_TOKENS
+        goes_on = new.n_tokens >= n_parted + NEGLIGIBLE_TOKENS
+        return nearest.id if nearest is not None and is_own and goes_on else None
 
     def add(self, snapshot: WithTokens) -> None:
         """Add one snapshot. Idempotent."""
