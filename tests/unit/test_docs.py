@@ -16,6 +16,9 @@ from llamaslot import cli
 from llamaslot.config.load import Config
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status
+from llamaslot.http.reload import Reload
+from llamaslot.http.rewriting import SystemPrompts
+from llamaslot.http.service_manager import ServiceManager
 from llamaslot.llama.managed.process import recommended_flags
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics
@@ -249,7 +252,11 @@ async def test_every_field_of_the_status_is_documented(tmp_path: Path) -> None:
     """Those of the whole, and those of the backend."""
     path = tmp_path / "config.yaml"
     path.write_text(f"backends: [{{url: 'http://127.0.0.1:9'}}]\nstore: {{meta_dir: '{tmp_path}'}}")
-    status: dict[str, Any] = Status(Registry.of(Config.load(path), {"llama": "http://127.0.0.1:9"})).status()
+    config = Config.load(path)
+    registry = Registry.of(config, {"llama": "http://127.0.0.1:9"})
+    prompts = SystemPrompts((), registry.metrics)
+    reload = Reload(path, config, registry, ServiceManager())
+    status: dict[str, Any] = Status(registry, prompts, reload).status()
     fields = {
         *(f"backends[].{field}" for field in status.pop("backends")[0]),
         *status,

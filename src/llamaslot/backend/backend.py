@@ -7,7 +7,6 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Never, Protocol
@@ -103,10 +102,10 @@ class Backend:
         rates_file: Path,
         idle_save_s: float,
         store: SnapshotStore | None,
-        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """``store``: of the directory that it shares with llamaslot; None if there is none."""
-        self.name, self.api, self.leases, self.metrics, self.now = name, api, leases, metrics, now
+        self.name, self.api, self.leases, self.metrics = name, api, leases, metrics
+        self.now = time.monotonic
         self._members, self._rules = members, rules
         self.store = store
         self._catalog = catalog = store.catalog if store is not None else None
@@ -120,7 +119,7 @@ class Backend:
         self.idle_save = IdleSave(leases, self.executor, idle_save_s)
         self.drain = Drain(name, leases, self.idle_save, self.tasks)
         self.cache_misses = CacheMisses(api, metrics, self.tasks)
-        self.abandoned_slots = AbandonedSlots(api, leases, now)
+        self.abandoned_slots = AbandonedSlots(api, leases, self.now)
         leases.on_drain = self.abandoned_slots.add
         if catalog is not None:
             leases.pin = catalog.pin

@@ -7,7 +7,6 @@ import logging
 
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.leases import Leases
-from llamaslot.scheduling.slots import SlotState
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Drain:
         self._leases.dispatch()
 
     async def _run(self) -> None:
-        while is_at_work(self._leases):
+        while self._leases.is_at_work:
             await self._leases.changes.wait()
         n_saved = await self._idle_save.save_all()
         self._is_saved = True
@@ -66,10 +65,3 @@ class Drain:
                 " drain %s' tries again",
                 self._backend, unsaved, self._backend,
             )  # fmt: skip
-
-
-def is_at_work(leases: Leases) -> bool:
-    """Whether a client's request runs, or llama-server may still compute for one that has left."""
-    table = leases.table
-    is_leased = any(not lease.is_own for lease in leases.leases)
-    return is_leased or (table is not None and any(slot.state is SlotState.DRAINING for slot in table.slots))

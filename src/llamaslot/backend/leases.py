@@ -99,6 +99,13 @@ class Leases:
         return 0.0 if any(lease.is_running for lease in self.leases) else self.now() - self._worked_at
 
     @property
+    def is_at_work(self) -> bool:
+        """Whether a client's request runs, or llama-server may still compute for one that has left."""
+        slots = self.table.slots if self.table is not None else []
+        is_leased = any(not lease.is_own for lease in self.leases)
+        return is_leased or any(slot.state is SlotState.DRAINING for slot in slots)
+
+    @property
     def prefilled_s(self) -> float:
         """The seconds so far in which llama-server has computed prompts ahead of their requests."""
         return self._prefilled_s + (self.now() - self._prefilling_since if self._n_prefilling else 0.0)

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.drain import is_at_work
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.on_demand import OnDemand
 from llamaslot.llama.managed.process import ManagedServer
@@ -30,7 +29,7 @@ class ServedOnDemand:
 
     @property
     def is_at_work(self) -> bool:
-        return is_at_work(self._backend.leases)
+        return self._backend.leases.is_at_work
 
     @property
     def n_waiting(self) -> int:

@@ -92,18 +92,17 @@ class Pool:
         settings: PoolSettings,
         metrics: Metrics,
         fleet: Mapping[str, Backend],
-        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """``fleet``: the backends of all pools."""
-        self._settings, self.metrics, self._fleet, self._now = settings, metrics, fleet, now
+        self._settings, self.metrics, self._fleet, self._now = settings, metrics, fleet, time.monotonic
         self.untokenized = UntokenizedRequests(metrics)
         self.tasks = TaskOwner()
         self.model: PoolModel | None = None
         self.backends: dict[str, Backend] = {}
         self.context: ModelContext | None = None  # while no backend on which llamaslot chooses slots is up
-        self.dispatcher = Dispatcher(settings.rules, settings.limits, now)
+        self.dispatcher = Dispatcher(settings.rules, settings.limits, self._now)
         self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
-        self.bad_prompts = BadPrompts(now)
+        self.bad_prompts = BadPrompts(self._now)
         self._down_calls: dict[DownCall, None] = {}
         self._n_too_long = self._longest_refused = 0
         self._prewarming: asyncio.Task[None] | None = None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Never
 from urllib.parse import quote
@@ -54,10 +53,8 @@ class Registry:
     it is in the first pool, which then has no model, or that of another backend.
     """
 
-    def __init__(
-        self, metrics: Metrics, settings: PoolSettings, now: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.metrics, self._settings, self._now = metrics, settings, now
+    def __init__(self, metrics: Metrics, settings: PoolSettings) -> None:
+        self.metrics, self._settings = metrics, settings
         self._backends: dict[str, Backend] = {}
         self._of_models: dict[str, PoolSettings] = {}
         self._routers: list[RoutedModels] = []
@@ -114,7 +111,6 @@ class Registry:
             rates_file=rates_file,
             idle_save_s=self._settings.idle_save_s,
             store=store,
-            now=self._now,
         )
         pool.backends[name] = backend
         return backend
@@ -141,7 +137,7 @@ class Registry:
         return self.stores[path]
 
     def _new_pool(self) -> Pool:
-        return Pool(self._settings, self.metrics, self._backends, self._now)
+        return Pool(self._settings, self.metrics, self._backends)
 
     @property
     def backends(self) -> list[Backend]:

@@ -12,7 +12,7 @@ from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.errors import BadRequest, NotAllowed, NotFound, NotReloaded, shortened
+from llamaslot.errors import BadRequest, NotAllowed, NotFound, shortened
 from llamaslot.fleet.pool import PoolStatus
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
@@ -26,11 +26,8 @@ _DIGITS = 9  # of a number in a query; Python reads no more than 4,300
 class Status:
     """The pages about all backends. ``prompts``: the rules for system prompts, whose counters are reported too."""
 
-    def __init__(
-        self, registry: Registry, prompts: SystemPrompts | None = None, reload: Reload | None = None
-    ) -> None:
-        self._registry, self._reload = registry, reload
-        self._prompts = prompts or SystemPrompts((), registry.metrics)
+    def __init__(self, registry: Registry, prompts: SystemPrompts, reload: Reload) -> None:
+        self._registry, self._prompts, self._reload = registry, prompts, reload
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer a request for one of the pages. Raises NotFound, NotReloaded, and BadRequest."""
@@ -44,8 +41,6 @@ class Status:
             case "/llamaslot/drain" | "/llamaslot/undrain":
                 return web.json_response(self._drain(request))
             case "/llamaslot/reload":
-                if self._reload is None:
-                    raise NotReloaded("this llamaslot has no configuration to read again")
                 return web.json_response(await self._reload.run())
             case "/llamaslot/openapi.json":
                 return web.json_response(DESCRIPTION)

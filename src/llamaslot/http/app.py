@@ -58,7 +58,7 @@ class _Everything(web.DynamicResource):
 class App:
     """llamaslot as one object: the backends and the routes in front of them."""
 
-    def __init__(self, config: Config, registry: Registry, reload: Reload | None = None) -> None:
+    def __init__(self, config: Config, registry: Registry, reload: Reload) -> None:
         self.config, self._registry, self._metrics = config, registry, registry.metrics
         timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
         rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)

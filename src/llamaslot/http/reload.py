@@ -26,7 +26,7 @@ _AT_ONCE = (
 
 
 class Reload:
-    """The configuration in force, and the way to the next one. ``take``: the application's part, set by it."""
+    """The configuration in force, and the way to the next one. ``apply``: the application's part, set by it."""
 
     def __init__(
         self, path: Path | None, config: Config, registry: Registry, manager: ServiceManager

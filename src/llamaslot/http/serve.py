@@ -50,14 +50,11 @@ class Front:
     """The port. Health checks are answered once it listens, everything else once the application is loaded."""
 
     def __init__(
-        self,
-        config: Config,
-        registry: Registry,
-        reload: Reload | None = None,
-        manager: ServiceManager | None = None,
+        self, config: Config, registry: Registry, path: Path | None, manager: ServiceManager
     ) -> None:
-        self._config, self._registry = config, registry
-        self._manager, self._reload = manager or ServiceManager(), reload
+        """``path``: of the configuration; None if there is no file to read again."""
+        self._config, self._registry, self._manager = config, registry, manager
+        self.reload = Reload(path, config, registry, manager)
         # Pages of other origins get more headers with the answer.
         health = HealthChecks(registry).answer if not config.listen.cors else None
         self.connections = Connections(config.listen.max_connections, health)
@@ -108,9 +105,8 @@ class Front:
         from llamaslot.http.app import App
         from llamaslot.http.client_connection import in_one_line, serve_with
 
-        app = App(self._reload.config if self._reload else self._config, self._registry, self._reload)
-        if self._reload is not None:
-            self._reload.apply = app.apply
+        app = App(self.reload.config, self._registry, self.reload)
+        self.reload.apply = app.apply
         runner = self._runner = web.AppRunner(
             app.application(),
             handler_cancellation=True,  # detect that a client leaves while nothing is being written to it
@@ -147,12 +143,12 @@ def _import_application() -> None:
 
 @contextlib.asynccontextmanager
 async def listening(
-    config: Config, registry: Registry, reload: Reload | None = None, manager: ServiceManager | None = None
+    config: Config, registry: Registry, path: Path | None = None, manager: ServiceManager | None = None
 ) -> AsyncIterator[Front]:
     """Listen for clients; ``Front.load`` must follow. At the end running answers get ``shutdown.drain_s`` seconds.
-    Raises OSError for the port.
+    ``path``: of the configuration. Raises OSError for the port.
     """
-    front = Front(config, registry, reload, manager)
+    front = Front(config, registry, path, manager or ServiceManager())
     try:
         await front.listen()
         yield front
@@ -196,12 +192,11 @@ async def serve(config: Config, path: Path | None = None) -> None:
     }
     registry.router.is_on_demand = managed.on_demand is not None
     stop, save_s = asyncio.Event(), 0.0
-    reload = Reload(path, config, registry, manager)
     try:
-        async with listening(config, registry, reload, manager) as front:
+        async with listening(config, registry, path, manager) as front:
             set_by_signals(stop)
             asyncio.get_running_loop().add_signal_handler(
-                signal.SIGHUP, lambda: tasks.spawn(reload.on_signal(), "reload")
+                signal.SIGHUP, lambda: tasks.spawn(front.reload.on_signal(), "reload")
             )
             if servers:
                 await front.load()  # before a child is started: importing aiohttp changes the environment
