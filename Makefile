@@ -2,7 +2,7 @@
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
 # Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
-#   make agents (Claude Code, Codex, opencode, Qwen Code, Cline, Continue, Aider as clients), make test-page (the page in Chromium), make docs (the documents as a site), make dist (wheel and
+#   make agents (Claude Code, Codex, opencode, Qwen Code, Cline, Continue, Aider as clients), make open-webui (the same of Open WebUI), make test-page (the page in Chromium), make docs (the documents as a site), make dist (wheel and
 #   sdist), make llamacpp (one with router mode, for its tests: compiles ten minutes), make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
@@ -17,12 +17,13 @@ AXE := $(CACHE)/axe-$(AXE_VERSION)
 CODEX_VERSION := 0.171.0
 CODEX := $(CACHE)/codex-$(CODEX_VERSION)
 AGENTS := $(CACHE)/agents
+OPEN_WEBUI := $(CACHE)/open-webui
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 LLAMA_CPP_VERSION := 11434.0.0
 LLAMA_SERVER := $(CACHE)/llama-server-$(LLAMA_CPP_VERSION)
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test lint types pytest soak agents fuzz docs dist bench bench-index bench-simulator smollm2 llamacpp clean
+.PHONY: serve test lint types pytest soak agents open-webui fuzz docs dist bench bench-index bench-simulator smollm2 llamacpp clean
 .DELETE_ON_ERROR:
 
 # llamaslot is started hundreds of times by its tests, and compiling its own modules is a third of what a start takes.
@@ -55,6 +56,10 @@ soak: $(VENV)/.dev $(CODEX)/.installed
 # Fifteen minutes; fetches 1.5 GB from npm and PyPI.
 agents: $(VENV)/.dev $(AGENTS)/.installed
 	$(BIN)/python -m pytest -m soak tests/soak/test_agent_programs.py
+
+# A minute; fetches 700 MB from PyPI.
+open-webui: $(VENV)/.dev $(OPEN_WEBUI)/.installed
+	$(BIN)/python -m pytest -m soak tests/soak/test_open_webui.py
 
 # The page in a browser, as `make test` does where there is one. axe-core finds what people with disabilities cannot use.
 test-page: $(VENV)/.dev $(AXE)/.installed
@@ -130,6 +135,15 @@ $(AGENTS)/.installed: Makefile
 	  cline@3.0.65 @continuedev/cli@1.5.47
 	@$(PYTHON) -m venv $(AGENTS)/python
 	@$(AGENTS)/python/bin/python -m pip --disable-pip-version-check --quiet install aider-chat==0.86.2
+	@touch $@
+
+# Without PyTorch, which it needs for none of this: gigabytes. uv can leave out what another package asks for.
+$(OPEN_WEBUI)/.installed: Makefile
+	@echo "installing Open WebUI into $(OPEN_WEBUI)"
+	@$(PYTHON) -m venv $(OPEN_WEBUI)
+	@$(OPEN_WEBUI)/bin/python -m pip --disable-pip-version-check --quiet install uv
+	@echo "torch ; python_version < '3'" > $(OPEN_WEBUI)/left-out
+	@$(OPEN_WEBUI)/bin/uv pip install --quiet --python $(OPEN_WEBUI)/bin/python --override $(OPEN_WEBUI)/left-out open-webui==0.12.4
 	@touch $@
 
 $(AXE)/.installed:

@@ -218,14 +218,14 @@ def test_every_option_is_mentioned() -> None:
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z][a-z0-9]*):", MAKEFILE, re.M))
+    return set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.M))
 
 
 def test_mentioned_make_targets_exist() -> None:
     """In code of the pages and in the Makefile's own words."""
     mentioned = set[str]()
     for text in (MAKEFILE, *(where.read_text() for where in PAGES)):
-        mentioned |= set(re.findall(r"(?:^|`|# +|, )make ([a-z][a-z0-9]*)", text, re.M))
+        mentioned |= set(re.findall(r"(?:^|`|# +|, )make ([a-z][a-z0-9-]*)", text, re.M))
     assert mentioned
     assert mentioned <= targets()
 

@@ -32,10 +32,8 @@ pytestmark = [
 
 
 @asynccontextmanager
-async def browsing(
-    url: str, size: str = "wide", scheme: Any = "light"
-) -> AsyncIterator[tuple[Any, list[str]]]:
-    """A page that has its first state, and what its console said that is no praise."""
+async def browsing(url: str, path: str = "/llamaslot/") -> AsyncIterator[tuple[Any, list[str]]]:
+    """A page that was opened, and what its console said that is no praise."""
     playwright = pytest.importorskip("playwright.async_api")
     said: list[str] = []
     async with playwright.async_playwright() as started:
@@ -49,7 +47,7 @@ async def browsing(
             page.on("console", lambda message: said.append(message.text) if message.type != "log" else None)
             page.on("pageerror", lambda error: said.append(str(error)))
             page.on("requestfailed", lambda request: said.append(f"failed: {request.url}"))
-            await page.goto(url + "/llamaslot/")
+            await page.goto(url + path)
             yield page, said
         finally:
             await browser.close()
