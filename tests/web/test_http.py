@@ -191,6 +191,15 @@ async def test_an_absolute_target_is_the_same_path(tmp_path: Path) -> None:
         assert (it.fake.requests[-1].path, it.fake.requests[-1].query) == ("/v1/models", {"a": "1"})
 
 
+@pytest.mark.parametrize("end", ["", "?a=1"])
+async def test_an_absolute_target_without_a_path_is_the_root(tmp_path: Path, end: str) -> None:
+    """llama-server answers it."""
+    async with served(tmp_path) as it, wire(it) as client:
+        await client.send(request("GET", f"http://elsewhere.example{end}", b"", CLOSE))
+        await client.head()
+        assert (it.fake.requests[-1].path, bool(it.fake.requests[-1].query)) == ("/", bool(end))
+
+
 @pytest.mark.parametrize("line", ["CONNECT example.org:443", "TRACE /health", "OPTIONS *"])
 async def test_methods_of_other_proxies(tmp_path: Path, line: str) -> None:
     """There is no way through to other servers."""
