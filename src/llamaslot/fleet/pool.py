@@ -87,27 +87,22 @@ class Pool:
     ``model`` is None until a backend was connected. Backends that were not connected yet may belong to it too.
     """
 
-    def __init__(
-        self,
-        settings: PoolSettings,
-        metrics: Metrics,
-        fleet: Mapping[str, Backend],
-    ) -> None:
+    def __init__(self, settings: PoolSettings, metrics: Metrics, fleet: Mapping[str, Backend]) -> None:
         """``fleet``: the backends of all pools."""
-        self._settings, self.metrics, self._fleet, self._now = settings, metrics, fleet, time.monotonic
-        self.untokenized = UntokenizedRequests(metrics)
-        self.tasks = TaskOwner()
+        self._settings, self.metrics, self._fleet = settings, metrics, fleet
+        self._untokenized = UntokenizedRequests(metrics)
+        self._tasks = TaskOwner()
         self.model: PoolModel | None = None
         self.backends: dict[str, Backend] = {}
         self.context: ModelContext | None = None  # while no backend on which llamaslot chooses slots is up
-        self.dispatcher = Dispatcher(settings.rules, settings.limits, self._now)
+        self.dispatcher = Dispatcher(settings.rules, settings.limits, time.monotonic)
         self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
-        self.bad_prompts = BadPrompts(self._now)
+        self.bad_prompts = BadPrompts(self.dispatcher.now)
         self._down_calls: dict[DownCall, None] = {}
         self._n_too_long = self._longest_refused = 0
         self._prewarming: asyncio.Task[None] | None = None
         self._prewarm = Prewarm(
-            settings.prewarm, self.dispatcher, self._executor_of, self._tokenizer, self._catalog_of, self.tasks,
+            settings.prewarm, self.dispatcher, self._executor_of, self._tokenizer, self._catalog_of, self._tasks,
             settings.idle_save_s,
         )  # fmt: skip
 
@@ -163,7 +158,7 @@ class Pool:
     async def _any_ready(self, backends: Sequence[Backend]) -> None:
         """Wait for the first one. Raises the error of one if all are down."""
         waits = [
-            self.tasks.spawn(_outcome(backend.ready()), f"{backend.name}: ready") for backend in backends
+            self._tasks.spawn(_outcome(backend.ready()), f"{backend.name}: ready") for backend in backends
         ]
         try:
             for ended in asyncio.as_completed(waits):
@@ -190,7 +185,7 @@ class Pool:
         ]
         return known or list(every)
 
-    def use_if_proved(self) -> bool:
+    def _use_if_proved(self) -> bool:
         """Use it for a request, if it is known to be as ``ready`` would find it, without a question: True."""
         if any(table.model_snapshots.n_unread for table in self.dispatcher.tables):
             return False
@@ -211,14 +206,14 @@ class Pool:
         same before and after it was parsed: the two tasks alone take 0.1 ms.
         """
         context = self.context
-        if context is not None and self.use_if_proved():
+        if context is not None and self._use_if_proved():
             try:
                 parsed = await parse(context)
             except LlamaslotError:
-                if self.context is context and self.use_if_proved():
+                if self.context is context and self._use_if_proved():
                     raise
             else:
-                if self.context is context and (self.use_if_proved() or await self.ready() is context):
+                if self.context is context and (self._use_if_proved() or await self.ready() is context):
                     return context, parsed
         if (context := self.context) is not None:
             try:
@@ -322,7 +317,7 @@ class Pool:
         return PoolStatus(
             n_snapshots=sum(len(library.snapshots) for library in libraries.values()),
             n_waiting=self.n_waiting,
-            users=self.dispatcher.queue.loads(self._now()),
+            users=self.dispatcher.queue.loads(self.dispatcher.now()),
             n_too_long=self._n_too_long,
             longest_refused=self._longest_refused,
         )
@@ -360,7 +355,7 @@ class Pool:
         infill = InfillPrompts(
             self.dispatcher, self._executor_of, session.props.n_ctx, lambda: self.context is context
         )
-        server = PoolServer(self._that_answer, self.tasks)
+        server = PoolServer(self._that_answer, self._tasks)
         context = ModelContext(
             session.model_name,
             session.table.n_ctx,
@@ -370,7 +365,7 @@ class Pool:
             Tokenizer(server),
             ConversionChecks(server.ask),
             infill,
-            self.untokenized,
+            self._untokenized,
             media_marker=session.props.boot_id,
             modalities=session.props.modalities,
         )
@@ -400,7 +395,7 @@ class Pool:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._prewarming = self.tasks.spawn(self._prewarm.run(), f"{self.name}: prewarm")
+        self._prewarming = self._tasks.spawn(self._prewarm.run(), f"{self.name}: prewarm")
 
     def retire(self) -> None:
         """The last backend has left. Running requests end by themselves."""
@@ -409,7 +404,7 @@ class Pool:
 
     async def close(self) -> None:
         """End all tasks."""
-        await self.tasks.close()
+        await self._tasks.close()
 
 
 async def _outcome(ready: Awaitable[object]) -> BackendDown | None:

@@ -62,7 +62,7 @@ class Answering:
         before: PrefillStats | None,
         unpinned: UnpinnedRequest | None,
         *,
-        in_one_piece: bool = False,
+        in_one_piece: bool,
     ) -> None:
         """``here``: what was computed ahead in this slot; ``before``: the same at other places. ``in_one_piece``:
         request a JSON answer from llama-server, not a stream.

@@ -178,11 +178,7 @@ def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
     return snapshot.with_tokens(file.tokens)
 
 
-async def scan(
-    directory: Path,
-    known: Known,
-    on_some: Callable[[Found], Awaitable[None]] | None = None,
-) -> Found:
+async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitable[None]]) -> Found:
     """Read the directory and remove our files that are no snapshot. Raises OSError if the directory cannot be read.
 
     A snapshot whose files are unchanged since they became ``known`` is not opened. ``on_some`` is awaited with what
@@ -208,7 +204,7 @@ async def scan(
             continue
         try:
             if id_ not in loaded:
-                if on_some is not None and found.n_read and found.n_read % _SOME == 0:
+                if found.n_read and found.n_read % _SOME == 0:
                     await on_some(found)
                 loaded = await asyncio.to_thread(_load_some, directory, list(islice(unread, _AT_ONCE)))
                 found.n_read += len(loaded)
