@@ -23,6 +23,7 @@ SLOT = {"id": 0, "state": "free", "n_tokens": 0}
 BACKEND: dict[str, Any] = {
     "name": "gpu0",
     "health": "up",
+    "why_down": None,
     "drain": None,
     "n_ctx": 8192,
     "warnings": [],
@@ -87,7 +88,7 @@ def test_a_slow_disk() -> None:
 @pytest.mark.parametrize(
     ("its", "check"),
     [
-        ({"health": "down"}, "gpu0: connection"),
+        ({"health": "down", "why_down": "it refuses"}, "gpu0: connection"),
         ({"assist": {"is_on": False, "why": "x", "remedy": "llama-server --y"}}, "gpu0: slots"),
         ({"warnings": ["slot_save_path is not set"]}, "gpu0: slot files"),
         ({}, None),

@@ -22,15 +22,19 @@ SLOT = {"id": 0, "state": "HOT", "n_tokens": 4096, "is_dirty": True, "prefill": 
 BUSY = {**SLOT, "id": 1, "state": "LEASED", "user": "key:ada", "prefill": {"n_done": 512, "n_tokens": 60_211}}
 FREE = {**SLOT, "id": 2, "state": "FREE", "n_tokens": 0}
 GPU: dict[str, Any] = {
-    "name": "gpu0", "health": "up", "drain": None, "model": "m.gguf", "n_ctx": 8192,
+    "name": "gpu0", "health": "up", "why_down": None, "drain": None, "model": "m.gguf", "n_ctx": 8192,
     "warnings": ["slots cannot be saved"],
     "assist": {"is_on": True, "why": None, "remedy": None}, "slots": [SLOT, BUSY, FREE],
 }  # fmt: skip
-DOWN = {**GPU, "name": "gpu1", "health": "down", "slots": [], "assist": None, "warnings": [], "model": None}
+DOWN = {
+    **GPU, "name": "gpu1", "health": "down", "why_down": "llama-server refuses", "slots": [], "assist": None,
+    "warnings": [], "model": None,
+}  # fmt: skip
 ASIDE = {
     **DOWN,
     "name": "gpu2",
     "health": "up",
+    "why_down": None,
     "assist": {"is_on": False, "why": "a reason", "remedy": "a flag"},
 }
 STATUS: dict[str, Any] = {
@@ -73,6 +77,7 @@ def test_one_table(config_path: Path) -> None:
         "",
         "waiting: bob 2",
         "gpu0: slots cannot be saved",
+        "gpu1: llama-server refuses",
         "gpu2: a reason. a flag",
     ]
 

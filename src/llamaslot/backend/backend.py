@@ -141,6 +141,11 @@ class Backend:
         return self.last_session.model_name if self.last_session is not None else None
 
     @property
+    def why_down(self) -> str | None:
+        """Why it serves no request, for its users; None unless it is down."""
+        return f"llama-server at {self.api.url} {self._why_down}" if self.health is Health.DOWN else None
+
+    @property
     def is_unloaded(self) -> bool:
         """Whether the next request for its model loads it."""
         return self.presence.on_demand is not None and self.session is None

@@ -157,13 +157,15 @@ def person(user: str | None) -> str:
 
 
 def remarks(found: Json) -> list[str]:
-    """Who waits, why assist is off, warnings."""
+    """Who waits, why a backend is down or assist is off, warnings."""
     said = []
     waiting = [(person(user["id"]), user["waiting"]) for user in found["users"] if user["waiting"]]
     if waiting:
         said.append(f"waiting: {', '.join(who if n == 1 else f'{who} {n}' for who, n in waiting)}")
     for backend in found["backends"]:
         name, assist = backend["name"], backend["assist"]
+        if backend["why_down"]:
+            said.append(f"{name}: {backend['why_down']}")
         if assist is not None and not assist["is_on"]:
             said.append(f"{name}: {assist['why']}. {assist['remedy']}")
         said += [f"{name}: {warning}" for warning in backend["warnings"]]

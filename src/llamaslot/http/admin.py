@@ -136,6 +136,7 @@ def status_of(backend: Backend) -> dict[str, Any]:
     return {
         "name": backend.name,
         "health": backend.health.value,
+        "why_down": backend.why_down,
         "drain": backend.drain.state,
         "model": session.model_name if session else None,
         "n_ctx": table.n_ctx if table else None,

@@ -64,6 +64,7 @@ _STATUS = _object(
         _object(
             name=_TEXT,
             health=_TEXT,
+            why_down=_or_null(_TEXT),
             drain=_or_null(_TEXT),
             model=_or_null(_TEXT),
             n_ctx=_or_null(_COUNT),

@@ -139,6 +139,7 @@ function backends() {
   const every = all('backend:');
   const slots = every.flatMap((backend) => backend.slots);
   const nBusy = slots.filter((slot) => slot.state === 'LEASED').length;
+  at('slots').querySelector('.legend').hidden = !slots.length;
   say(at('slots-sum'), slots.length ? `${nBusy} of ${slots.length} busy` : '');
   const names = every.map((its) => its.model).join(' ');
   if (names !== models) store.refresh();
@@ -154,7 +155,7 @@ function backends() {
       say(title.children[1], facts.filter(Boolean).join(' · '));
       node.classList.toggle('down', its.health !== 'up');
       const aside = its.assist && !its.assist.is_on ? `llama-server chooses the slots: ${its.assist.why}. ${its.assist.remedy ?? ''}` : '';
-      const down = its.health === 'down' ? 'llama-server does not answer: requests wait or get an error until it does' : '';
+      const down = its.why_down ? `${its.why_down}; requests wait or get an error until it is up` : '';
       const told = [down, aside, ...its.warnings].filter(Boolean).join(' — ');
       warning.hidden = !told;
       warning.classList.toggle('bad', Boolean(down));
