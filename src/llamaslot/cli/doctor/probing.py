@@ -274,9 +274,9 @@ class ServerProbes:
 
     async def _trip(self, slot: int, other: int | None, filled: Filled, props: Props) -> None:
         room = await self._files_of_probes().reserve(self._rates.size_bytes(filled.n_tokens))
-        tokens, owner = meaningless_tokens(filled.n_tokens), TaskOwner()
+        owner = TaskOwner()
         try:
-            trip = await round_trip(self._api, slot, other, tokens, room.part_name, owner)
+            trip = await round_trip(self._api, slot, other, room.part_name, owner)
         except SlotActionFailed as error:
             return self._say("save and restore", "fault", f"{error}")
         finally:

@@ -82,9 +82,7 @@ class Trip(Struct):
         return text + pause
 
 
-async def round_trip(
-    api: LlamaServer, slot: int, other: int | None, tokens: bytes, name: str, owner: TaskOwner
-) -> Trip:
+async def round_trip(api: LlamaServer, slot: int, other: int | None, name: str, owner: TaskOwner) -> Trip:
     """Save ``slot`` as ``name``, empty and restore it, beside a stream in ``other``. Raises SlotActionFailed."""
     stream = _Stream()
     if other is not None:
