@@ -50,7 +50,11 @@ ENDED = {
     "at": 0.0, "total_s": 9.0, "queued_s": 0.2, "first_s": 0.5, "user": "key:ada", "error": "",
     "text": "slot 1 held 9 of 10 tokens",
 }  # fmt: skip
-ACTIVITY = {"in_flight": [FLIGHT], "ended": [ENDED]}
+TODAY = {
+    "n": 12, "share_reused": 0.571, "saved_s": 40.2, "saved_error_s": 8.7, "first_p50_s": 0.88, "first_p95_s": 22.0,
+    "n_faults": 0, "n_unserved": 1,
+}  # fmt: skip
+ACTIVITY = {"in_flight": [FLIGHT], "ended": [ENDED], "today": TODAY}
 
 
 @pytest.fixture
@@ -67,6 +71,8 @@ def test_one_table(config_path: Path) -> None:
     result = CliRunner().invoke(cli.main, ["status", "--config", str(config_path)])
     assert result.stdout.splitlines() == [
         "llamaslot 1: 1 of 3 slots work, 2 wait; 1 snapshot, 1.5 GiB of 20.0 GiB",
+        "today: 12 requests; 57% of prompt tokens reused, 40 s ± 8.7 s of prefill saved; "
+        "half of the first tokens within 0.88 s, 95% within 22 s; 1 not served",
         "",
         "SLOT    STATE          TOKENS  USED  SAVED  USER  DOING",
         "gpu0/0  hot             4,096   50%  no",
@@ -135,7 +141,8 @@ def test_what_top_draws(config_path: Path) -> None:
     console.print(_drawn(Running.of(config_path)))
     assert isinstance(console.file, io.StringIO)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    assert lines[5].endswith("ada   prefill 512 of 60…")
+    assert lines[2].startswith("today: 12 requests; 57% of prompt tokens reused, 40 s")
+    assert lines[6].endswith("ada   prefill 512 of 60…")
     assert "waiting: bob 2" in lines
     assert " ".join(lines[-1].split()).endswith("ada 0.2 s 0.5 s slot 1 held 9 of 10 tokens")
 

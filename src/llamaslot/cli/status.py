@@ -17,6 +17,7 @@ from llamaslot.sizes import readable_size
 # Slow imports are made where they are needed: rich takes 0.1 s, and only ``top`` uses it.
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 Json = Mapping[str, Any]
 
@@ -44,14 +45,15 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
     with report_faults():
         running = _running(path, url)
         found = running.get("status")
-        in_flight = running.get("activity?n=0")["in_flight"]
+        activity = running.get("activity?n=0")
     if is_json:
         import json
 
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(headline(found))
-    for line in ("", *table(HEADINGS, list(rows(found, in_flight)), RIGHT), *remarks(found)):
+    click.echo(today(activity["today"]))
+    for line in ("", *table(HEADINGS, list(rows(found, activity["in_flight"])), RIGHT), *remarks(found)):
         click.echo(line)
 
 
@@ -99,6 +101,26 @@ def headline(found: Json) -> str:
     slots = [slot for backend in found["backends"] for slot in backend["slots"]]
     n_busy = sum(slot["state"] == "LEASED" for slot in slots)
     return f"llamaslot {found['version']}: {n_busy} of {len(slots)} slots work, {found['queue']} wait; {kept}"
+
+
+def today(sums: Json) -> str:
+    """What was saved since midnight, and what failed."""
+    from llamaslot.observe.words import seconds
+
+    if not sums["n"]:
+        return "today: no request yet"
+    said = [several(sums["n"], "request", "requests")]
+    if sums["share_reused"] is not None:
+        saved = f"{seconds(sums['saved_s'])} ± {seconds(sums['saved_error_s'])} of prefill saved"
+        said.append(f"{sums['share_reused']:.0%} of prompt tokens reused, {saved}")
+    if sums["first_p50_s"] is not None:
+        half, most = seconds(sums["first_p50_s"]), seconds(sums["first_p95_s"])
+        said.append(f"half of the first tokens within {half}, 95% within {most}")
+    if sums["n_faults"]:
+        said.append(f"{sums['n_faults']} failed because of llamaslot")
+    if sums["n_unserved"]:
+        said.append(f"{sums['n_unserved']} not served")
+    return f"today: {'; '.join(said)}"
 
 
 def rows(found: Json, in_flight: Sequence[Json]) -> Iterator[tuple[str, ...]]:
@@ -188,7 +210,7 @@ def _drawn(running: Running) -> RenderableType:
         column.no_wrap = heading != HEADINGS[-1]
     for row in rows(found, activity["in_flight"]):
         style = "green" if row[1].startswith("leased") else "dim" if row[1].startswith("free") else ""
-        grid.add_row(*map(Text, row[:-1]), Text(row[-1], no_wrap=True, overflow="ellipsis"), style=style)
+        grid.add_row(*map(Text, row[:-1]), _cut(row[-1]), style=style)
     ended = Table(
         "ENDED", "USER", "WAITED", "FIRST TOKEN", "WHY", box=None, pad_edge=False, header_style="bold"
     )
@@ -196,8 +218,16 @@ def _drawn(running: Running) -> RenderableType:
         column.no_wrap = True
     ended.columns[0].justify = ended.columns[2].justify = ended.columns[3].justify = "right"
     for row in _ended(activity["ended"], time.time()):
-        ended.add_row(*map(Text, row[:-1]), Text(row[-1], no_wrap=True, overflow="ellipsis"))
-    return Group(Text(headline(found), style="bold"), Text(), grid, *map(Text, remarks(found)), Text(), ended)
+        ended.add_row(*map(Text, row[:-1]), _cut(row[-1]))
+    first = Text(headline(found), style="bold"), _cut(today(activity["today"])), Text()
+    return Group(*first, grid, *map(Text, remarks(found)), Text(), ended)
+
+
+def _cut(text: str) -> Text:
+    """Of one line, however narrow the terminal is."""
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _ended(found: Sequence[Json], now: float) -> Iterator[tuple[str, ...]]:

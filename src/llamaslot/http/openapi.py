@@ -177,7 +177,9 @@ def _sum(name: str, empty: float | None) -> Json:
     return _or_null(schema) if empty is None else schema
 
 
-_POINT = _object(at=_COUNT, **{name: _sum(name, empty) for name, empty in Sums().to_json().items()})
+_SUMS = {name: _sum(name, empty) for name, empty in Sums().to_json().items()}
+_POINT = _object(at=_COUNT, **_SUMS)
+_TODAY = _object(**_SUMS, share_reused=_or_null(_SECONDS))
 _SNAPSHOT = _object(
     id=_TEXT,
     store=_TEXT,
@@ -284,7 +286,7 @@ PATHS: dict[str, Json] = {
                 "Newest first. With 'request' all of one, its timeline included.",
                 {
                     "anyOf": [
-                        _object(in_flight=_list_of(_FLIGHT), ended=_list_of(_object(**_ROW))),
+                        _object(in_flight=_list_of(_FLIGHT), ended=_list_of(_object(**_ROW)), today=_TODAY),
                         _object(**_WHOLE),
                     ]
                 },

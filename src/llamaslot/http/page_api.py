@@ -68,8 +68,8 @@ class PageApi:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def _activity(self, request: web.Request) -> dict[str, Any]:
-        """Requests in flight, and the last that have ended, newest first; with ``request`` all of the latest one of
-        that id. Raises NotFound.
+        """Requests in flight, the last that have ended, newest first, and the sums of today; with ``request`` all of
+        the latest one of that id. Raises NotFound.
         """
         self._requests.digest()
         history, now = self._requests.history, time.monotonic()
@@ -80,7 +80,7 @@ class PageApi:
         n, after = digits(request, "n", 100, KEPT), digits(request, "after", 0, 10**9)
         ended = [activity.row() for activity in reversed(history.latest) if activity.serial > after][:n]
         running = [self._page_state.flight(flight, now) for flight in self._requests.running.values()]
-        return {"in_flight": running, "ended": ended}
+        return {"in_flight": running, "ended": ended, "today": self._page_state.headline(now)["today"]}
 
     def _cancel(self, request: web.Request) -> dict[str, Any]:
         id_ = _named(request, "request")
