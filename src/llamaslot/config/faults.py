@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        fault = "there is no such file; README.md shows a configuration to start from"
+        fault = "there is no such file: README.md has one to start from; 'llamaslot run' and 'llamaslot demo' need none"
     except OSError as error:
         fault = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
