@@ -12,6 +12,7 @@ import pytest
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import Catalog, NotShared, SavedSlot, prove_shared, read_slot_file
+from llamaslot.store.quota import Limits
 from tests.support import models
 from tests.support.real import RealServer
 
@@ -53,7 +54,7 @@ async def test_the_header_is_prompt_and_answer(
     model = kind(tmp_path_factory.getbasetemp() / "models")
     async with RealServer(model, tmp_path, slots=2, context=2048) as server:
         tokens = pack(PROMPT + (await fill(server))[:-1])
-        catalog = Catalog(tmp_path, 64 << 20, now=time.time, on_drop=lambda _: None)
+        catalog = Catalog(tmp_path, Limits(64 << 20), now=time.time, on_drop=lambda _: None)
         await catalog.open()
         draft = await catalog.reserve(1 << 20)
         answer = await save(server, draft.part_name)
@@ -72,7 +73,7 @@ async def test_the_header_is_prompt_and_answer(
         await catalog.settle()
         catalog.close()
         await server.restart()
-        catalog = Catalog(tmp_path, 64 << 20, now=time.time, on_drop=lambda _: None)
+        catalog = Catalog(tmp_path, Limits(64 << 20), now=time.time, on_drop=lambda _: None)
         assert await catalog.open() == [snapshot.listed]
         with catalog.pin(snapshot.id):
             await catalog.verify(snapshot.id)
@@ -106,7 +107,7 @@ async def test_a_truncated_file_is_noticed_by_its_size(
     model = models.dense(tmp_path_factory.getbasetemp() / "models")
     async with RealServer(model, tmp_path, slots=1, context=2048) as server:
         await fill(server)
-        catalog = Catalog(tmp_path, 64 << 20, now=time.time, on_drop=lambda _: None)
+        catalog = Catalog(tmp_path, Limits(64 << 20), now=time.time, on_drop=lambda _: None)
         await catalog.open()
         draft = await catalog.reserve(1 << 20)
         answer = await save(server, draft.part_name)

@@ -12,6 +12,7 @@ from llamaslot.cache.reuse import CacheKind
 from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog
+from llamaslot.store.quota import Limits
 from tests.support import models
 from tests.support.real import RealServer
 
@@ -24,7 +25,7 @@ async def test_slot_files_keep_checkpoints(tmp_path: Path, kind: str) -> None:
     model = {"swa": models.swa, "recurrent": models.recurrent}[kind](tmp_path)
     cache_kind = {"swa": CacheKind.SWA, "recurrent": CacheKind.RECURRENT}[kind]
     async with RealServer(model, tmp_path / "kv", slots=1) as server:
-        catalog = Catalog(tmp_path / "kv", 1 << 30, now=time.time, on_drop=lambda _: None)
+        catalog = Catalog(tmp_path / "kv", Limits(1 << 30), now=time.time, on_drop=lambda _: None)
         await catalog.open()
         api = LlamaServer(server.url, None)
         probes = Probes(api, catalog, Rates())

@@ -16,6 +16,7 @@ import pytest
 from llamaslot.cache.ids import pack
 from llamaslot.scheduling.eviction import ByValue, Order
 from llamaslot.store import Catalog, Reservation, SavedSlot, Snapshot, WithTokens
+from llamaslot.store.quota import Limits
 from llamaslot.store.sidecar import EXT, KV, PART, own_name
 
 MAGIC = 0x67677371
@@ -76,9 +77,7 @@ class Shelter:
     def _catalog(self) -> Catalog:
         return Catalog(
             self.directory,
-            self.quota_bytes,
-            max_files=self.max_files,
-            min_free_bytes=self.min_free_bytes,
+            Limits(self.quota_bytes, self.max_files, self.min_free_bytes),
             now=self.tick,
             on_drop=self._on_drop,
             manifest=self.manifest,

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaslot.store import QuotaExceeded, Reservation, sidecar
-from llamaslot.store.quota import beyond_disk
+from llamaslot.store.quota import Limits, beyond_disk
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
 TOKENS = some_tokens(40)
@@ -402,12 +402,12 @@ async def test_smaller_limits_hold_at_once(shelter: Shelter, caplog: pytest.LogC
     caplog.set_level("INFO")
     saved = [await shelter.save(some_tokens(40, seed), 2_000) for seed in range(4)]
     with shelter.catalog.pin(saved[0].id):
-        shelter.catalog.take_limits(4_500, 10_000, 0)
+        shelter.catalog.take_limits(Limits(4_500))
         await shelter.catalog.settle()
         assert shelter.dropped == [saved[1].id, saved[2].id]
         assert shelter.bytes_on_disk() <= 4_500
     assert "snapshots: 2 evicted for the new limits" in caplog.messages
-    shelter.catalog.take_limits(4_500, 1, 0)
+    shelter.catalog.take_limits(Limits(4_500, max_files=1))
     await shelter.catalog.settle()
     assert shelter.dropped == [saved[1].id, saved[2].id, saved[0].id]
     shelter.catalog.check()

@@ -34,6 +34,7 @@ from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.prefill_policy import PrefillSharing
 from llamaslot.store import Snapshot
+from llamaslot.store.quota import Limits
 from llamaslot.store.snapshot_store import SnapshotStore
 
 log = logging.getLogger(__name__)
@@ -125,9 +126,7 @@ class Registry:
                 directory,
                 settings.meta_dir,
                 name,
-                quota_bytes=settings.quota,
-                max_files=settings.max_files,
-                min_free_bytes=settings.min_free,
+                limits=_store_limits(settings),
                 landing=slot_files,
                 landing_bytes=settings.landing_quota,
                 on_drop=self._dropped,
@@ -155,7 +154,7 @@ class Registry:
 
     @property
     def quota_bytes(self) -> int:
-        return sum(store.catalog.quota_bytes for store in self.stores.values())
+        return sum(store.catalog.limits.quota_bytes for store in self.stores.values())
 
     def backend_named(self, name: str) -> Backend | None:
         return self._backends.get(name)
@@ -171,7 +170,7 @@ class Registry:
             names = [name for backend in pool.once_connected for name in _names_of(backend)]
             pool.configure(self._settings_of(names))
         for store in self.stores.values():
-            store.take_limits(config.store.quota, config.store.max_files, config.store.min_free)
+            store.take_limits(_store_limits(config.store))
 
     async def add_later(self, config: Config, name: str) -> None:
         """Add a backend to those that run, or put one that was drained into service again. Raises LlamaslotError if
@@ -388,6 +387,10 @@ def _pool_settings(config: Config, model: ModelConfig | None = None) -> PoolSett
         limits=_limits(config, model),
         prewarm=_chat_bodies(config, config.prewarm if own is None else own),
     )
+
+
+def _store_limits(settings: StoreConfig) -> Limits:
+    return Limits(settings.quota, settings.max_files, settings.min_free)
 
 
 def _limits(config: Config, model: ModelConfig | None = None) -> QueueLimits:

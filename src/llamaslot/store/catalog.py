@@ -43,10 +43,8 @@ class Catalog:
     def __init__(
         self,
         directory: Path,
-        quota_bytes: int,
+        limits: Limits,
         *,
-        max_files: int = 10_000,
-        min_free_bytes: int = 0,
         now: Callable[[], float],
         on_drop: Callable[[Snapshot], None],
         manifest: Path | None = None,
@@ -56,7 +54,6 @@ class Catalog:
     ) -> None:
         """``landing``: where llama-server writes and reads, if elsewhere; ``landing_bytes`` may stay there."""
         self.directory, self.slot_files = directory, landing or directory
-        self.quota_bytes = quota_bytes
         self._now, self._on_drop = now, on_drop
         self._lock = DirectoryLock(directory)
         self._tasks = TaskOwner()
@@ -64,7 +61,7 @@ class Catalog:
         self._table = SnapshotTable(order)
         self._quota = Quota(
             directory,
-            Limits(quota_bytes, max_files, min_free_bytes),
+            limits,
             lambda: len(self._table) + len(self._reservations),
             self._tasks,
         )
@@ -84,7 +81,7 @@ class Catalog:
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:
-        used = f"{readable_size(self.size_bytes)} of {readable_size(self.quota_bytes)}"
+        used = f"{readable_size(self.size_bytes)} of {readable_size(self.limits.quota_bytes)}"
         return f"<Catalog {self.directory} {len(self.snapshots)} snapshots {used}>"
 
     @property
@@ -160,7 +157,7 @@ class Catalog:
             "snapshots: %d in %s, %s of %s used; removed %d unfinished and %d broken, evicted %d, ignored %d files"
             " of others",
             *(len(self.snapshots), self.directory),
-            *(readable_size(self.size_bytes), readable_size(self.quota_bytes)),
+            *(readable_size(self.size_bytes), readable_size(self.limits.quota_bytes)),
             *(found.n_unfinished, len(found.faults), len(over), found.n_foreign),
         )
         return list(self.snapshots.values())
@@ -183,11 +180,16 @@ class Catalog:
 
     # -- space ---------------------------------------------------------------------------------------------------
 
-    def take_limits(self, quota_bytes: int, max_files: int, min_free_bytes: int) -> None:
+    @property
+    def limits(self) -> Limits:
+        """Those in force."""
+        return self._quota.limits
+
+    def take_limits(self, limits: Limits) -> None:
         """Keep to these from now on. What is too much is evicted in the background; in a shared store, where that
         takes a turn, for the next reservation.
         """
-        self.quota_bytes, self._quota.limits = quota_bytes, Limits(quota_bytes, max_files, min_free_bytes)
+        self._quota.limits = limits
         if not self._quota.is_shared:
             self._tasks.spawn(self._keep_to_limits(), "keep to the limits")
 

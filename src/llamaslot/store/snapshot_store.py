@@ -12,7 +12,7 @@ from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
 from llamaslot.store.catalog import Catalog
 from llamaslot.store.learned import LearnedFile
 from llamaslot.store.model_snapshots import Libraries
-from llamaslot.store.quota import beyond_disk
+from llamaslot.store.quota import Limits, beyond_disk
 from llamaslot.store.sidecar import Snapshot
 from llamaslot.tasks import TaskOwner
 
@@ -28,24 +28,19 @@ class SnapshotStore:
         meta_dir: Path,
         name: str,
         *,
-        quota_bytes: int,
-        max_files: int,
-        min_free_bytes: int,
+        limits: Limits,
         landing: Path | None,
         landing_bytes: int,
         on_drop: Callable[[Snapshot], None],
         saves_s: Callable[[SnapshotStats], float],
     ) -> None:
-        self._min_free_bytes = min_free_bytes
         self.n_backends = 0  # that save into this directory
         self.name, self._on_drop, self._tasks = name, on_drop, TaskOwner()
         self._order = ByValue()
         self._order.saves_s = saves_s
         self.catalog = Catalog(
             directory,
-            quota_bytes,
-            max_files=max_files,
-            min_free_bytes=min_free_bytes,
+            limits,
             now=time.time,
             on_drop=self._dropped,
             order=self._order,
@@ -74,15 +69,14 @@ class SnapshotStore:
         self._order.hit_rates = HitRateModel.from_json(await self._hit_rates.read())
         await self.catalog.open()
 
-    def take_limits(self, quota_bytes: int, max_files: int, min_free_bytes: int) -> None:
+    def take_limits(self, limits: Limits) -> None:
         """Keep to these from now on; what is too much is evicted in the background."""
-        self._min_free_bytes = min_free_bytes
-        self.catalog.take_limits(quota_bytes, max_files, min_free_bytes)
+        self.catalog.take_limits(limits)
 
     def beyond_disk(self) -> str | None:
         """A warning if the disk is smaller than the quota, else None. Blocking."""
-        catalog = self.catalog
-        return beyond_disk(catalog.quota_bytes, self._min_free_bytes, catalog.directory, catalog.size_bytes)
+        catalog, limits = self.catalog, self.catalog.limits
+        return beyond_disk(limits.quota_bytes, limits.min_free_bytes, catalog.directory, catalog.size_bytes)
 
     async def store_learned(self) -> None:
         """Write what was learned. Canceling is safe: the file is written to its end all the same."""
