@@ -201,6 +201,7 @@ async def test_an_operator_needs_the_key_and_a_keyboard(tmp_path: Path) -> None:
             await page.keyboard.press("Shift+Tab")
             await page.keyboard.press("Enter")
             assert (await asked).status == 410
+            await page.wait_for_selector("#requests tr.cancelled")  # told by the stream
             assert not any(ADMIN_KEY in address for address in addresses)
             assert all("401" in one for one in said)  # Chromium reports each refused request
 
