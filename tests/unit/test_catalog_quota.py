@@ -386,6 +386,20 @@ async def test_a_full_disk_evicts_too(tmp_path: Path, monkeypatch: pytest.Monkey
     await closed(shelter)
 
 
+async def test_a_file_that_has_grown_evicts_no_more_than_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that is full with it: what was removed for it is free."""
+    shelter = await limited(tmp_path)
+    FileSystem(shelter, 9_000, monkeypatch)
+    saved = [await shelter.save(some_tokens(40, seed), 2_000) for seed in range(3)]
+    draft = await shelter.catalog.reserve(1_000)
+    tokens = some_tokens(40, 9)
+    await shelter.commit(draft, tokens, shelter.write(draft, tokens, 4_500))
+    assert shelter.dropped == [saved[0].id]
+    await closed(shelter)
+
+
 async def test_a_file_system_that_tells_no_size_has_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

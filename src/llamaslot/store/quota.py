@@ -196,9 +196,9 @@ class Quota:
     async def _make_available(
         self, size_bytes: int, n_files: int, evict: Callable[[Deficit], bool], neighbours: Neighbours | None
     ) -> None:
-        has_retried = False
+        has_retried = has_removed = False
         while True:
-            if size_bytes:
+            if size_bytes or has_removed:  # else what was removed would be missing still
                 await self.query_free_space()
             if neighbours is not None:
                 await neighbours.look()
@@ -225,6 +225,7 @@ class Quota:
                 return
             if self.removing:
                 await self.next_removal()
+                has_removed = True
 
     def _fits(self, size_bytes: int, n_files: int) -> bool:
         is_free = not size_bytes or self._short_of_free(size_bytes, 0) <= 0
@@ -240,7 +241,7 @@ class Quota:
             )
             if limits.min_free_bytes:
                 text += f", of which store.min_free leaves {readable_size(limits.min_free_bytes)} to others"
-            return f"{text}. Contexts stay in their slots only, until there is more"
+            return f"{text}. Make room there: until then contexts stay in their slots only"
         parts = f"{readable_size(self.committed)} in snapshots, {readable_size(self.granted)} being written"
         if self.others:
             parts += f", {readable_size(self.others)} of other models in the same store"
@@ -248,7 +249,8 @@ class Quota:
             parts += f", {readable_size(self.left)} in files that cannot be removed"
         if self._n_held() + len(self.leftovers) + self._n_waiting > limits.max_files:
             return f"no room for another file: store.max_files is {limits.max_files} ({parts})"
-        return f"no room for {readable_size(size_bytes)}: the quota is {readable_size(limits.quota_bytes)} ({parts})"
+        quota = f"the quota is {readable_size(limits.quota_bytes)} ({parts})"
+        return f"no room for {readable_size(size_bytes)}: {quota}. Raise store.quota, or unpin something"
 
     def remove(self, id_: str, size_bytes: int, *, keeps_data: bool = False) -> asyncio.Task[None]:
         """Start to unlink the files of an id; its bytes count until that is done. ``keeps_data``: only the sidecar."""
