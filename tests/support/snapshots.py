@@ -155,14 +155,15 @@ class Shelter:
         return {entry.name for entry in self.directory.iterdir()} - {".llamaslot.lock", ".llamaslot.hits"}
 
     def bytes_on_disk(self) -> int:
-        """What counts for the quota: the real sizes of our files but sidecars."""
-        total = 0
-        for entry in self.directory.iterdir():
-            own = own_name(entry.name)
-            if own is not None and own[1] in (KV, EXT, PART):
-                with suppress(FileNotFoundError):  # on its way out
-                    total += entry.stat().st_size
-        return total
+        """What counts for the quota: the real sizes of our files but sidecars. Counted again if one gets another name
+        meanwhile or goes: a thread may look, and a file system would not miss it."""
+        while True:
+            names = [path.name for path in self.directory.iterdir()]
+            ours = [name for name in names if (own := own_name(name)) and own[1] in (KV, EXT, PART)]
+            with suppress(FileNotFoundError):
+                total = sum((self.directory / name).stat().st_size for name in ours)
+                if set(names) == {path.name for path in self.directory.iterdir()}:
+                    return total
 
     def whole(self) -> set[str]:
         """The names that the listed snapshots have: a settled directory holds exactly these."""
