@@ -165,7 +165,6 @@ class Viewer:
 
     def __init__(self, port: int) -> None:
         self.client, self.is_drawn = Client(port), asyncio.Event()
-        self.n_bytes = self.n_asked = 0
         self.store: asyncio.TimerHandle | None = None
         self.stored_at = 0.0
         self.tasks = TaskOwner()
@@ -176,7 +175,6 @@ class Viewer:
         writer.write(b"GET /llamaslot/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         try:
             while told := await reader.read(2**18):
-                self.n_bytes += len(told)
                 if b"event: all" in told:
                     await self.get("activity?n=2000&after=0")
                     await self.get("history?span=hour&by=all")
@@ -188,8 +186,7 @@ class Viewer:
             writer.close()
 
     async def get(self, path: str) -> None:
-        self.n_asked += 1
-        self.n_bytes += sum(map(len, (await self.client.get(f"/llamaslot/{path}")).body))
+        await self.client.get(f"/llamaslot/{path}")
 
     def begin_store(self) -> None:
         self.stored_at = asyncio.get_running_loop().time()
@@ -393,16 +390,11 @@ class Load:
         async with asyncio.timeout(_PATIENCE_S):
             await asyncio.gather(*(viewer.is_drawn.wait() for viewer in begun))
 
-    async def leave(self) -> dict[str, Any]:
-        """All of them are closed. ``n_bytes``: what each was sent, in the mean; ``n_asked``: how often each asked."""
+    async def leave(self) -> None:
+        """All of them are closed."""
         viewers, self.viewers = self.viewers, []
         for viewer in viewers:
             await viewer.close()
-        n = max(len(viewers), 1)
-        return {
-            "n_bytes": sum(its.n_bytes for its in viewers) / n,
-            "n_asked": sum(its.n_asked for its in viewers) / n,
-        }
 
     async def health(self, port: int, n: int, at_once: int) -> dict[str, Any]:
         """``GET /health`` as ``ab -k -c`` does it: on kept connections."""

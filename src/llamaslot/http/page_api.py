@@ -18,7 +18,7 @@ from llamaslot.http.in_flight import Requests
 from llamaslot.http.page_events import PageEvents
 from llamaslot.http.page_state import PageState
 from llamaslot.observe.history import KEPT
-from llamaslot.observe.series import SPANS, Sums
+from llamaslot.observe.series import SPANS
 from llamaslot.store.listing import MOST, Listing
 from llamaslot.store.snapshot_store import SnapshotStore
 
@@ -50,7 +50,7 @@ class PageApi:
                 seconds = digits(request, "seconds", 0, _LONGEST_S)
                 return await self._events.watch(request, seconds or None, partial(self._is_admitted, request))
             case "/llamaslot/activity":
-                return _answer(self._activity(request))
+                return _answer(await self._activity(request))
             case "/llamaslot/history":
                 return _answer(await self._history(request))
             case "/llamaslot/snapshots":
@@ -67,9 +67,9 @@ class PageApi:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def _activity(self, request: web.Request) -> dict[str, Any]:
+    async def _activity(self, request: web.Request) -> dict[str, Any]:
         """Requests in flight, the last that have ended, newest first, and the sums of today; with ``request`` all of
-        the latest one of that id. Raises NotFound.
+        the latest one of that id. Raises NotFound. Canceling is safe.
         """
         self._requests.digest()
         history, now = self._requests.history, time.monotonic()
@@ -78,8 +78,9 @@ class PageApi:
                 raise NotFound(f"no request {shortened(id_)} is among the last {KEPT} that have ended")
             return found.to_json()
         n, after = digits(request, "n", 100, KEPT), digits(request, "after", 0, 10**9)
-        ended = [activity.row() for activity in reversed(history.latest) if activity.serial > after][:n]
+        latest = [activity for activity in reversed(history.latest) if activity.serial > after][:n]
         running = [self._page_state.flight(flight, now) for flight in self._requests.running.values()]
+        ended = await _in_slices(activity.row() for activity in latest)
         return {"in_flight": running, "ended": ended, "today": self._page_state.headline(now)["today"]}
 
     def _cancel(self, request: web.Request) -> dict[str, Any]:
@@ -114,7 +115,12 @@ class PageApi:
             "span_s": SPANS[span][0],
             "step_s": SPANS[span][1],
             "lines": [
-                {"name": name, "points": await _in_slices(series.points(span, now, backend, model))}
+                {
+                    "name": name,
+                    "points": await _in_slices(
+                        {"at": at, **sums.to_json()} for at, sums in series.points(span, now, backend, model)
+                    ),
+                }
                 for name, backend, model in lines
             ],
         }
@@ -190,11 +196,11 @@ def _named(request: web.Request, what: str) -> str:
     return id_
 
 
-async def _in_slices(points: Iterable[tuple[int, Sums]]) -> list[dict[str, Any]]:
-    """As JSON; every few milliseconds others run."""
+async def _in_slices(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All ``rows``, which are made one by one; every few milliseconds others run."""
     found, since = [], time.monotonic()
-    for at, sums in points:
-        found.append({"at": at, **sums.to_json()})
+    for row in rows:
+        found.append(row)
         if time.monotonic() - since > _SLICE_S:
             await asyncio.sleep(0)
             since = time.monotonic()
