@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from llamaslot.store import QuotaExceeded, Reservation, sidecar
 from llamaslot.store.quota import Limits, beyond_disk
@@ -438,7 +439,12 @@ async def test_a_disk_that_others_have_filled_takes_nothing(
     said = r"no room for 1\.0 KiB: 1\.5 KiB are free on the file system of .*, of which store\.min_free leaves 2\.0 KiB"
     with pytest.raises(QuotaExceeded, match=said):
         await shelter.catalog.reserve(1_024)
+    disk.others_bytes = 7_500
+    shelter.catalog.take_limits(replace(shelter.catalog.limits, max_files=9_999))
+    await shelter.catalog.settle()
     assert not shelter.dropped
+    await shelter.reopen()
+    assert len(shelter.catalog.snapshots) == 1
     await closed(shelter)
 
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from llamaslot.observe.recurring import AGAIN_S, Recurring
+from llamaslot.observe.recurring import AGAIN_S, OVER_S, Recurring
 
 
 class Clock:
@@ -33,14 +33,17 @@ def fail(saves: Recurring, n: int, reason: str = "no room for {} MiB: 1.{} KiB a
 
 
 def test_a_full_disk_is_told_when_it_begins_and_when_it_is_over(
-    saves: Recurring, caplog: pytest.LogCaptureFixture
+    saves: Recurring, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Between them no request has a line of its own: sizes and ids make no new reason."""
     fail(saves, 50)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+    clock.now = OVER_S
     for _ in range(3):
         saves.succeeded()
     assert caplog.messages[1:] == ["slots are saved again"]
+    fail(saves, 2)
+    assert len(caplog.messages) == 3, "it has begun again"
 
 
 def test_another_reason_is_told(saves: Recurring, caplog: pytest.LogCaptureFixture) -> None:
@@ -64,11 +67,11 @@ def test_what_lasts_is_told_each_ten_minutes(
 def test_what_comes_and_goes_is_told_each_ten_minutes_too(
     saves: Recurring, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Small files fit, large ones do not: that is no news with each file."""
+    """Small files fit, large ones do not: that is no news with each file, nor is it over."""
     for _ in range(20):
         fail(saves, 1)
         saves.succeeded()
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 1
     clock.now = AGAIN_S
     fail(saves, 1)
-    assert len(caplog.messages) == 3
+    assert len(caplog.messages) == 2

@@ -323,6 +323,7 @@ class TestInTheBackground:
         assert all(slot.content.is_dirty for slot in table.slots)
         assert caplog.text.count("was not saved: ") == 1
         house.catalog.is_disk_full = False
+        house.loop.pass_time(60.0)
         house.start(house.idle_save.save_all(), "idle save")
         house.finish()
         assert caplog.text.count("slots are saved again") == 1

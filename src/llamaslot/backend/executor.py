@@ -59,7 +59,7 @@ class PlanExecutor:
         self.feedback = Feedback(self.catalog, self.rates, self.metrics, self.tasks, self.now)
         self.chunked_prefill = ChunkedPrefill(self.api, self.rates, self.metrics, self._leases, self.feedback)
         self.boot_id = ""
-        self._failures = Recurring(log, f"{self._leases.backend}: snapshots are restored again")
+        self._failures = Recurring(log, f"{self._leases.backend}: snapshots are restored again", now=self.now)
 
     async def prepare(
         self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False

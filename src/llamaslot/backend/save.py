@@ -82,7 +82,7 @@ class Saving:
         self.metrics, self.tasks, self.now = metrics, tasks, leases.now
         self.leases = leases
         self.fingerprint = ""
-        self._failures = Recurring(log, f"{leases.backend}: slots are saved again")
+        self._failures = Recurring(log, f"{leases.backend}: slots are saved again", now=leases.now)
         self._lock = asyncio.Lock()
         self._commits: set[asyncio.Task[WithTokens | None]] = set()  # in the background
 

@@ -52,7 +52,7 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(headline(found))
-    click.echo(today(activity["today"]))
+    click.echo(today(activity.get("today")))
     for line in ("", *table(HEADINGS, list(rows(found, activity["in_flight"])), RIGHT), *remarks(found)):
         click.echo(line)
 
@@ -103,10 +103,12 @@ def headline(found: Json) -> str:
     return f"llamaslot {found['version']}: {n_busy} of {len(slots)} slots work, {found['queue']} wait; {kept}"
 
 
-def today(sums: Json) -> str:
-    """What was saved since midnight, and what failed."""
+def today(sums: Json | None) -> str:
+    """What was saved since midnight, and what failed. None: an older llamaslot answers, which does not tell."""
     from llamaslot.observe.words import seconds
 
+    if sums is None:
+        return "today: unknown; restart llamaslot, which is older than this command"
     if not sums["n"]:
         return "today: no request yet"
     said = [several(sums["n"], "request", "requests")]
@@ -186,8 +188,8 @@ def remarks(found: Json) -> list[str]:
         said.append(f"waiting: {', '.join(who if n == 1 else f'{who} {n}' for who, n in waiting)}")
     for backend in found["backends"]:
         name, assist = backend["name"], backend["assist"]
-        if backend["why_down"]:
-            said.append(f"{name}: {backend['why_down']}")
+        if why := backend.get("why_down"):  # older ones do not tell
+            said.append(f"{name}: {why}")
         if assist is not None and not assist["is_on"]:
             said.append(f"{name}: {assist['why']}. {assist['remedy']}")
         said += [f"{name}: {warning}" for warning in backend["warnings"]]
@@ -219,7 +221,7 @@ def _drawn(running: Running) -> RenderableType:
     ended.columns[0].justify = ended.columns[2].justify = ended.columns[3].justify = "right"
     for row in _ended(activity["ended"], time.time()):
         ended.add_row(*map(Text, row[:-1]), _cut(row[-1]))
-    first = Text(headline(found), style="bold"), _cut(today(activity["today"])), Text()
+    first = Text(headline(found), style="bold"), _cut(today(activity.get("today"))), Text()
     return Group(*first, grid, *map(Text, remarks(found)), Text(), ended)
 
 

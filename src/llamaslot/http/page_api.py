@@ -41,7 +41,8 @@ class PageApi:
         self._page_state = PageState(registry, requests)
         self._listings: dict[str, Listing] = {}
         self._names: dict[str, str] = {}  # of models, kept while llama-server restarts
-        self._listed: tuple[float, tuple[int, int], bytes] | None = None  # when, of what, as JSON
+        self._listed: tuple[float, tuple[object, ...], bytes] | None = None  # when, of what, as JSON
+        self._n_changes = 0
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
         """Answer a request for one of these pages; None for another one. Raises NotFound and BadRequest."""
@@ -61,7 +62,7 @@ class PageApi:
                 try:
                     return _answer(await self._change(request))
                 finally:
-                    self._listed = None
+                    self._n_changes += 1
             case _:
                 return None
 
@@ -128,10 +129,12 @@ class PageApi:
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     async def _snapshots(self, max_age_s: float) -> bytes:
-        """As JSON. That of up to ``max_age_s`` ago, if as many snapshots have as many bytes: many pages cost no more
-        than one. Canceling is safe.
+        """As JSON. That of up to ``max_age_s`` ago, if nothing was changed here and as many snapshots have as many
+        bytes: many pages cost no more than one. Canceling is safe.
         """
-        now, holds = time.monotonic(), (self._registry.n_snapshots, self._registry.size_bytes)
+        models = tuple(backend.model_name for backend in self._registry.backends)
+        holds = self._n_changes, self._registry.n_snapshots, self._registry.size_bytes, models
+        now = time.monotonic()
         if self._listed is not None and self._listed[1] == holds and now - self._listed[0] < max_age_s:
             return self._listed[2]
         listed = orjson.dumps(await self._listing())

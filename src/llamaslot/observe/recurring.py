@@ -1,17 +1,18 @@
 """Faults that come again with each request, as on a full disk: one log line when they begin, one each ten minutes while
-they last, one when they are over.
+they last, one when there was none for a minute.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Callable
 
 from msgspec import Struct
 
-AGAIN_S = 600.0
+AGAIN_S, OVER_S = 600.0, 60.0
 _KINDS_MAX = 64
 # What differs from one failure to the next: ids of snapshots and requests, sizes, counts.
 _PARTICULARS = re.compile(r"\b(?:ls|req)-[\w-]+|\d[\d.,]*(?: ?[KMGT]?i?B\b)?")
@@ -20,21 +21,22 @@ _PARTICULARS = re.compile(r"\b(?:ls|req)-[\w-]+|\d[\d.,]*(?: ?[KMGT]?i?B\b)?")
 class _Said(Struct):
     at: float
     n_unsaid: int = 0
-    is_open: bool = True
 
 
 class Recurring:
-    """The failures of one kind of work, which go to ``log``. ``over``: the line when it succeeds again."""
+    """The failures of one kind of work, which go to ``log``. ``over``: the line when nothing fails any more."""
 
     def __init__(self, log: logging.Logger, over: str, *, now: Callable[[], float] = time.monotonic) -> None:
         self._log, self._over, self._now = log, over, now
-        self._kinds: dict[str, _Said] = {}
+        self._kinds: dict[str, _Said] = {}  # those that last
+        self._failed_at = -math.inf
 
     def failed(self, reason: object, text: str, *values: object) -> None:
         """Warn with ``text``, unless a failure of the same kind was told less than ten minutes ago: then at level
         debug. Reasons are of one kind if they differ in numbers and ids only.
         """
         kind, now = _PARTICULARS.sub("", str(reason)), self._now()
+        self._failed_at = now
         said = self._kinds.get(kind)
         if said is not None and now < said.at + AGAIN_S:
             said.n_unsaid += 1
@@ -48,8 +50,9 @@ class Recurring:
         self._kinds[kind] = _Said(now)
 
     def succeeded(self) -> None:
-        """Say so if a failure was told since the last success."""
-        if any(said.is_open for said in self._kinds.values()):
-            for said in self._kinds.values():
-                said.is_open = False
+        """Say so if failures were told, and the last was a minute ago: until then others may fail all the same, as
+        large files where small ones still fit.
+        """
+        if self._kinds and self._now() >= self._failed_at + OVER_S:
+            self._kinds.clear()
             self._log.info(self._over)

@@ -145,7 +145,7 @@ class Catalog:
         for fault in found.faults:
             log.warning("snapshots: %s", fault)
         await self._quota.query_free_space()
-        over = self._table.victims(*self._quota.short(), (), now)
+        over = self._beyond_limits(now)
         for victim in over:
             self._take(victim.id)
         while self._quota.removing:
@@ -189,17 +189,29 @@ class Catalog:
         """Keep to these from now on. What is too much is evicted in the background; in a shared store, where that
         takes a turn, for the next reservation.
         """
+        if limits == self._quota.limits:
+            return
         self._quota.limits = limits
         if not self._quota.is_shared:
             self._tasks.spawn(self._keep_to_limits(), "keep to the limits")
 
     async def _keep_to_limits(self) -> None:
         await self._quota.query_free_space()
-        over = self._table.victims(*self._quota.short(), (), self._now())
+        over = self._beyond_limits(self._now())
         for victim in over:
             self._drop(victim.id)
         if over:
             log.info("snapshots: %d evicted for the new limits", len(over))
+
+    def _beyond_limits(self, now: float) -> list[Snapshot]:
+        """What must go though nothing is to be saved. None goes for a disk that others have filled so far that
+        without all of them it would still be too full.
+        """
+        short = self._quota.short()
+        victims = self._table.victims(*short, (), now)
+        if short.is_met_by(self._table.files.freed_bytes(victims), len(victims)):
+            return victims
+        return self._table.victims(*self._quota.short_of_quota(), (), now)
 
     async def reserve(
         self,

@@ -40,11 +40,11 @@ class Listing:
         every.sort(key=lambda its: (its.fingerprint, its.namespace, self._beginnings.get(its.id, b"")))
         last: Snapshot | None = None
         rows, since = [], time.monotonic()
-        for its in every:
+        for id_ in [its.id for its in every]:
             if time.monotonic() - since > _SLICE_S:
                 await asyncio.sleep(0)
                 since = time.monotonic()
-            if its.id in catalog.snapshots:  # else it went meanwhile
+            if (its := catalog.snapshots.get(id_)) is not None:  # as it is by now
                 rows.append({**self._row(its), "n_common": self._n_common(last, its)})
                 last = its
         return rows

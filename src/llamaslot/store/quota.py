@@ -133,10 +133,16 @@ class Quota:
         Files being removed count as gone, and waiting reservations as taken. So each reservation evicts only what is
         missing after all removals have succeeded, and no two evict for the same bytes.
         """
+        short = self.short_of_quota(size_bytes, n_files)
+        free = self._short_of_free(self.waiting + size_bytes, self.leaving)
+        return Deficit(max(short.size_bytes, free), short.n_files)
+
+    def short_of_quota(self, size_bytes: int = 0, n_files: int = 0) -> Deficit:
+        """As ``short``, however full the disk is."""
         wanted = self.waiting + size_bytes
         short = self.committed + self.granted + self.left + self.others + wanted - self.limits.quota_bytes
         n_short = self._n_held() + len(self.leftovers) + self._n_waiting + n_files - self.limits.max_files
-        return Deficit(max(short, self._short_of_free(wanted, self.leaving)), n_short)
+        return Deficit(short, n_short)
 
     def _short_of_free(self, wanted: int, coming: int) -> int:
         """Bytes missing on the file system for reservations, perhaps half-written, and for ``wanted`` bytes."""
@@ -267,7 +273,7 @@ class Quota:
             if error is not None:
                 reason = error.strerror or error
                 self._failures.failed(reason, "snapshots: %s cannot be removed: %s", id_, reason)
-            else:
+            elif not self.leftovers:
                 self._failures.succeeded()
         finally:
             # On every path: waiters for this removal read the result here.

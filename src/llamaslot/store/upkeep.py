@@ -137,9 +137,11 @@ class Upkeep:
             except OSError as error:
                 if noted.id in self._table.snapshots:
                     reason = error.strerror or error
-                    self._failures.failed(reason, "snapshots: %s cannot be synced: %s", noted.id, reason)
                     if error.errno == errno.EIO:
+                        log.warning("snapshots: %s cannot be synced: %s; it is dropped", noted.id, reason)
                         self._lost(noted.id)  # the kernel reports the error once; a second sync would succeed
+                    else:
+                        self._failures.failed(reason, "snapshots: %s cannot be synced: %s", noted.id, reason)
         if noted.id not in self._table.snapshots and noted.id not in self._table.pending_delete:
             # Dropped meanwhile: the sidecar may have been written after its removal.
             is_needed = self._table.is_known(noted.id)

@@ -21,7 +21,7 @@ def of_backend(backend: Json) -> Iterator[Finding]:
     """Health, assist and warnings of one backend, as llamaslot found them out when it connected."""
     name, assist = backend["name"], backend["assist"]
     if backend["health"] not in ("up", "asleep"):
-        why = backend["why_down"] or f"llama-server is {backend['health']}"
+        why = backend.get("why_down") or f"llama-server is {backend['health']}"
         yield Finding(f"{name}: connection", "fault", f"{why}; its requests get 503")
         return
     if assist is not None and not assist["is_on"]:
