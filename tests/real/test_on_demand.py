@@ -142,7 +142,7 @@ async def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     it = serving(tmp_path, max_loaded=1)
     broken = models.dense(tmp_path, 2)
     broken.unlink()
-    broken.write_bytes(b"no model")
+    broken.write_bytes(b"GGUF, but no model")
     async with it:
         ask = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
         async with aiohttp.request("POST", it.url + CHAT, json={**ask, "model": "m2"}) as answer:
