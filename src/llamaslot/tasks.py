@@ -5,13 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+_SLICE_S = 0.002
+
+
+async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
+    """All ``items``; every few milliseconds of making and using them others run. Canceling is safe."""
+    since = time.monotonic()
+    for item in items:
+        yield item
+        if time.monotonic() - since > _SLICE_S:
+            await asyncio.sleep(0)
+            since = time.monotonic()
 
 
 class ChangeEvent:

@@ -230,15 +230,12 @@ class PlanExecutor:
             lease.set_content(None)
             raise
         except (LlamaslotError, KeyError, OSError) as error:
-            if isinstance(error, NoLanding):
-                pass  # that was said
-            elif is_passing(error):
-                self._failures.failed(error, _NOT_RESTORED, lease.request.id, snapshot_id, error)
-            else:
-                log.warning(_NOT_RESTORED, lease.request.id, snapshot_id, error)
             if is_passing(error):
+                if not isinstance(error, NoLanding):  # that was said
+                    self._failures.failed(error, _NOT_RESTORED, lease.request.id, snapshot_id, error)
                 lease.table.model_snapshots.set_aside[snapshot_id] = self.now() + _SET_ASIDE_S
             else:
+                log.warning(_NOT_RESTORED, lease.request.id, snapshot_id, error)
                 lease.table.drop_snapshot(snapshot_id)  # not offered to this server again; the file stays
             lease.recorder.record_step(
                 lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id)

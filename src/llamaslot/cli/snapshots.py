@@ -33,7 +33,7 @@ from llamaslot.sizes import readable_size
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.inventory import FileState, Item, Stock, read_headers, remove, take_stock
-from llamaslot.store.quota import Limits
+from llamaslot.store.quota import Limits, free_bytes_of
 
 EXIT_BROKEN = 1
 
@@ -409,12 +409,10 @@ def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
         snapshot = replace(noted.snapshot(""), fingerprint=_OURS if store.is_ours(item) else _OTHERS)
         table.add(snapshot, store.now, last_used=item.last_used, hits=item.hits)
     size_bytes = table.files.size_bytes
-    found = os.statvfs(store.directory)
+    free_bytes = free_bytes_of(store.directory)
     short = {
         "store.quota": size_bytes - store.limits.quota_bytes,
-        "store.min_free": store.limits.min_free_bytes - found.f_bavail * found.f_frsize
-        if found.f_blocks
-        else 0,
+        "store.min_free": 0 if free_bytes is None else store.limits.min_free_bytes - free_bytes,
     }
     n_short = len(items) - store.limits.max_files
     over = [key for key, n in (*short.items(), ("store.max_files", n_short)) if n > 0]

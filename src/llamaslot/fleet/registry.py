@@ -170,7 +170,7 @@ class Registry:
             names = [name for backend in pool.once_connected for name in _names_of(backend)]
             pool.configure(self._settings_of(names))
         for store in self.stores.values():
-            store.take_limits(_store_limits(config.store))
+            store.catalog.take_limits(_store_limits(config.store))
 
     async def add_later(self, config: Config, name: str) -> None:
         """Add a backend to those that run, or put one that was drained into service again. Raises LlamaslotError if

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,9 +20,9 @@ from llamaslot.observe.history import KEPT
 from llamaslot.observe.series import SPANS
 from llamaslot.store.listing import MOST, Listing
 from llamaslot.store.snapshot_store import SnapshotStore
+from llamaslot.tasks import in_slices
 
 _LONGEST_S = 86_400
-_SLICE_S = 0.002
 
 
 class PageApi:
@@ -81,7 +80,7 @@ class PageApi:
         n, after = digits(request, "n", 100, KEPT), digits(request, "after", 0, 10**9)
         latest = [activity for activity in reversed(history.latest) if activity.serial > after][:n]
         running = [self._page_state.flight(flight, now) for flight in self._requests.running.values()]
-        ended = await _in_slices(activity.row() for activity in latest)
+        ended = [activity.row() async for activity in in_slices(latest)]
         return {"in_flight": running, "ended": ended, "today": self._page_state.headline(now)["today"]}
 
     def _cancel(self, request: web.Request) -> dict[str, Any]:
@@ -118,9 +117,10 @@ class PageApi:
             "lines": [
                 {
                     "name": name,
-                    "points": await _in_slices(
-                        {"at": at, **sums.to_json()} for at, sums in series.points(span, now, backend, model)
-                    ),
+                    "points": [
+                        {"at": at, **sums.to_json()}
+                        async for at, sums in in_slices(series.points(span, now, backend, model))
+                    ],
                 }
                 for name, backend, model in lines
             ],
@@ -197,17 +197,6 @@ def _named(request: web.Request, what: str) -> str:
     if not (id_ := request.query.get(what, "")):
         raise BadRequest(f"{request.path}?{what}=ID: which {what}?")
     return id_
-
-
-async def _in_slices(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All ``rows``, which are made one by one; every few milliseconds others run."""
-    found, since = [], time.monotonic()
-    for row in rows:
-        found.append(row)
-        if time.monotonic() - since > _SLICE_S:
-            await asyncio.sleep(0)
-            since = time.monotonic()
-    return found
 
 
 def _answer(told: dict[str, Any]) -> web.Response:

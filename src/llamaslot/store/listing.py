@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
@@ -14,11 +12,11 @@ from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 from llamaslot.cache.ids import WIDTH
 from llamaslot.store.sidecar import Snapshot
 from llamaslot.store.snapshot_store import SnapshotStore
+from llamaslot.tasks import in_slices
 
 MOST = 1000  # snapshots that are listed one by one: the largest
 _BLOCK = 64  # tokens; beginnings are compared in blocks of so many
 _HASH = 8  # bytes
-_SLICE_S = 0.002  # then others run
 
 
 class Listing:
@@ -39,11 +37,8 @@ class Listing:
         await self._compare(every)
         every.sort(key=lambda its: (its.fingerprint, its.namespace, self._beginnings.get(its.id, b"")))
         last: Snapshot | None = None
-        rows, since = [], time.monotonic()
-        for id_ in [its.id for its in every]:
-            if time.monotonic() - since > _SLICE_S:
-                await asyncio.sleep(0)
-                since = time.monotonic()
+        rows = []
+        async for id_ in in_slices([its.id for its in every]):
             if (its := catalog.snapshots.get(id_)) is not None:  # as it is by now
                 rows.append({**self._row(its), "n_common": self._n_common(last, its)})
                 last = its
@@ -52,13 +47,9 @@ class Listing:
     async def _compare(self, snapshots: list[Snapshot]) -> None:
         kept = {its.id for its in snapshots}
         self._beginnings = {id_: blocks for id_, blocks in self._beginnings.items() if id_ in kept}
-        since = time.monotonic()
-        for its in snapshots:
+        async for its in in_slices(snapshots):
             if its.id not in self._beginnings and (tokens := self._tokens(its.id)):
                 self._beginnings[its.id] = b"".join(_hashes(tokens))
-            if time.monotonic() - since > _SLICE_S:
-                await asyncio.sleep(0)
-                since = time.monotonic()
 
     def _tokens(self, id_: str) -> bytes:
         """Empty for a snapshot of a model that is not served now."""

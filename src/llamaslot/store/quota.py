@@ -42,14 +42,19 @@ class Limits(Struct, frozen=True):
     min_free_bytes: int = 0
 
 
+def free_bytes_of(directory: Path) -> int | None:
+    """Free bytes of its file system; None if that tells no sizes, as some of the network. Blocking. Raises OSError."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
 def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_bytes: int) -> str | None:
     """A warning if the disk is full before the quota is reached, else None. ``held_bytes``: bytes of the present
     snapshots. Blocking file access.
     """
-    found = os.statvfs(directory)
-    if not found.f_blocks:  # it tells nothing, as some network file systems
+    free_bytes = free_bytes_of(directory)
+    if free_bytes is None:
         return None
-    free_bytes = found.f_bavail * found.f_frsize
     can_have = held_bytes + max(free_bytes - min_free_bytes, 0)
     if quota_bytes <= can_have:
         return None
@@ -170,11 +175,9 @@ class Quota:
             # The result may lack what is committed meanwhile, which is no reservation any more.
             n_before = self.n_commits
             try:
-                found = await asyncio.to_thread(os.statvfs, self.directory)
+                self._free = await asyncio.to_thread(free_bytes_of, self.directory)
             except OSError:
                 self._free = None  # then the write reports the fault
-            else:
-                self._free = found.f_bavail * found.f_frsize if found.f_blocks else None
 
     async def make_available(
         self, size_bytes: int, evict: Callable[[Deficit], bool], *, n_files: int = 1

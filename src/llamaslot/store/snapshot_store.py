@@ -69,10 +69,6 @@ class SnapshotStore:
         self._order.hit_rates = HitRateModel.from_json(await self._hit_rates.read())
         await self.catalog.open()
 
-    def take_limits(self, limits: Limits) -> None:
-        """Keep to these from now on; what is too much is evicted in the background."""
-        self.catalog.take_limits(limits)
-
     def beyond_disk(self) -> str | None:
         """A warning if the disk is smaller than the quota, else None. Blocking."""
         catalog, limits = self.catalog, self.catalog.limits
