@@ -285,9 +285,16 @@ class Backend:
             try:
                 async with asyncio.timeout(save_s):
                     n_saved = await self.idle_save.save_all()
-                log.info("%s: %d slots saved before stopping", self.name, n_saved)
+                log.info(
+                    "%s: %d slots saved before its llama-server stops or unloads the model",
+                    self.name,
+                    n_saved,
+                )
             except TimeoutError:
-                log.warning("%s: not every slot was saved within shutdown.save_s (%g s)", self.name, save_s)
+                log.warning(
+                    "%s: not every slot was saved within %g s: the other contexts are in llama-server only",
+                    self.name, save_s,
+                )  # fmt: skip
 
     async def close(self) -> None:
         """End all tasks, and store what was learned."""
@@ -308,7 +315,7 @@ class Backend:
                 session = await self._connect(is_retry=is_retry)
             except (BackendDown, BackendRestarted) as error:
                 if str(error) != complaint:
-                    log.warning("%s: %s", self.name, error)
+                    log.warning("%s: connecting failed, tried again each second: %s", self.name, error)
                 complaint = str(error)
                 self._why_down = f"is not ready: {complaint}"
                 self._forget(Health.DOWN)
@@ -371,7 +378,10 @@ class Backend:
         self.metrics.assist.set(session.is_assisted)
         self._members.connected(self, session)
         if session.aside is not None:
-            log.warning("%s: %s", self.name, session.aside)
+            log.warning(
+                "%s: assist is off: %s; llama-server chooses slots by itself. %s",
+                self.name, session.aside.why, session.aside.remedy,
+            )  # fmt: skip
             return
         library = session.table.model_snapshots
         log.info(

@@ -246,7 +246,7 @@ class Handshake:
                 if not adopted:
                     await self._empty(table, info.id, now, is_shared=not (lora or self.rules.is_isolated))
         for warning in self.probes.warnings:
-            log.warning("%s: %s", self.name, warning)
+            log.warning("%s: llamaslot can do less here: %s", self.name, warning)
         busy = tuple(table.slots[info.id] for info in infos if info.is_processing)
         warnings = tuple(self.probes.warnings)
         names = _names(model)
@@ -281,7 +281,9 @@ class Handshake:
         try:
             await self.api.erase(slot)
         except SlotActionFailed as error:
-            log.debug("%s", error)  # 501 without --slot-save-path
+            log.debug(
+                "%s: slot %d was not erased: %s", self.name, slot, error
+            )  # 501 without --slot-save-path
             return False
         return True
 
@@ -330,7 +332,7 @@ class Handshake:
             snapshot = await self.catalog.commit(reservation, adopted)
         except LlamaslotError as error:
             await self.catalog.abandon(reservation)
-            log.info("%s: a slot is not adopted, its context is lost: %s", self.name, error)
+            log.info("%s: a filled slot is not adopted, its context is lost: %s", self.name, error)
             return None
         table.add_snapshot(snapshot)
         return snapshot
@@ -362,7 +364,10 @@ class Handshake:
         slot = table.slots[info.id]
         table.take(slot, Request("adoption"), now, has_answer=False)
         table.give_back(slot, SlotEvent.KEEP, content_of(snapshot), now)
-        log.info("%s: slot %d adopted with %d tokens", self.name, slot.id, snapshot.n_tokens)
+        log.info(
+            "%s: slot %d adopted: the %d tokens that it held before llamaslot connected can be reused",
+            self.name, slot.id, snapshot.n_tokens,
+        )  # fmt: skip
         return True
 
     def _forget_rates_of_others(self, current: Identity) -> None:

@@ -138,7 +138,7 @@ class Feedback:
             return
         if self._strikes.count("memory", forecast.n_expected, n_reused):  # once may be an accident
             log.warning(
-                "%s: this model cannot rewind to any token (SWA or recurrent): only its checkpoints are counted on",
+                "%s: this model (SWA or recurrent) rewinds to its checkpoints only: its forecasts count on those alone",
                 table.backend,
             )
             table.cache_kind = CacheKind.SWA
@@ -158,7 +158,8 @@ class Feedback:
         if self._strikes.count("files", forecast.n_usable, n_reused):
             table.rewind_model.keeps_checkpoints = False
             table.can_save = table.can_save and table.cache_kind is not CacheKind.SWA
-            log.warning("%s: %s", table.backend, NO_CHECKPOINTS if table.can_save else SNAPSHOTS_UNUSABLE)
+            found = NO_CHECKPOINTS if table.can_save else SNAPSHOTS_UNUSABLE
+            log.warning("%s: llamaslot can do less here: %s", table.backend, found)
         return True
 
     def _retire(self, snapshot: Snapshot, n_expected: int, n_reused: int) -> None:

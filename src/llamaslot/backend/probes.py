@@ -186,7 +186,11 @@ class Probes:
                 saved = await self.api.save(slot, room.part_name)
                 self.rates.size.observe(saved.n_tokens, saved.n_bytes)
             except SlotActionFailed as error:
-                log.warning("%s: a probe could not be saved: %s", self.api.name, error)
+                log.warning(
+                    "%s: the size of snapshots is estimated, as no probe could be saved: %s",
+                    self.api.name,
+                    error,
+                )
             finally:
                 await self.catalog.abandon(room)
 
@@ -239,7 +243,10 @@ class Probes:
             is_kept = await reused(mine) > 0
             is_end_enough = await reused(parted + head(other, 2)) == count(parted)
         except SlotActionFailed as error:
-            log.info("%s: a probe could not be saved or restored: %s", self.api.name, error)
+            log.info(
+                "%s: whether snapshots hold checkpoints shows at the first restores, as no probe could be restored: %s",
+                self.api.name, error,
+            )  # fmt: skip
             return Files()
         finally:
             await self.catalog.abandon(room)

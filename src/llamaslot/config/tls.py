@@ -98,6 +98,8 @@ class Certificate:
         try:
             self._latest = load_certificate(self._settings)
         except ValueError as error:
-            log.error("listen.tls: %s; the certificate read before stays in use", error)
+            log.error(
+                "listen.tls: the changed certificate is not usable, the old one stays in use: %s", error
+            )
         else:
-            log.info("listen.tls: %s has changed and is in use", self._settings.cert)
+            log.info("listen.tls: the changed certificate %s is in use", self._settings.cert)

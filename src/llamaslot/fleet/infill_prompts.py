@@ -95,5 +95,8 @@ class InfillPrompts:
         try:
             return Infill(api, await learn(api, lease.slot_id, self._n_ctx))
         except PromptNotTokenizable as error:
-            log.info("%s: how /infill prompts are built is unknown: %s", lease.table.backend, error)
+            log.info(
+                "%s: how /infill prompts are built is unknown, so no cached prefix is found for them: %s",
+                lease.table.backend, error,
+            )  # fmt: skip
             return error

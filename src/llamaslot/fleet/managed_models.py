@@ -70,7 +70,7 @@ class ManagedModel(ServedOnDemand):
             raise
         finally:
             self._server.on_death = lambda how: None
-        log.info("%s: loaded on demand", self.name)
+        log.info("%s: loaded: a request needs it", self.name)
 
     async def unload(self) -> None:
         """As ``Loadable.unload``."""
@@ -80,7 +80,7 @@ class ManagedModel(ServedOnDemand):
         finally:
             await self._stop()
             self._backend.leases.is_leaving = False
-        log.info("%s: unloaded on demand", self.name)
+        log.info("%s: unloaded: idle, or another model needs its place", self.name)
 
     async def _stop(self) -> None:
         self._backend.sleep()

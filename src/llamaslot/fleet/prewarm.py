@@ -109,7 +109,7 @@ class Prewarm:
                     self._left_of[library] = table
                     self._left[library] = [one for one in targets if one is not None]
             except LlamaslotError as error:
-                log.debug("prewarm: %s", error)  # the server is gone; there will be another slot table
+                log.debug("prewarm: postponed to the next connect: %s", error)  # with another slot table
             return
 
     # -- configured prefixes -------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class Prewarm:
         except BackendDown:
             raise
         except LlamaslotError as error:
-            log.warning("prewarm: %s cannot be rendered: %s", name, error)
+            log.warning("prewarm: %s is left out, as its prompt cannot be rendered: %s", name, error)
             return None
         return PrewarmTarget(name, prompt.tokens, n_tokens)
 
@@ -156,11 +156,11 @@ class Prewarm:
         if (there := table.model_snapshots.snapshot_at(one.trunk, table.rules.public)) is not None:
             if not there.is_pinned:
                 await self._set_pinned(table, there, is_pinned=True)
-            log.info("prewarm: %s is on disk: %d tokens, %s", one.name, one.n_tokens, there.id)
+            log.info("prewarm: %s (%d tokens) is saved as snapshot %s", one.name, one.n_tokens, there.id)
             left.remove(one)
         elif one.n_tokens < MIN_SHARED_TOKENS:
             log.warning(
-                "prewarm: %s has only %d tokens: computing them is faster than reading",
+                "prewarm: %s is left out: computing its %d tokens is faster than reading a snapshot",
                 one.name,
                 one.n_tokens,
             )
@@ -211,6 +211,6 @@ class Prewarm:
         except SlotWedged as error:
             if executor is not None:
                 executor.metrics.wedged.inc()
-            log.warning("%s: %s", request.id, error)
+            log.warning("%s: this prewarm has failed: %s", request.id, error)
         except (LlamaslotError, RetryPlacement) as error:
-            log.debug("%s: not computed this time: %s", request.id, error)
+            log.debug("%s: this prewarm has not been computed: %s", request.id, error)

@@ -297,7 +297,9 @@ class Registry:
 
     def _move(self, backend: Backend, old: Pool, new: Pool) -> None:
         if backend.last_session is not None:
-            log.warning("%s: serves another model than before, and belongs to its pool now", backend.name)
+            log.warning(
+                "%s: serves another model than before, and belongs to that model's pool now", backend.name
+            )
         backend.abandoned_slots.end_gone()
         new.join(backend)
         self._leave(backend, old)
@@ -331,7 +333,7 @@ class Registry:
         for store in self.stores.values():
             await store.open()
             if (note := await asyncio.to_thread(store.beyond_disk)) is not None:
-                log.warning("%s", note)
+                log.warning("the disk is smaller than the quota: %s", note)
         for backend in self._backends.values():
             await self._open(backend)
 

@@ -55,7 +55,7 @@ class RoutedModel(ServedOnDemand):
             if not self.is_loaded:
                 raise BackendDown(f"{self.name}: was unloaded while llamaslot connected to it")
             await self._backend.presence.changes.wait()
-        log.info("%s: loaded on demand", self.name)
+        log.info("%s: loaded: a request needs it", self.name)
 
     async def unload(self) -> None:
         """As ``Loadable.unload``."""
@@ -68,7 +68,7 @@ class RoutedModel(ServedOnDemand):
                 async with asyncio.timeout(_END_S):
                     while self.is_loaded:
                         await leases.changes.wait()
-                log.info("%s: unloaded on demand", self.name)
+                log.info("%s: unloaded: idle, or another model needs its place", self.name)
         except LlamaslotError as error:
             log.warning("%s: was not unloaded: %s", self.name, error)
         except TimeoutError:
@@ -193,7 +193,7 @@ class RoutedModels:
         if not self._is_gone:
             self._is_gone = True
             self._backend.metrics.is_up.set(False)
-            log.warning("%s: its models are not served until the router answers again: %s", self.name, error)
+            log.warning("%s: the router's models are not served until it answers again: %s", self.name, error)
             for model in self._models.values():
                 model.gone(f"does not answer as a router ({error})")
 

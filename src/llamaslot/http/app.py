@@ -178,7 +178,9 @@ class App:
             wrapped.status = error.status
             return error_response(wrapped)
         except Exception:
-            log.exception("%s %s: internal error; please report it", request.method, request.path)
+            log.exception(
+                "%s %s: answered 500: internal error; please report it", request.method, request.path
+            )
             mistake = LlamaslotError(MISTAKE)
             note_error(request, mistake)
             return error_response(mistake)

@@ -54,7 +54,7 @@ class Keyring:
         keys, mark = read_keys(path)
         self._watch = Watch(path, clock=clock, known=(mark,))
         self._take(keys)
-        log.info("keys: %d in %s", len(keys), path)
+        log.info("keys: %d read from %s", len(keys), path)
 
     def _take(self, keys: tuple[Key, ...]) -> None:
         self._users = tuple((key.digest, key.user) for key in keys)

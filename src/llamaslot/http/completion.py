@@ -163,7 +163,7 @@ class _Exchange:
         except (BackendDown, SlotWedged) as error:
             if isinstance(error, SlotWedged):
                 self.backend.metrics.wedged.inc()
-                log.warning("%s: ends without its answer: %s", self.id, error)
+                log.warning("%s: this request ends without its answer: %s", self.id, error)
             self.backend.doubt()
             return await self.down.fail(error)
         except NoPrompt as error:
@@ -179,7 +179,7 @@ class _Exchange:
         except Exception:
             if not self.down.has_begun:
                 raise
-            log.exception("%s: internal error; please report it", self.id)
+            log.exception("%s: request failed: internal error; please report it", self.id)
             return await self.down.fail(LlamaslotError(f"{MISTAKE} (request id {self.id})"))
 
     async def _run(self) -> web.StreamResponse:

@@ -347,7 +347,7 @@ class Answering:
         if (doubt := reading.assembly.doubt) is None:
             return reading.assembled()
         log.info(
-            "%s: repeating the request without streaming: the stream it is assembled from is %s",
+            "%s: repeating the request without streaming, as no answer can be assembled from its stream: %s",
             self.client_request.id,
             doubt.value,
         )

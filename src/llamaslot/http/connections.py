@@ -182,7 +182,7 @@ class Connections:
         if len(self._open) >= self._n_max:
             if not self._is_full:
                 log.warning(
-                    "%d connections are open (listen.max_connections): no more are accepted", self._n_max
+                    "%d connections are open (listen.max_connections): further ones get 503", self._n_max
                 )
             self._is_full = True
             return False

@@ -222,7 +222,7 @@ class Requests:
             try:
                 self.history.add(self._activity(flight))
             except Exception:  # a history is worth no request, and no other one's history
-                log.exception("%s: internal error; please report it", flight.id)
+                log.exception("%s: missing in the history: internal error; please report it", flight.id)
         if ended:
             self.history.stored(self.size_bytes)
             self.has_changed.set()

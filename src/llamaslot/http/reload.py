@@ -46,7 +46,7 @@ class Reload:
             try:
                 return await self._run()
             except NotReloaded as error:
-                log.error("reload: %s", error)
+                log.error("reload failed: %s", error)
                 raise
             finally:
                 self._manager.ready()

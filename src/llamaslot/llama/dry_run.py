@@ -247,7 +247,8 @@ class DryRuns:
         if verdict is Verdict.RUNS or not self._is_usable.get(trial.path, True):
             self._is_usable[trial.path] = False
             log.info(
-                "dry runs of %s do not work on this llama-server: none are made there any more", trial.path
+                "dry runs of %s do not work on this llama-server: what it refuses may be computed first",
+                trial.path,
             )
             return Verdict.RUNS if verdict is Verdict.RUNS else Verdict.TAKEN
         return verdict

@@ -42,7 +42,7 @@ CREATE TABLE sums (step INTEGER, at INTEGER, backend TEXT, model TEXT, sums BLOB
 CREATE TABLE owners (serial INTEGER PRIMARY KEY, snapshot TEXT UNIQUE NOT NULL, user TEXT NOT NULL);
 CREATE TABLE began (at REAL NOT NULL);
 """
-_NOT_KEPT = "history: %s cannot be used (%s): the page works without it, and forgets at a restart; %s"
+_NOT_KEPT = "history: %s cannot be used (%s): the page's history ends at a restart; %s"
 
 
 class WrongVersion(Exception):

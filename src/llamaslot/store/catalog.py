@@ -143,7 +143,7 @@ class Catalog:
         for id_, size in found.leftovers.items():
             self._quota.leave(id_, size)
         for fault in found.faults:
-            log.warning("snapshots: %s", fault)
+            log.warning("snapshots: fault found at the start: %s", fault)
         await self._quota.query_free_space()
         over = self._beyond_limits(now)
         for victim in over:

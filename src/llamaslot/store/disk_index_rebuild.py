@@ -55,7 +55,10 @@ class DiskIndexRebuild:
         try:
             found = await asyncio.to_thread(self._open)
         except GenerationUnusable as error:
-            log.warning("index: the disk index in %s is not used: %s", self._directory, error)
+            log.warning(
+                "index: the disk index in %s is not used: %s; prefixes are found in memory until it is rebuilt",
+                self._directory, error,
+            )  # fmt: skip
             found = None
         if found is None:
             return None
@@ -114,7 +117,9 @@ class DiskIndexRebuild:
                 raise asyncio.CancelledError
         except (LlamaslotError, OSError) as error:
             self._failed_at = len(index)
-            log.warning("index: cannot write the disk index: %s", error)
+            log.warning(
+                "index: cannot write the disk index: %s; prefixes that it lacks are found in memory", error
+            )
             return False
         finally:
             index.unseal()

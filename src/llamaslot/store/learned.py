@@ -45,7 +45,10 @@ class LearnedFile:
             await asyncio.to_thread(self._write, orjson.dumps(data))
         except OSError as error:
             log.warning(
-                "%s: cannot write %s (learned rates): %s", self._name, self.path, error.strerror or error
+                "%s: cannot write %s (learned rates), which are learned again after a restart: %s",
+                self._name,
+                self.path,
+                error.strerror or error,
             )
 
     def _write(self, data: bytes) -> None:

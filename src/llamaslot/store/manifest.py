@@ -73,7 +73,7 @@ class Manifest:
         try:
             return _decode(self.path.read_bytes())
         except FileNotFoundError:
-            log.info("snapshots: there is no %s: reading all files", self.path)
+            log.info("snapshots: there is no copy of the sidecars (%s): reading all files", self.path)
         except OSError as error:
             log.warning("snapshots: cannot use %s: %s; reading all files", self.path, error.strerror or error)
         except _Unusable as error:
@@ -104,7 +104,11 @@ class Manifest:
                     os.fsync(file.fileno())
                 os.rename(new, path)
         except OSError as error:
-            log.warning("snapshots: cannot write %s: %s", path, error.strerror or error)
+            log.warning(
+                "snapshots: cannot write %s: %s; the next start may read all files",
+                path,
+                error.strerror or error,
+            )
 
     def _entries(
         self, known: list[tuple[Snapshot, Mark, float]]

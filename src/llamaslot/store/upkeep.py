@@ -119,7 +119,11 @@ class Upkeep:
             try:
                 await asyncio.to_thread(sidecar.change_kind, self._directory, snapshot)
             except (OSError, SnapshotInvalid) as error:
-                log.warning("snapshots: cannot mark %s in its sidecar: %s", snapshot.id, error)
+                log.warning(
+                    "snapshots: cannot mark %s in its sidecar: %s; its kind and pin change until the next start only",
+                    snapshot.id,
+                    error,
+                )
 
     async def _sync(self, noted: Noted) -> None:
         dated = noted.created_at

@@ -244,7 +244,7 @@ class Tokenizer:
         special = text[cut.start : cut.end]
         if specials.drop(special):
             log.warning(
-                "tokenizer: cutting prompts at %r changes their tokens: not cut there any more", special
+                "tokenizer: cutting prompts at %r changes their tokens: they are no longer cut there", special
             )
         return None
 
