@@ -12,7 +12,7 @@ from typing import Any
 
 
 def shortened(text: str) -> str:
-    """A client's text as part of a message."""
+    """``text`` for use in an error message: above 100 characters its first 80 and its length."""
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
 
@@ -83,7 +83,9 @@ class Unpackable(BadRequest):
 
 
 class Cancelled(BadRequest):
-    """An operator has cancelled the request. Clients do not repeat it by themselves after this status."""
+    """An operator has cancelled the request. Its HTTP status is one after which clients do not repeat a request by
+    themselves.
+    """
 
     status = 410
 
@@ -177,7 +179,9 @@ class UpstreamError(LlamaslotError):
 
 
 def is_servers_own(status: int) -> bool:
-    """Whether an error answer may be the fault of the server: 5xx, but for a route that it does not have (501)."""
+    """Whether an error status may be the fault of the server: any 5xx except 501 (this server does not have the
+    route).
+    """
     return status >= 500 and status != 501
 
 
@@ -246,7 +250,7 @@ class PromptTooLong(BadRequest):
 
 
 class NotFound(BadRequest):
-    """llamaslot has no such page of its own."""
+    """llamaslot has no page of its own at this path below ``/llamaslot/``."""
 
     status = 404
 
@@ -259,7 +263,7 @@ class ModelNotFound(BadRequest):
 
 
 class NotAllowed(BadRequest):
-    """A page of llamaslot's own that does not accept this method."""
+    """A page of llamaslot's own was requested with a method that it does not accept."""
 
     status = 405
 
@@ -292,8 +296,8 @@ class Reason(enum.StrEnum):
 class PromptNotTokenizable(LlamaslotError):
     """The tokens of a prompt are made inside llama-server and cannot be known outside.
 
-    This is no fault of the request: catch it and run the request without known tokens. ``str`` may contain words of
-    the request; ``reason`` does not.
+    This is no fault of the request: the caller catches the error and runs the request without known tokens. ``str``
+    of the error may contain words of the request; ``reason`` does not.
     """
 
     def __init__(self, message: str, reason: Reason = Reason.SHAPE) -> None:

@@ -27,18 +27,22 @@ CHECK_S = 1.0
 
 
 class Watch:
-    """Tells whether any of a few files has changed; checks when called, at most once a second. Follows links."""
+    """Tells whether any of a few files has changed. Looks at the files when called, at most once a second. Follows
+    links.
+    """
 
     def __init__(
         self, *paths: Path, clock: Callable[[], float], known: tuple[FileId | None, ...] | None = None
     ) -> None:
-        """``known``: the marks of the files as read before; by default those of the present files."""
+        """``known``: the ids of the files as they were read before; by default those of the files as they are now."""
         self._paths, self._clock = paths, clock
         self.known = self._file_ids() if known is None else known
         self._looked = clock()
 
     def has_changed(self) -> bool:
-        """Whether a file has changed since the last call; the new state is then the known one."""
+        """Whether a file has changed since the last call. Always False within a second of the last look at the
+        files.
+        """
         if self._clock() - self._looked < CHECK_S:
             return False
         self._looked = self._clock()
@@ -50,7 +54,7 @@ class Watch:
 
 
 def _file_id(path: Path) -> FileId | None:
-    """None if the file cannot be accessed."""
+    """The ``FileId`` of the file at ``path``; None if it cannot be accessed."""
     try:
         return FileId.of(path.stat())
     except OSError:

@@ -34,7 +34,9 @@ def parse_size(value: object) -> int:
 
 
 def readable_size(size_bytes: float) -> str:
-    """``2.1 GiB``, ``366 GiB``, ``512 B``; ``http/static/words.js`` writes them likewise."""
+    """A number of bytes as text, such as ``2.1 GiB``, ``366 GiB`` or ``512 B``; ``http/static/words.js`` writes
+    sizes alike.
+    """
     for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if size_bytes >= factor:
             size = size_bytes / factor

@@ -19,7 +19,7 @@ _SLICE_S = 0.002
 
 
 async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
-    """All ``items``; every few milliseconds of making and using them others run. Canceling is safe."""
+    """Iterate over ``items``, and let other tasks run every few milliseconds. Canceling is safe."""
     since = time.monotonic()
     for item in items:
         yield item
@@ -29,7 +29,9 @@ async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
 
 
 class ChangeEvent:
-    """Wakes all waiters whenever something has changed."""
+    """A signal without a value: ``notify`` wakes all tasks that ``wait``, and calls all functions that are
+    ``subscribed``.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Future[None], None] = {}  # in the order of their calls
@@ -37,7 +39,7 @@ class ChangeEvent:
 
     @property
     def is_heard(self) -> bool:
-        """Whether anything waits for it."""
+        """Whether any task waits for this event, or any function is subscribed to it."""
         return bool(self._waiting or self._calls)
 
     def notify(self) -> None:
@@ -49,7 +51,7 @@ class ChangeEvent:
 
     @contextlib.contextmanager
     def subscribed(self, call: Callable[[], None]) -> Iterator[None]:
-        """Inside the block ``call`` is called at each ring."""
+        """Within the ``with`` block, ``call`` is called at each ``notify``."""
         self._calls.append(call)
         try:
             yield
@@ -57,7 +59,9 @@ class ChangeEvent:
             self._calls.remove(call)
 
     async def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until it rings or ``timeout_s`` have passed. Always yields to other tasks. Canceling is safe."""
+        """Wait for the next ``notify``, or until ``timeout_s`` have passed. Always yields to other tasks. Canceling
+        is safe.
+        """
         future = asyncio.get_running_loop().create_future()
         self._waiting[future] = None
         try:
@@ -118,10 +122,10 @@ async def gather(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
 
 
 async def to_its_end(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, bool]:
-    """Run ``function`` in a thread to its end, even if this is cancelled. Returns its result and whether it was
-    cancelled.
+    """Run ``function`` in a thread to its end, even if the calling task is cancelled. Returns the function's
+    result, and whether the task was cancelled.
 
-    Raises what ``function`` raised, or CancelledError if it failed and was cancelled.
+    Raises what ``function`` raised, or CancelledError if it failed and the task was cancelled.
     """
     running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **kwargs))
     is_cancelled = False

@@ -44,7 +44,7 @@ class Content(Struct, frozen=True):
 
     @property
     def n_held(self) -> int:
-        """The number of tokens that a save would write."""
+        """The number of tokens that saving the slot would write: the known ones, and the unknown ones behind them."""
         return self.n_tokens + self.n_more
 
     def may_hold(self, n_tokens: int) -> bool:
@@ -52,19 +52,21 @@ class Content(Struct, frozen=True):
         return self.n_held >= n_tokens or not (self.is_exact or self.n_more)
 
     def followed_by(self, n_more: int) -> Content:
-        """The content with ``n_more`` unknown tokens behind its known ones."""
+        """The same content with ``n_more`` unknown tokens behind its known ones."""
         # Not ``replace``, which takes five times as long.
         return Content(
             self.tokens, False, self.is_dirty, self.checkpoints, self.snapshot, n_more, self.namespace, self.has_media
         )  # fmt: skip
 
     def cut_back(self, n_tokens: int, snapshot: str | None, namespace: Namespace) -> Content:
-        """The content after another prompt was begun in the slot, as far as it is certain then."""
+        """The slot's content after another prompt, with which it shares ``n_tokens``, was begun in it: what is
+        certain then.
+        """
         kept = self.checkpoints and tuple(at for at in self.checkpoints if at <= n_tokens)
         return Content(head(self.tokens, n_tokens), False, True, kept, snapshot, 0, namespace, self.has_media)
 
     def head(self, n_tokens: int) -> Content:
-        """The content after truncation to the first ``n_tokens``; what follows them is unknown."""
+        """The content after the slot was truncated to its first ``n_tokens``; what follows them is unknown."""
         kept = tuple(at for at in self.checkpoints if at <= n_tokens)
         return replace(self, tokens=head(self.tokens, n_tokens), checkpoints=kept, is_exact=False, n_more=0)
 

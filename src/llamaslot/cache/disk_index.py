@@ -40,8 +40,8 @@ Column = Sequence[int]  # of int32: an array, or a memoryview of a mapped file
 
 
 class Columns(NamedTuple):
-    """``-1`` means none. The entries at or below a point are ``first`` to ``past``, those that end at the point
-    first.
+    """The radix tree as columns of integers, -1 for none. A point has the entries ``first`` to ``past`` at or below
+    it; the entries that end at the point itself come first.
     """
 
     point: Column  # for each key of the trie: the first point at or beyond the end of its chunk
@@ -60,7 +60,8 @@ def is_freezable(tokens: bytes) -> bool:
 
 
 def _text(tokens: bytes) -> str:
-    """The tokens as characters, up to the first id that is not a character (media is -1).
+    """Token ids as a string of characters with these numbers, up to the first id that is not a character (media is
+    -1).
 
     ``surrogatepass`` allows the ids 55,296 to 57,343. Decoding is 30 times faster than ``chr``.
     """
@@ -71,10 +72,8 @@ def _text(tokens: bytes) -> str:
 
 
 def _utf8(text: str) -> bytes:
-    """Modified UTF-8, as in Java: NUL is two bytes.
-
-    No token's bytes begin with those of another, so only whole tokens match. marisa needs an eighth more space if a
-    key has a NUL byte.
+    """``text`` in modified UTF-8, as in Java: NUL is two bytes, because marisa needs an eighth more space if a key
+    has a NUL byte. No token's bytes begin with those of another, so only whole tokens match.
     """
     return text.encode("utf-8", "surrogatepass").replace(b"\0", b"\xc0\x80")
 
@@ -86,7 +85,9 @@ def _tokens(utf8: bytes) -> bytes:
 
 
 def _key(hashed: xxh3_64, text: str) -> bytes:
-    """The key of a chunk, or of the beginning of one; ``hashed`` is the hash of what precedes it."""
+    """The trie's key of a chunk, or of the beginning of a chunk; ``hashed`` is the hash of all tokens before the
+    chunk.
+    """
     return hashed.digest().replace(b"\0", b"\1") + _utf8(text)
 
 
@@ -126,7 +127,7 @@ class DiskIndex:
         return self._entries.keys()
 
     def drop(self, holder: str) -> None:
-        """Remove ``holder``. Idempotent."""
+        """Remove ``holder`` from the index. Idempotent."""
         if (entry := self._entries.pop(holder, None)) is None:
             return
         self.gone.add(holder)
@@ -161,7 +162,9 @@ class DiskIndex:
             yield holder, tokens
 
     def _path(self, entry: int, known: bytes, n_known: int) -> bytes:
-        """The tokens of ``entry``; the first ``n_known`` are those of ``known``."""
+        """The tokens of ``entry``. The first ``n_known`` of them are copied from ``known`` instead of read from the
+        trie.
+        """
         point = self.columns.end[entry]
         n_tokens = self.columns.n_tokens[point]
         key, at, chunks = self.columns.key[point], -(-n_tokens // CHUNK), []
@@ -240,7 +243,8 @@ class DiskIndex:
         return point, n_shared
 
     def _in_chunk(self, hashed: xxh3_64, text: str, key: int) -> tuple[int, int]:
-        """How many tokens of ``text`` a chunk after ``hashed`` begins with, and its key; ``key`` if there is none.
+        """The number of tokens at the beginning of ``text`` with which some chunk behind ``hashed`` also begins,
+        and the trie's key of that chunk (``key`` if there is none).
 
         A probe ends on a whole token: one byte more would match a sibling that begins with that byte.
         """
@@ -255,7 +259,9 @@ class DiskIndex:
         return low, key
 
     def _shortest_of(self, first: int, past: int, skip: int, to: int) -> Iterator[tuple[int, int]]:
-        """The entries ``first`` to ``past``, without ``skip`` to ``to``, and their lengths, shortest first."""
+        """The entries ``first`` to ``past``, except ``skip`` to ``to``, each with its number of tokens, shortest
+        first. Dropped entries are left out.
+        """
         shortest, n_leaves = self._shortest, self._n_leaves
         if skip == to:
             heap = [(shortest[i], i) for i in self._cut(first, past)]
@@ -274,7 +280,7 @@ class DiskIndex:
                 heapq.heappush(heap, (shortest[2 * i + 1], 2 * i + 1))
 
     def _cut(self, first: int, past: int) -> Iterator[int]:
-        """The range, as the smallest number of nodes of the tree of minima."""
+        """The fewest nodes of the tree of minima that together cover the entries ``first`` to ``past``."""
         low, high = self._n_leaves + first, self._n_leaves + past
         while low < high:
             if low & 1:
@@ -287,7 +293,7 @@ class DiskIndex:
             high //= 2
 
     def check(self) -> None:
-        """Raise AssertionError with the name of the first invariant that does not hold. Reads everything."""
+        """Raise AssertionError with the name of the first invariant that does not hold. Reads the whole index."""
         columns, n_points, n_entries = self.columns, len(self.columns.n_tokens), len(self.names)
         assert len(columns.point) == len(columns.before) == len(self.trie), "a row for each key"
         assert len(columns.end) == n_entries, "a point for each entry"

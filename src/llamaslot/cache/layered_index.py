@@ -27,7 +27,7 @@ GONE_SHARE = 0.2
 
 
 class Layer(Protocol):
-    """What ``Layered`` needs of each layer."""
+    """The methods that ``Layered`` uses of each of its layers."""
 
     def __contains__(self, holder: object) -> bool: ...
     def __len__(self) -> int: ...
@@ -41,7 +41,9 @@ class Layer(Protocol):
 
 
 class Sealed:
-    """An overlay that another thread may read: drops from it are recorded beside it and left out of the answers."""
+    """An overlay that another thread may read: holders dropped from the overlay stay in its tree, and are left out
+    of the answers.
+    """
 
     def __init__(self, index: PrefixIndex[str]) -> None:
         self.index = index
@@ -80,7 +82,9 @@ class Sealed:
 
 
 class Sowing(NamedTuple):
-    """The input of a new generation: the old one without ``gone``, and an overlay that no longer changes."""
+    """The input of a new generation: the sequences in ``added``, and all of the old generation except the holders
+    in ``gone``.
+    """
 
     added: PrefixIndex[str]
     gone: tuple[str, ...]
@@ -145,7 +149,7 @@ class Layered:
 
 
 class Joined(Layered):
-    """A read-only union of ``layers``. Change the layers themselves."""
+    """A read-only union of the indexes in ``layers``; to change it, change the layers themselves."""
 
     def __init__(self, *layers: Layer) -> None:
         self.layers = layers
@@ -158,7 +162,9 @@ class Joined(Layered):
 
 
 class LayeredIndex(Layered):
-    """Snapshot ids by their tokens. Not thread-safe: it belongs to the event loop."""
+    """An index of snapshot ids by their tokens: an overlay for additions above a generation on disk. Not
+    thread-safe: it belongs to the event loop.
+    """
 
     def __init__(self, base: DiskIndex | None = None) -> None:
         self.base = base
@@ -187,7 +193,7 @@ class LayeredIndex(Layered):
         self._overlay.insert(holder, tokens)
 
     def drop(self, holder: str) -> None:
-        """Remove ``holder``. Idempotent."""
+        """Remove ``holder`` from the index. Idempotent."""
         for layer in self._layers():
             if holder in layer:
                 layer.drop(holder)
@@ -198,7 +204,7 @@ class LayeredIndex(Layered):
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for a new generation."""
+        """Whether enough snapshots were added or dropped since the last generation that a new one should be made."""
         if self._sealed is not None:
             return False
         n_new, n_all, n_gone = len(self._overlay) - self._n_stay, 0, 0  # at most as many as are new
@@ -208,14 +214,16 @@ class LayeredIndex(Layered):
         return n_new > max(NEW_MIN, NEW_SHARE * n_all) or n_gone > max(GONE_MIN, GONE_SHARE * n_all)
 
     def seal(self) -> Sowing:
-        """Begin a generation and return its input. ``adopt`` or ``unseal`` must follow."""
+        """Begin a new generation and return its input. A call of ``adopt`` or ``unseal`` must follow."""
         assert self._sealed is None, "one generation at a time"
         self._n_sown = len(self)
         self._sealed, self._overlay = Sealed(self._overlay), PrefixIndex()
         return Sowing(self._sealed.index, tuple(self.base.gone) if self.base is not None else ())
 
     def adopt(self, base: DiskIndex) -> None:
-        """Use ``base``, made from the result of ``seal``. Sequences that it could not store stay in the overlay."""
+        """Use ``base``, the generation made from the result of ``seal``. Sequences that it could not store stay in
+        the overlay.
+        """
         assert self._sealed is not None, "a generation was begun"
         stay: list[tuple[str, bytes]] = []
         if len(base) != self._n_sown:
@@ -230,7 +238,7 @@ class LayeredIndex(Layered):
         self._noted.clear()
 
     def unseal(self) -> None:
-        """Cancel a generation that was not made. Idempotent."""
+        """Give up the generation begun by ``seal``: the state before is restored, with later changes. Idempotent."""
         if self._sealed is None:
             return
         index = self._sealed.index

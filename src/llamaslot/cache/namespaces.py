@@ -47,7 +47,7 @@ PUBLIC = Namespace("public")
 
 @functools.lru_cache(maxsize=1024)
 def marker(namespace: Namespace) -> bytes:
-    """The ids in front of each sequence of ``namespace`` in an index."""
+    """The token ids that stand in front of each sequence of ``namespace`` in an index."""
     if namespace == SHARED:
         return b""
     bits = int.from_bytes(blake2b(namespace.text.encode(), digest_size=8).digest())
@@ -55,7 +55,7 @@ def marker(namespace: Namespace) -> bytes:
 
 
 class Index(Protocol[H]):
-    """The interface of an index; ``PrefixIndex``, ``LayeredIndex`` and ``Joined`` have it."""
+    """The interface of a prefix index, implemented by ``PrefixIndex``, ``LayeredIndex`` and ``Joined``."""
 
     def tokens(self, holder: H) -> bytes: ...
     def match(self, query: bytes, limit: int | None = None) -> list[Shared[H]]: ...
@@ -73,7 +73,7 @@ class InNamespaces(Generic[H]):
         self.index, self._namespace_of = index, namespace_of
 
     def tokens(self, holder: H) -> bytes:
-        """Raises KeyError for an unknown holder."""
+        """The sequence of ``holder``, without the mark of its namespace. Raises KeyError for an unknown holder."""
         return self.index.tokens(holder)[len(marker(self._namespace_of(holder))) :]
 
     def match(
@@ -88,8 +88,8 @@ class InNamespaces(Generic[H]):
         return sorted((hit for hits in found for hit in hits), key=_order)[:limit]
 
     def near(self, query: bytes, namespaces: Collection[Namespace], least: int, share: float) -> Near[H]:
-        """As ``PrefixIndex.near``, in any of ``namespaces``; of several, and of those with marks, nothing is left
-        out.
+        """As ``PrefixIndex.near``, in any of ``namespaces``. Only in the shared namespace alone are holders left
+        out that share little; otherwise all are returned.
         """
         if query and isinstance(self.index, PrefixIndex) and {marker(each) for each in namespaces} == {b""}:
             return self.index.near(query, least, share)
@@ -110,7 +110,7 @@ class InNamespaces(Generic[H]):
             yield Shared(hit.holder, hit.n_shared - n, hit.n_tokens - n)
 
     def cover(self, tokens: bytes, namespace: Namespace, exclude: Collection[H] = ()) -> int:
-        """As ``PrefixIndex.cover``."""
+        """As ``PrefixIndex.cover``, among the holders in ``namespace``."""
         hits = self._hits(marker(namespace), tokens) if tokens else iter(())
         return next((hit.n_shared for hit in hits if hit.holder not in exclude), 0)
 

@@ -36,8 +36,10 @@ class Shared(NamedTuple, Generic[H]):
 
 
 class Near(NamedTuple, Generic[H]):
-    """A match without the holders that share little. ``hits``: the others, as ``match`` returns them; ``n_rest``: what
-    one of those left out shares at most; ``n_shared``: what any holder shares, valid until the index changes.
+    """A match without the holders that share only little with the query.
+
+    ``hits``: the others, as ``match`` returns them. ``n_rest``: the most that any left-out holder shares.
+    ``n_shared``: a function from a holder to the tokens that it shares, valid until the index changes.
     """
 
     hits: list[Shared[H]]
@@ -86,8 +88,8 @@ class _Node(Generic[H]):
 class PrefixIndex(Generic[H]):
     """Token sequences and their holders. Not thread-safe: it belongs to the event loop.
 
-    ``on_cover``: called for each other holder whose ``shared_with_others`` an insertion or removal may have changed:
-    one or two of them, however many there are.
+    ``on_cover``: called for each other holder whose ``shared_with_others`` an insertion or removal may have
+    changed: one or two holders, however many there are.
     """
 
     def __init__(self, on_cover: Callable[[H], None] | None = None) -> None:
@@ -108,7 +110,7 @@ class PrefixIndex(Generic[H]):
 
     @property
     def n_tokens(self) -> int:
-        """Unique tokens stored: each shared prefix counts once."""
+        """The number of distinct tokens stored: a prefix that several sequences share counts once."""
         return self._n_tokens
 
     def holders(self) -> KeysView[H]:
@@ -146,7 +148,7 @@ class PrefixIndex(Generic[H]):
         self._rerank(node)
 
     def drop(self, holder: H) -> None:
-        """Remove ``holder``. Idempotent."""
+        """Remove ``holder`` from the index. Idempotent."""
         node = self._ends.pop(holder, None)
         if node is None:
             return
@@ -174,8 +176,8 @@ class PrefixIndex(Generic[H]):
         return self.near(query, 1, 1.0).hits
 
     def near(self, query: bytes, least: int, share: float) -> Near[H]:
-        """``match`` of the holders that share ``least`` tokens or more, or at least that ``share`` of their own: of a
-        thousand that begin alike, the others would be most of the work.
+        """As ``match``, but only holders that share at least ``least`` tokens, or at least the fraction ``share``
+        of their own tokens. Of a thousand sequences that begin alike, the others would be most of the work.
         """
         new, found = tuple.__new__, list[Shared[H]]()  # 0.1 us less for each than a call of Shared
         path, n_rest = dict[_Node[H], int](), 0
@@ -213,8 +215,9 @@ class PrefixIndex(Generic[H]):
         return next((hit.n_shared for hit in self.hits(tokens) if hit.holder not in exclude), 0)
 
     def shared_with_others(self, holder: H) -> int:
-        """``cover`` of the sequence of ``holder`` by all other holders, without reading tokens: above its end there
-        is a node only where another sequence ends or diverges. Raises KeyError for an unknown holder.
+        """``cover`` of the sequence of ``holder`` by all other holders. Reads no tokens: above the end of a
+        sequence there is a node only where another sequence ends or diverges. Raises KeyError for an unknown
+        holder.
         """
         node = self._ends[holder]
         if len(node.holders) > 1 or node.children or node.parent is None:
@@ -235,7 +238,8 @@ class PrefixIndex(Generic[H]):
         """The longest holder outside ``exclude`` whose whole sequence is a prefix of ``query``; None if there is
         none.
 
-        For states that cannot be truncated: recurrent models and sliding windows. Empty sequences do not count.
+        Needed for recurrent models and sliding windows, whose states cannot be truncated. Empty sequences do not
+        count.
         """
         node, _, _ = self._descend(query)
         while node.parent is not None:
@@ -254,7 +258,9 @@ class PrefixIndex(Generic[H]):
             stack += reversed(node.order)
 
     def _descend(self, query: bytes) -> tuple[_Node[H], _Node[H] | None, int]:
-        """Returns (last node that matches as a whole, child in whose edge the match ends or None, matched tokens)."""
+        """Walk down the tree along ``query``. Returns the last node that matches as a whole, the child in whose
+        edge the match ends (or None), and the number of matched tokens.
+        """
         node, position = self._root, 0
         while child := node.children.get(query[position : position + tok.WIDTH]):
             if not query.startswith(child.edge, position):
@@ -263,10 +269,10 @@ class PrefixIndex(Generic[H]):
         return node, None, node.n_tokens
 
     def _levels(self, query: bytes) -> Iterator[tuple[int, _Node[H] | None, list[_Node[H]], _Node[H] | None]]:
-        """The points of the match, from the deepest up to the last one before the root.
+        """The nodes on the path that ``query`` matches, from the deepest up to the last one before the root.
 
-        Each as ``(n_shared, the node that ends there, the subtrees that share exactly that, the one of these subtrees
-        that has been listed already)``.
+        Each as ``(n_shared, the node that ends there, the subtrees that share exactly n_shared, the one of these
+        subtrees that has been listed already)``.
         """
         node, inside, n_shared = self._descend(query)
         if inside is not None:
@@ -277,7 +283,9 @@ class PrefixIndex(Generic[H]):
             seen, node = node, node.parent
 
     def _cover_changes(self, node: _Node[H]) -> None:
-        """Report the only holder at the end of a branch: it shares as much as the node above."""
+        """Report the holder that ends at ``node``, if it alone ends there and nothing is below: its common prefix
+        with others ends at the parent, which has changed.
+        """
         if self._on_cover is not None and not node.children and len(node.holders) == 1:
             self._on_cover(next(iter(node.holders)))
 
@@ -315,7 +323,9 @@ class PrefixIndex(Generic[H]):
         self._cover_changes(lower)
 
     def _rerank(self, node: _Node[H]) -> None:
-        """Propagate a change of the first holder at or below ``node`` upwards, as far as it changes anything."""
+        """Propagate a change of the first holder at or below ``node`` upwards, until a parent's rank stays the
+        same.
+        """
         while node.parent is not None:
             rank = node.own_rank if node.holders else node.order[0].rank
             if rank == node.rank:
@@ -328,7 +338,7 @@ class PrefixIndex(Generic[H]):
 
     @staticmethod
     def _position(node: _Node[H]) -> int:
-        """The index of ``node`` among its siblings; ranks are unique."""
+        """The index of ``node`` in the sorted list of its siblings; ranks are unique."""
         return bisect_left(_parent(node).order, node.rank, key=_RANK)
 
     def check(self) -> None:
@@ -366,7 +376,7 @@ def _parent(node: _Node[H]) -> _Node[H]:
 
 
 def _all_below(siblings: list[_Node[H]], seen: _Node[H] | None) -> list[_Node[H]]:
-    """The nodes with holders in these subtrees, without ``seen``, by rank."""
+    """All nodes with holders in the subtrees ``siblings``, except the subtree ``seen``, sorted by rank."""
     found, stack = [], [node for node in siblings if node is not seen]
     while stack:
         node = stack.pop()
@@ -381,8 +391,8 @@ def _all_below(siblings: list[_Node[H]], seen: _Node[H] | None) -> list[_Node[H]
 def _first_below(
     siblings: list[_Node[H]], seen: _Node[H] | None, most: float = math.inf
 ) -> Iterator[_Node[H]]:
-    """The same as an iterator, those of at most ``most`` tokens: a heap holds the next sibling of each list reached so
-    far.
+    """As ``_all_below``, but an iterator that ends before the first node with more than ``most`` tokens. A heap
+    holds the next sibling of each list reached so far, so later nodes are not visited.
     """
     heap: list[tuple[int, list[_Node[H]], int]] = []
 
@@ -415,11 +425,13 @@ class Changes:
         self._last: deque[bytes] = deque(maxlen=_KEPT)
 
     def note(self, tokens: bytes) -> None:
-        """``tokens``, behind the mark of their namespace, were added or removed."""
+        """Record that the sequence ``tokens``, with the mark of its namespace in front, was added or removed."""
         self.n += 1
         self._last.append(tokens)
 
     def since(self, n: int) -> Sequence[bytes] | None:
-        """What was added or removed after the first ``n`` changes; None if that is too much to tell."""
+        """The sequences added or removed after the first ``n`` changes; None if the record does not reach back so
+        far.
+        """
         n_new = self.n - n
         return None if n_new > len(self._last) else [*self._last][len(self._last) - n_new :]

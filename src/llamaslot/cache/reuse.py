@@ -64,17 +64,18 @@ def usable(
 
 
 def checkpoints_after(kept: Iterable[int], n_reused: int, stops: Iterable[int]) -> tuple[int, ...]:
-    """The checkpoints of a slot after prompts ending at each of ``stops`` were computed on ``n_reused`` tokens.
+    """The checkpoints of a slot after prompts that end at each of ``stops`` were computed on top of ``n_reused``
+    tokens.
 
-    Only the latest are counted on: starting from a shared-prefix snapshot costs little, a missing checkpoint costs a
-    prefill.
+    Only the latest are counted on: where one is missing, a whole prefill is lost; starting from a shared-prefix
+    snapshot instead costs little.
     """
     made = {stop - CHECKPOINT_BACK for stop in stops if stop - CHECKPOINT_BACK > n_reused}
     return tuple(sorted(made | {at for at in kept if at <= n_reused}))[-_N_KEPT:]
 
 
 class Tally(Struct):
-    """Prompts that had something to reuse: their number, and the tokens predicted and reused."""
+    """How many prompts had something to reuse, and the tokens predicted and really reused for them."""
 
     n: int = 0
     n_predicted: int = 0
@@ -103,7 +104,7 @@ class Predictions:
         self.tallies: dict[tuple[CacheKind, str], Tally] = {}
 
     def correct(self, cache_kind: CacheKind, source: str, n_usable: int) -> int:
-        """``n_usable`` from ``usable``, less the usual shortfall of this build."""
+        """``n_usable``, a result of ``usable``, less the tokens that this build usually fails to reuse."""
         return max(n_usable - self._back.get((cache_kind, source), 0), 0)
 
     def observe(self, cache_kind: CacheKind, source: str, n_usable: int, n_reused: int) -> None:
@@ -141,7 +142,7 @@ class Predictions:
 
     def likely(self, n_answer: int) -> int:
         """The expected number of leading tokens of an answer of ``n_answer`` tokens that the next prompt contains:
-        the usual share; all of them before the first sample.
+        the median share of recent answers, or all tokens while too few answers are known.
         """
         share = median_low(self._returned) if len(self._returned) >= self.LEAST else 1.0
         return int(share * n_answer)
@@ -220,25 +221,28 @@ class RewindModel(Struct):
 
     @property
     def is_rewound(self) -> bool:
-        """Whether a slot is rewound to the end of its prompt before it is saved. If slot files have no checkpoints, a
-        file must end exactly where the next turn still agrees with it.
+        """Whether a slot is rewound to the end of its prompt before it is saved: if slot files have no checkpoints,
+        the file of a recurrent model must end exactly where the next turn still agrees with it.
         """
         return self.cache_kind is CacheKind.RECURRENT and self.keeps_checkpoints is False
 
     def in_file(self, checkpoints: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of a slot's checkpoints that its file contains."""
+        """Of the ``checkpoints`` of a slot, those that the slot's file will contain: all, or none."""
         return () if self.keeps_checkpoints is False else checkpoints
 
     def usable(
         self, source: str, n_shared: int, n_held: int | None, checkpoints: tuple[int, ...], n_prompt: int
     ) -> int:
-        """Predicted reuse: by the kind of model, corrected by what was learned of this build."""
+        """The predicted reuse in tokens: by the kind of model, corrected by what was learned of this llama.cpp
+        build.
+        """
         n_usable = usable(self.cache_kind, n_shared, n_held, checkpoints, n_prompt)
         return self.predictions.correct(self.cache_kind, source, n_usable)
 
     def of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
-        """``usable`` for the content of a slot. A model that cannot rewind resumes at the exact end, if a prompt that
-        continues an answer is expected to contain all of it; others resume from wherever the prompt diverges.
+        """The reuse to count on in a slot with this ``content``. A model that cannot rewind resumes at the exact
+        end, if the prompt continues an answer and is expected to contain all of it; others resume from wherever the
+        prompt diverges.
         """
         is_behind = not self.is_rewindable and goes_on_behind(content, n_shared, n_prompt)
         if is_behind and self.predictions.do_answers_return:
@@ -253,8 +257,9 @@ class RewindModel(Struct):
         return self.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
 
     def likely_of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
-        """Likely reuse of the content of a slot; ``of_slot`` gives the safe figure. A model that can rewind to any
-        token also reuses the part of the answer that the prompt contains, although its tokens are unknown.
+        """The likely reuse of a slot's content, while ``of_slot`` gives the safe figure. A model that can rewind to
+        any token also reuses the part of the answer that the prompt contains, although the answer's tokens are
+        unknown.
         """
         n_usable = self.of_slot(content, n_shared, n_prompt)
         if not (self.is_rewindable and goes_on_behind(content, n_shared, n_prompt)):
@@ -263,7 +268,9 @@ class RewindModel(Struct):
 
 
 def goes_on_behind(content: Content, n_shared: int, n_prompt: int) -> bool:
-    """Whether a prompt may continue the answer that a slot holds, whose tokens are unknown."""
+    """Whether a prompt may continue the answer that a slot holds: the prompt has all known tokens of the slot, and
+    is longer than what the slot holds with the answer's unknown tokens.
+    """
     return content.n_more > 0 and n_shared == content.n_tokens and n_prompt > content.n_held
 
 
@@ -283,7 +290,9 @@ class Strikes:
         self._failures: Counter[str] = Counter()
 
     def count(self, snapshot: str, n_predicted: int, n_reused: int) -> bool:
-        """Record the reuse of a restored snapshot; True if it must be deleted. A success resets its count."""
+        """Record how much of a restored snapshot was reused. True if the snapshot has failed repeatedly and must be
+        deleted. A success resets its count.
+        """
         if not has_failed(n_predicted, n_reused):
             del self._failures[snapshot]
             return False

@@ -14,10 +14,10 @@ from llamaslot.scheduling.json_numbers import counts, positive, within
 class AnswerLength:
     """Predicts the remaining seconds of an answer that is being decoded.
 
-    Lengths vary widely, and the longer an answer has run, the longer it will still run (one longer than all others may
-    never stop). The estimate is a mean: of the remainders of those of the last ``KEPT`` answers that were longer than
-    this one is now, and of ``PRIOR`` more samples. Such a sample is what is left of the usual length, but at least half
-    of what has been generated already.
+    Lengths vary widely, and the longer an answer has run, the longer it will still run (one longer than all others
+    may never stop). The estimate is the mean of two kinds of samples: for each of the last ``KEPT`` answers that
+    was longer than this one is now, the difference; and ``PRIOR`` times what is left of the usual length, but at
+    least half of what this answer has generated already.
     """
 
     GAIN = 0.1
@@ -38,7 +38,9 @@ class AnswerLength:
         return f"<AnswerLength {self.n_tokens:.0f} tok at {self.tokens_per_s:.1f} tok/s>"
 
     def observe(self, n_tokens: int, seconds: float) -> None:
-        """Record an answer of ``n_tokens`` decoded in ``seconds``. A short one does not change the speed."""
+        """Record an answer of ``n_tokens`` decoded in ``seconds``. A short answer does not change the learned
+        speed.
+        """
         if n_tokens <= 0 or not 0 <= seconds < math.inf:
             return
         self.n_samples += 1
@@ -52,7 +54,9 @@ class AnswerLength:
             self.tokens_per_s = within(self.tokens_per_s * math.exp(gain * off), self.SPEEDS)
 
     def seconds_left(self, running_s: float, max_tokens: int | None = None) -> float:
-        """Seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: its upper bound."""
+        """The expected seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: the
+        limit of its length.
+        """
         n_done = max(running_s, 0.0) * self.tokens_per_s
         if n_done:
             if self._ranked is None:

@@ -57,7 +57,7 @@ class PrefillRate:
 
     @property
     def known(self) -> bool:
-        """Whether there is a sample yet."""
+        """Whether any prefill has been observed yet."""
         return bool(self._samples)
 
     def observe(self, start: int, end: int, seconds: float) -> None:
@@ -103,7 +103,7 @@ class PrefillRate:
         return self._fitted
 
     def _line(self) -> tuple[float, float]:
-        """``a`` and ``b`` of the samples, both >= 0."""
+        """``a`` and ``b`` fitted to the samples, both at least 0."""
         w0 = w1 = w2 = y0 = y1 = 0.0
         for samples in self._samples.values():
             usual = median_low(sample.per_token_s for sample in samples)
@@ -130,7 +130,7 @@ class PrefillRate:
         return (a, b) if a >= 0 else (0.0, y1 / w2)
 
     def to_json(self) -> dict[str, Any]:
-        """The samples, oldest first."""
+        """The samples as JSON, oldest first."""
         kept = sorted((s for samples in self._samples.values() for s in samples), key=lambda s: s.serial)
         return {"samples": [[s.start, s.end, s.seconds, s.serial] for s in kept]}
 
@@ -242,7 +242,7 @@ class SnapshotSize:
         self._line = self._in_whole = None
 
     def observe_each(self, files: Sequence[tuple[int, int]]) -> None:
-        """As ``observe`` of each (tokens, bytes) in turn; only those are looked at that are kept."""
+        """As ``observe`` of each pair (tokens, bytes) in turn, but only the pairs that will be kept are looked at."""
         last = dict[tuple[int, int], None]()
         for file in reversed(files):
             if len(last) == self.KEPT:
@@ -252,9 +252,10 @@ class SnapshotSize:
             self.observe(n_tokens, size_bytes)
 
     def bytes(self, n_tokens: int) -> int | None:
-        """The size of a file of ``n_tokens``, as an upper bound; None before the first file is known.
+        """The size of a slot file of ``n_tokens`` in bytes, as an upper bound; None before the first file is known.
 
-        If all known files have one length: in proportion to it, plus 5 %, because the constant part is unknown.
+        If all known files have one length, the size grows in proportion, plus 5 %, because the constant part is
+        unknown.
         """
         if not self._points:
             return None
@@ -267,8 +268,8 @@ class SnapshotSize:
         return self._line
 
     def _whole(self) -> tuple[int, int, int]:
-        """The line in integers: constant, bytes per token, and the denominator of both. With fractions each size took
-        10 us, and a placement needs one for every slot.
+        """The fitted line in integers: its constant, its bytes per token, and the denominator of both. With
+        fractions each size took 10 us, and a placement needs one for every slot.
         """
         if self._in_whole is None:
             constant, per_token = self._fit()
@@ -324,7 +325,7 @@ class Delay:
         return {"seconds": self.seconds}
 
     def take_over(self, data: object) -> None:
-        """Read the result of ``to_json``; anything else changes nothing."""
+        """Use the estimate in ``data``, a result of ``to_json``; anything else changes nothing."""
         values = positive(data, ("seconds",))
         if values is not None:
             self.seconds = within(values[0], self.LIMITS)
@@ -352,7 +353,7 @@ class Rates(Struct):
     model: str = ""  # fingerprint of the model that the rates belong to
 
     def forget(self) -> None:
-        """Reset to the priors, in place: all references to this object see it."""
+        """Reset all rates to their priors, in place: all references to this object see the change."""
         self.take_over(Rates())
 
     def take_over(self, other: Rates) -> None:
@@ -360,7 +361,9 @@ class Rates(Struct):
             setattr(self, name, getattr(other, name))
 
     def figures(self) -> tuple[float, ...]:
-        """Speeds and sizes. While they stay ``are_close``, results computed from them are still accurate enough."""
+        """The learned speeds and sizes as plain numbers. While two such tuples ``are_close``, results computed from
+        the older one are still accurate enough.
+        """
         prefill, save, restore = self.prefill, self.save, self.restore
         return (
             prefill.per_token_s(0), prefill.per_token_s(_DEEP), save.latency_s, save.bytes_per_s, restore.latency_s,
@@ -369,17 +372,19 @@ class Rates(Struct):
 
     @property
     def request_s(self) -> float:
-        """The seconds that one more request costs, where it is held against a prefill. Less at first: of a prompt many
-        times as long as any that was seen, only too short a time is known (probes of 50 tokens took 25 us each, 3,000
-        tokens 110 to 250), and the request also teaches that.
+        """The seconds that one more request costs, for comparison with a prefill.
+
+        Less while no long prompt was seen: for a prompt many times as long as any before, the prefill time is
+        estimated too short (probes of 50 tokens took 25 us each, 3,000 tokens 110 to 250), and the request also
+        teaches the real one.
         """
         if not self.prefill.known:
             return self.request.seconds
         return min(self.request.seconds, self.prefill.seconds(0, self.prefill.longest) / _LONGEST_SHARE)
 
     def size_bytes(self, n_tokens: int) -> int:
-        """The expected size in bytes of a snapshot of ``n_tokens``; before the first file that of a model of about
-        8B.
+        """The expected size in bytes of a snapshot of ``n_tokens``; before the first file is known, the size with a
+        model of about 8B parameters.
         """
         known = self.size.bytes(n_tokens)
         return known if known is not None else n_tokens * _GUESSED_BYTES_PER_TOKEN
@@ -424,7 +429,7 @@ class Rates(Struct):
 
 
 def are_close(figures: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    """Whether each differs from the other by a few percent at most."""
+    """Whether each of ``figures`` differs by a few percent at most from its counterpart in ``others``."""
     if len(figures) != len(others):
         return False
     return all(a <= b * _CLOSE and b <= a * _CLOSE for a, b in zip(figures, others, strict=True))

@@ -1,9 +1,11 @@
-"""The value of a snapshot: the seconds it saves, times its expected hit rate, per byte. The lowest value is evicted
-first. ``store.entries.SnapshotTable.victims`` chooses by it, and skips what must stay.
+"""Ranks snapshots for eviction by value: the seconds one saves per hit, times its expected hit rate, per byte. The
+lowest value is evicted first.
 
-Pure: times come in as arguments, in seconds of any one clock. The hit rate is learned by kind of snapshot
-(``ReuseClass``) and by age since the last use, as in LHD (Beckmann, Chen, Cidon: "LHD: improving cache hit rate by
-maximizing hit density", NSDI 2018).
+This module only ranks. ``SnapshotTable.victims`` in ``store/`` chooses what is evicted, and decides what must stay
+(pinned, in use, needed by queued requests). Pure: times come in as arguments, in seconds of any one clock.
+
+The hit rate is learned by kind of snapshot (``ReuseClass``) and by age since the last use, as in LHD (Beckmann,
+Chen, Cidon: "LHD: improving cache hit rate by maximizing hit density", NSDI 2018).
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ class ReuseClass(enum.StrEnum):
 
 
 class SnapshotStats(Struct):
-    """Usage of one snapshot. ``size_bytes``: those that no other snapshot needs; ``read_bytes``: those that its
-    restore reads; ``n_covered``: its first tokens that are also there without it. ``counted_until``: its lifetime up to
-    here has been learned from.
+    """Size and use of one snapshot.
+
+    ``size_bytes``: the bytes that no other snapshot needs. ``read_bytes``: the bytes that its restore reads.
+    ``n_covered``: how many of its first tokens other snapshots hold too. ``counted_until``: the time up to which
+    its life without a hit has been recorded in the ``HitRateModel``.
     """
 
     id: str
@@ -55,8 +59,9 @@ class SnapshotStats(Struct):
     n_covered: int = 0
 
     def saves_s(self, prefill_s: Callable[[int, int], float], restore_s: Callable[[int], float]) -> float:
-        """The seconds that each hit saves: the prefill without it, of all or behind what is there without it, less its
-        restore. 0 if it saves nothing.
+        """The seconds that each hit of this snapshot saves: the prefill that is needed without it (of all tokens,
+        or of those that no other snapshot holds, after restoring the rest), less the time of its own restore. At
+        least 0.
         """
         n, n_covered, own_s = self.n_tokens, self.n_covered, restore_s(self.read_bytes)
         without_s = prefill_s(0, n)
@@ -87,7 +92,7 @@ def length_of(n_tokens: int) -> int:
 
 
 class _Tally(Struct):
-    """Of one class, by bucket of age: the number of hits, and the seconds during which hits were possible.
+    """The hits of one class of snapshots by bucket of age, and for how many seconds hits were possible.
 
     The seconds are scaled to contexts of usual length: a length that is hit half as often counts half the time.
     """
@@ -103,13 +108,13 @@ class _Tally(Struct):
 
 
 class _Lengths(Struct):
-    """By bucket of length: the number of hits, and the number that would be expected if length did not matter."""
+    """The hits of snapshots by bucket of length, and the number of hits expected there if length did not matter."""
 
     hits: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)
     expected: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)
 
     def factors(self, few: float) -> list[float]:
-        """For each length, its hit rate relative to the mean."""
+        """For each bucket of length, its hit rate relative to the mean."""
         usual = (sum(self.hits) + few) / (sum(self.expected) + few)
         return [(n + few) / (m * usual + few) for n, m in zip(self.hits, self.expected, strict=True)]
 
@@ -155,7 +160,7 @@ class HitRateModel:
     # -- learning ------------------------------------------------------------------------------------------------
 
     def hit(self, reuse_class: ReuseClass, age_s: float, n_tokens: int) -> None:
-        """Record a hit, ``age_s`` after the last use."""
+        """Record a hit of a snapshot whose last use was ``age_s`` ago."""
         self._tallies[reuse_class].hits[bucket_of(age_s)] += 1.0
         self._lengths.hits[length_of(n_tokens)] += 1.0
         self._event(reuse_class)
@@ -165,7 +170,7 @@ class HitRateModel:
         self._event(reuse_class)
 
     def waited(self, reuse_class: ReuseClass, from_s: float, to_s: float, n_tokens: int) -> None:
-        """Record that a snapshot had no hit between these ages."""
+        """Record that a snapshot had no hit between the ages ``from_s`` and ``to_s``."""
         start, end = max(from_s, 0.0), to_s
         if not start < end < math.inf:
             return
@@ -195,14 +200,15 @@ class HitRateModel:
     # -- results -------------------------------------------------------------------------------------------------
 
     def rate(self, reuse_class: ReuseClass, age_s: float) -> float:
-        """Hits per second at this age, for contexts of any length."""
+        """The expected hits per second of a snapshot of this class at this age, whatever its length."""
         return self._now()[reuse_class].rates[bucket_of(age_s)]
 
     def density(self, reuse_class: ReuseClass, age_s: float, n_tokens: int) -> float:
-        """Expected hits per second if something of this age is kept for the best possible time.
+        """The expected hits per second of a snapshot of this class, age and length that is kept for the best
+        possible time.
 
-        This is more than the rate at this age where a later rate is higher: after a coffee break few users return at
-        once, but many within the hour (the Gittins index of the rates). It is never below the rate.
+        This is more than the rate at this age where a later rate is higher: after a coffee break few users return
+        at once, but many within the hour (the Gittins index of the rates). It is never below the rate.
         """
         densities = self._now()[reuse_class].densities
         x = 2.0 * math.log2(max(age_s, 0.0) + 1.0)
@@ -211,7 +217,7 @@ class HitRateModel:
         return (densities[at] + part * (densities[at + 1] - densities[at])) * self.factor(n_tokens)
 
     def factor(self, n_tokens: int) -> float:
-        """The hit rate of contexts of this length relative to the mean."""
+        """The hit rate of contexts of ``n_tokens`` relative to the mean."""
         return self._factors[length_of(n_tokens)]
 
     def _now(self) -> dict[ReuseClass, _Derived]:
@@ -272,7 +278,9 @@ class HitRateModel:
 
 
 class _Derived:
-    """Of one class, by bucket. ``densities``: seen from the beginning of each bucket, and one more after the last."""
+    """The rates of one class by bucket of age, and their ``densities``: one for the beginning of each bucket, and
+    one for the end of the last.
+    """
 
     __slots__ = ("densities", "rates")
 
@@ -286,7 +294,7 @@ def _part(data: object, key: str) -> Mapping[str, Any]:
 
 
 def _prior_rates(p: float, s: float) -> list[float]:
-    """The mean rate over each bucket: expected hits per second."""
+    """The prior of a class as the mean hits per second over each bucket of age."""
     return [p * math.log((_EDGES[b + 1] + s) / (_EDGES[b] + s)) / _WIDTHS[b] for b in range(N_BUCKETS)]
 
 
@@ -294,9 +302,8 @@ _PRIOR_RATES = {reuse_class: _prior_rates(p, s) for reuse_class, (p, s) in HitRa
 
 
 def _best_densities(rates: list[float]) -> list[float]:
-    """For each bucket: the maximum of hits per second over any number of buckets from its beginning on.
-
-    A hit ends the count: after it the snapshot has a new age.
+    """For each bucket of age: the maximum of hits per second over any number of buckets from its beginning on. A
+    hit ends the count: after it the snapshot has a new age.
     """
     best: list[float] = []
     # Ranges of falling density: hits, seconds, the share that remains after it.
@@ -324,23 +331,25 @@ def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
 
 
 class Order(Protocol):
-    """The order of eviction, and what it learns from hits and evictions."""
+    """An order of eviction: it ranks snapshots, and learns from their hits and evictions."""
 
     def rank(self, stats: SnapshotStats, now: float) -> float:
-        """The snapshot with the smallest rank is evicted first."""
+        """The rank of a snapshot; the one with the smallest rank is evicted first."""
 
     def hit(self, stats: SnapshotStats, now: float) -> None:
-        """Record a hit; ``stats`` is the state before it."""
+        """Record a hit of a snapshot; ``stats`` is its state before the hit."""
 
     def passed(self, stats: SnapshotStats, now: float) -> None:
-        """Record that the snapshot had no hit since ``counted_until``."""
+        """Record that the snapshot had no hit from ``stats.counted_until`` until ``now``."""
 
     def gone(self, stats: SnapshotStats, now: float) -> None:
-        """Record that it can no longer be hit."""
+        """Record that the snapshot can no longer be hit."""
 
 
 class ByUse:
-    """Least recently used first: the usual policy, for comparison. Learns nothing."""
+    """An order of eviction that starts with the least recently used snapshot: the usual policy, for comparison.
+    Learns nothing.
+    """
 
     def rank(self, stats: SnapshotStats, now: float) -> float:
         return stats.last_used
@@ -353,10 +362,10 @@ class ByUse:
 
 
 class ByValue:
-    """The smallest value per byte first.
+    """An order of eviction that starts with the smallest value per byte.
 
-    ``saves_s``: the seconds that a snapshot saves at each hit, compared with the best alternative. The caller sets
-    it, because it knows speeds and the other snapshots.
+    ``saves_s``: a function from a snapshot to the seconds that each hit of it saves, compared with the best
+    alternative. The caller sets it, because it knows speeds and the other snapshots.
     """
 
     def __init__(self, hit_rates: HitRateModel | None = None) -> None:
@@ -367,7 +376,7 @@ class ByValue:
         return self.worth(stats, now) / max(stats.size_bytes, 1)
 
     def worth(self, stats: SnapshotStats, now: float) -> float:
-        """Seconds saved per second of keeping it."""
+        """The expected seconds that a snapshot saves per second that it is kept."""
         saves_s = max(self.saves_s(stats), _LEAST_S * stats.n_tokens)
         return saves_s * self.hit_rates.density(stats.reuse_class, now - stats.last_used, stats.n_tokens)
 

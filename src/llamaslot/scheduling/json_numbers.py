@@ -11,7 +11,7 @@ def within(value: float, limits: tuple[float, float]) -> float:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is finite, and no bool."""
+    """Whether ``value`` is a finite number, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 

@@ -112,8 +112,9 @@ class Rules(Struct, frozen=True):
         return Namespace(user.id if self.is_isolated else "", lora)
 
     def long_s(self, request_s: float) -> float:
-        """The prefill time above which a request of its own (which costs ``request_s``) is worth it: then the work
-        can be shared while it is computed, interrupted, and postponed for others.
+        """The prefill time above which computing a prompt ahead, in requests of llamaslot's own, is worth the
+        ``request_s`` that each of these costs: such a prefill can be interrupted, shared, and postponed for other
+        requests.
         """
         return _worth_s(request_s) if self.chunk_threshold_s is None else self.chunk_threshold_s
 
@@ -124,7 +125,9 @@ class Rules(Struct, frozen=True):
 
 
 class _Choice(NamedTuple):
-    """A named tuple, which is made in a quarter of the time: each placement makes dozens."""
+    """A slot and a source of tokens that ``place`` compares with others by cost. A named tuple, which is made in a
+    quarter of the time of a dataclass: each placement makes dozens.
+    """
 
     view: BackendView
     slot: SlotView
@@ -184,7 +187,9 @@ def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan 
 
 
 def _place(choice: _Choice, request: Request) -> Place:
-    """The terms of ``choice.cost_s``. Not stored in each choice: a burst of requests makes thousands."""
+    """``choice`` as a ``Place``, with the terms of its cost. The terms are not stored in each choice, as a burst of
+    requests makes thousands.
+    """
     slot, snapshot = choice.slot, choice.snapshot
     cost = Cost(
         wait_s=choice.wait_s,
@@ -197,8 +202,8 @@ def _place(choice: _Choice, request: Request) -> Place:
 
 
 def is_similar(slot: SlotView, rules: Rules) -> bool:
-    """Whether so much of the slot's content survives that taking it loses nothing. Never true of another
-    conversation, however long the common system prompt is.
+    """Whether the request keeps so much of the slot's content (``routing.similarity_min``) that taking the slot
+    loses nothing. Never true if the slot holds another conversation, however long the common system prompt is.
     """
     return (
         not slot.is_other_conversation
@@ -208,7 +213,9 @@ def is_similar(slot: SlotView, rules: Rules) -> bool:
 
 
 def is_other_conversation(slot: SlotView | Shared[int], n_alike: int) -> bool:
-    """Whether it is another conversation, if several begin with the same ``n_alike`` tokens."""
+    """Whether a slot holds another conversation than the request's, if several conversations begin with the same
+    ``n_alike`` tokens.
+    """
     only_begins_alike = slot.n_shared <= n_alike + NEGLIGIBLE_TOKENS
     return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + NEGLIGIBLE_TOKENS
 
@@ -220,19 +227,22 @@ be hundreds.
 
 
 def ranked(loss_s: float, used_at: float, slot: int) -> Ranked:
-    """In the order of ``place``: the cheapest first, among ties the least recently used."""
+    """The sort key of a slot by what taking it loses: the smallest loss first, among ties the least recently used
+    slot.
+    """
     return round(loss_s / TIE_S), used_at, slot
 
 
 def worth_a_look(
     slots: Iterable[Ranked], shared: Callable[[int], int], most_shared: int, besides: Collection[int]
 ) -> Iterator[int]:
-    """The slots of ``slots``, ascending, that ``place`` may choose: any other one costs no less and shares no more than
-    two of these. Among 256 slots these are two or three as a rule, and a close look at each takes 20 us.
+    """Of ``slots``, sorted by cost, those that ``place`` may choose: any other slot costs no less, and shares no
+    more, than two of these. Among 256 slots these are two or three as a rule, and a close look at each takes 20 us.
 
-    ``shared``: tokens in common with the prompt; no slot of those left has more than ``most_shared``. Those in
-    ``besides`` are left out. Only for a model that can rewind to any token, where shared tokens can be reused, and for
-    slots of the same kind: a small request takes a slot without a large context first.
+    ``shared``: a function from a slot to its tokens in common with the prompt; no remaining slot has more than
+    ``most_shared``. Slots in ``besides`` are left out. Valid only for a model that can rewind to any token, where
+    all shared tokens can be reused, and for slots of the same kind: a small request takes a slot without a large
+    context first.
     """
     best = second_best = -1  # tokens shared by those that cost less
     for _, _, slot in slots:
@@ -306,12 +316,12 @@ def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Cho
 
 
 def _sort_key(choice: _Choice) -> tuple[int, float]:
-    """The cheapest first; among ties the least recently used slot."""
+    """The sort key of a choice: the cheapest first; among ties the least recently used slot."""
     return round(choice.cost_s / TIE_S), choice.slot.used_at
 
 
 def _no_loss_first(choice: _Choice) -> tuple[bool, int, float]:
-    """Choices that cost no user a large context come first."""
+    """The sort key of a choice for a small request: choices that cost no user a large context come first."""
     return choice.is_loss, *_sort_key(choice)
 
 
@@ -370,5 +380,5 @@ def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rul
 
 
 def _worth_s(request_s: float) -> float:
-    """The seconds that must be at stake to justify a request that costs ``request_s``."""
+    """The seconds of work that must be at stake to justify one more request, which costs ``request_s``."""
     return min(request_s / _PRICE, _LONG_AT_LAST_S)

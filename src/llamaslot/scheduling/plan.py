@@ -11,7 +11,7 @@ from llamaslot.scheduling.slots import SlotKey
 
 
 class Save(Struct, frozen=True):
-    """Write what the slot holds to disk before it is overwritten."""
+    """A step: write what the slot holds to disk before it is overwritten."""
 
     slot: SlotKey
 
@@ -26,15 +26,15 @@ class Restore(Struct, frozen=True):
 
 
 class PrefillTo(Struct, frozen=True):
-    """Compute the first ``n_tokens`` of the request's tokens in the slot, then stop."""
+    """A step: compute the first ``n_tokens`` of the request's tokens in the slot, then stop."""
 
     slot: SlotKey
     n_tokens: int
 
 
 class SaveSharedPrefix(Struct, frozen=True):
-    """Save the slot, which holds exactly the first ``n_tokens`` of the request's tokens, as a shared-prefix snapshot;
-    then go on.
+    """A step: save the slot, which holds exactly the first ``n_tokens`` of the request's tokens, as a shared-prefix
+    snapshot; then go on.
     """
 
     slot: SlotKey
@@ -55,8 +55,8 @@ class Source(enum.Enum):
 
 
 class Cost(Struct, frozen=True):
-    """The cost of a place in seconds: ``wait_s`` until it is available, ``save_s`` and ``eviction_cost_s`` for the
-    content lost there, ``restore_s`` and ``prefill_s`` until the first token of the answer.
+    """What a place costs in seconds: ``wait_s`` until the slot is available, ``save_s`` and ``eviction_cost_s`` for
+    the content lost there, ``restore_s`` and ``prefill_s`` until the first token of the answer.
     """
 
     wait_s: float = 0.0
@@ -130,8 +130,8 @@ class PrefillStats(Struct, frozen=True):
     n_answers: int = 1
 
     def then(self, later: PrefillStats) -> PrefillStats:
-        """This work, then ``later`` for the same request. Tokens that this work itself left there do not count as
-        reused.
+        """The sum of this work and ``later`` work for the same request. Tokens that this work left in the slot do
+        not count as reused by the later one.
         """
         is_own = self.n_reused <= later.n_reused <= self.n_tokens
         n_reused = self.n_reused if is_own else later.n_reused

@@ -40,22 +40,23 @@ class Pending(Struct, frozen=True):
 
 
 def rank(pending: Pending, starvation_s: float) -> tuple[float, float]:
-    """The smallest is next: the shortest remaining work, which counts for less the longer it has waited, and for
-    nothing after ``starvation_s``. Then the oldest is next, and no later one overtakes it.
+    """The sort key of a waiting prefill; the smallest is computed next. This is the shortest remaining work, which
+    counts for less the longer the prefill has waited, and for nothing after ``starvation_s``: then the oldest is
+    next, and no later one overtakes it.
     """
     discount = 1 - pending.waited_s / starvation_s if starvation_s > 0 else 0.0
     return pending.left_s * max(discount, 0.0), pending.came_at
 
 
 def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, starvation_s: float) -> int:
-    """The index of the prefill to compute next. ``current`` goes on unless another one is ahead by more than an
-    interruption costs (``switch_s``), or has waited for too long.
+    """The index of the prefill to compute next.
 
-    The credit for waiting alone does not interrupt. Otherwise, of two prefills with more left than ``starvation_s``,
-    the waiting one would gain on the running one, and they would interrupt each other again and again (300 times for
-    two of five minutes). So an interrupted prefill overtakes the other one only when it is overdue.
-
-    A prefill that has waited for ``starvation_s`` waits only for older ones and for the rest of the current one.
+    ``current`` goes on unless another one is ahead by more than an interruption costs (``switch_s``), or has waited
+    for too long. The credit for waiting alone does not interrupt a prefill: otherwise, of two prefills with more
+    left than ``starvation_s``, the waiting one would gain on the running one, and they would interrupt each other
+    again and again (300 times for two of five minutes). So a prefill that was interrupted overtakes the other one
+    only when it has waited for ``starvation_s``. It then waits only for older ones and for the rest of the current
+    one.
     """
     ranks = [rank(pending, starvation_s) for pending in pendings]
     indices = range(len(pendings))
@@ -91,7 +92,9 @@ GRAIN = 256
 
 
 class ServerTime:
-    """Seconds by user, counted only while others waited. Requests of llamaslot itself (no name) are not counted."""
+    """The compute time of one llama-server by user, counted only while other users waited. Requests of llamaslot
+    itself (whose user has no name) are not counted.
+    """
 
     def __init__(self) -> None:
         self._shares = Shares()
@@ -107,7 +110,7 @@ class ServerTime:
         return bool(others - set(users))
 
     def owed_s(self, user: str) -> float:
-        """The seconds that it has received less than its part; negative for more."""
+        """The seconds that ``user`` has received less than its part; negative if it has received more."""
         return self._shares.deficit_s(user)
 
     def may_hold_back(self, user: str, other: str, grace_s: float) -> bool:
@@ -118,5 +121,5 @@ class ServerTime:
         return is_one or self.owed_s(user) >= self.owed_s(other) - grace_s
 
     def keep(self, users: Collection[str]) -> None:
-        """Forget all other users."""
+        """Forget all users that are not in ``users``."""
         self._shares.keep(users, users)

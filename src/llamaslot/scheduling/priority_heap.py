@@ -15,7 +15,9 @@ Rank = tuple[Any, ...]
 
 
 class Ranking:
-    """Holders by ``rank(holder)``, which must be defined for every holder that was ``put`` and not dropped."""
+    """A heap of holders by ``rank(holder)``, which must be defined for every holder that was ``put`` and not
+    dropped.
+    """
 
     AT_ONCE = 128
 
@@ -30,7 +32,7 @@ class Ranking:
         return len(self._ranks)
 
     def add_many(self, holders: Collection[str]) -> None:
-        """Add many: their ranks are computed by ``rank_some``, or before the next choice."""
+        """Add many holders: their ranks are computed by ``rank_some``, or before the next choice."""
         self._ranks.update(dict.fromkeys(holders, ()))
         self._unranked.update(dict.fromkeys(holders))
 
@@ -41,7 +43,7 @@ class Ranking:
         return bool(self._unranked)
 
     def put(self, holder: str) -> None:
-        """Add ``holder``, or recompute its rank now."""
+        """Add ``holder``, or recompute its rank now if it is there already."""
         self._unranked.pop(holder, None)
         rank = self._rank(holder)
         if self._ranks.get(holder) != rank:
@@ -56,7 +58,7 @@ class Ranking:
         self._unranked.pop(holder, None)
 
     def turn(self, n: int = AT_ONCE) -> list[str]:
-        """The next ``n`` holders whose ranks are due; ``put`` recomputes each."""
+        """The next ``n`` holders, in turn, whose ranks are due to be recomputed; call ``put`` for each."""
         self.rank_some(len(self._unranked))
         found: list[str] = []
         n = min(n, len(self._ranks))

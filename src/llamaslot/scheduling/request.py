@@ -28,7 +28,7 @@ SYSTEM_USER = User("")  # llamaslot itself
 
 
 class Placement(enum.Enum):
-    """Which side decides in which slot a request runs."""
+    """Which side chooses the slot of a request, and how."""
 
     PINNED = "pinned"  # llamaslot: the request names its slot
     STEERED = "steered"  # llama-server, which takes the slot that llamaslot has prepared, because it shares most tokens

@@ -62,7 +62,9 @@ class SlotKey(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One slot of one backend. Only the backend changes it, and only through ``become``."""
+    """One slot of one backend, with its state and its content. Only the backend changes it, and only through
+    ``become``.
+    """
 
     backend: str
     id: int
@@ -76,7 +78,9 @@ class Slot:
         self.key = SlotKey(self.backend, self.id)
 
     def become(self, event: SlotEvent, content: Content | None = None) -> None:
-        """Apply one transition of the table. Raises IllegalTransition naming state and event."""
+        """Apply the transition that the table gives for ``event`` in the present state. Raises IllegalTransition
+        naming both.
+        """
         try:
             self.state = NEXT[self.state, event]
         except KeyError:
@@ -88,7 +92,7 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """The name in log lines: ``<backend>/<number>``."""
+        """The slot's name in log lines: ``<backend>/<number>``."""
         return str(self.key)
 
     @property

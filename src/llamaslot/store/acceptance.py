@@ -29,7 +29,7 @@ from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, let_go
 
 log = logging.getLogger(__name__)
 
-_KEPT_WHOLE = "snapshots: %s shares no rows with others and is kept whole: %s"
+_KEPT_WHOLE = "snapshots: %s is kept whole: %s; its rows are not shared with other snapshots"
 
 
 class Reservation(Struct, frozen=True):
