@@ -47,12 +47,11 @@ async def prepares(house: House, cut: Cut) -> None:
         await cut(house.executor.prepare(lease, lambda _: None))
 
 
-async def keeps_a_trunk(house: House, cut: Cut) -> None:
+async def keeps_a_shared_prefix(house: House, cut: Cut) -> None:
     """Computes what others will begin with, saves it, and computes the rest: on a model that cannot go back."""
     house.leases.table.cache_kind = CacheKind.RECURRENT  # type: ignore[union-attr]
-    with await house.dispatcher.lease(Request("a", tokens_of(1, 900), n_system=500)) as lease:
-        names = [type(step).__name__ for step in lease.plan.steps]  # type: ignore[union-attr]
-        assert names[-3:] == ["PrefillTo", "SaveSharedPrefix", "PrefillTo"]
+    with await house.dispatcher.lease(Request("a", tokens_of(1, 900))) as lease:
+        lease.table.expect_trunk(lease.request, 500, lease.slot_id, house.loop.time())
         await cut(house.executor.prepare(lease, lambda _: None))
 
 
@@ -87,7 +86,9 @@ def come(house: House) -> None:
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["while it waits", "as it is woken"])
-@pytest.mark.parametrize("scene", [leases, prepares, keeps_a_trunk, takes_unpinned, takes_two, writes_back])
+@pytest.mark.parametrize(
+    "scene", [leases, prepares, keeps_a_shared_prefix, takes_unpinned, takes_two, writes_back]
+)
 @pytest.mark.parametrize("others", ["no others", "after others", "before others"])
 def test_cancelled_at_every_await_nothing_leaks(
     scene: Callable[[House, Cut], Coroutine[Any, Any, None]], is_late: bool, others: str

@@ -19,7 +19,6 @@ from llamaslot.scheduling.placement import (
     SlotView,
     SnapshotView,
     is_similar,
-    prefill_steps,
     prefill_stops,
     return_likelihood,
 )
@@ -34,7 +33,6 @@ from llamaslot.scheduling.plan import (
     PrefillTo,
     Restore,
     Save,
-    SaveSharedPrefix,
     Source,
     Wait,
 )
@@ -456,6 +454,14 @@ def test_boundaries_are_stops_on_the_way() -> None:
     assert prefill_stops(cut, 8500, view(), RULES) == []
 
 
+def test_what_prewarms_is_computed_up_to_the_last_token_but_one() -> None:
+    """However short: it is saved there, and only there."""
+    request = job(400, is_prewarm=True)
+    assert prefill_stops(request, 0, view(), RULES) == [399]
+    assert prefill_stops(request, 399, view(), RULES) == [399]
+    assert prefill_stops(job(400), 0, view(), RULES) == []
+
+
 @given(
     n=st.integers(0, 20_000),
     n_reused=st.integers(0, 20_000),
@@ -497,7 +503,7 @@ def test_what_everybody_begins_with_makes_no_match() -> None:
     assert (plan.n_reused, plan.steps[0]) == (10_000, Save(key(0)))
     assert (
         plan_of(
-            place(job(12_000), view(other, free(1), snapshots=(SnapshotView("trunk", 10_000, 0.1),)), RULES)
+            place(job(12_000), view(other, free(1), snapshots=(SnapshotView("other", 10_000, 0.1),)), RULES)
         ).slot.id
         == 1
     )
@@ -509,98 +515,12 @@ def test_a_busy_slot_that_only_begins_alike_is_not_waited_for() -> None:
     assert plan_of(place(job(12_000), view(free(0), begins_alike), RULES)).slot.id == 0
 
 
-# -- trunks --------------------------------------------------------------------------------------------------------
-
-
-def test_a_trunk_is_kept_on_the_way() -> None:
-    """Computed up to where it ends, saved, and gone on from: nothing is computed twice."""
-    plan = plan_of(place(job(12_000), view(free(0), trunks=(10_000,)), RULES))
-    assert plan.steps == (
-        PrefillTo(key(0), 10_000),
-        SaveSharedPrefix(key(0), 10_000),
-        PrefillTo(key(0), 11_999),
-    )
-
-
-def test_a_trunk_is_a_stop_that_boundaries_share() -> None:
-    """The end of the system part is both: one stop."""
-    cut = job(12_500, boundaries=(10_000, 11_000), n_system=10_000)
-    plan = plan_of(place(cut, view(free(0), trunks=(10_000,), is_rewindable=False), RULES))
-    stops = PrefillTo(key(0), 11_000), PrefillTo(key(0), 12_499)
-    assert plan.steps == (PrefillTo(key(0), 10_000), SaveSharedPrefix(key(0), 10_000), *stops)
-
-
-def test_a_short_prefill_stops_for_a_trunk_all_the_same() -> None:
-    """It is 400 tokens from there to the end, which the request itself computes."""
-    plan = plan_of(place(job(800), view(free(0), trunks=(400,)), RULES))
-    assert plan.steps == (PrefillTo(key(0), 400), SaveSharedPrefix(key(0), 400))
-
-
-def test_a_trunk_is_made_of_what_is_restored() -> None:
-    """Another conversation's snapshot has it, and more: it is cut back to where the two part."""
-    there = SnapshotView("other", 10_000, 0.01)
-    plan = plan_of(place(job(10_500), view(free(0), snapshots=(there,), trunks=(10_000,)), RULES))
-    assert plan.steps == (
-        Erase(key(0)),
-        Restore(key(0), "other"),
-        PrefillTo(key(0), 10_000),
-        SaveSharedPrefix(key(0), 10_000),
-    )
-
-
-def test_a_conversation_that_has_passed_its_trunk_makes_none() -> None:
-    """What it has would be computed again."""
-    assert (
-        plan_of(place(job(12_100), view(hot(0, 12_000, shared=12_000), trunks=(10_000,)), RULES)).steps == ()
-    )
-
-
-def test_a_trunk_ends_a_few_tokens_later_rather_than_have_them_computed_again() -> None:
-    """Both questions begin with the same word. On a model that cannot cut it, such a trunk would be of no use."""
-    there = SnapshotView("other", 10_003, 0.01)
-    cuts = view(free(0), snapshots=(there,), trunks=(10_000,))
-    assert plan_of(place(job(10_500), cuts, RULES)).steps[2:] == (
-        PrefillTo(key(0), 10_003),
-        SaveSharedPrefix(key(0), 10_003),
-    )
-    does_not = view(free(0), snapshots=(there,), trunks=(10_000,), is_rewindable=False)
-    assert plan_of(place(job(10_500), does_not, RULES)).steps[2:] == ()
-
-
-def test_one_that_uses_nothing_cached_leaves_no_trunk() -> None:
-    """It was computed for one who trusts nothing."""
-    plan = plan_of(place(job(12_000, no_cache=True), view(free(0), trunks=(10_000,)), RULES))
-    assert not any(isinstance(step, SaveSharedPrefix) for step in plan.steps)
-
-
-def test_a_trunk_that_is_just_being_made_is_waited_for() -> None:
+def test_a_shared_prefix_that_is_just_being_computed_is_waited_for() -> None:
     """Two new conversations at once: the second restores what the first computes."""
     coming = SnapshotView("leaving-0", 10_000, restore_s=0.2, wait_s=8.0)
     decision = place(job(12_000), view(free(0), snapshots=(coming,)), RULES)
     assert isinstance(decision, Wait)
     assert (decision.slot, decision.for_s) == (None, 8.0)
-
-
-@given(
-    n=st.integers(2, 20_000),
-    n_reused=st.integers(0, 20_000),
-    trunks=st.lists(st.integers(1, 20_000), max_size=3, unique=True).map(sorted),
-    is_rewindable=st.booleans(),
-)
-def test_every_trunk_is_kept_right_after_it_was_computed(
-    n: int, n_reused: int, trunks: list[int], is_rewindable: bool
-) -> None:
-    """And where it cannot be cut, it ends exactly where it should."""
-    seen = view(free(0), trunks=tuple(trunks), is_rewindable=is_rewindable)
-    n_reused = min(n_reused, n - 1)
-    steps = list(prefill_steps(job(n), key(0), n_reused, seen, RULES))
-    for before, step in zip([None, *steps], steps, strict=False):
-        if isinstance(step, SaveSharedPrefix):
-            assert before == PrefillTo(key(0), step.n_tokens)
-            assert is_rewindable or step.n_tokens in trunks
-    stops = [step.n_tokens for step in steps if isinstance(step, PrefillTo)]
-    assert stops == sorted(set(stops))
-    assert all(n_reused <= stop < n for stop in stops)
 
 
 def test_weight_halves_after_half_an_hour() -> None:

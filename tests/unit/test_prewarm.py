@@ -108,12 +108,25 @@ def test_one_that_is_on_disk_is_not_computed_again(house: House) -> None:
     assert len(pinned(house)) == 1
 
 
-def test_one_that_a_conversation_has_made_is_pinned(house: House) -> None:
-    """Nothing is computed for it."""
-    house.cache_kind = CacheKind.RECURRENT
-    assert house.leases.table is not None
-    house.leases.table.cache_kind = house.cache_kind
-    house.loop.run(house.ask(Request("first", tokens_of(1, N) + tokens_of(9000, 300), n_system=N)))
+def test_what_a_conversation_has_computed_is_not_computed_again(house: House) -> None:
+    """It is saved by itself, up to where conversations part, and the conversation is kept too."""
+    tokens = tokens_of(1, N) + tokens_of(9000, 300)
+    house.loop.run(house.ask(Request("first", tokens, boundaries=(N,), n_system=N)))
+    n_computed = house.server.n_computed
+    run(house, prewarm(house, AGENT))
+    assert house.server.n_computed <= n_computed + 6
+    assert [house.server.files[snapshot.file_name] for snapshot in pinned(house)] == [tokens_of(1, N)]
+    assert tokens in house.server.files.values()
+
+
+def test_one_that_was_saved_for_others_is_pinned(house: House) -> None:
+    """Of two conversations that began together; nothing is computed for it."""
+
+    async def both() -> None:
+        asks = (Request(f"{n}", tokens_of(1, N) + tokens_of(n, 300), n_system=N) for n in (9000, 90_000))
+        await asyncio.gather(*map(house.ask, asks))
+
+    house.loop.run(both())
     n_computed = house.server.n_computed
     run(house, prewarm(house, AGENT))
     assert house.server.n_computed == n_computed
@@ -121,7 +134,7 @@ def test_one_that_a_conversation_has_made_is_pinned(house: House) -> None:
 
 
 def test_one_that_is_not_asked_for_any_more_is_unpinned(house: House) -> None:
-    """It stays, as any other trunk."""
+    """It stays, as any other snapshot."""
     run(house, prewarm(house, AGENT, OTHER))
     run(house, prewarm(house, OTHER))
     (kept,) = pinned(house)

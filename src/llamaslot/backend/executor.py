@@ -26,7 +26,7 @@ from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, Snap
 from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import Act
 from llamaslot.observe.recurring import Recurring
-from llamaslot.scheduling.placement import prefill_steps
+from llamaslot.scheduling.placement import prefill_stops
 from llamaslot.scheduling.plan import (
     Erase,
     Plan,
@@ -34,7 +34,6 @@ from llamaslot.scheduling.plan import (
     PrefillTo,
     Restore,
     Save,
-    SaveSharedPrefix,
     Source,
 )
 from llamaslot.store import Catalog, WithTokens
@@ -86,12 +85,12 @@ class PlanExecutor:
     async def _prepare(
         self, lease: Lease, plan: Plan, report: Report, may_replan: bool
     ) -> PrefillStats | None:
-        ahead: list[PrefillTo | SaveSharedPrefix] = []
+        stops = list[int]()
         restored = {step.slot for step in plan.steps if isinstance(step, Restore)}
         for step in plan.steps:
             match step:
-                case PrefillTo() | SaveSharedPrefix():
-                    ahead.append(step)
+                case PrefillTo():
+                    stops.append(step.n_tokens)
                 case Save() | Erase() | Restore():
                     lease.raise_if_preempted(None)
                     report(_comment(step, is_restored=step.slot in restored))
@@ -112,10 +111,7 @@ class PlanExecutor:
         n_reused = lease.forecast.n_likely
         if n_reused != plan.n_reused:
             view = lease.table.view(lease.request, self.now(), {})
-            trunks = tuple(step.n_tokens for step in ahead if isinstance(step, SaveSharedPrefix))
-            view = replace(view, trunks=trunks)  # only those that other requests wait for
-            ahead = list(prefill_steps(lease.request, plan.slot, n_reused, view, lease.table.rules))
-        stops = [step.n_tokens for step in ahead if isinstance(step, PrefillTo)]
+            stops = prefill_stops(lease.request, n_reused, view, lease.table.rules)
         if not stops:
             lease.plan_prefill(is_long=False)
             return None

@@ -31,7 +31,7 @@ from llamaslot.scheduling.placement import (
     is_other_conversation,
     return_likelihood,
 )
-from llamaslot.scheduling.plan import Plan, Save, SaveSharedPrefix
+from llamaslot.scheduling.plan import Plan, Save
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import Snapshot, WithTokens
@@ -140,10 +140,6 @@ class SlotTable:
             # ``place`` chooses a busy slot only to continue it.
             if busy is None or 0 < n_shared >= self.rules.similarity_min * count(busy.will_hold):
                 slots.append(self._slot_view(slot, n_shared, request, now))
-        begin_so = request.n_system > 0 and any(
-            is_other_conversation(hit, request.n_system)
-            for hit in takewhile(lambda hit: hit.n_shared >= request.n_system, near.hits)
-        )
         return BackendView(
             slots=tuple(
                 slot._replace(is_other_conversation=True) if is_other_conversation(slot, n_alike) else slot
@@ -153,8 +149,6 @@ class SlotTable:
             prefill_s=self.rates.prefill.seconds,
             reserved=reserved,
             can_erase=self.can_erase,
-            trunks=self._candidates.trunks(request, branch, is_second=begin_so) if self.can_save else (),
-            is_rewindable=self.rewind_model.is_rewindable,
             request_s=self.rates.request_s,
             shared={hit.holder: hit.n_shared for hit in near.hits},
         )
@@ -299,8 +293,6 @@ class SlotTable:
         leaving = None
         if plan is not None and any(isinstance(step, Save) for step in plan.steps):
             leaving = self._pending.add(old, now + self.save_s(old), self.backend)
-        if plan is not None:
-            self._expect_trunks(request, plan, now)
         slot.become(SlotEvent.LEASE)
         slot.leased_by = request.id
         will_hold, namespace = (
@@ -316,18 +308,9 @@ class SlotTable:
         """The save of ``leaving`` has ended, successful or not. Idempotent."""
         self._pending.end(leaving)
 
-    def _expect_trunks(self, request: Request, plan: Plan, now: float) -> None:
-        """From now on requests with the same beginning as ``request`` find the shared prefixes that it will make, and
-        may wait for them.
-        """
-        for step in plan.steps:
-            if isinstance(step, SaveSharedPrefix):
-                due_s = self.rates.prefill.seconds(plan.n_reused, step.n_tokens)
-                self.expect_trunk(request, step.n_tokens, step.slot.id, now + due_s)
-
     def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
         """``request``, which prefills in ``slot``, will save a shared prefix of its first ``n_tokens``, at about
-        ``due_at``.
+        ``due_at``. From now on requests that begin so find it, and may wait for it.
         """
         checkpoints = checkpoints_after((), 0, [n_tokens])
         trunk = Content(head(request.tokens, n_tokens), checkpoints=checkpoints, namespace=request.namespace)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count, head
+from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count
 from llamaslot.cache.layered_index import Joined
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import Shared
@@ -178,23 +178,6 @@ class SnapshotCandidates:
         on_disk = ((hit.n_shared, partial(self._index.tokens, hit.holder)) for hit in found)
         return branch_of([*residents, *on_disk])
 
-    def trunks(self, request: Request, branch: int, is_second: bool) -> tuple[int, ...]:
-        """Token counts at which ``request`` should make a shared-prefix snapshot:
-
-        1. ``branch``, where two other conversations diverge from its prompt, unless ``is_second``;
-        2. the end of the system part, if that is known: if an idle slot begins with it (``is_second``), if it is the
-           branch, for a prewarm, and on models that cannot truncate another snapshot to it.
-        """
-        if request.no_cache:
-            return ()
-        if is_second or abs(branch - request.n_system) <= NEGLIGIBLE_TOKENS:
-            ends = {request.n_system}
-        elif self._rewind_model.is_rewindable and not request.is_prewarm:
-            ends = {branch}
-        else:
-            ends = {branch, request.n_system}
-        return tuple(sorted(end for end in ends if self._is_worth_trunk(request, end)))
-
     def trunk(self, found: Iterable[Shared[str]]) -> int:
         """The longest shared prefix that a prompt begins with, saved or still to come, in tokens."""
         whole = (hit for hit in found if hit.n_shared == hit.n_tokens)
@@ -204,19 +187,3 @@ class SnapshotCandidates:
         if (leaving := self._pending.get(holder)) is not None:
             return leaving.slot is not None
         return self._snapshots[holder].kind is SnapshotKind.TRUNK
-
-    def _is_worth_trunk(self, request: Request, at: int) -> bool:
-        """Whether no snapshot ends there, or will, and recomputing that much costs more than saving and restoring it.
-
-        A snapshot that ends a little later serves as well only if it can be truncated. One that is to be pinned was
-        requested, and must end there.
-        """
-        if not MIN_SHARED_TOKENS <= at < request.n_tokens:
-            return False
-        can_be_cut = self._rewind_model.is_rewindable and not request.is_prewarm
-        upto = at + NEGLIGIBLE_TOKENS if can_be_cut else at
-        there = self._index.longest_full_prefix(head(request.tokens, upto), request.reads)
-        if there is not None and there.n_tokens >= at - NEGLIGIBLE_TOKENS:
-            return False
-        cost_s = self._rates.save_s(at) + self._rates.restore_s(at)
-        return request.is_prewarm or self._rates.prefill.seconds(0, at) > cost_s

@@ -24,7 +24,6 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import MIN_SHARED_TOKENS, head
 from llamaslot.errors import BackendDown, LlamaslotError, SlotWedged
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.scheduling.plan import SaveSharedPrefix
 from llamaslot.scheduling.request import Request
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -179,7 +178,7 @@ class Prewarm:
         elsewhere = (other.backend for other in tables if other.model_snapshots is not table.model_snapshots)
         request = Request(
             f"prewarm {one.name}",
-            one.tokens,
+            head(one.tokens, one.n_tokens + 1),  # the last one is never computed ahead
             n_system=one.n_tokens,
             is_prewarm=True,
             namespace=self._dispatcher.rules.public,
@@ -202,11 +201,11 @@ class Prewarm:
         executor: PlanExecutor | None = None
         try:
             with await self._dispatcher.lease(request) as lease:
-                executor = self._executor_of(lease)
-                assert lease.plan is not None
-                kept = [i for i, step in enumerate(lease.plan.steps, 1) if isinstance(step, SaveSharedPrefix)]
-                if kept:
-                    lease.replace_steps(lease.plan.steps[: kept[0]])
+                executor, table, now = self._executor_of(lease), lease.table, self._dispatcher.now()
+                trunk = head(request.tokens, request.n_system)
+                if table.model_snapshots.snapshot_at(trunk, request.namespace) is None:
+                    due_s = table.rates.prefill.seconds(lease.n_done, request.n_system)
+                    table.expect_trunk(request, request.n_system, lease.slot_id, now + due_s)
                     await executor.prepare(lease, no_report)
         except SlotWedged as error:
             if executor is not None:

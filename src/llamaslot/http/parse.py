@@ -18,7 +18,7 @@ from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.llama.answers import Response
 from llamaslot.llama.dry_run import DryRun
-from llamaslot.scheduling.plan import PrefillTo, SaveSharedPrefix, Source
+from llamaslot.scheduling.plan import PrefillTo, Source
 from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media
 from llamaslot.tokens.tokenizer import NoPrompt, Prompt
@@ -223,7 +223,7 @@ def keep_what_follows(lease: Lease) -> None:
     if content is None or plan is None or plan.source is not Source.RESIDENT or content.is_exact:
         return
     if common(content.tokens, lease.request.tokens) >= lease.request.n_tokens - 1:
-        steps = tuple(step for step in plan.steps if not isinstance(step, PrefillTo | SaveSharedPrefix))
+        steps = tuple(step for step in plan.steps if not isinstance(step, PrefillTo))
         lease.replace_steps(steps)
 
 

@@ -21,7 +21,6 @@ from llamaslot.scheduling.plan import (
     PrefillTo,
     Restore,
     Save,
-    SaveSharedPrefix,
     Source,
     Step,
     Wait,
@@ -78,10 +77,9 @@ class BackendView(Struct, frozen=True):
     """One backend as one request sees it: its slots, the snapshots that it can restore, and what work costs there.
 
     ``reserved``: slots that earlier requests wait for, and for how many seconds those requests will use them.
-    ``trunks``: token counts of the prompt at which a shared-prefix snapshot is worth it; ``is_rewindable``: the model
-    can rewind to any token. ``can_erase``: slot actions work; otherwise isolation depends on ``cache_prompt`` false
-    alone. ``request_s``: seconds that one more request costs, apart from its computation. ``shared``: for each slot
-    with common tokens, their number; also for slots that are not in ``slots``.
+    ``can_erase``: slot actions work; otherwise isolation depends on ``cache_prompt`` false alone. ``request_s``:
+    seconds that one more request costs, apart from its computation. ``shared``: for each slot with common tokens, their
+    number; also for slots that are not in ``slots``.
     """
 
     slots: tuple[SlotView, ...]
@@ -89,8 +87,6 @@ class BackendView(Struct, frozen=True):
     prefill_s: PrefillSeconds = field(default=lambda start, end: (end - start) / 1000)
     reserved: Mapping[SlotKey, float] = field(default_factory=dict)
     can_erase: bool = True
-    trunks: tuple[int, ...] = ()
-    is_rewindable: bool = True
     request_s: float = 0.0
     shared: Mapping[int, int] = field(default_factory=dict)
 
@@ -336,27 +332,8 @@ def _steps(request: Request, choice: _Choice, rules: Rules) -> Iterator[Step]:
     elif view.can_erase and (slot.state is SlotState.SUSPECT or request.no_cache or slot.is_other_namespace):
         yield Erase(slot.key)
     if view.can_erase or not (request.no_cache or slot.is_other_namespace):
-        yield from prefill_steps(request, slot.key, choice.n_reused, view, rules)
-
-
-def prefill_steps(
-    request: Request, slot: SlotKey, n_reused: int, view: BackendView, rules: Rules
-) -> Iterator[PrefillTo | SaveSharedPrefix]:
-    """The prefill ahead of the request's own request, and the shared-prefix snapshots saved on the way.
-
-    A shared-prefix snapshot is made by a request that computes the tokens around its end, so no tokens are computed for
-    it alone. A request that already has more of the prompt does not make it. Where the model can rewind to any token, a
-    few more tokens do not matter, and the snapshot ends with them.
-    """
-    slack = NEGLIGIBLE_TOKENS if view.is_rewindable else 0
-    last = request.n_tokens - 1
-    keeps = {
-        max(at, n_reused) for at in view.trunks if n_reused - slack <= at < last and not request.no_cache
-    }
-    for stop in sorted({*prefill_stops(request, n_reused, view, rules), *keeps}):
-        yield PrefillTo(slot, stop)
-        if stop in keeps:
-            yield SaveSharedPrefix(slot, stop)
+        for stop in prefill_stops(request, choice.n_reused, view, rules):
+            yield PrefillTo(slot.key, stop)
 
 
 def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rules) -> list[int]:
@@ -365,17 +342,19 @@ def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rul
     Each stop is one more request. So a boundary is a stop only if recomputing the tokens since the previous stop, for
     a later prompt that diverges there, takes much longer than a request. The end is no stop if the rest is short. The
     last token is left to the client's own request, which always computes one; stopping at n instead would cost a
-    recurrent model its last checkpoint. A steered request needs a slot that shares all tokens but that one.
+    recurrent model its last checkpoint. A steered request needs a slot that shares all tokens but that one, and one
+    that prewarms is saved there.
     """
     last, long_s = request.n_tokens - 1, rules.long_s(view.request_s)
-    if last <= 0 or not (request.placement is Placement.STEERED or view.prefill_s(n_reused, last) > long_s):
+    is_prepared = request.placement is Placement.STEERED or request.is_prewarm
+    if last <= 0 or not (is_prepared or view.prefill_s(n_reused, last) > long_s):
         return []
     stops, begin, worth_s = list[int](), n_reused, _worth_s(view.request_s)
     for at in request.boundaries:
         if begin + NEGLIGIBLE_TOKENS <= at < last and view.prefill_s(begin, at) > worth_s:
             stops.append(at)
             begin = at
-    is_end = request.placement is Placement.STEERED or not stops or view.prefill_s(begin, last) > long_s
+    is_end = is_prepared or not stops or view.prefill_s(begin, last) > long_s
     return [*stops, last] if is_end else stops
 
 

@@ -32,16 +32,7 @@ class PrefillTo(Struct, frozen=True):
     n_tokens: int
 
 
-class SaveSharedPrefix(Struct, frozen=True):
-    """A step: save the slot, which holds exactly the first ``n_tokens`` of the request's tokens, as a shared-prefix
-    snapshot; then go on.
-    """
-
-    slot: SlotKey
-    n_tokens: int
-
-
-Step = Save | Erase | Restore | PrefillTo | SaveSharedPrefix
+Step = Save | Erase | Restore | PrefillTo
 
 
 class Source(enum.Enum):

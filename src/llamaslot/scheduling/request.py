@@ -42,8 +42,8 @@ class Request(Struct, frozen=True):
     of the system part and tools, with which other conversations begin too; 0 if unknown. ``no_cache``: nothing cached
     may be used (``cache_prompt`` false). ``user``: the user that sent it. ``namespace``: the namespace of what it
     computes. ``max_tokens``: the limit of its answer, if the request has one. ``n_children``: further slots that
-    llama-server chooses for ``n`` > 1. ``is_prewarm``: it only makes the shared-prefix snapshot of ``n_system``
-    tokens, which is never evicted. ``avoids``: backends that have failed it: others are preferred.
+    llama-server chooses for ``n`` > 1. ``is_prewarm``: it only makes a snapshot, of all its tokens but the last, which
+    is never evicted. ``avoids``: backends that have failed it: others are preferred.
     """
 
     id: str
