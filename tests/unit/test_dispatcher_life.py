@@ -23,7 +23,7 @@ from llamaslot.scheduling.request import Placement, Request
 from tests.support.house import House
 from tests.support.stub import Op, StubServer
 
-SYSTEM = pack(range(300))  # enough for a trunk
+SYSTEM = pack(range(300))  # enough to be shared
 N_SLOTS, N_USERS = 3, 5
 SCALES = '[{"id":0,"scale":0.5}]'
 
@@ -79,7 +79,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(user=st.integers(0, N_USERS - 1))
     def begin(self, user: int) -> None:
-        """Another conversation with the same system prompt: where there is no trunk of it, this one makes it."""
+        """Another conversation with the same system prompt."""
         self.contexts[user] = SYSTEM + self.fresh(120)
         self.ask(user, 10, 5)
 

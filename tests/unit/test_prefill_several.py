@@ -189,12 +189,15 @@ def test_a_long_one_is_restored_between_two_batches(cache_kind: CacheKind) -> No
 
 
 @pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRENT])
-def test_while_a_trunk_is_saved_the_next_one_waits_for_just_that(cache_kind: CacheKind) -> None:
+def test_while_a_shared_prefix_is_saved_the_next_one_waits_for_just_that(cache_kind: CacheKind) -> None:
     """A batch of it would be in the way of the save."""
     with Paced(cache_kind, 2, answer_s=0.001) as house:
         house.begin()
         maker = long("maker", 10_000, 1, n_system=1000, boundaries=(1000,))
         clients = [house.come(maker)]
+        house.loop.settle()
+        [lease] = house.dispatcher.leases
+        lease.table.expect_trunk(maker, 1000, lease.slot_id, house.loop.time())
         house.until(0.5)
         clients.append(house.come(long("other", 3000, 2)))
         house.until(1.5)

@@ -352,7 +352,7 @@ class TestInTheBackground:
         first = house.start(
             house.ask(Request("first", system + tokens_of(50_000, 400), n_system=2000)), "first"
         )
-        house.loop.pass_time(3000.0)
+        house.loop.settle()
         second = house.start(
             house.ask(Request("second", system + tokens_of(70_000, 400), n_system=2000)), "second"
         )
