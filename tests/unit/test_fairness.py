@@ -155,7 +155,8 @@ OFTEN, SELDOM = 0.2, 60.0  # pauses in seconds, beside answers of two
     [
         (0, 1, 6, [OFTEN] * 5, True),  # the first is anybody's right
         (3, 1, 1, [], True),  # nobody else was here
-        (3, 1, 2, [SELDOM], False),  # somebody may come back
+        (3, 1, 2, [OFTEN], False),  # somebody may come back
+        (3, 1, 2, [SELDOM], True),  # hardly within these two seconds
         (3, 1, 2, [], True),  # he has a slot, or waits himself
         (2, 2, 2, [SELDOM], True),  # one is left for him
         (1, 1, 2, [OFTEN], True),  # two of four are the share of each of two
@@ -172,13 +173,15 @@ def test_slots_are_left_to_who_will_come_back(
 
 
 def test_no_slot_is_left_alone_by_what_is_through_at_once() -> None:
-    """A title of 0.2 s takes the last one beside four who read for a minute or are back every two seconds, and not
-    beside one who is back at once."""
+    """A title of 0.2 s takes the last one beside four who read for a minute or are back every 1.5 s, and not one of
+    0.3 s beside one who is back at once: what counts is how long those who come back would wait."""
     assert may_take_another(3, 4, 1, 5, [SELDOM] * 4, 0.2)
-    assert may_take_another(3, 4, 1, 5, [2.0] * 4, 0.2)
-    assert not may_take_another(3, 4, 1, 5, [2.0] * 4, 0.4)
-    assert not may_take_another(3, 4, 1, 5, [SELDOM] * 4, 1.0)
-    assert not may_take_another(3, 4, 1, 2, [OFTEN], 0.2)
+    assert may_take_another(3, 4, 1, 5, [SELDOM] * 4, 1.0)
+    assert may_take_another(3, 4, 1, 5, [1.5] * 4, 0.22)
+    assert not may_take_another(3, 4, 1, 5, [1.5] * 4, 0.4)
+    assert not may_take_another(3, 4, 1, 5, [SELDOM] * 4, 2.0)
+    assert not may_take_another(3, 4, 1, 2, [OFTEN], 0.3)
+    assert not may_take_another(3, 4, 1, 2, [SELDOM], 10.0)
 
 
 def test_pauses_are_learned() -> None:

@@ -294,16 +294,17 @@ class TestInTheBackground:
         assert "ls-1" not in house.catalog.snapshots  # a later one of the same conversation has replaced it
         house.check_nothing_is_left()
 
-    def test_three_files_are_too_many(self, house: House) -> None:
-        """Each is a whole slot file in memory, so the third save waits in its slot."""
+    def test_a_burst_waits_for_no_commit_of_what_it_displaces(self, house: House) -> None:
+        """All slots are displaced at once. Each file is a whole slot file in memory, so the next save waits in its
+        slot."""
         fill(house)
-        for i in range(3):
+        for i in range(4):
             house.start(house.ask(Request(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
         house.loop.pass_time(40.0)
         assert len(house.clients) == 1
-        assert self.n_committing(house) == 3
+        assert self.n_committing(house) == 4
         house.finish()
-        assert len(house.catalog.snapshots) == 3
+        assert len(house.catalog.snapshots) == 4
         house.check_nothing_is_left()
 
     def test_what_could_not_be_committed_is_dirty_again(

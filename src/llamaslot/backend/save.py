@@ -37,7 +37,9 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 OnEnd: TypeAlias = Callable[[Lease, Content, WithTokens | None], None]
-_MAX_COMMITS = 2  # in the background: each has a whole slot file
+# Commits in the background, if the server has fewer slots: each has a whole slot file. A burst displaces what all slots
+# hold; no request of it waits until the files of others are on disk.
+_MAX_COMMITS = 2
 _N_NEAREST = 8  # snapshots that share most with a new one
 
 
@@ -281,7 +283,7 @@ class Saving:
         file.pending = lease.table.model_snapshots.pending.add(content, until, lease.table.backend)
         self._commits.add(commit)
         commit.add_done_callback(self._commits.discard)
-        while len(self._commits) > _MAX_COMMITS:
+        while len(self._commits) > max(_MAX_COMMITS, len(lease.table.slots)):
             await asyncio.wait(self._commits, return_when=asyncio.FIRST_COMPLETED)
 
     async def _commit(self, file: _File) -> WithTokens | None:

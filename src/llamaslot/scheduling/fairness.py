@@ -20,8 +20,8 @@ from msgspec import Struct, field
 _AT_ONCE_S = 1e-3
 # The limit of a deficit, and of what is owed: an estimate may be wrong, and its effect must end.
 _LIMIT_S = 300.0
-# Expected number of users that return and wait a second; below it no slot is held free.
-_HARDLY_ANY_USERS = 0.02
+# Seconds that the users who return are expected to wait, all together; below it no slot is left free for them.
+_HARDLY_A_WAIT_S = 0.15
 
 
 class Fairness(Struct, frozen=True):
@@ -229,15 +229,14 @@ def may_take_another(
 
     ``n_users`` were present lately. Those without a slot and without a waiting request may return at any moment, and
     would have to wait for a whole answer; ``pauses_s`` has the usual pause of each. So a user with more than an equal
-    share leaves as many slots free as are likely to be needed in ``cost_s``. It leaves at least one, unless its
-    request is so short (a title) that a return before its end is unlikely, or the wait for its end is hardly noticed:
-    waits below a second count by their square. Eight requests of 0.2 s took 1.5 times as long in three of four slots,
-    beside four users who were back every two seconds.
+    share leaves as many slots free as are likely to be needed in ``cost_s``. It leaves at least one, unless the wait
+    that a return before its end would cause is hardly noticed, or a return is that unlikely. Eight requests of 0.2 s
+    took 1.3 to 1.5 times as long in three of four slots, beside four users who were back every two seconds.
     """
     if n_held == 0 or not pauses_s or (n_held + 1) * n_users <= n_slots:
         return True
     n_back = returns(pauses_s, cost_s)
-    return n_back * min(cost_s, 1.0) ** 2 < _HARDLY_ANY_USERS or n_idle > max(round(n_back), 1)
+    return n_back * cost_s < _HARDLY_A_WAIT_S or n_idle > max(round(n_back), 1)
 
 
 def returns(pauses_s: Iterable[float], seconds: float) -> float:
