@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -19,7 +18,7 @@ from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.feedback import ReportedCounts
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import RetryPlacement
+from llamaslot.backend.lease_states import EarlierPlaces, RetryPlacement
 from llamaslot.backend.save import Saving
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import SlotTable
@@ -38,7 +37,6 @@ from llamaslot.tasks import TaskOwner
 
 IDLE_SAVE_S = 2.0  # the default of store.idle_save_s
 PATIENT = QueueLimits(max_waiting=1_000_000, max_wait_s=1e8)
-REPLANS = 2  # as http.completion
 
 
 @dataclass(slots=True)
@@ -133,24 +131,20 @@ class Proxy:
         request = Request(
             f"{asked.origin.conversation}.{asked.origin.index}", asked.prompt, n_system=asked.n_system
         )
-        before: PrefillStats | None = None
-        for n in itertools.count():
+        earlier = EarlierPlaces()
+        while True:
             try:
-                await self._ask_at_a_place(asked, request, before, n)
-                break
+                return await self._ask_at_a_place(asked, request, earlier)
             except RetryPlacement as again:
-                later = again.prefill_stats
-                before = before.then(later) if before is not None and later is not None else later or before
+                earlier.lost(again.prefill_stats)
 
-    async def _ask_at_a_place(
-        self, asked: SentRequest, request: Request, before: PrefillStats | None, n_before: int
-    ) -> None:
-        """``before``: what was done for it at the ``n_before`` places that it had. Raises RetryPlacement."""
-        served, may_replan = asked.served, n_before < REPLANS
+    async def _ask_at_a_place(self, asked: SentRequest, request: Request, earlier: EarlierPlaces) -> None:
+        """Raises RetryPlacement."""
+        served, before, may_replan = asked.served, earlier.prefill_stats, earlier.may_replan
         with contextlib.ExitStack() as stack:
-            lease = stack.enter_context(await self.dispatcher.lease(request, is_back=n_before > 0))
+            lease = stack.enter_context(await self.dispatcher.lease(request, is_back=earlier.is_back))
             its = self.pool[lease.table.backend]
-            if not n_before:
+            if not earlier.is_back:
                 served.queued_s = self._loop.time() - asked.sent_at
             until_first = stack.enter_context(contextlib.ExitStack())
             assert lease.plan is not None

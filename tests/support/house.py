@@ -17,7 +17,7 @@ from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.feedback import ReportedCounts
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import LeaseState, Preempted, RetryPlacement
+from llamaslot.backend.lease_states import EarlierPlaces, LeaseState, Preempted, RetryPlacement
 from llamaslot.backend.save import Saving
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import SlotTable
@@ -56,7 +56,6 @@ def outcome_of(task: asyncio.Task[Any]) -> Any:
 
 
 RULES = Rules(similarity_min=0.85, small_prompt_tokens=50, chunk_threshold_s=0.2)
-REPLANS = 2  # as in ``http.completion``
 
 
 class _Misplaced(Exception):
@@ -320,24 +319,19 @@ class _Asking:
     prefill_stats: PrefillStats | None = None
 
     async def run(self) -> int:
-        before: PrefillStats | None = None
-        n, last, preempted = 0, None, None
+        earlier = EarlierPlaces()
         while True:
-            is_back = last is not None and last is not preempted
             try:
                 with await self.house.dispatcher.lease(
-                    self.request, is_back=is_back, preempted=preempted
+                    self.request, is_back=earlier.is_back, preempted=earlier.preempted
                 ) as lease:
                     self.house.slots[self.request.id] = lease.slot_id
-                    return await self._at(lease, before, may_replan=n < REPLANS)
+                    return await self._at(lease, earlier.prefill_stats, may_replan=earlier.may_replan)
+            except Preempted as preempted:
+                earlier.lost(preempted.prefill_stats, preempted)
+                self.house.preempted.append(self.request.id)
             except RetryPlacement as again:
-                later, last = again.prefill_stats, again
-                before = before.then(later) if before is not None and later is not None else later or before
-                if isinstance(again, Preempted):
-                    preempted = again
-                    self.house.preempted.append(self.request.id)
-                else:
-                    n += 1
+                earlier.lost(again.prefill_stats)
 
     async def _at(self, lease: Lease, before: PrefillStats | None, *, may_replan: bool) -> int:
         steps, turns = self.house.executor, self.house.exclusive

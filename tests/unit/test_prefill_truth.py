@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from llamaslot.backend.lease_states import RetryPlacement
+from llamaslot.backend.lease_states import MAX_REPLANS, RetryPlacement
 from llamaslot.cache.ids import count, head
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotState
-from tests.support.house import REPLANS, tokens_of
+from tests.support.house import tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, CHUNK_S, Paced, long, short, talk
 from tests.support.stub import StubSlot
 
@@ -76,14 +76,14 @@ def test_without_a_snapshot_it_is_computed_once(cache_kind: CacheKind, n_new: in
 def test_a_server_that_keeps_nothing_is_not_asked_for_ever(cache_kind: CacheKind, n_new: int) -> None:
     """It loses what is in a slot each time that something begins in it: after two attempts that is how it is."""
     with emptied(cache_kind, is_saved=True) as house:
-        loses(house, REPLANS)
+        loses(house, MAX_REPLANS)
         job = follow_up(n_new)
         house.wait(house.come(job))
-        assert house.metrics.replanned._value.get() == REPLANS
-        assert house.server.n_computed <= REPLANS * 2 * BATCH + N + n_new + 10
+        assert house.metrics.replanned._value.get() == MAX_REPLANS
+        assert house.server.n_computed <= MAX_REPLANS * 2 * BATCH + N + n_new + 10
         if cache_kind is not CacheKind.DENSE and n_new == 700:
             sent = [n for _, n in house.server.sent if n == N + n_new - 1]
-            assert len(sent) == REPLANS + 1, "the last attempt is not stopped for that"
+            assert len(sent) == MAX_REPLANS + 1, "the last attempt is not stopped for that"
 
 
 def loses(house: Paced, n_times: int) -> None:
@@ -105,10 +105,10 @@ def loses(house: Paced, n_times: int) -> None:
 def test_what_is_computed_again_gives_way_as_well(cache_kind: CacheKind) -> None:
     """How much of it is there is what was found. By what was expected it would be through at once."""
     with emptied(cache_kind, is_saved=True) as house:
-        loses(house, REPLANS)
+        loses(house, MAX_REPLANS)
         client = house.come(follow_up(250))
         house.until(1.5)
-        assert house.metrics.replanned._value.get() == REPLANS
+        assert house.metrics.replanned._value.get() == MAX_REPLANS
         house.rates.interruption.seconds = 0.3  # more than the 250 tokens take
         asks = short("short")
         house.wait(house.come(asks))

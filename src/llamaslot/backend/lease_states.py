@@ -1,9 +1,11 @@
-"""The states of a lease, the events between them, and the exceptions by which a holder gives up a lease."""
+"""The states of a lease, the events between them, and what is known of a request that has given up a lease."""
 
 from __future__ import annotations
 
 import enum
 from typing import Literal
+
+from msgspec import Struct
 
 from llamaslot.scheduling.plan import PrefillStats
 
@@ -138,3 +140,30 @@ class Preempted(RetryPlacement):
     def __init__(self, prefill_stats: PrefillStats | None, came_at: float, n_times: int) -> None:
         super().__init__(prefill_stats)
         self.came_at, self.n_times = came_at, n_times
+
+
+MAX_REPLANS = 2  # for a slot that holds less than expected
+
+
+class EarlierPlaces(Struct):
+    """The places that a request has lost. ``prefill_stats``: what was done for it at all of them; ``preempted``: its
+    last preemption; ``is_back``: it lost its last place for another reason.
+    """
+
+    prefill_stats: PrefillStats | None = None
+    preempted: Preempted | None = None
+    is_back: bool = False
+    n_replans: int = 0
+
+    @property
+    def may_replan(self) -> bool:
+        """Whether it may lose the next one, too, if that is not as expected."""
+        return self.n_replans < MAX_REPLANS
+
+    def lost(self, prefill_stats: PrefillStats | None, preempted: Preempted | None = None) -> None:
+        """It has lost another one, where ``prefill_stats`` was done for it; ``preempted``: if that was the reason."""
+        if self.prefill_stats is not None and prefill_stats is not None:
+            prefill_stats = self.prefill_stats.then(prefill_stats)
+        self.prefill_stats = prefill_stats or self.prefill_stats
+        self.preempted, self.is_back = preempted or self.preempted, preempted is None
+        self.n_replans += self.is_back

@@ -17,7 +17,8 @@ from msgspec.structs import replace
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.exclusive import UnpinnedRequest
-from llamaslot.backend.lease_states import Preempted, RetryPlacement
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import EarlierPlaces, Preempted, RetryPlacement
 from llamaslot.backend.long_prompt import Prefilling, no_report
 from llamaslot.errors import (
     BackendDown,
@@ -58,7 +59,6 @@ from llamaslot.tokens.tokenizer import NoPrompt
 log = logging.getLogger(__name__)
 
 _BEYOND = "llama-server has fewer slots than answers were asked for, or its model reads no such media"
-_REPLANS = 2  # for a slot that holds less than expected
 
 
 class Completions:
@@ -291,25 +291,20 @@ class _Exchange:
 
     async def _serve(self, parsed: ParsedRequest, context: ModelContext) -> web.StreamResponse:
         """Serve it, repeated until a place was as expected."""
-        before: PrefillStats | None = None
-        last: RetryPlacement | RetryNonStreamed | None = None
-        n_before, preempted = 0, None
+        earlier = EarlierPlaces()
         while True:
             try:
-                answer = await self._serve_at_a_place(parsed, context, before, n_before, last, preempted)
+                answer = await self._serve_at_a_place(parsed, context, earlier)
+            except Preempted as preempted:
+                earlier.lost(preempted.prefill_stats, preempted)
+                self._told_to_stop(parsed.request, preempted)
             except RetryPlacement as again:
-                last = again
+                earlier.lost(again.prefill_stats)
             else:
                 if not isinstance(answer, RetryNonStreamed):
                     return answer
-                self.in_one_piece, last = True, answer
-            later = last.prefill_stats
-            before = before.then(later) if before is not None and later is not None else later or before
-            if isinstance(last, Preempted):
-                preempted = last
-                self._told_to_stop(parsed.request, last)
-            else:
-                n_before += 1
+                self.in_one_piece = True
+                earlier.lost(answer.prefill_stats)
 
     def _told_to_stop(self, slot_request: Request, preempted: Preempted) -> None:
         self.backend.metrics.preempted.inc()
@@ -320,64 +315,21 @@ class _Exchange:
         )  # fmt: skip
 
     async def _serve_at_a_place(
-        self,
-        parsed: ParsedRequest,
-        context: ModelContext,
-        before: PrefillStats | None,
-        n_before: int,
-        last: RetryPlacement | RetryNonStreamed | None,
-        preempted: Preempted | None,
+        self, parsed: ParsedRequest, context: ModelContext, earlier: EarlierPlaces
     ) -> web.StreamResponse | RetryNonStreamed:
-        """Serve it at one place. ``before``: what was done for the request at earlier places, of which ``n_before``
-        were not as expected; ``last``: why it lost the last one; ``preempted``: the last preemption. Raises
-        RetryPlacement.
-        """
-        slot_request, may_replan = parsed.request, n_before < _REPLANS
-        queued = time.monotonic()
+        """Serve it at one place. Raises RetryPlacement."""
         if self.client_request.wants_progress and self._format.has_progress_events:
-            self.down.progress = partial(self._progress, context, before)
+            self.down.progress = partial(self._progress, context, earlier.prefill_stats)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting():
-                is_back = last is not None and last is not preempted
-                lease = stack.enter_context(
-                    await self.pool.lease(slot_request, self.down.say, is_back=is_back, preempted=preempted)
-                )
-                if self.pool.context is not context:
-                    raise BackendRestarted  # and may have another model now
-                self.attempts.leased(lease)
-                backend = self.backend
-                placed(self.request, lease)
-                await self.pool.confirm(lease)
-                backend.metrics.queue_s.observe(time.monotonic() - queued)
-                lease.recorder.rewrote(rewrote(self.request))
-                if last is None and parsed.prompts:
-                    backend.cache_misses.examine(lease, parsed.prompts[0], self.body, self._format)
-                if parsed.is_head:
-                    keep_what_follows(lease)
-                if last is None:
-                    await ensure_accepted(backend, self.request, self.client_request, parsed, lease)
-                here = await backend.executor.prepare(
-                    lease, self.down.say, may_replan=may_replan, can_stop=True
-                )
-                unpinned: UnpinnedRequest | None = None
-                if slot_request.n_children:
-                    unpinned = await stack.enter_async_context(
-                        backend.exclusive.section(lease, self.down.say)
-                    )
-                if slot_request.placement is Placement.STEERED:
-                    self.down.say(Comment.WAITING_FOR_TURN)
-                    await backend.exclusive.evict_competitors(lease, here)
-                self.down.say(Comment.WAITING_FOR_SERVER)
-                answering = Answering(
-                    self.attempts, backend, context, self.down, self.client_request, parsed, lease, here, before,
-                    unpinned, in_one_piece=self.in_one_piece,
-                )  # fmt: skip
+                lease = await self._lease(stack, parsed, context, earlier)
+                answering = await self._prepare(stack, lease, parsed, context, earlier)
                 await self.down.write(
                     self.down.add_headers(of_placement(lease.slot_key, parsed.request.n_tokens))
                 )
                 if not answering.is_streamed:
                     self.deadlines.begin_answer()
-                await answering.begin(stack, may_replan=may_replan)
+                await answering.begin(stack, may_replan=earlier.may_replan)
             self.deadlines.begin_answer()
             try:
                 return await answering.finish()
@@ -385,6 +337,63 @@ class _Exchange:
                 if answering.is_streamed:
                     answering.note()
                 raise
+
+    async def _lease(
+        self,
+        stack: contextlib.AsyncExitStack,
+        parsed: ParsedRequest,
+        context: ModelContext,
+        earlier: EarlierPlaces,
+    ) -> Lease:
+        """Wait for a slot, to be released by ``stack``. Raises LlamaslotError, also if llama-server will refuse the
+        request.
+        """
+        queued = time.monotonic()
+        lease = stack.enter_context(
+            await self.pool.lease(
+                parsed.request, self.down.say, is_back=earlier.is_back, preempted=earlier.preempted
+            )
+        )
+        if self.pool.context is not context:
+            raise BackendRestarted  # and may have another model now
+        self.attempts.leased(lease)
+        placed(self.request, lease)
+        await self.pool.confirm(lease)
+        backend, is_first = self.backend, not earlier.is_back and earlier.preempted is None
+        backend.metrics.queue_s.observe(time.monotonic() - queued)
+        lease.recorder.rewrote(rewrote(self.request))
+        if is_first and parsed.prompts:
+            backend.cache_misses.examine(lease, parsed.prompts[0], self.body, self._format)
+        if parsed.is_head:
+            keep_what_follows(lease)
+        if is_first:
+            await ensure_accepted(backend, self.request, self.client_request, parsed, lease)
+        return lease
+
+    async def _prepare(
+        self,
+        stack: contextlib.AsyncExitStack,
+        lease: Lease,
+        parsed: ParsedRequest,
+        context: ModelContext,
+        earlier: EarlierPlaces,
+    ) -> Answering:
+        """Perform the steps of its plan, and wait for its turn if llama-server chooses its slots, which ``stack`` ends.
+        Raises RetryPlacement.
+        """
+        backend, say = self.backend, self.down.say
+        here = await backend.executor.prepare(lease, say, may_replan=earlier.may_replan, can_stop=True)
+        unpinned: UnpinnedRequest | None = None
+        if parsed.request.n_children:
+            unpinned = await stack.enter_async_context(backend.exclusive.section(lease, say))
+        if parsed.request.placement is Placement.STEERED:
+            say(Comment.WAITING_FOR_TURN)
+            await backend.exclusive.evict_competitors(lease, here)
+        say(Comment.WAITING_FOR_SERVER)
+        return Answering(
+            self.attempts, context, self.down, self.client_request, parsed, lease, here, earlier.prefill_stats,
+            unpinned, in_one_piece=self.in_one_piece,
+        )  # fmt: skip
 
     def _progress(self, context: ModelContext, before: PrefillStats | None, state: Prefilling) -> bytes:
         """A progress event for a prefill of llamaslot's own, if the client has requested that."""

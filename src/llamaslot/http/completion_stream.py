@@ -12,7 +12,6 @@ from aiohttp import web
 from msgspec import Struct
 from msgspec.structs import replace
 
-from llamaslot.backend.backend import Backend
 from llamaslot.backend.exclusive import UnpinnedRequest
 from llamaslot.backend.feedback import ReportedCounts
 from llamaslot.backend.lease import Lease
@@ -52,7 +51,6 @@ class Answering:
     def __init__(
         self,
         attempts: Attempts,
-        backend: Backend,
         context: ModelContext,
         down: Downstream,
         client_request: ClientRequest,
@@ -67,11 +65,11 @@ class Answering:
         """``here``: what was computed ahead in this slot; ``before``: the same at other places. ``in_one_piece``:
         request a JSON answer from llama-server, not a stream.
         """
-        self.attempts, self.backend, self.context = attempts, backend, context
+        self.attempts, self.backend, self.context = attempts, attempts.backend, context
         self.down, self.client_request, self.parsed = down, client_request, parsed
         self.lease, self.here, self.unpinned = lease, here, unpinned
         self.prefill_stats = self._in_all(here, before)  # what is reported to the client
-        may_assemble = not (client_request.is_streaming or in_one_piece) and backend.streams_are_known
+        may_assemble = not (client_request.is_streaming or in_one_piece) and self.backend.streams_are_known
         self.is_assembled = may_assemble and client_request.format.can_assemble(client_request.body)
         self.first_byte_s: float | None = None
         self.first_token_s: float | None = None  # if it was noticed
