@@ -9,7 +9,7 @@ import random
 import time
 from functools import partial
 from pathlib import Path
-from typing import Never, Protocol
+from typing import Protocol
 
 from llamaslot.backend.abandoned_slots import AbandonedSlots
 from llamaslot.backend.cache_miss import CacheMisses
@@ -66,8 +66,8 @@ class Members(Protocol):
         """Whether there are other backends that may take the requests of one that does not answer."""
         ...
 
-    async def found_router(self, backend: Backend, max_models: int) -> Never:
-        """It is a router: its models take the place of ``backend``. Raises BackendDown if it has none."""
+    async def replace_by_models(self, backend: Backend, max_models: int) -> None:
+        """It is a router: put its models in the place of ``backend``. Raises BackendDown if it has none."""
         ...
 
     def check_process(self, backend: Backend, props: Props) -> None:
@@ -303,7 +303,7 @@ class Backend:
         await self.api.close()
 
     async def _live(self) -> None:
-        """Connect to the server, watch it until it is gone, and repeat."""
+        """Connect to the server, watch it until it is gone, and repeat. Ends only if it is a router."""
         complaint = ""
         is_retry = False
         while True:
@@ -313,6 +313,8 @@ class Backend:
                 self._set(Health.CONNECTING)
             try:
                 session = await self._connect(is_retry=is_retry)
+                if isinstance(session, RouterMode):
+                    return await self._members.replace_by_models(self, session.max_models)
             except (BackendDown, BackendRestarted) as error:
                 if str(error) != complaint:
                     log.warning("%s: connecting failed, tried again each second: %s", self.name, error)
@@ -328,7 +330,7 @@ class Backend:
             is_retry = session.aside is not None and session.aside.may_end
             self._n_retries = self._n_retries + 1 if is_retry else 0
 
-    async def _connect(self, *, is_retry: bool) -> ServerSession:
+    async def _connect(self, *, is_retry: bool) -> ServerSession | RouterMode:
         """Identify the server and probe its abilities. Raises BackendDown and BackendRestarted."""
         handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
         handshake.check_process = partial(self._members.check_process, self)
@@ -337,8 +339,6 @@ class Backend:
             return await handshake.run(self.now(), is_retry=is_retry)
         except (BackendDown, BackendRestarted):
             raise
-        except RouterMode as found:
-            await self._members.found_router(self, found.max_models)
         except Exception as error:  # a bug in llamaslot must not prevent answers
             log.exception(
                 "%s: internal error while connecting: llama-server chooses slots itself; please report it",

@@ -77,12 +77,10 @@ _NO_ISOLATION = (
 )
 
 
-class RouterMode(Exception):
-    """What answers has no model of its own: it is a router. ``max_models``: as ``Props`` has it."""
+class RouterMode(Struct, frozen=True):
+    """The result if what answers has no model of its own, but is a router. ``max_models``: as ``Props`` has it."""
 
-    def __init__(self, max_models: int) -> None:
-        super().__init__(max_models)
-        self.max_models = max_models
+    max_models: int
 
 
 _NO_SERVER = (
@@ -136,17 +134,15 @@ class Handshake:
         # Reservations that are not committed at the end are abandoned on every path.
         self._reservations = contextlib.AsyncExitStack()
 
-    async def run(self, now: float, *, is_retry: bool = False) -> ServerSession:
-        """``is_retry``: there was no slot for the probes before, and one is idle now: do not wait for the others.
-        Raises RouterMode.
-        """
+    async def run(self, now: float, *, is_retry: bool = False) -> ServerSession | RouterMode:
+        """``is_retry``: there was no slot for the probes before, and one is idle now: do not wait for the others."""
         async with self._reservations:
             props = None
             try:
                 props = await self.api.props()
                 self.check_process(props)
                 if props.max_models is not None:
-                    raise RouterMode(props.max_models)
+                    return RouterMode(props.max_models)
                 if props.n_slots is None:
                     return await self._another_kind("GET /props names no total_slots", props)
                 return await self._probe(props, props.n_slots, now, is_retry)

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 from urllib.parse import quote
 
 from msgspec.structs import replace
@@ -226,26 +227,17 @@ class Registry:
             del self._processes[backend.name]
             raise NotReady(_SAME_PROCESS % other)
 
-    async def found_router(self, backend: Backend, max_models: int) -> Never:
-        """As ``Members.found_router``. Canceling is safe."""
+    async def replace_by_models(self, backend: Backend, max_models: int) -> None:
+        """As ``Members.replace_by_models``. Canceling is safe."""
         api = backend.api
         router = ModelRouter(api.url, api.api_key, api.watchdog_s, name=backend.name)
-
-        def add(model: RouterModel, server: ModelServer) -> Backend:
-            file = backend.rates_file.path.with_name(f"{quote(server.name, safe='')}.rates.json")
-            new = self._add(server.name, server, backend.store, file)
-            if new.store is not None:
-                new.store.n_backends += 1
-            for name in (model.name, *model.aliases):
-                self.router.expected.setdefault(name, new.name)
-            return new
-
         models = await router.models()
         if not models:
             raise BackendDown(
                 "it runs in router mode and has no model: --models-dir names a directory of them"
             )
         log.info("%s: llama-server runs in router mode, with %d models", backend.name, len(models))
+        add = partial(self._add_model, backend)
         routed = RoutedModels(backend, router, max_models, add, self._open, self.save_s)
         self._routers.append(routed)
         self.router.has_router = self.router.is_on_demand = True
@@ -255,8 +247,15 @@ class Registry:
         backend.sleep()
         self._leave(backend, self.pool_of(backend))
         del self._backends[backend.name]
-        while True:
-            await asyncio.Event().wait()
+
+    def _add_model(self, router: Backend, model: RouterModel, server: ModelServer) -> Backend:
+        file = router.rates_file.path.with_name(f"{quote(server.name, safe='')}.rates.json")
+        new = self._add(server.name, server, router.store, file)
+        if new.store is not None:
+            new.store.n_backends += 1
+        for name in (model.name, *model.aliases):
+            self.router.expected.setdefault(name, new.name)
+        return new
 
     def connecting(self, backend: Backend, session: ServerSession) -> None:
         """Put it into the pool of its model: there are five cases.
