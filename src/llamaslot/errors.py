@@ -10,6 +10,9 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
+#: What Retry-After tells, but for a full queue (``QueueLimits.retry_after_s``).
+RETRY_AFTER_S = 5.0
+
 
 def shortened(text: str) -> str:
     """``text`` for use in an error message: above 100 characters its first 80 and its length."""
@@ -103,11 +106,16 @@ class Forbidden(LlamaslotError):
     type = "permission_error"
 
 
-class QueueFull(LlamaslotError):
-    """Too many requests are waiting already, or this one has waited for too long."""
+class Unavailable(LlamaslotError):
+    """It cannot be served just now: the client may try again after ``retry_after_s``."""
 
     status = 503
     type = "unavailable_error"
+    retry_after_s = RETRY_AFTER_S
+
+
+class QueueFull(Unavailable):
+    """Too many requests are waiting already, or this one has waited for too long."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -135,12 +143,8 @@ class SlotWedged(LlamaslotError):
     type = "timeout_error"
 
 
-class BackendDown(LlamaslotError):
+class BackendDown(Unavailable):
     """llama-server does not answer, or is still loading its model."""
-
-    status = 503
-    type = "unavailable_error"
-    retry_after_s = 5.0
 
 
 class NotReady(BackendDown):
@@ -205,12 +209,8 @@ class SlotActionFailed(LlamaslotError):
         self.status_upstream = status_upstream
 
 
-class SlotNotEmptied(LlamaslotError):
+class SlotNotEmptied(Unavailable):
     """llama-server might choose a slot whose content the request must not use, so nothing was sent."""
-
-    status = 503
-    type = "unavailable_error"
-    retry_after_s = 5.0
 
 
 class SnapshotInvalid(LlamaslotError):
@@ -221,12 +221,8 @@ class OtherConversation(SnapshotInvalid):
     """A slot file is valid, but holds other tokens than llamaslot assumed: the assumption is wrong."""
 
 
-class BackendRestarted(LlamaslotError):
+class BackendRestarted(Unavailable):
     """llama-server is another process than the one that the slot was leased on: the request is placed again."""
-
-    status = 503
-    type = "unavailable_error"
-    retry_after_s = 5.0
 
     def __init__(self, message: str = "llama-server has restarted") -> None:
         super().__init__(message)

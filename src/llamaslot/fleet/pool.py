@@ -175,6 +175,11 @@ class Pool:
         """The backends that have served its model: the others may turn out to serve another one."""
         return [backend for backend in self.backends.values() if backend.last_session is not None]
 
+    @property
+    def sessions(self) -> list[ServerSession]:
+        """The last sessions of those that are known to serve its model."""
+        return [each.last_session for each in self.backends.values() if each.last_session is not None]
+
     def _members(self) -> list[Backend]:
         """The backends that serve its model, or may do so. None is loaded on demand in order to find that out."""
         every = self.backends.values()

@@ -21,8 +21,8 @@ from llamaslot.config.values import read_chat_file
 from llamaslot.errors import BackendDown, ConfigError, NotReady
 from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.fleet.routed_models import RoutedModels
 from llamaslot.fleet.router import Router
+from llamaslot.fleet.router_mode_models import RouterModeModels
 from llamaslot.formats.registry import CHAT
 from llamaslot.formats.rewrite import Rewriting
 from llamaslot.llama.answers import Props
@@ -59,7 +59,7 @@ class Registry:
         self.metrics, self._settings = metrics, settings
         self._backends: dict[str, Backend] = {}
         self._of_models: dict[str, PoolSettings] = {}
-        self._routers: list[RoutedModels] = []
+        self._routers: list[RouterModeModels] = []
         self.save_s = 60.0  # for the slots of a model before its router unloads it
         self.stores: dict[Path, SnapshotStore] = {}
         self._processes: dict[str, str] = {}  # by backend: the mark of the process that it is connected to
@@ -238,11 +238,11 @@ class Registry:
             )
         log.info("%s: llama-server runs in router mode, with %d models", backend.name, len(models))
         add = partial(self._add_model, backend)
-        routed = RoutedModels(backend, router, max_models, add, self._open, self.save_s)
-        self._routers.append(routed)
+        its = RouterModeModels(backend, router, max_models, add, self._open, self.save_s)
+        self._routers.append(its)
         self.router.has_router = self.router.is_on_demand = True
-        await routed.note(models)
-        routed.start()
+        await its.note(models)
+        its.start()
         backend.presence.is_replaced = True
         backend.sleep()
         self._leave(backend, self.pool_of(backend))
@@ -351,15 +351,15 @@ class Registry:
 
     async def close(self, save_s: float) -> None:
         """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""
-        for routed in self._routers:
-            await routed.stop_loading()
+        for models in self._routers:
+            await models.stop_loading()
         await asyncio.gather(*(backend.save_all(save_s) for backend in self._backends.values()))
         for pool in self.pools:
             await pool.close()
         for backend in self._backends.values():
             await backend.close()
-        for routed in self._routers:
-            await routed.close()
+        for models in self._routers:
+            await models.close()
         for store in self.stores.values():
             await store.close()
 

@@ -11,6 +11,7 @@ from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.health import Health
 from llamaslot.config.sections import ModelsConfig
 from llamaslot.errors import BackendDown, BadRequest, ModelNotFound, shortened
+from llamaslot.fleet.model_list import model_list
 from llamaslot.fleet.pool import Pool, PoolModel
 
 log = logging.getLogger(__name__)
@@ -160,60 +161,12 @@ class Router:
                 )  # fmt: skip
 
     def listed(self) -> list[dict[str, Any]]:
-        """The models as in ``/v1/models``, with their states."""
-        entries: dict[str, dict[str, Any]] = {}
-        for pool in self._known():
-            for name, entry in _entries(pool):
-                entries.setdefault(name, entry)
-        first = dict[str, str]()  # the name of each that is not an alias
-        for name, backend in self.expected.items():
-            first.setdefault(backend, name)
-        for backend, name in first.items():
-            if (member := self._backends[backend]).last_session is None:
-                entries.setdefault(name, {**_unknown(), "id": name, "status": {"value": _state([member])}})
-        for alias, target in self._settings.aliases.items():
-            if alias in entries:
-                continue
-            found = entries.get(target)
-            if found is None and target in self._backends:
-                told = [
-                    entry for pool in self._known() if target in pool.backends for _, entry in _entries(pool)
-                ]
-                found = told[0] if told else None
-            entries[alias] = {**(found or _unknown()), "id": alias}
-        return list(entries.values())
-
-
-def _unknown() -> dict[str, Any]:
-    return {"object": "model", "owned_by": "llamacpp", "status": {"value": "unavailable"}}
+        """As ``model_list``."""
+        return model_list(self._known(), self._backends, self.expected, self._settings.aliases)
 
 
 def _names(pool: Pool) -> set[str]:
-    return {name for session in _that_serve(pool) for name in session.names}
-
-
-def _that_serve(pool: Pool) -> list[ServerSession]:
-    """The last sessions of those that are known to serve the pool's model."""
-    return [backend.last_session for backend in pool.once_connected if backend.last_session is not None]
-
-
-def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
-    state = _state(pool.once_connected)
-    for session in _that_serve(pool):
-        if session.names:
-            yield session.names[0], {**session.entry, "status": {"value": state}}
-
-
-def _state(backends: Sequence[Backend]) -> str:
-    """In the words of llama-server's router mode."""
-    backends = [backend for backend in backends if not backend.leases.is_drained]
-    states = {backend.health for backend in backends}
-    if Health.UP in states:
-        return "loaded"
-    is_loaded = any(backend.health is Health.DOWN and backend.presence.is_coming for backend in backends)
-    if Health.CONNECTING in states or is_loaded:
-        return "loading"
-    return "unloaded" if Health.ASLEEP in states else "unavailable"
+    return {name for session in pool.sessions for name in session.names}
 
 
 def _is_unproved(pool: Pool) -> bool:

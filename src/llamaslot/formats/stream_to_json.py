@@ -32,7 +32,7 @@ from typing import Any
 
 import orjson
 
-from llamaslot.errors import LlamaslotError, UpstreamError
+from llamaslot.errors import Unavailable, UpstreamError
 
 
 class Doubt(enum.StrEnum):
@@ -46,12 +46,8 @@ class Doubt(enum.StrEnum):
     UNKNOWN = "unknown"
 
 
-class Incomplete(LlamaslotError):
+class Incomplete(Unavailable):
     """The stream ended before all its answers did."""
-
-    status = 503
-    type = "unavailable_error"
-    retry_after_s = 5.0
 
 
 # -- the request -------------------------------------------------------------------------------------------------

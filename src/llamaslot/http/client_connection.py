@@ -25,7 +25,7 @@ from aiohttp.http_exceptions import (
 )
 from yarl import URL
 
-from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
+from llamaslot.errors import BadRequest, LlamaslotError, TooSlow, Unavailable
 from llamaslot.http.client_errors import MISTAKE, error_response
 from llamaslot.http.client_stream import Writer
 from llamaslot.http.connections import NAME, ClientTimeouts, Connections, set_options
@@ -42,7 +42,7 @@ _QUOTED = re.compile(r":? (?:bytearray\()?b['\"].*")
 WRITE_BYTES = 1 << 15
 
 
-class TooManyConnections(QueueFull):
+class TooManyConnections(Unavailable):
     """The limit of open connections is reached."""
 
 
@@ -98,9 +98,9 @@ class Connection(web.RequestHandler):
         set_options(self.transport)
         if not self._all.enter(self):
             error = TooManyConnections(
-                "there are as many connections as there may be (listen.max_connections)", 5
+                "there are as many connections as there may be (listen.max_connections)"
             )
-            self._say_and_close("503 Service Unavailable", error, "Retry-After: 5\r\n")
+            self._say_and_close("503 Service Unavailable", error)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._all.leave(self)
@@ -136,11 +136,13 @@ class Connection(web.RequestHandler):
             "408 Request Timeout", TooSlow("the header of the request has not come to its end in time")
         )
 
-    def _say_and_close(self, status: str, error: LlamaslotError, more: str = "") -> None:
+    def _say_and_close(self, status: str, error: LlamaslotError) -> None:
         """Answer a client that has sent no complete request, and close the connection."""
         assert self.transport is not None
         body = orjson.dumps(error.body())
-        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}"
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+        if error.retry_after_s is not None:
+            head += f"Retry-After: {error.retry_after_s:.0f}\r\n"
         self.transport.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         self.force_close()
 

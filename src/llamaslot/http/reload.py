@@ -1,4 +1,7 @@
-"""Reads the configuration again while llamaslot serves: SIGHUP, ``llamaslot reload``, ``POST /llamaslot/reload``."""
+"""Reads the configuration again while llamaslot serves.
+
+At SIGHUP (``serve.handle_signals``), or at ``POST /llamaslot/reload``, which ``llamaslot reload`` sends.
+"""
 
 from __future__ import annotations
 

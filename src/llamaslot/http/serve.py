@@ -13,7 +13,7 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,10 +156,13 @@ async def listening(
         await front.close()
 
 
-def set_by_signals(stop: asyncio.Event) -> None:
-    """SIGTERM and SIGINT set ``stop`` from now on."""
+def handle_signals(stop: asyncio.Event, reload: Callable[[], object] | None = None) -> None:
+    """From now on SIGTERM and SIGINT set ``stop``, and SIGHUP calls ``reload`` if there is one."""
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
+    if reload is not None:
+        loop.add_signal_handler(signal.SIGHUP, reload)
 
 
 def collect_seldom() -> None:
@@ -194,10 +197,7 @@ async def serve(config: Config, path: Path | None = None) -> None:
     stop, save_s = asyncio.Event(), 0.0
     try:
         async with listening(config, registry, path, manager) as front:
-            set_by_signals(stop)
-            asyncio.get_running_loop().add_signal_handler(
-                signal.SIGHUP, lambda: tasks.spawn(front.reload.on_signal(), "reload")
-            )
+            handle_signals(stop, lambda: tasks.spawn(front.reload.on_signal(), "reload"))
             if servers:
                 await front.load()  # before a child is started: importing aiohttp changes the environment
                 managed.start()
@@ -298,7 +298,7 @@ async def serve_command(config: Config, server: ManagedServer, stop_s: float) ->
     try:
         async with listening(config, registry) as front:
             await front.load()  # before a child is started: importing aiohttp changes the environment
-            set_by_signals(stop)
+            handle_signals(stop)
             life = tasks.spawn(server.run_once(), "llama-server")
             life.add_done_callback(lambda _: stop.set())
             registry.start()

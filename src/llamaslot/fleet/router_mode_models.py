@@ -29,7 +29,7 @@ _LOOK_WITH_EVENTS_S = 15.0
 _END_S = 30.0  # of a model's process; llama-server kills it after 10 s (stop-timeout)
 
 
-class RoutedModel(ServedOnDemand):
+class RouterModeModel(ServedOnDemand):
     """One of them, as ``on_demand.Loadable``."""
 
     def __init__(self, backend: Backend, router: ModelRouter, model: RouterModel, save_s: float) -> None:
@@ -104,7 +104,7 @@ class RoutedModel(ServedOnDemand):
         self._backend.sleep()
 
 
-class RoutedModels:
+class RouterModeModels:
     """They take the place of ``backend``, of which nothing but the name is used any more. ``add`` makes a backend of a
     model that the router has named for the first time, ``open_`` reads what was learned of it.
     """
@@ -115,7 +115,7 @@ class RoutedModels:
         self.name, self._backend, self._router, self._save_s = backend.name, backend, router, save_s
         self._add, self._open = add, open_
         self.on_demand = OnDemand((), max_models or None, None)
-        self._models: dict[str, RoutedModel] = {}
+        self._models: dict[str, RouterModeModel] = {}
         self._tasks, self._loading = TaskOwner(), TaskOwner()
         self._news = asyncio.Event()
         self._has_events = self._is_gone = False
@@ -155,12 +155,12 @@ class RoutedModels:
         backend = self._add(model, server)
         backend.presence.on_demand = self.on_demand
         backend.sleep()
-        known = self._models[model.name] = RoutedModel(backend, self._router, model, self._save_s)
+        known = self._models[model.name] = RouterModeModel(backend, self._router, model, self._save_s)
         server.on_unloaded = self._unloaded(known)
         self.on_demand.add(known)
         return backend
 
-    def _unloaded(self, model: RoutedModel) -> Callable[[], None]:
+    def _unloaded(self, model: RouterModeModel) -> Callable[[], None]:
         def is_unloaded() -> None:
             model.note("unloaded", None)
             self._news.set()
