@@ -1,13 +1,12 @@
 """Snapshots in memory: the catalog's surface as far as the engine uses it, around the real table.
 
-Which snapshots go first is decided by the table; the other orders that it is compared with are here as well. As on a
-real disk rows are there once: a snapshot has those that the one with the longest common prefix lacks, and a restore is
-given only those that it needs. There are no states: the model is dense.
+Which snapshots go first is decided by the table. As on a real disk rows are there once: a snapshot has those that the
+one with the longest common prefix lacks, and a restore is given only those that it needs. There are no states: the
+model is dense.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
@@ -18,7 +17,7 @@ from bench.simulator.server import File, Origin, SimulatedServer
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import MIN_SHARED_TOKENS, head
 from llamaslot.errors import OtherConversation, SnapshotInvalid
-from llamaslot.scheduling.eviction import ByUse, ByValue, SnapshotStats
+from llamaslot.scheduling.eviction import ByValue
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.giving_out import Given, outgoing
@@ -215,23 +214,3 @@ class Disk:
 
 def _whole(snapshot: Snapshot) -> tuple[Part, ...]:
     return (Part(snapshot.file_name, 0, snapshot.n_tokens, snapshot.size_bytes),)
-
-
-class AtRandom(ByUse):
-    """Any goes first."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def rank(self, stats: SnapshotStats, now: float) -> float:
-        return random.Random(f"{self._seed} {stats.id} {now}").random()
-
-
-class Foreseen(ByUse):
-    """What is worth least goes first, by ``value``: per byte, and it knows the future."""
-
-    def __init__(self, value: Callable[[SnapshotStats], float]) -> None:
-        self._value = value
-
-    def rank(self, stats: SnapshotStats, now: float) -> float:
-        return self._value(stats)

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from bench.simulator.baseline import Original
-from bench.simulator.disk import UNLIMITED, AtRandom, Disk, Foreseen
+from bench.simulator.disk import UNLIMITED, Disk
 from bench.simulator.machine import Hardware
+from bench.simulator.orders import AtRandom, ByUse, Foreseen
 from bench.simulator.proxy import Proxy
 from bench.simulator.result import Label, PrefillFigures, Result, measured
 from bench.simulator.server import SimulatedServer
 from bench.simulator.trace import Trace
 from bench.simulator.users import Foresight, Users
 from bench.virtual import VirtualLoop
-from llamaslot.scheduling.eviction import ByUse, ByValue, Order, SnapshotStats
+from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.placement import Rules
 from llamaslot.store.entries import SnapshotTable
 from llamaslot.tasks import TaskOwner

@@ -15,6 +15,7 @@ import orjson
 import pytest
 import pytest_asyncio
 
+from llamaslot.formats.registry import FORMATS
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import RouteAvailability
 from llamaslot.llama.routes import ROUTES, Route, classify
@@ -129,11 +130,12 @@ def slot_takers(*paths: str) -> pytest.MarkDecorator:
 
 
 @slot_takers()
-async def test_id_slot_is_honoured_where_the_table_says_so(server: RealServer, route: Route) -> None:
+async def test_id_slot_is_honoured_where_the_format_says_so(server: RealServer, route: Route) -> None:
     """A pinned request lands in its slot; on the other routes in the least recently used one."""
+    is_pinned = route.kind == "completion" and FORMATS[route.format or ""].honours_id_slot
     for pin in (3, 0):
         took = await landed(server.url, route.path, BODIES[route.path] | {"id_slot": pin})
-        assert took == ({pin} if route.honours_id_slot else {ORDER[0]})
+        assert took == ({pin} if is_pinned else {ORDER[0]})
 
 
 @slot_takers("/completion", "/v1/messages")
@@ -169,7 +171,7 @@ async def test_embeddings_take_slots_of_their_own_choice(model: Path, tmp_path: 
     """One slot for each input, whatever id_slot says; on a server that also answers completions."""
     async with pooling("MEAN", model, tmp_path) as url:
         for path in sorted(EMBEDDINGS):
-            assert not classify("POST", path).honours_id_slot
+            assert classify("POST", path).kind == "exclusive"
             assert await landed(url, path, BODIES[path] | {"id_slot": 3}) == {ORDER[0]}
         two = {"input": ["hi", "there"], "id_slot": 3}
         assert await landed(url, "/v1/embeddings", two) == set(ORDER[:2])
@@ -254,10 +256,10 @@ async def test_every_route_of_the_table_exists_or_is_noted_as_missing(server: Re
 
 
 async def test_routes_for_other_models_are_refused_here(server: RealServer) -> None:
-    """They exist, and say 501: the table may not claim that they can be pinned."""
+    """They exist, and say 501: no slot is prepared for them."""
     for path in OTHER_MODELS:
         assert (await ask(server.url, "POST", path, {}))[0] == 501
-        assert not classify("POST", path).honours_id_slot
+        assert classify("POST", path).kind == "exclusive"
 
 
 async def status_of(server: RealServer, method: str, target: str) -> int:

@@ -94,7 +94,7 @@ async def test_the_tokens_are_those_that_the_server_uses(tmp_path: Path, kind: s
                 assert count(believed) == n_prompt
                 assert count(tokens) == n_prompt + timings["predicted_n"] - 1
         assert it.pool.context is not None
-        assert it.pool.context.tokenizer.n_miscounted == 0
+        assert not it.pool.context.tokenizer.has_miscounted
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "with a draft model"])

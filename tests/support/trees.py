@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bench.simulator.orders import ByUse
 from llamaslot.cache.ids import common, pack, unpack
-from llamaslot.scheduling.eviction import ByUse
 from llamaslot.store import Reservation, WithTokens
 from llamaslot.store.extent import verify
 from llamaslot.store.sidecar import EXT

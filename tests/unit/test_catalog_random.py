@@ -23,8 +23,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from bench.simulator.orders import ByUse
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.scheduling.eviction import ByUse
 from llamaslot.store import QuotaExceeded, Reservation, Snapshot
 from tests.support.snapshots import Shelter, some_tokens
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.simulator.orders import ByUse
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.scheduling.eviction import ByUse, ByValue, ReuseClass
+from llamaslot.scheduling.eviction import ByValue, ReuseClass
 from llamaslot.store import Snapshot
 from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.sidecar import Part

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.simulator.orders import ByUse
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.eviction import (
     N_BUCKETS,
-    ByUse,
     ByValue,
     HitRateModel,
     Order,

@@ -66,7 +66,7 @@ def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
 def _questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line in the registry, a line for its route, and a llama-server that has that."""
     monkeypatch.setitem(FORMATS, "questions", Questions())
-    route = Route("POST", PATH, "completion", "questions", honours_id_slot=True)
+    route = Route("POST", PATH, "completion", "questions")
     monkeypatch.setitem(routes._EXACT, ("POST", PATH), route)
     monkeypatch.setitem(fake_complete.COMPLETIONS, PATH, Responses)
     monkeypatch.setattr(fake_complete, "responses_to_chat", chat_of)

@@ -92,7 +92,8 @@ def busy(slot: int, n_tokens: int, *, shared: int, wait_s: float, state: SlotSta
 
 
 def view(*slots: SlotView, snapshots: tuple[SnapshotView, ...] = (), **more: object) -> BackendView:
-    return BackendView(slots, snapshots, **more)  # type: ignore[arg-type]
+    rate = {"prefill_s": lambda start, end: (end - start) / 1000}
+    return BackendView(slots, snapshots=snapshots, **(rate | more))  # type: ignore[arg-type]
 
 
 def plan_of(decision: Plan | Wait) -> Plan:
@@ -568,7 +569,7 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
         data.draw(st.integers(0, 30_000)),
         no_cache=data.draw(st.booleans()),
     )
-    pool = BackendView(slots, snapshots, reserved=reserved)
+    pool = view(*slots, snapshots=snapshots, reserved=reserved)
     decision = place(one, pool, RULES)
     takeable = {slot.key for slot in slots if slot.state in (FREE, HOT, SUSPECT)} - reserved.keys()
     if isinstance(decision, Wait):

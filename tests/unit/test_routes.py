@@ -22,7 +22,7 @@ from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Route, RouteKind, classi
 def test_completions_get_the_full_path_in_their_own_format(path: str, its_format: str) -> None:
     """Without /v1, /completions speaks llama-server's native format."""
     route = classify("POST", path)
-    assert (route.kind, route.format, route.honours_id_slot) == ("completion", its_format, True)
+    assert (route.kind, route.format) == ("completion", its_format)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_every_kind_of_route_is_told_apart(method: str, target: str, kind: str) 
     """A route's kind depends on its method; what only reads is let through, except what reaches out."""
     route = classify(method, target)
     assert route.kind == kind
-    assert route.is_known or kind == "passthrough"
+    assert route in ROUTES or kind == "passthrough"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,8 @@ def test_an_unknown_path_passes_so_that_llama_server_answers_itself(method: str,
 def test_a_path_that_llama_server_would_not_take_is_no_completion(target: str) -> None:
     """It compares exactly: such a request gets its 404, and no slot is prepared for it."""
     route = classify("POST", target)
-    assert (route.kind, route.is_known) == ("passthrough", False)
+    assert route.kind == "passthrough"
+    assert route not in ROUTES
 
 
 def test_an_encoded_completion_is_a_completion() -> None:
@@ -192,14 +193,13 @@ def test_the_gates_are_those_of_the_configuration() -> None:
 
 
 def test_the_table_is_consistent() -> None:
-    """Each line is there once; formats are the completions', gates the gated ones', and only slot takers are pinned."""
+    """Each line is there once; formats are the completions', and gates the gated ones'."""
     assert len({(route.method, route.path) for route in ROUTES}) == len(ROUTES)
     for route in ROUTES:
         assert route.kind in get_args(RouteKind)
         counts = route.path.endswith("_tokens")
         assert (route.format is not None) == (route.kind == "completion" or counts)
         assert (route.gate is not None) == (route.kind == "gated")
-        assert not route.honours_id_slot or route.kind in ("completion", "exclusive")
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
@@ -207,11 +207,7 @@ def test_each_line_of_the_table_is_found(route: Route) -> None:
     """A concrete path of each line is classified as that line says."""
     method = "PATCH" if route.method == "*" else route.method
     found = classify(method, route.path.replace("/*", "/x/y").replace(":id", "7"))
-    assert (found.kind, found.format, found.honours_id_slot) == (
-        route.kind,
-        route.format,
-        route.honours_id_slot,
-    )
+    assert (found.kind, found.format) == (route.kind, route.format)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ class StoreConfig(Section):
     directory: FilePath | None = None
     # Bytes of slot files that stay in slot_save_path for the next restore, if ``directory`` is elsewhere.
     landing_quota: Size = 0
-    # Bytes to leave free on the file system of the snapshots; 0: not checked.
+    # Bytes to leave free on the snapshots' file system; with less, some are evicted. 0: none go before it is full.
     min_free: Size = 1 * GIB
     # Directory of llamaslot's own files.
     meta_dir: FilePath = Field(default_factory=default_meta_dir)

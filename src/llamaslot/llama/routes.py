@@ -1,8 +1,7 @@
 """llama-server's routes as a table: the effect of each on slots, and who may use it.
 
 The table is the union of all tested builds (docs/llama-server.md, "Routes"). If a build lacks a route, its own 404 is
-returned. tests/real/test_routes.py compares the table with the real server: each ``honours_id_slot`` is checked by
-the slot where such a request ran. ``--api-prefix`` is not supported.
+returned. tests/real/test_routes.py compares the table with the real server. ``--api-prefix`` is not supported.
 """
 
 from __future__ import annotations
@@ -29,22 +28,18 @@ KNOWN_GATES: tuple[Gate, ...] = get_args(Gate)
 
 
 class Route(Struct, frozen=True):
-    """One line of the table, or an unknown path (``is_known`` False, always ``passthrough``).
+    """One line of the table, or an unknown path (always ``passthrough``).
 
-    ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``honours_id_slot``: an ``id_slot`` in the
-    body's root decides which slot it takes; if False, llama-server chooses among the idle ones. ``format``: the name
-    of the client API whose bodies a completion takes (``formats/``); a passthrough route that has one counts the tokens
-    of such a body. ``may_be_missing``: some builds or models do not have it, and a slot should not be prepared for a
-    404 or 501. Only tests read ``honours_id_slot`` and ``is_known``.
+    ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``format``: the name of the client API whose
+    bodies a completion takes (``formats/``); a passthrough route that has one counts the tokens of such a body.
+    ``may_be_missing``: some builds or models do not have it, and a slot should not be prepared for a 404 or 501.
     """
 
     method: str  # "GET" answers HEAD too; "*" is any
     path: str
     kind: RouteKind
     format: str | None = None
-    honours_id_slot: bool = False
     gate: str | None = None
-    is_known: bool = True
     may_be_missing: bool = False
 
     @property
@@ -60,12 +55,8 @@ class Route(Struct, frozen=True):
         return f"{self.path} reaches llama-server's other routes, slots included; use those routes directly"
 
 
-def _completion(
-    path: str, its_format: str, honours_id_slot: bool = True, may_be_missing: bool = False
-) -> Route:
-    return Route(
-        "POST", path, "completion", its_format, honours_id_slot=honours_id_slot, may_be_missing=may_be_missing
-    )
+def _completion(path: str, its_format: str, may_be_missing: bool = False) -> Route:
+    return Route("POST", path, "completion", its_format, may_be_missing=may_be_missing)
 
 
 def _exclusive(path: str) -> Route:
@@ -82,7 +73,7 @@ ROUTES: tuple[Route, ...] = (
     _completion("/responses", "responses"),
     _completion("/infill", "infill", may_be_missing=True),
     _completion("/api/chat", "chat", may_be_missing=True),  # older builds: a chat body under another name
-    _completion("/v1/messages", "messages", honours_id_slot=False),  # Anthropic: its conversion drops id_slot
+    _completion("/v1/messages", "messages"),  # Anthropic
     # A form: its id_slot would be a string, and llama-server ignores one that is not a number.
     _exclusive("/v1/audio/transcriptions"),
     _exclusive("/audio/transcriptions"),
@@ -169,7 +160,7 @@ def _classified(method: str, target: str) -> Route:
     """50 us unless it was asked for before."""
     path = server_path(target)
     found = None if method in _INERT else _refused(method, _mended(path)) or _find(method, path)
-    return found or Route(method, path, "passthrough", is_known=False)
+    return found or Route(method, path, "passthrough")
 
 
 def _find(method: str, path: str) -> Route | None:

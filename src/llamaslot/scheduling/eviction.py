@@ -346,21 +346,6 @@ class Order(Protocol):
         """Record that the snapshot can no longer be hit."""
 
 
-class ByUse:
-    """An order of eviction that starts with the least recently used snapshot: the usual policy, for comparison.
-    Learns nothing.
-    """
-
-    def rank(self, stats: SnapshotStats, now: float) -> float:
-        return stats.last_used
-
-    def hit(self, stats: SnapshotStats, now: float) -> None: ...
-
-    def passed(self, stats: SnapshotStats, now: float) -> None: ...
-
-    def gone(self, stats: SnapshotStats, now: float) -> None: ...
-
-
 class ByValue:
     """An order of eviction that starts with the smallest value per byte.
 

@@ -83,8 +83,8 @@ class BackendView(Struct, frozen=True):
     """
 
     slots: tuple[SlotView, ...]
+    prefill_s: PrefillSeconds
     snapshots: tuple[SnapshotView, ...] = ()
-    prefill_s: PrefillSeconds = field(default=lambda start, end: (end - start) / 1000)
     reserved: Mapping[SlotKey, float] = field(default_factory=dict)
     can_erase: bool = True
     request_s: float = 0.0

@@ -141,8 +141,7 @@ class Tokenizer:
     def __init__(self, server: PromptServer, *, cache_bytes: int = 128 << 20) -> None:
         self._server, self._cache_bytes = server, cache_bytes
         self._model = _Model(server, cache_bytes)
-        self._is_told = False
-        self.n_miscounted = 0
+        self.has_miscounted = False
 
     async def chat(self, body: Mapping[str, Any], whose: str = "", raw: bytes | None = None) -> Prompt:
         """The tokens of a chat body. ``raw``: the same as JSON, if that is at hand. Raises PromptNotTokenizable for
@@ -267,17 +266,15 @@ class Tokenizer:
     def confirm(self, prompt: Prompt, n_server: int) -> bool:
         """Whether the server counted as many tokens in the prompt as we did.
 
-        If not, and the prompt was tokenized in pieces, all texts are tokenized as a whole from then on. Counted in
-        ``n_miscounted``, which only tests read; the first is logged. (The server compares tokens itself, so no
-        answer was wrong.)
+        If not, and the prompt was tokenized in pieces, all texts are tokenized as a whole from then on. The first is
+        logged. (The server compares tokens itself, so no answer was wrong.)
         """
         if n_server == prompt.n_tokens:
             return True
-        self.n_miscounted += 1
         if not prompt.whole:
             self._model = _Model(self._server, self._cache_bytes, is_whole=True)
-        if not self._is_told:
-            self._is_told = True
+        if not self.has_miscounted:
+            self.has_miscounted = True
             whole = "; from now on prompts are tokenized whole, which takes longer"
             remedy = whole if self._model.is_whole else ""
             log.warning(
