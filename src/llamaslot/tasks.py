@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 _SLICE_S = 0.002
@@ -109,6 +110,16 @@ class TaskOwner:
             for task in running:
                 task.cancel()
             await asyncio.wait(running)
+
+
+async def outcome(action: Callable[[], Awaitable[T]], error: type[E]) -> T | E:
+    """The result of ``action``, or the error of that class that it raises. For a task that may outlive whatever awaits
+    it: if raised, the error would be reported as its death.
+    """
+    try:
+        return await action()
+    except error as raised:
+        return raised
 
 
 async def gather(*coroutines: Coroutine[Any, Any, T]) -> list[T]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar, assert_never
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar, assert_never
 
 from msgspec.structs import replace
 
@@ -40,6 +41,7 @@ from llamaslot.store import Catalog, WithTokens
 from llamaslot.store.giving_out import is_passing
 from llamaslot.store.landing import NoLanding
 from llamaslot.store.model_snapshots import content_of
+from llamaslot.tasks import outcome
 
 log = logging.getLogger(__name__)
 _NOT_RESTORED = "%s: snapshot %s was not restored: %s"  # request, snapshot, reason
@@ -94,7 +96,7 @@ class PlanExecutor:
                 case Save() | Erase() | Restore():
                     lease.raise_if_preempted(None)
                     report(_comment(step, is_restored=step.slot in restored))
-                    if not await self._carry_out(lease, self._act(lease, step)):
+                    if not await self._carry_out(lease, partial(self._act, lease, step)):
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
                         if may_replan and isinstance(step, Restore) and lease.content == NOTHING:
                             raise RetryPlacement(None)  # that snapshot is no longer offered, or not just now
@@ -149,25 +151,19 @@ class PlanExecutor:
         )
 
     async def _keep(self, lease: Lease, n_tokens: int) -> None:
-        if not await self._carry_out(lease, self.saving.keep(lease, n_tokens)):
+        if not await self._carry_out(lease, partial(self.saving.keep, lease, n_tokens)):
             self.metrics.steps_failed.labels("keep").inc()
 
-    async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:
+    async def _carry_out(self, lease: Lease, action: Callable[[], Awaitable[T]]) -> T:
         """Run a slot action to its end, also if the client leaves. Raises what the action raises."""
-        try:
-            lease.begin_action()
-        except BackendRestarted:
-            action.close()
-            raise
-        task = self.tasks.spawn(_outcome(action), f"{lease.request.id} acts on slot {lease.slot_id}")
-        task.add_done_callback(
-            lambda _: action.close()
-        )  # one that was cancelled before it began is never awaited
+        lease.begin_action()
+        acting = outcome(action, LlamaslotError)  # as a result: the client may have left
+        task = self.tasks.spawn(acting, f"{lease.request.id} acts on slot {lease.slot_id}")
         task.add_done_callback(lambda _: lease.end_action())
-        outcome = await asyncio.shield(task)
-        if isinstance(outcome, LlamaslotError):
-            raise outcome
-        return outcome
+        result = await asyncio.shield(task)
+        if isinstance(result, LlamaslotError):
+            raise result
+        return result
 
     async def _act(self, lease: Lease, step: Save | Erase | Restore) -> bool:
         """True if the step succeeded. Expected failures are logged; BackendDown and BackendRestarted are raised."""
@@ -187,7 +183,7 @@ class PlanExecutor:
         self, lease: Lease, must_give_way: Callable[[], bool] = never
     ) -> asyncio.Task[WithTokens | None] | None:
         """Save a slot leased only for that: as ``Saving.save``. Canceling is safe: the save is completed."""
-        return await self._carry_out(lease, self.saving.save(lease, must_give_way))
+        return await self._carry_out(lease, partial(self.saving.save, lease, must_give_way))
 
     # -- erase and restore ---------------------------------------------------------------------------------------
 
@@ -204,7 +200,7 @@ class PlanExecutor:
 
     async def erase_now(self, lease: Lease) -> bool:
         """Erase a slot leased only for that. Canceling is safe: the erase is completed."""
-        return await self._carry_out(lease, self.erase(lease))
+        return await self._carry_out(lease, partial(self.erase, lease))
 
     async def _restore(self, lease: Lease, snapshot_id: str) -> bool:
         """Restore a snapshot into the slot, which the previous step has erased."""
@@ -309,16 +305,6 @@ def _n_needed(snapshot: WithTokens, lease: Lease) -> int:
     if not n_shared:
         raise SnapshotInvalid(f"{snapshot.id}: has nothing that the prompt can resume from")
     return n_shared
-
-
-async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:
-    """The action's result, or the LlamaslotError that it raises. The error is returned, because the client may have
-    left: if raised, it would be reported as the death of a task.
-    """
-    try:
-        return await action
-    except LlamaslotError as error:
-        return error
 
 
 def _record_hit(catalog: Catalog, lease: Lease) -> None:

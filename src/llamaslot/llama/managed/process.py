@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple, Protocol
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llamaslot.errors import LlamaslotError
-from llamaslot.tasks import TaskOwner
+from llamaslot.tasks import TaskOwner, outcome
 
 log = logging.getLogger(__name__)
 
@@ -273,9 +273,8 @@ class ManagedServer:
             delay_s = self._backoff.delay_s(n_deaths)
             log.error(
                 "%s: llama-server %s after %.0f s; its last words: %s (%s); it is started again in %.0f s",
-                *(self.name, how, lasted_s, await asyncio.to_thread(_last_line, self.log_path)),
-                *(self.log_path, delay_s),
-            )
+                self.name, how, lasted_s, await asyncio.to_thread(_last_line, self.log_path), self.log_path, delay_s,
+            )  # fmt: skip
             await self._sleep(delay_s)
 
     async def run_once(self) -> int:
@@ -284,13 +283,13 @@ class ManagedServer:
         """
         command, added = await self._command()
         begin = partial(_open_log, self.log_path, self.slot_save_path, shlex.join(command))
-        async with _Child(command, self._environment(), begin, lambda: self.stop_s) as process:
+        async with _Child(self.name, command, self._environment(), begin, lambda: self.stop_s) as process:
             self.n_starts += 1
             self.pid = process.pid
             log.info(
                 "%s: llama-server starts on %s (pid %d); flags added to yours: %s",
-                *(self.name, self.url, process.pid, shlex.join(added)),
-            )
+                self.name, self.url, process.pid, shlex.join(added),
+            )  # fmt: skip
             try:
                 return await process.wait()
             finally:
@@ -307,8 +306,8 @@ class ManagedServer:
                 log.warning(
                     "%s: `%s --help` does not know %s: recommended flags are left out, needed ones are passed all"
                     " the same",
-                    *(self.name, shlex.join(launch.command), " ".join(unknown)),
-                )
+                    self.name, shlex.join(launch.command), " ".join(unknown),
+                )  # fmt: skip
             guarded = [sys.executable, "-m", "llamaslot.llama.managed.guard_process", *launch.command]
         added = own_words(launch, self._needed, known)
         return [*guarded, *added, *launch.args], added
@@ -316,8 +315,9 @@ class ManagedServer:
     async def _known_flags(self, command: Sequence[str]) -> set[str]:
         """The flags that ``command --help`` lists; none if it prints nothing within ``HELP_S``. Run at each start."""
         guarded = [sys.executable, "-m", "llamaslot.llama.managed.guard_process", *command, "--help"]
+        name, environment = f"{self.name} --help", self._environment()
         async with _Child(
-            guarded, self._environment(), lambda: asyncio.subprocess.PIPE, lambda: 0.0
+            name, guarded, environment, lambda: asyncio.subprocess.PIPE, lambda: 0.0
         ) as process:
             assert process.stdout is not None
             try:
@@ -346,16 +346,18 @@ class _Child:
 
     def __init__(
         self,
+        name: str,
         command: Sequence[str],
         environment: dict[str, str],
         output: Callable[[], int],
         stop_s: Callable[[], float],
     ) -> None:
-        self._command, self._environment, self._output, self._stop_s = command, environment, output, stop_s
+        self._name, self._command, self._environment = name, command, environment
+        self._output, self._stop_s = output, stop_s
         self._tasks = TaskOwner()
 
     async def __aenter__(self) -> asyncio.subprocess.Process:
-        start = self._tasks.spawn(self._start(), f"start {self._command[2]}")
+        start = self._tasks.spawn(outcome(self._start, OSError), f"start {self._name}")
         is_cancelled = False
         while not start.done():
             # A start cannot be cancelled half-way: wait for it, then end what was started.
@@ -371,7 +373,7 @@ class _Child:
             raise asyncio.CancelledError
         return process
 
-    async def _start(self) -> asyncio.subprocess.Process | OSError:
+    async def _start(self) -> asyncio.subprocess.Process:
         output = -1
         try:
             output = await asyncio.to_thread(self._output)
@@ -383,8 +385,6 @@ class _Child:
                 env=self._environment,
                 start_new_session=True,  # a Ctrl-C in the terminal must not reach it before its slots are saved
             )
-        except OSError as error:
-            return error
         finally:
             if output >= 0:
                 os.close(output)
