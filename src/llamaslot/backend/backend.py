@@ -282,19 +282,7 @@ class Backend:
     async def save_all(self, save_s: float) -> None:
         """Save dirty slots, for at most ``save_s`` seconds. Canceling is safe."""
         if self.health is Health.UP and save_s > 0:
-            try:
-                async with asyncio.timeout(save_s):
-                    n_saved = await self.idle_save.save_all()
-                log.info(
-                    "%s: %d slots saved before its llama-server stops or unloads the model",
-                    self.name,
-                    n_saved,
-                )
-            except TimeoutError:
-                log.warning(
-                    "%s: not every slot was saved within %g s: the other contexts are in llama-server only",
-                    self.name, save_s,
-                )  # fmt: skip
+            await self.idle_save.save_before_stop(save_s)
 
     async def close(self) -> None:
         """End all tasks, and store what was learned."""

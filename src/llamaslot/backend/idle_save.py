@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable
 
 from llamaslot.backend.executor import PlanExecutor
@@ -14,6 +15,8 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotState
 from llamaslot.store import Snapshot
+
+log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
 
@@ -49,6 +52,21 @@ class IdleSave:
             n_saved += await self._save(lease) is not None
         await self._executor.saving.settle()
         return n_saved
+
+    async def save_before_stop(self, save_s: float) -> None:
+        """As ``save_all``, for at most ``save_s`` seconds."""
+        try:
+            async with asyncio.timeout(save_s):
+                n_saved = await self.save_all()
+            log.info(
+                "%s: %d slots saved before its llama-server stops or unloads the model",
+                self._leases.backend, n_saved,
+            )  # fmt: skip
+        except TimeoutError:
+            log.warning(
+                "%s: not every slot was saved within %g s: the other contexts are in llama-server only",
+                self._leases.backend, save_s,
+            )  # fmt: skip
 
     def _lease(self, slot: Slot) -> Lease | None:
         request = Request(f"idle-save-{next(self._serial)}", slot.content.tokens)
