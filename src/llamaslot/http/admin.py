@@ -10,8 +10,10 @@ from aiohttp import web
 from llamaslot import __version__
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
+from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
+from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import BadRequest, NotAllowed, NotFound, shortened
 from llamaslot.fleet.pool import PoolStatus
 from llamaslot.fleet.registry import Registry
@@ -157,18 +159,32 @@ def _slot_status(every: Leases, table: SlotTable) -> list[dict[str, Any]]:
         for slot_id, lease in leases.items()
         if lease.is_long
     }
-    return [
-        {
-            "id": slot.id,
-            "state": slot.state.value,
-            "n_tokens": slot.content.n_tokens,
-            "is_dirty": slot.content.is_dirty,
-            "is_worth_saving": table.worth.is_worth_saving(slot),
-            "prefill": prefills.get(slot.id),
-            "user": (leases[slot.id].request.user.id or None) if slot.id in leases else None,
-        }
-        for slot in table.slots
-    ]
+    told = []
+    for slot in table.slots:
+        lease = leases.get(slot.id)
+        n_tokens, is_dirty = _held(slot.content, lease)
+        told.append(
+            {
+                "id": slot.id,
+                "state": slot.state.value,
+                "n_tokens": n_tokens,
+                "is_dirty": is_dirty,
+                "is_worth_saving": table.worth.is_worth_saving(slot),
+                "prefill": prefills.get(slot.id),
+                "user": (lease.request.user.id or None) if lease is not None else None,
+            }
+        )
+    return told
+
+
+def _held(content: Content, lease: Lease | None) -> tuple[int, bool]:
+    """The known tokens of a slot, and whether a snapshot lacks some. A leased slot's own content is that of before."""
+    if lease is None:
+        return content.n_tokens, content.is_dirty
+    if lease.is_running and lease.request.n_tokens:
+        return lease.request.n_tokens, True
+    held = lease.content or NOTHING
+    return held.n_tokens, held.is_dirty
 
 
 def _assist_status(session: ServerSession) -> dict[str, Any]:

@@ -114,7 +114,8 @@ class PageState:
         leases = {lease.slot.id: lease for lease in backend.leases.leases if lease.slot is not None}
         for slot in told["slots"]:
             own, lease = table.slots[slot["id"]], leases.get(slot["id"])
-            slot["n_tokens"] = own.content.n_held
+            if lease is None:
+                slot["n_tokens"] = own.content.n_held  # with its last answer
             slot["snapshot"] = own.content.snapshot
             slot["last_user"] = self._requests.last_users.get(own.key)
             slot["used_at"] = round(time.time() - (now - own.used_at)) if own.used_at else None
@@ -219,7 +220,8 @@ def stage_of(flight: InFlight) -> str:
     if isinstance(state, Prefilling) or (lease.state is LeaseState.PROCESSING and n_tokens):
         return f"prefill {lease.n_done:,} of {n_tokens:,}"
     if lease.is_in_line:
-        return f"waits to prefill {n_tokens:,} tokens"
+        held = f", has {lease.n_done:,} of them" if lease.n_done else ""
+        return f"waits to prefill {n_tokens:,} tokens{held}"
     if state is Comment.RESTORING and (restored := _restored(lease)) is not None:
         return f"restoring {readable_size(restored)}"
     return str(state) if state is not None else "running"
