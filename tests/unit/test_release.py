@@ -43,7 +43,7 @@ def test_a_demo_without_its_llama_cpp_says_so(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(cli.main, ["demo"])
     assert (result.exit_code, result.stderr) == (
         2,
-        "the embedded llama.cpp is not installed: pip install 'llamaslot[embedded]'\n",
+        "the embedded llama.cpp is missing: pipx inject llamaslot xllamacpp (in a venv: pip install xllamacpp)\n",
     )
 
 

@@ -272,6 +272,17 @@ async def test_a_restore_is_told_with_its_size(tmp_path: Path, monkeypatch: pyte
             assert (await asked).status == 200
 
 
+async def test_a_slot_at_work_has_the_tokens_of_its_request(tmp_path: Path) -> None:
+    """Not those of the conversation that was there before."""
+    async with served(tmp_path, slots=1, step_s=0.002) as it:
+        await it.ask(letters(1, 800))
+        body = {"prompt": letters(2, 300), "n_predict": 2000, "stream": True}
+        async with it.session.post(it.url + NATIVE, json=body) as stream:
+            await stream.content.readline()
+            (slot,) = (await it.get("/llamaslot/status")).json["backends"][0]["slots"]
+    assert (slot["n_tokens"], slot["is_dirty"]) == (300, True)
+
+
 # --- what can be done
 
 

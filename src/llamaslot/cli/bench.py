@@ -137,7 +137,7 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
 
     has_plots = is_available()
     if not has_plots and options["report"] != _REPORT:
-        fail(["--report needs plotly: pip install 'llamaslot[bench]'"])
+        fail(["--report needs plotly: pipx inject llamaslot plotly (in a venv: pip install plotly)"])
     for path in (options["report"], options["json_path"]):
         if path is not None and not os.access(path.absolute().parent, os.W_OK):
             fail([f"{path} cannot be written"])
@@ -160,7 +160,10 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
         options["report"].write_text(report(result))
         click.echo(f"\nThe report: {options['report']}")
     else:
-        click.echo("\nA report with plots needs plotly: pip install 'llamaslot[bench]'", err=True)
+        click.echo(
+            "\nA report with plots needs plotly: pipx inject llamaslot plotly (in a venv: pip install plotly)",
+            err=True,
+        )
     if any(all(request.error for run in side.runs for request in run.requests) for side in result.sides):
         sys.exit(EXIT_FAULT)
 

@@ -40,7 +40,7 @@ _PATIENCE_S = 60.0
 def demo(port: int, model: Path | None, slots: int, context: int) -> None:
     """Serve a small chat model on the CPU, to try llamaslot.
 
-    It needs the embedded llama.cpp: pip install 'llamaslot[embedded]'.
+    It needs llama.cpp in its own environment: pipx inject llamaslot xllamacpp.
     """
     from importlib.util import find_spec
 
@@ -48,7 +48,11 @@ def demo(port: int, model: Path | None, slots: int, context: int) -> None:
     from llamaslot.errors import LlamaslotError
 
     if find_spec("xllamacpp") is None:
-        fail(["the embedded llama.cpp is not installed: pip install 'llamaslot[embedded]'"])
+        fail(
+            [
+                "the embedded llama.cpp is missing: pipx inject llamaslot xllamacpp (in a venv: pip install xllamacpp)"
+            ]
+        )
     set_up_logging("info", "auto")
     try:
         if model is None:

@@ -8,6 +8,7 @@ const LEVELS = 7;
 const HEIGHT = 36;
 const LEAST = 0.25; // percent of the width; thinner ones are drawn together
 const ALIKE = 64; // tokens
+const USERS = 12; // listed by name
 const PAUSE_MS = 4000;
 const SPREAD_MS = 1000; // many pages do not ask in the same moment
 
@@ -65,6 +66,8 @@ export function treeOf(rows) {
   weigh(root);
   return root;
 }
+
+const sum = (list, of) => list.reduce((all, its) => all + of(its), 0);
 
 // Its own bytes, and its share of the files that others need too.
 const held = (row) => row.size_bytes + row.share_bytes;
@@ -209,15 +212,17 @@ async function act(what, row) {
 }
 
 function fillers(rows) {
-  const users = [...Map.groupBy(rows, (row) => (row.kind === 'trunk' ? ' ' : row.user ?? row.namespace ?? ''))].map(([user, its]) => ({ user, n: its.length, bytes: its.reduce((sum, row) => sum + held(row), 0) }));
+  const users = [...Map.groupBy(rows, (row) => (row.kind === 'trunk' ? ' ' : row.user ?? row.namespace ?? ''))].map(([user, its]) => ({ user, n: its.length, bytes: sum(its, held) }));
   users.sort((a, b) => b.bytes - a.bytes);
-  const most = users[0]?.bytes || 1;
+  const others = users.splice(USERS);
+  if (others.length) users.push({ user: `${number(others.length)} others`, n: sum(others, (its) => its.n), bytes: sum(others, (its) => its.bytes) });
+  const most = Math.max(...users.map((its) => its.bytes), 1);
   const line = ({ user, n, bytes: size }) => {
     const bar = el('b', {});
     bar.style.width = `${(100 * size) / most}%`;
     return el('li', {}, el('span', {}, user === ' ' ? 'shared beginnings' : user ? person(user) : 'user not known'), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, bytes(size)), el('span', { class: 'note' }, `${number(n)} snapshot${n === 1 ? '' : 's'}`));
   };
-  at('fillers').replaceChildren(...(users.length ? [el('h3', {}, 'By user'), el('ol', { class: 'timeline' }, ...users.slice(0, 8).map(line))] : []));
+  at('fillers').replaceChildren(...(users.length ? [el('h3', {}, 'By user'), el('ol', { class: 'timeline' }, ...users.map(line))] : []));
 }
 
 export function start(clockOfServer) {
