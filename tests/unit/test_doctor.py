@@ -16,6 +16,7 @@ from llamaslot.cli.doctor import examine
 from llamaslot.cli.doctor.findings import Finding, lines
 from llamaslot.cli.doctor.machine import holder, of_machine
 from llamaslot.cli.doctor.running import of_backend, of_journal
+from llamaslot.cli.running import Refused, Running
 from llamaslot.config.load import Config
 from llamaslot.store.directory import DirectoryLock
 
@@ -151,6 +152,20 @@ def test_a_server_that_does_not_answer(config_path: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 1
     assert "FAULT  gpu0: connection" in result.stdout
     assert "-> backends[].url: http://127.0.0.1:9931, or llama-server --port 1" in result.stdout
+
+
+def test_a_llamaslot_that_refuses_is_not_asked_more(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong key is a line of the report."""
+
+    def refuse(*_: object) -> None:
+        raise Refused(401, "Invalid API Key")
+
+    monkeypatch.setattr(Running, "get", refuse)
+    result = run("--config", str(config_path))
+    assert result.exit_code == 0, result.output
+    assert "serves, and does not tell more: Invalid API Key" in result.stdout
 
 
 def test_a_directory_in_use_is_left_alone(config_path: Path) -> None:

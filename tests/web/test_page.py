@@ -473,6 +473,7 @@ async def test_a_status_is_found_at_an_address(tmp_path: Path) -> None:
             (it.url, 0, "llamaslot "),
             (it.url + "/", 0, "gpu0/0"),
             (f"http://127.0.0.1:{free_port()}", 2, "no llamaslot answers on"),
+            (it.fake.url, 2, "is that a llamaslot?"),
             ("127.0.0.1:8081", 2, "an address is wanted"),
         ):
             result = await asyncio.to_thread(CliRunner().invoke, cli.main, ["status", "--url", url])

@@ -97,19 +97,28 @@ class Running:
             connection.request(method, target, headers=self._headers)
             response = connection.getresponse()
             answer: dict[str, Any] = json.loads(response.read())
-        except (OSError, ValueError, HTTPException) as error:
+        except ValueError:
+            raise NotRunning(f"what answers on {self.where} is no llamaslot") from None
+        except (OSError, HTTPException) as error:
             raise NotRunning(
                 f"no llamaslot answers on {self.where} ({error}): is it running, with this configuration?"
             ) from error
         finally:
             connection.close()
-        if response.status != 200:
-            told = answer.get("error") if isinstance(answer, dict) else None
-            said = told.get("message") if isinstance(told, dict) else None
+        if response.status != 200 or not isinstance(answer, dict):
             raise Refused(
-                response.status, said or f"{self.where} answers {response.status}: is that a llamaslot?"
+                response.status, self._why_refused(response.status, response.getheader("Server"), answer)
             )
         return answer
+
+    def _why_refused(self, status: int, server: str | None, answer: Any) -> str:
+        told = answer.get("error") if isinstance(answer, dict) else None
+        said = told.get("message") if isinstance(told, dict) else None
+        if status in (401, 403):
+            return f"{self.where} answers {status}: {said}; set LLAMASLOT_KEY to a key of an administrator"
+        if said is None or server != "llamaslot":
+            return f"{self.where} answers {status}{f': {said}' if said else ''}: is that a llamaslot?"
+        return str(said)
 
 
 def load(path: Path) -> Config:

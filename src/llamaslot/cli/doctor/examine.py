@@ -36,6 +36,8 @@ def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Fin
         for settings in config.backends:
             yield from _tried(settings, budget_s)
         return
+    if not status:
+        return
     settings_of = {settings.name: settings for settings in config.backends}
     for backend in status["backends"]:
         configured = settings_of.get(backend["name"])
@@ -52,7 +54,9 @@ def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Fin
 
 
 def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """The status of the running llamaslot, None without one; and what is to be said about it."""
+    """The status of the running llamaslot, None without one, empty if it does not tell; and what is to be said about
+    it.
+    """
     check = "llamaslot"
     running = Running.with_config(config)
     try:
@@ -63,9 +67,7 @@ def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
         remedy = (
             "LLAMASLOT_KEY=<a key made with --admin> llamaslot doctor …" if error.status in (401, 403) else ""
         )
-        return {"backends": []}, [
-            Finding(check, "skipped", f"serves, and does not tell more: {error}", remedy)
-        ]
+        return {}, [Finding(check, "skipped", f"serves, and does not tell more: {error}", remedy)]
     return status, [Finding(check, "ok", f"{status['version']} serves on {running.where}")]
 
 
