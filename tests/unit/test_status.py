@@ -147,6 +147,16 @@ def test_what_top_draws(config_path: Path) -> None:
     assert " ".join(lines[-1].split()).endswith("ada 0.2 s 0.5 s slot 1 held 9 of 10 tokens")
 
 
+def test_a_narrow_top_still_says_why(config_path: Path) -> None:
+    """In 44 columns, with fewer figures."""
+    console = Console(width=44, file=io.StringIO())
+    console.print(_drawn(Running.of(config_path), 44))
+    assert isinstance(console.file, io.StringIO)
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    assert "gpu0/1 leased ada prefill 512 of…" in lines
+    assert lines[-1].endswith("ada slot 1 held 9 of 10 tokens")
+
+
 def test_nothing_else_imports_rich() -> None:
     """It takes 0.1 s."""
     code = "import sys; from llamaslot import cli, http; import llamaslot.http.serve; sys.exit('rich' in sys.modules)"

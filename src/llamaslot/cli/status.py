@@ -17,6 +17,7 @@ from llamaslot.sizes import readable_size
 # Slow imports are made where they are needed: rich takes 0.1 s, and only ``top`` uses it.
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
     from rich.text import Text
 
 Json = Mapping[str, Any]
@@ -25,7 +26,10 @@ _EVERY_S = 1.0
 _REQUESTS = 40
 _WAITED_S = 0.05  # less is no wait
 HEADINGS = ("SLOT", "STATE", "TOKENS", "USED", "SAVED", "USER", "DOING")
-RIGHT = frozenset({"TOKENS", "USED"})
+ENDED = ("ENDED", "USER", "WAITED", "FIRST TOKEN", "WHY")
+RIGHT = frozenset({"TOKENS", "USED", "ENDED", "WAITED", "FIRST TOKEN"})
+_NARROW = 60  # columns
+_LEFT_OUT = frozenset({"TOKENS", "USED", "SAVED", "WAITED", "FIRST TOKEN"})
 
 _url = click.option(
     "--url", metavar="URL", help="Instead of --config: its address, like http://127.0.0.1:8081."
@@ -75,7 +79,7 @@ def top(path: Path, url: str | None, every_s: float) -> None:
         try:
             with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
                 while True:
-                    live.update(_drawn(running), refresh=True)
+                    live.update(_drawn(running, console.width), refresh=True)
                     time.sleep(every_s)
         except KeyboardInterrupt:
             pass
@@ -196,9 +200,9 @@ def remarks(found: Json) -> list[str]:
     return ["", *said] if said else []
 
 
-def _drawn(running: Running) -> RenderableType:
+def _drawn(running: Running, width: int = 80) -> RenderableType:
+    """``width``: of the terminal; a narrow one shows less beside what each request does, and why."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     try:
@@ -206,23 +210,30 @@ def _drawn(running: Running) -> RenderableType:
         activity = running.get(f"activity?n={_REQUESTS}")
     except NotRunning as error:
         return Text(str(error), style="bold red")
-    grid = Table(*HEADINGS, box=None, pad_edge=False, header_style="bold")
-    for heading, column in zip(HEADINGS, grid.columns, strict=True):
-        column.justify = "right" if heading in RIGHT else "left"
-        column.no_wrap = heading != HEADINGS[-1]
+    now, past = _table(HEADINGS, width), _table(ENDED, width)
     for row in rows(found, activity["in_flight"]):
         style = "green" if row[1].startswith("leased") else "dim" if row[1].startswith("free") else ""
-        grid.add_row(*map(Text, row[:-1]), _cut(row[-1]), style=style)
-    ended = Table(
-        "ENDED", "USER", "WAITED", "FIRST TOKEN", "WHY", box=None, pad_edge=False, header_style="bold"
-    )
-    for column in ended.columns[:-1]:
-        column.no_wrap = True
-    ended.columns[0].justify = ended.columns[2].justify = ended.columns[3].justify = "right"
+        now.add_row(*_cells(HEADINGS, row, width), style=style)
     for row in _ended(activity["ended"], time.time()):
-        ended.add_row(*map(Text, row[:-1]), _cut(row[-1]))
+        past.add_row(*_cells(ENDED, row, width))
     first = Text(headline(found), style="bold"), _cut(today(activity.get("today"))), Text()
-    return Group(*first, grid, *map(Text, remarks(found)), Text(), ended)
+    return Group(*first, now, *map(Text, remarks(found)), Text(), past)
+
+
+def _table(headings: Sequence[str], width: int) -> Table:
+    """Without those that a narrow terminal has no room for; the last column gets what the others leave."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in _cells(headings, headings, width):
+        name = str(heading)
+        made.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=name != headings[-1])
+    return made
+
+
+def _cells(headings: Sequence[str], row: Sequence[str], width: int) -> list[Text]:
+    shown = zip(headings, row, strict=True)
+    return [_cut(text) for heading, text in shown if width >= _NARROW or heading not in _LEFT_OUT]
 
 
 def _cut(text: str) -> Text:
