@@ -120,12 +120,7 @@ async def parse_request(
     n = format_.n_answers(body)
     if n > 1 and not all(prompt.n_tokens for prompt in said.prompts):
         raise BadRequest(_NO_COPIES)
-    n_system, boundaries = 0, tuple[int, ...]()
-    if said.chat is not None and said.prompts:
-        if context.cache_kind is CacheKind.DENSE:
-            n_system = await context.tokenizer.system_end(said.chat, said.prompts[0])
-        else:
-            n_system, boundaries = await context.tokenizer.boundaries(said.chat, said.prompts[0])
+    n_system, boundaries = await _boundaries(said, context)
     slot_request = Request(
         id=id_,
         tokens=said.prompts[0].tokens if said.prompts else b"",
@@ -155,6 +150,15 @@ class _Said(NamedTuple):
     prompts: tuple[Prompt, ...]
     is_head: bool = False
     is_refused: bool = False
+
+
+async def _boundaries(said: _Said, context: ModelContext) -> tuple[int, tuple[int, ...]]:
+    """Tokens of the system part and tools; and where a prefill should stop for checkpoints, if the model needs them."""
+    if said.chat is None or not said.prompts:
+        return 0, ()
+    if context.cache_kind is CacheKind.DENSE:
+        return await context.tokenizer.system_end(said.chat, said.prompts[0]), ()
+    return await context.tokenizer.boundaries(said.chat, said.prompts[0])
 
 
 async def _said(

@@ -76,28 +76,23 @@ class Reload:
         logging.getLogger().setLevel(new.log.level.upper())
         in_force = _merged(self.config, new)
         self._registry.apply(in_force)
+        restart += other
         for name in removed:
             if (backend := self._registry.backend_named(name)) is not None:
                 backend.drain.begin()
-        for name in list(added):
+        for name in added:
             try:
                 await self._registry.add_later(new, name)
+                at_once.append(f"backends: {name} added")
             except LlamaslotError as error:  # its directory belongs to another llamaslot, for example
-                added.remove(name)
-                other.append(f"backends: {name} ({error})")
-        restart += other
+                restart.append(f"backends: {name} ({error})")
+        at_once += [f"backends: {name} drains" for name in removed]
         self.config = in_force
-        done = (
-            at_once
-            + [f"backends: {name} added" for name in added]
-            + [f"backends: {name} drains" for name in removed]
-        )
         log.info(
             "reload: in force: %s; needs a restart: %s",
-            ", ".join(done) or "nothing new",
-            ", ".join(restart) or "nothing",
-        )
-        return {"in_force": done, "needs_restart": restart}
+            ", ".join(at_once) or "nothing new", ", ".join(restart) or "nothing",
+        )  # fmt: skip
+        return {"in_force": at_once, "needs_restart": restart}
 
 
 def _changed(old: Section, new: Section, above: str = "") -> Iterator[str]:

@@ -86,24 +86,13 @@ class Unassisted:
         Raises LlamaslotError; BackendRestarted, before it was sent, if assist is on again. Canceling (the client has
         gone) closes the connection to llama-server, and the next request may be sent.
         """
-        began, request, pool = time.monotonic(), down.request, attempts.pool
-        slot_request = Request(
-            down.headers["x-request-id"],
-            user=user_of(request),
-            max_tokens=max_tokens(body),
-            avoids=attempts.avoids,
-        )
+        began, request = time.monotonic(), down.request
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
             async with down.waiting():
-                lease = stack.enter_context(await self._lease(pool, slot_request, down))
-                attempts.leased(lease)
+                lease = await self._lease(stack, attempts, down, body)
                 backend = attempts.backend
-                placed(request, lease, down)
-                await down.write(down.add_headers({BACKEND: backend.name}))
                 backend.metrics.queue_s.observe(time.monotonic() - began)
-                lease.recorder.rewrote(rewrote(request))
-                down.say(Comment.WAITING_FOR_SERVER)
                 if not down.is_streaming:
                     deadlines.begin_answer()  # not a stream: the beginning of the answer is not detected
                 upstream = await stack.enter_async_context(
@@ -119,32 +108,42 @@ class Unassisted:
                     raise UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
             if format_ is None:
                 return await relay(request, upstream, down.headers)
-            reading = Reading(
-                upstream,
-                format_,
-                None,
-                down.errors,
-                n_answers=format_.n_prompts(body) * format_.n_answers(body),
-                wants_progress=True,
-            )
-            if media_type_of(upstream) != "text/event-stream":
-                payload = await reading.whole()
+            n_answers = format_.n_prompts(body) * format_.n_answers(body)
+            reading = Reading(upstream, format_, None, down.errors, n_answers=n_answers, wants_progress=True)
+            if media_type_of(upstream) == "text/event-stream":
+                await self._relay(down, deadlines, upstream, reading)
                 self._note(down, backend, lease, format_, reading, began)
-                return web.Response(
-                    status=upstream.status, body=payload, headers=to_client(upstream, down.headers)
-                )
-            await self._relay(down, deadlines, upstream, reading)
+                return await down.end()
+            payload = await reading.whole()
             self._note(down, backend, lease, format_, reading, began)
-            return await down.end()
+            return web.Response(
+                status=upstream.status, body=payload, headers=to_client(upstream, down.headers)
+            )
 
-    async def _lease(self, pool: Pool, slot_request: Request, down: Downstream) -> Lease:
-        """Wait for the right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
-        lease = await pool.lease(slot_request, down.say)
+    async def _lease(
+        self,
+        stack: contextlib.AsyncExitStack,
+        attempts: Attempts,
+        down: Downstream,
+        body: Mapping[str, Any],
+    ) -> Lease:
+        """Wait for the right to send it, which ``stack`` gives back. Raises LlamaslotError, as ``relay`` does."""
+        slot_request = Request(
+            down.headers["x-request-id"],
+            user=user_of(down.request),
+            max_tokens=max_tokens(body),
+            avoids=attempts.avoids,
+        )
+        lease = stack.enter_context(await attempts.pool.lease(slot_request, down.say))
         if lease.table.is_assisted:  # the server was replaced while it waited
-            lease.release()
             for name in ASSIST_OFF:
                 down.headers.pop(name, None)
             raise BackendRestarted
+        attempts.leased(lease)
+        placed(down.request, lease, down)
+        await down.write(down.add_headers({BACKEND: attempts.backend.name}))
+        lease.recorder.rewrote(rewrote(down.request))
+        down.say(Comment.WAITING_FOR_SERVER)
         return lease
 
     async def _relay(
