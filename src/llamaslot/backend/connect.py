@@ -221,16 +221,9 @@ class Handshake:
         table.rewind_model.predictions = self.rates.predictions
         if self.catalog is not None and can_save:
             fingerprint = await self._admit(table, identity)
-            await self.probes.size(first.id)
-            if table.cache_kind is not CacheKind.DENSE:
-                files = await self.probes.checkpoints(first.id)
-                table.rewind_model.keeps_checkpoints = files.keep_checkpoints
-                if files.cache_kind is not None and not table.is_cache_kind_sure:
-                    table.cache_kind = files.cache_kind
-                table.can_save = can_save = files.are_usable
-                if not can_save and await self.probes.has_ram_cache():
-                    lacking = self.probes.warnings[-1]
-                    return self._stand_aside(has_better_memory(n_slots, lacking), props)
+            table.can_save = can_save = await self._probe_files(table, first.id)
+            if not can_save and await self.probes.has_ram_cache():
+                return self._stand_aside(has_better_memory(n_slots, self.probes.warnings[-1]), props)
         for slot in (first.id, empty):
             if slot is not None:
                 await self._empty(table, slot, now, is_shared=True)
@@ -247,6 +240,17 @@ class Handshake:
         warnings = tuple(self.probes.warnings)
         names = _names(model)
         return ServerSession(table, props, _name(model), fingerprint, identity, names, model, busy, warnings)
+
+    async def _probe_files(self, table: SlotTable, slot: int) -> bool:
+        """Find out what files of the model's contexts keep. Returns whether they can be used."""
+        await self.probes.size(slot)
+        if table.cache_kind is CacheKind.DENSE:
+            return True
+        files = await self.probes.checkpoints(slot)
+        table.rewind_model.keeps_checkpoints = files.keep_checkpoints
+        if files.cache_kind is not None and not table.is_cache_kind_sure:
+            table.cache_kind = files.cache_kind
+        return files.are_usable
 
     async def _were_emptied(self, others: list[SlotInfo]) -> bool:
         """Whether probes of another slot have emptied idle slots. With two slots this is the only sign of a unified
