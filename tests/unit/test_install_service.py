@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
 from llamaslot import cli
-from llamaslot.cli.install_service import remarks, units
+from llamaslot.cli.install_service import Options, remarks, units
 from llamaslot.config.load import Config
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -21,9 +22,10 @@ CONFIG = {
 }
 
 
-def made(settings: object = CONFIG, **options: object) -> dict[str, str]:
+def made(settings: object = CONFIG, *, is_new: bool = False, **options: Any) -> dict[str, str]:
     config = Config.model_validate(settings)
-    return dict(units(Path("/etc/llamaslot/config.yaml"), config, program="/opt/llamaslot/bin", **options))  # type: ignore[arg-type]
+    chosen = Options(program="/opt/llamaslot/bin", **options)
+    return dict(units(Path("/etc/llamaslot/config.yaml"), config, chosen, is_new=is_new))
 
 
 def test_the_units_of_the_docs_are_made_by_it() -> None:
@@ -36,17 +38,17 @@ def test_the_units_of_the_docs_are_made_by_it() -> None:
 def test_what_would_keep_them_from_working_is_said() -> None:
     """A machine without systemd, files in a home (ProtectHome), users and groups that there are not."""
     config = Config.model_validate(CONFIG)
-    names = {"user": "no-user", "server_user": "root", "group": "no-group"}
+    there = Options(user="no-user", server_user="root", group="no-group", program="/home/me/bin")
     path = Path("/root/config.yaml")
-    assert list(remarks(path, config, has_systemd=False, program="/home/me/bin", **names)) == [
+    assert list(remarks(path, config, there, has_systemd=False)) == [
         "systemd does not run here: for a machine where it does; here: llamaslot serve --config /root/config.yaml",
         "/home/me/bin is in a home, which the service does not see (ProtectHome): move it elsewhere",
         "/root/config.yaml is in a home, which the service does not see (ProtectHome): move it elsewhere",
         "there is no user no-user: useradd --system --gid no-group no-user",
         "there is no group no-group: groupadd --system no-group",
     ]
-    names = {"user": "root", "server_user": "root", "group": "root"}
-    assert not [*remarks(Path("/etc/c.yaml"), config, has_systemd=True, program="/opt/bin", **names)]
+    here = Options(program="/opt/bin", user="root", server_user="root", group="root")
+    assert not [*remarks(Path("/etc/c.yaml"), config, here, has_systemd=True)]
 
 
 def test_units_fit_their_configuration() -> None:

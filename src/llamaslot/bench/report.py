@@ -180,41 +180,44 @@ def _makespan(sides: Sequence[Side]) -> Trace:
     )
 
 
+def _bars(number: int, side: Side, what: str, color: str) -> Trace:
+    """How long each request of a side was ``what``: waiting or answering."""
+    starts, lasts, names, texts = [], [], [], []
+    for request in side.runs[0].requests if side.runs else []:
+        begins = request.sent_s if what == "waiting" else request.first_s
+        ends = request.end_s if what == "answering" or request.first_s is None else request.first_s
+        if begins is None:
+            continue
+        starts.append(begins)
+        lasts.append(max(0.0, ends - begins))
+        names.append(request.user)
+        reused = "" if request.n_reused is None else f", {request.n_reused:,} reused"
+        texts.append(
+            f"turn {request.turn}: {what} {ends - begins:.2f} s; {request.n_prompt:,} tokens{reused}"
+            + (f"; {request.error}" if request.error else "")
+        )
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "base": starts,
+        "x": lasts,
+        "y": names,
+        "xaxis": "x" if number == 0 else "x2",
+        "yaxis": "y" if number == 0 else "y2",
+        "marker": {"color": color, "line": {"width": 0}},
+        "name": f"{side.name}: {what}",
+        "text": texts,
+        "textposition": "none",
+        "hovertemplate": "%{text}<extra>%{y}</extra>",
+    }
+
+
 def _timeline(sides: Sequence[Side]) -> Trace:
-    traces = []
-    for number, side in enumerate(sides):
-        requests = side.runs[0].requests if side.runs else []
-        for what, colors in (("waiting", _COLORS), ("answering", _PALE)):
-            starts, lasts, names, texts = [], [], [], []
-            for request in requests:
-                begins = request.sent_s if what == "waiting" else request.first_s
-                ends = request.end_s if what == "answering" or request.first_s is None else request.first_s
-                if begins is None:
-                    continue
-                starts.append(begins)
-                lasts.append(max(0.0, ends - begins))
-                names.append(request.user)
-                reused = "" if request.n_reused is None else f", {request.n_reused:,} reused"
-                texts.append(
-                    f"turn {request.turn}: {what} {ends - begins:.2f} s; {request.n_prompt:,} tokens{reused}"
-                    + (f"; {request.error}" if request.error else "")
-                )
-            traces.append(
-                {
-                    "type": "bar",
-                    "orientation": "h",
-                    "base": starts,
-                    "x": lasts,
-                    "y": names,
-                    "xaxis": "x" if number == 0 else "x2",
-                    "yaxis": "y" if number == 0 else "y2",
-                    "marker": {"color": colors[number], "line": {"width": 0}},
-                    "name": f"{side.name}: {what}",
-                    "text": texts,
-                    "textposition": "none",
-                    "hovertemplate": "%{text}<extra>%{y}</extra>",
-                }
-            )
+    traces = [
+        _bars(number, side, what, colors[number])
+        for number, side in enumerate(sides)
+        for what, colors in (("waiting", _COLORS), ("answering", _PALE))
+    ]
     users = list(
         dict.fromkeys(request.user for side in sides for run in side.runs[:1] for request in run.requests)
     )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -19,6 +19,7 @@ from llamaslot.cli.faults import fail, report_faults
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:
     from llamaslot.config.load import Config
+    from llamaslot.config.sections import BackendConfig
 
 _MARGIN_S = 60.0
 _STATE = Path("/var/lib/llamaslot")  # StateDirectory=
@@ -27,6 +28,23 @@ _TYPES = {
     True: "Type=notify-reload",
     False: "Type=notify\nExecReload=/bin/kill -HUP $$MAINPID",
 }
+
+
+class Options(NamedTuple):
+    """What the units of a machine need beside the configuration. ``program``: None for where this one is."""
+
+    has_socket: bool = False
+    user: str = "llamaslot"
+    server_user: str = "llama"
+    group: str = "llama"
+    program: str | None = None
+    model: str = "/models/model.gguf"
+    slots: int = 4
+    context: int = 65_536
+
+    @property
+    def program_directory(self) -> Path:
+        return Path(self.program) if self.program is not None else Path(sys.argv[0]).absolute().parent
 
 
 @click.command("install-service")
@@ -53,7 +71,7 @@ _TYPES = {
 @click.option(
     "--context", type=click.IntRange(1), default=65_536, show_default=True, help="Tokens of each slot."
 )
-def install_service(path: Path, directory: Path | None, force: bool, **options: Any) -> None:
+def install_service(path: Path, directory: Path | None, force: bool, **given: Any) -> None:
     """Print systemd units for llamaslot and for each llama-server on this machine.
 
     Users, group, umask, directories and ports agree with each other and with the
@@ -61,11 +79,11 @@ def install_service(path: Path, directory: Path | None, force: bool, **options: 
     """  # fmt: skip
     from llamaslot.config.load import Config
 
-    version = _systemd()
+    version, options = _systemd(), Options(**given)
     with report_faults():
         config = Config.load(path)
-        made = dict(units(path.absolute(), config, is_new=version >= _NOTIFY_RELOAD, **options))
-    for remark in remarks(path.absolute(), config, has_systemd=version > 0, **options):
+        made = dict(units(path.absolute(), config, options, is_new=version >= _NOTIFY_RELOAD))
+    for remark in remarks(path.absolute(), config, options, has_systemd=version > 0):
         click.echo(f"# {remark}", err=True)
     if directory is None:
         for name, text in made.items():
@@ -92,25 +110,18 @@ def install_service(path: Path, directory: Path | None, force: bool, **options: 
         click.echo(f"systemctl daemon-reload && systemctl enable --now {' '.join(made)}", err=True)
 
 
-def remarks(
-    path: Path,
-    config: Config,
-    *,
-    has_systemd: bool,
-    user: str,
-    server_user: str,
-    group: str,
-    program: str | None,
-    **_: object,
-) -> Iterator[str]:
+def remarks(path: Path, config: Config, options: Options, *, has_systemd: bool) -> Iterator[str]:
     """What on this machine would keep the units from working."""
     if not has_systemd:
         yield f"systemd does not run here: for a machine where it does; here: llamaslot serve --config {path}"
-    for file in dict.fromkeys((_program(program), path, config.store.meta_dir, *_directories(config))):
+    for file in dict.fromkeys(
+        (options.program_directory, path, config.store.meta_dir, *_directories(config))
+    ):
         if file.absolute().is_relative_to("/root") or file.absolute().is_relative_to("/home"):
             yield f"{file.absolute()} is in a home, which the service does not see (ProtectHome): move it elsewhere"
     here = any(backend.url is not None and _is_here(backend.url) for backend in config.backends)
-    for name in dict.fromkeys((user, server_user) if here else (user,)):
+    user, group = options.user, options.group
+    for name in dict.fromkeys((user, options.server_user) if here else (user,)):
         if not _is_known(pwd.getpwnam, name):
             yield f"there is no user {name}: useradd --system --gid {group} {name}"
     if not _is_known(grp.getgrnam, group):
@@ -125,45 +136,15 @@ def _is_known(find: Callable[[str], object], name: str) -> bool:
     return True
 
 
-def _program(directory: str | None) -> Path:
-    return Path(directory) if directory is not None else Path(sys.argv[0]).absolute().parent
-
-
-def units(
-    path: Path,
-    config: Config,
-    *,
-    is_new: bool = False,
-    has_socket: bool = False,
-    user: str = "llamaslot",
-    server_user: str = "llama",
-    group: str = "llama",
-    program: str | None = None,
-    model: str = "/models/model.gguf",
-    slots: int = 4,
-    context: int = 65_536,
-) -> Iterator[tuple[str, str]]:
+def units(path: Path, config: Config, options: Options, *, is_new: bool = False) -> Iterator[tuple[str, str]]:
     """The name and text of each unit. ``is_new``: systemd knows ``Type=notify-reload``."""
-    from urllib.parse import urlsplit
-
     local = [backend for backend in config.backends if backend.url is not None and _is_here(backend.url)]
     names = {
         backend.name: "llama-server" if len(local) == 1 else f"llama-server-{backend.name}"
         for backend in local
     }
     for backend in local:
-        url, key = urlsplit(backend.url or ""), backend.api_key_file
-        yield (
-            f"{names[backend.name]}.service",
-            _filled(
-                "llama-server.service",
-                model=model, host=url.hostname, port=url.port or 80, slots=slots, context=slots * context,
-                directory=backend.slot_save_path or _STATE / "kv", server_user=server_user, group=group,
-                writes=f"ReadWritePaths={config.store.directory}\n" if config.store.directory else "",
-                runtime=_in_memory(backend.slot_save_path),
-                key=f" \\\n  --api-key-file {key}" if key is not None else "",
-            ),
-        )  # fmt: skip
+        yield f"{names[backend.name]}.service", _of_server(backend, config, options)
     shutdown, written = config.shutdown, dict.fromkeys((config.store.meta_dir, *_directories(config)))
     elsewhere = [str(directory) for directory in written if not directory.is_relative_to(_STATE)]
     has_managed = any(backend.managed is not None for backend in config.backends)
@@ -172,18 +153,32 @@ def units(
         _filled(
             "llamaslot.service",
             servers=" ".join(f"{name}.service" for name in names.values()) or "network.target",
-            needs="Requires=llamaslot.socket\n" if has_socket else "",
+            needs="Requires=llamaslot.socket\n" if options.has_socket else "",
             type=Template(_TYPES[is_new]).substitute(),
-            program=_program(program), config=path, user=user, group=group,
+            program=options.program_directory, config=path, user=options.user, group=options.group,
             writes=f"ReadWritePaths={' '.join(elsewhere)}\n" if elsewhere else "",
             drain_s=f"{shutdown.drain_s:g}", save_s=f"{shutdown.save_s:g}",
             stop_s=f"{2 * shutdown.drain_s + shutdown.save_s + _MARGIN_S:.0f}",
             devices=f"{'#' if has_managed else ''}PrivateDevices=yes",
         ),
     )  # fmt: skip
-    if has_socket:
+    if options.has_socket:
         host = f"[{config.listen.host}]" if ":" in config.listen.host else config.listen.host
         yield "llamaslot.socket", _filled("llamaslot.socket", address=f"{host}:{config.listen.port}")
+
+
+def _of_server(backend: BackendConfig, config: Config, options: Options) -> str:
+    from urllib.parse import urlsplit
+
+    url, key, n_slots = urlsplit(backend.url or ""), backend.api_key_file, options.slots
+    return _filled(
+        "llama-server.service",
+        model=options.model, host=url.hostname, port=url.port or 80, slots=n_slots, context=n_slots * options.context,
+        directory=backend.slot_save_path or _STATE / "kv", server_user=options.server_user, group=options.group,
+        writes=f"ReadWritePaths={config.store.directory}\n" if config.store.directory else "",
+        runtime=_in_memory(backend.slot_save_path),
+        key=f" \\\n  --api-key-file {key}" if key is not None else "",
+    )  # fmt: skip
 
 
 def _in_memory(directory: Path | None) -> str:
