@@ -59,11 +59,11 @@ class Disk:
         """Of all files, and reserved."""
         return self._table.files.size_bytes + sum(size for size, _ in self._reservations.values())
 
-    def last_used(self, id: str) -> float:  # noqa: A002
-        return self._table.stats[id].last_used
+    def last_used(self, id_: str) -> float:
+        return self._table.stats[id_].last_used
 
-    def n_hits(self, id: str) -> int:  # noqa: A002
-        return self._table.stats[id].n_hits
+    def n_hits(self, id_: str) -> int:
+        return self._table.stats[id_].n_hits
 
     async def reserve(
         self,
@@ -140,31 +140,31 @@ class Disk:
         if self._reservations.pop(reservation.id, None) is not None:
             self._server.files.pop(reservation.part_name, None)
 
-    def pin(self, id: str) -> Pin:  # noqa: A002
+    def pin(self, id_: str) -> Pin:
         """Raises KeyError if it is gone."""
-        return Pin(self._table.pin(id), self._unpin)
+        return Pin(self._table.pin(id_), self._unpin)
 
     def _unpin(self, id_: str) -> None:
         if (pending_delete := self._table.unpin(id_)) is not None:
             self._remove(pending_delete)
 
-    def touch(self, id: str) -> None:  # noqa: A002
-        if id in self.snapshots:
-            self._table.hit(id, self._now())
+    def touch(self, id_: str) -> None:
+        if id_ in self.snapshots:
+            self._table.hit(id_, self._now())
 
-    def branched(self, id: str) -> None:  # noqa: A002
-        if id in self.snapshots:
-            self._table.branch(id, self._now())
+    def branched(self, id_: str) -> None:
+        if id_ in self.snapshots:
+            self._table.branch(id_, self._now())
 
-    def inherit(self, id: str, from_id: str) -> None:  # noqa: A002
-        if id in self.snapshots and from_id in self.snapshots:
-            self._table.inherit(id, from_id, self._now())
+    def inherit(self, id_: str, from_id: str) -> None:
+        if id_ in self.snapshots and from_id in self.snapshots:
+            self._table.inherit(id_, from_id, self._now())
 
-    async def verify(self, id: str) -> WithTokens:  # noqa: A002
+    async def verify(self, id_: str) -> WithTokens:
         """Raises SnapshotInvalid if it is gone."""
-        if id not in self.snapshots:
-            raise SnapshotInvalid(f"{id}: is gone")
-        return self.snapshots[id].with_tokens(self._server.files[id + KV].tokens)
+        if id_ not in self.snapshots:
+            raise SnapshotInvalid(f"{id_}: is gone")
+        return self.snapshots[id_].with_tokens(self._server.files[id_ + KV].tokens)
 
     @asynccontextmanager
     async def given_out(
@@ -184,9 +184,9 @@ class Disk:
         finally:
             await self.abandon(copy)
 
-    async def drop(self, id: str) -> None:  # noqa: A002
-        if id in self.snapshots:
-            self._drop(id)
+    async def drop(self, id_: str) -> None:
+        if id_ in self.snapshots:
+            self._drop(id_)
 
     def _drop(self, id_: str) -> None:
         snapshot = self.snapshots[id_]

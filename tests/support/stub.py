@@ -13,7 +13,6 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -32,6 +31,7 @@ from llamaslot.errors import (
 from llamaslot.llama.answers import Progress, Props, SlotAction, SlotInfo
 from llamaslot.scheduling.request import Request
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
+from llamaslot.store.entries import Pin
 from llamaslot.store.giving_out import Given
 from llamaslot.store.sidecar import digest_of
 
@@ -466,39 +466,35 @@ class StubCatalog:
         self.server.files.pop(reservation.part_name, None)
         await asyncio.sleep(0)
 
-    def pin(self, id: str) -> AbstractContextManager[Snapshot]:  # noqa: A002
-        snapshot = self.snapshots[id]
-        self.pins[id] += 1
-        return self._pinned(snapshot)
+    def pin(self, id_: str) -> Pin:
+        snapshot = self.snapshots[id_]
+        self.pins[id_] += 1
+        return Pin(snapshot, self._unpin)
 
-    @contextlib.contextmanager
-    def _pinned(self, snapshot: Snapshot) -> Iterator[Snapshot]:
-        try:
-            yield snapshot
-        finally:
-            self.pins[snapshot.id] -= 1
-            if not self.pins[snapshot.id] and snapshot.id in self.pending_delete:
-                self.pending_delete.remove(snapshot.id)
-                self.server.files.pop(f"{snapshot.id}.kv", None)
+    def _unpin(self, id_: str) -> None:
+        self.pins[id_] -= 1
+        if not self.pins[id_] and id_ in self.pending_delete:
+            self.pending_delete.remove(id_)
+            self.server.files.pop(f"{id_}.kv", None)
 
-    def touch(self, id: str) -> None:  # noqa: A002
-        if id in self.snapshots:
-            self.snapshots[id] = self.snapshots.pop(id)  # last used last
+    def touch(self, id_: str) -> None:
+        if id_ in self.snapshots:
+            self.snapshots[id_] = self.snapshots.pop(id_)  # last used last
 
-    def branched(self, id: str) -> None: ...  # noqa: A002
+    def branched(self, id_: str) -> None: ...
 
-    def inherit(self, id: str, from_id: str) -> None: ...  # noqa: A002
+    def inherit(self, id_: str, from_id: str) -> None: ...
 
-    async def change_kind(self, id: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
-        self.snapshots[id] = replace(self.snapshots[id], kind=kind, is_pinned=is_pinned)
+    async def change_kind(self, id_: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:
+        self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, is_pinned=is_pinned)
         await asyncio.sleep(0)
-        return self.snapshots[id]
+        return self.snapshots[id_]
 
-    async def verify(self, id: str) -> WithTokens:  # noqa: A002
+    async def verify(self, id_: str) -> WithTokens:
         await self.server.op("verify", None)
-        if id not in self.snapshots:
-            raise SnapshotInvalid(f"{id}: is gone")
-        return self.snapshots[id]
+        if id_ not in self.snapshots:
+            raise SnapshotInvalid(f"{id_}: is gone")
+        return self.snapshots[id_]
 
     @contextlib.asynccontextmanager
     async def given_out(
@@ -507,9 +503,9 @@ class StubCatalog:
         """Its whole file."""
         yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
 
-    async def drop(self, id: str) -> None:  # noqa: A002
-        if id in self.snapshots:
-            self.discard(id)
+    async def drop(self, id_: str) -> None:
+        if id_ in self.snapshots:
+            self.discard(id_)
         await asyncio.sleep(0)
 
     def discard(self, id_: str) -> None:

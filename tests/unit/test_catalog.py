@@ -196,8 +196,8 @@ async def test_a_pin_is_left_once(shelter: Shelter) -> None:
     snapshot = await shelter.save(TOKENS, 9_000)
     pin = shelter.catalog.pin(snapshot.id)
     with shelter.catalog.pin(snapshot.id):
-        pin.__exit__(None, None, None)
-        pin.__exit__(None, None, None)
+        pin.release()
+        pin.release()
         with pytest.raises(QuotaExceeded):
             await shelter.catalog.reserve(2_000)
     await shelter.catalog.reserve(2_000)

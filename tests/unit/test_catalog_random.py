@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Coroutine
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +24,8 @@ from hypothesis.stateful import (
 
 from bench.simulator.orders import ByUse
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.store import QuotaExceeded, Reservation, Snapshot
+from llamaslot.store import QuotaExceeded, Reservation
+from llamaslot.store.entries import Pin
 from tests.support.snapshots import Shelter, some_tokens
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Known:
     size_bytes: int
     fingerprint: str
     last_used: float
-    pins: list[AbstractContextManager[Snapshot]] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
     is_listed: bool = True
 
 
@@ -194,7 +194,6 @@ class CatalogMachine(RuleBasedStateMachine):
     def pin(self, id_: str) -> None:
         if id_ in self.known and self.known[id_].is_listed:
             pin = self.shelter.catalog.pin(id_)
-            pin.__enter__()
             self.known[id_].pins.append(pin)
         else:
             with pytest.raises(KeyError):
@@ -207,7 +206,7 @@ class CatalogMachine(RuleBasedStateMachine):
             return
 
         async def leave() -> None:
-            known.pins.pop().__exit__(None, None, None)
+            known.pins.pop().release()
 
         self.run(leave())
         if not known.pins and not known.is_listed:
@@ -259,7 +258,7 @@ class CatalogMachine(RuleBasedStateMachine):
         async def unpin_all() -> None:
             for known in self.known.values():
                 while known.pins:
-                    known.pins.pop().__exit__(None, None, None)
+                    known.pins.pop().release()
 
         self.run(unpin_all())
         self.known = {id_: known for id_, known in self.known.items() if known.is_listed}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
 from msgspec.structs import replace
@@ -40,6 +39,7 @@ from llamaslot.scheduling.plan import Plan, PrefillStats, Step
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import IllegalTransition, Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import Snapshot, WithTokens
+from llamaslot.store.entries import Pin
 
 T = TypeVar("T")
 
@@ -80,13 +80,11 @@ class Lease:
         *,
         now: Callable[[], float],
         recorder: DecisionRecorder,
-        pin: AbstractContextManager[object] | None = None,
+        pin: Pin | None = None,
         came_at: float | None = None,
         n_preempted: int = 0,
     ) -> None:
-        """``pin``: protects the plan's snapshot; it is exited when the slot is released. What its entry raises
-        (KeyError: the snapshot is gone) is passed on, and nothing is leased.
-        """
+        """``pin``: protects the plan's snapshot until the slot is released."""
         self._owner, self.now = owner, now
         self.table, self.slot, self.request, self.recorder = table, slot, request, recorder
         self.came_at = now() if came_at is None else came_at
@@ -109,8 +107,6 @@ class Lease:
         self.restored: Snapshot | None = None
         self.forecast = NO_REUSE
         self._pin = pin
-        if pin is not None:
-            pin.__enter__()  # first, because it may fail
         # The content that its plan saves first; others find it until the snapshot is there.
         self._leaving = None
         if slot is not None:
@@ -437,7 +433,7 @@ class Lease:
         self.was_computing = self.state in COMPUTING
         self._become(LeaseEvent.LEAVE if self.is_at_work else LeaseEvent.GIVE_BACK)
         if self._pin is not None:
-            self._pin.__exit__(None, None, None)
+            self._pin.release()
         if self.slot is not None:
             self.end_pending_save()
             if self.state is LeaseState.DRAINING:

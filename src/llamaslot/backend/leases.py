@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -23,6 +22,7 @@ from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.plan import Plan
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot, SlotState
+from llamaslot.store.entries import Pin
 from llamaslot.tasks import ChangeEvent
 
 
@@ -62,7 +62,7 @@ class Leases:
         self.changes = ChangeEvent()  # rings when anything has changed
         self._charges: dict[Lease, Charge] = {}  # to users, while they have slots
         self.on_drain: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
-        self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
+        self.pin: Callable[[str], Pin] | None = None  # pins a snapshot
         self.exclusive: Request | None = None  # the one exclusive request, if any
         self.is_gate_shut = False  # no other request may begin its first step
         self.is_exclusive_wanted = False  # the exclusive request waits for others to finish
@@ -181,7 +181,8 @@ class Leases:
         record, by default a new one. Raises KeyError, and leases nothing, if the plan's snapshot is gone.
         """
         assert self.table is not None, "only what is attached has slots"
-        pin = self.pin(plan.snapshot) if plan is not None and plan.snapshot is not None else None
+        source = plan.snapshot if plan is not None else None
+        pin = self.pin(source) if self.pin is not None and source is not None else None
         lease = Lease(
             self, self.table, slot, request, plan,
             now=self.now, recorder=recorder or self.recorder(request), pin=pin,

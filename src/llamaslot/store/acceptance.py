@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -91,8 +90,12 @@ class ReservationState(Struct):
     spare: frozenset[str] = frozenset()
     landed_bytes: int = 0
     has_landed: bool = False
-    base: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    base: Pin | None = None
     commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
+
+    def unpin(self) -> None:
+        if self.base is not None:
+            self.base.release()
 
 
 class Acceptance:
@@ -148,7 +151,7 @@ class Acceptance:
             await self._quota.make_available(0, lambda short: self._evict(short, state.keep))
 
     def _book(self, state: ReservationState, size_bytes: int) -> None:
-        self._quota.granted += size_bytes
+        self._quota.grant(size_bytes)
         state.size_bytes += size_bytes
 
     async def _make_room(self, state: ReservationState, size_bytes: int, keep: frozenset[str]) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,7 +28,7 @@ from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens
 from llamaslot.store.upkeep import Sweep, Upkeep
-from llamaslot.tasks import TaskOwner, in_thread
+from llamaslot.tasks import TaskOwner, in_thread, outcome
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Catalog:
         self._quota = Quota(
             directory,
             limits,
+            self._table.files,
             lambda: len(self._table) + len(self._reservations),
             self._tasks,
         )
@@ -100,21 +102,21 @@ class Catalog:
         """Bytes on disk or reserved: snapshots, reservations, and files that are being removed or cannot be removed."""
         return self._quota.size_bytes
 
-    def last_used(self, id: str) -> float:  # noqa: A002
+    def last_used(self, id_: str) -> float:
         """The time of the last use, in seconds of ``now``. Raises KeyError."""
-        return self._table.stats[id].last_used
+        return self._table.stats[id_].last_used
 
-    def n_hits(self, id: str) -> int:  # noqa: A002
+    def n_hits(self, id_: str) -> int:
         """The number of hits, also from before a restart. Raises KeyError."""
-        return self._table.stats[id].n_hits
+        return self._table.stats[id_].n_hits
 
-    def own_bytes(self, id: str) -> int:  # noqa: A002
+    def own_bytes(self, id_: str) -> int:
         """The bytes that no other snapshot needs. Raises KeyError."""
-        return self._table.stats[id].size_bytes
+        return self._table.stats[id_].size_bytes
 
-    def share_bytes(self, id: str) -> int:  # noqa: A002
+    def share_bytes(self, id_: str) -> int:
         """Its share of the files that others need too. Raises KeyError."""
-        return self._table.files.share_bytes(self.snapshots[id])
+        return self._table.files.share_bytes(self.snapshots[id_])
 
     async def open(self) -> list[Snapshot]:
         """Lock the directory, scan it, repair it, enforce the quota. Returns the valid snapshots.
@@ -138,7 +140,6 @@ class Catalog:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
         now = self._now()  # one time for all: ranks of different times are not comparable
         self._table.add_many(found.snapshots, found.last_used, hits, now)
-        self._quota.committed += self._table.files.size_bytes
         self._manifest.file_ids, self._manifest.durable = found.file_ids, found.durable
         for id_, size in found.leftovers.items():
             self._quota.leave(id_, size)
@@ -156,10 +157,9 @@ class Catalog:
         log.info(
             "snapshots: %d in %s, %s of %s used; removed %d unfinished and %d broken, evicted %d, ignored %d files"
             " of others",
-            *(len(self.snapshots), self.directory),
-            *(readable_size(self.size_bytes), readable_size(self.limits.quota_bytes)),
-            *(found.n_unfinished, len(found.faults), len(over), found.n_foreign),
-        )
+            len(self.snapshots), self.directory, readable_size(self.size_bytes), readable_size(self.limits.quota_bytes),
+            found.n_unfinished, len(found.faults), len(over), found.n_foreign,
+        )  # fmt: skip
         return list(self.snapshots.values())
 
     async def settle(self) -> None:
@@ -242,7 +242,7 @@ class Catalog:
             raise
         # No await since the space was found.
         self._reservations[id_] = ReservationState(booked, kept, frozenset(spare), has_landed=has_landed)
-        self._quota.granted += booked
+        self._quota.grant(booked)
         return Reservation(id_, id_ + PART, size_bytes)
 
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
@@ -266,36 +266,26 @@ class Catalog:
         state = self._reservations.get(reservation.id)
         if state is None or state.commit is not None:
             raise SnapshotInvalid(f"{reservation.id}: its reservation has ended")
-        state.commit = self._tasks.spawn(
-            self._commit(state, saved.noted(reservation.id, self._now()), saved), f"commit {reservation.id}"
-        )
-        outcome = await asyncio.shield(state.commit)
-        if isinstance(outcome, LlamaslotError):
-            raise outcome
-        return outcome
+        commit = partial(self._commit, state, saved.noted(reservation.id, self._now()), saved)
+        state.commit = self._tasks.spawn(outcome(commit, LlamaslotError), f"commit {reservation.id}")
+        result = await asyncio.shield(state.commit)
+        if isinstance(result, LlamaslotError):
+            raise result
+        return result
 
-    async def _commit(
-        self, state: ReservationState, noted: Noted, saved: SavedSlot
-    ) -> WithTokens | LlamaslotError:
-        """The commit, in its own task. llamaslot's errors are its result, so they are not reported as the death of a
-        task.
-        """
+    async def _commit(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
+        """The commit, in its own task."""
         try:
             snapshot = await self.acceptance.accept(state, noted, saved)
-        except Exception as error:
-            state.base.__exit__(None, None, None)
+        except Exception:
+            state.unpin()
             await self._end_reservation(noted.id)
-            if isinstance(error, LlamaslotError):
-                return error
             raise
         # No await from here until it is listed: a granted commit is carried out, and a sweep knows its files.
-        self._quota.n_commits += 1
         del self._reservations[noted.id]
-        self._quota.granted -= state.size_bytes
-        self._quota.landed -= state.landed_bytes
+        self._quota.commit(state.size_bytes, state.landed_bytes)
         self._table.add(snapshot.listed, self._now(), last_used=noted.created_at - saved.idle_s)
-        self._quota.committed = self._table.files.size_bytes
-        state.base.__exit__(None, None, None)
+        state.unpin()
         if snapshot.id not in self._manifest.durable:
             self._upkeep.sync(Noted.of(snapshot))
         elif saved.idle_s:  # on disk already, but dated as if used now: the manifest would leave it out
@@ -320,66 +310,65 @@ class Catalog:
 
     async def _end_reservation(self, id_: str) -> None:
         state = self._reservations.pop(id_)
-        self._quota.granted -= state.size_bytes
-        self._quota.landed -= state.landed_bytes
+        self._quota.end_grant(state.size_bytes, state.landed_bytes)
         removal = self._quota.remove(id_, state.size_bytes)
         await self.landing.drop(id_)
         await asyncio.shield(removal)
 
     # -- one snapshot ---------------------------------------------------------------------------------------------
 
-    def pin(self, id: str) -> Pin:  # noqa: A002
+    def pin(self, id_: str) -> Pin:
         """Keep the snapshot's file until the context exits. Raises KeyError immediately if the snapshot is gone."""
-        return Pin(self._table.pin(id), self._unpin)
+        return Pin(self._table.pin(id_), self._unpin)
 
     def _unpin(self, id_: str) -> None:
         if (pending_delete := self._table.unpin(id_)) is not None:
             self._remove(pending_delete)
 
-    def touch(self, id: str) -> None:  # noqa: A002
+    def touch(self, id_: str) -> None:
         """Record a hit now. An unknown id is ignored. Written to disk a moment later, several at once."""
-        if id in self.snapshots:
-            self._table.hit(id, self._now())
-            self._upkeep.date(id)
+        if id_ in self.snapshots:
+            self._table.hit(id_, self._now())
+            self._upkeep.date(id_)
 
-    def branched(self, id: str) -> None:  # noqa: A002
+    def branched(self, id_: str) -> None:
         """Record that its conversation went on from an earlier point, so a hit is unlikely. An unknown id is
         ignored.
         """
-        if id in self.snapshots and not self._table.stats[id].is_branched:
-            self._table.branch(id, self._now())
-            self._upkeep.date(id)
+        if id_ in self.snapshots and not self._table.stats[id_].is_branched:
+            self._table.branch(id_, self._now())
+            self._upkeep.date(id_)
 
-    def inherit(self, id: str, from_id: str) -> None:  # noqa: A002
-        """Give ``id`` the hits of ``from_id``, whose conversation it continues. An unknown id is ignored."""
-        if id in self.snapshots and from_id in self.snapshots:
-            self._table.inherit(id, from_id, self._now())
-            self._upkeep.date(id)
+    def inherit(self, id_: str, from_id: str) -> None:
+        """Give ``id_`` the hits of ``from_id``, whose conversation it continues. An unknown id is ignored."""
+        if id_ in self.snapshots and from_id in self.snapshots:
+            self._table.inherit(id_, from_id, self._now())
+            self._upkeep.date(id_)
 
-    async def change_kind(self, id: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
+    async def change_kind(self, id_: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:
         """Change its kind and its pin, at once in memory and then on disk. Raises KeyError. Canceling is safe."""
-        with self.pin(id):
-            return await self._upkeep.change_kind(self._table.change_kind(id, kind, is_pinned))
+        with self.pin(id_):
+            return await self._upkeep.change_kind(self._table.change_kind(id_, kind, is_pinned))
 
-    async def verify(self, id: str) -> WithTokens:  # noqa: A002
+    async def verify(self, id_: str) -> WithTokens:
         """Check that its file exists, has the recorded size, and has its tokens in the header. Returns it with the
         tokens.
 
         Raises SnapshotInvalid otherwise. The snapshots that need the file are then dropped, unless they only could
         not be read now (open files, memory, permission). Canceling is safe.
         """
-        if (pinned := self._table.pending_delete.get(id)) is not None:
+        if (pinned := self._table.pending_delete.get(id_)) is not None:
             # Superseded since it was chosen, and still pinned by the one that asks.
             return await asyncio.to_thread(scan.agree_still, self.directory, pinned)
         try:
-            pin = self.pin(id)
+            pin = self.pin(id_)
         except KeyError:
-            raise SnapshotInvalid(f"{id}: is gone") from None
+            raise SnapshotInvalid(f"{id_}: is gone") from None
         with pin as snapshot:
             try:
                 return await asyncio.to_thread(scan.agree_still, self.directory, snapshot)
             except SnapshotInvalid as error:
-                self._is_invalid(id, error)
+                self._is_invalid(id_, error)
                 raise
 
     async def verify_some(self, ids: Collection[str]) -> list[WithTokens]:
@@ -406,13 +395,13 @@ class Catalog:
         for each in sorted(listed):
             self._drop(each)
 
-    async def drop(self, id: str) -> None:  # noqa: A002
+    async def drop(self, id_: str) -> None:
         """Unlist the snapshot at once, and remove its file, if it is pinned at the last unpin. Idempotent. Canceling
         is safe: the file is removed all the same.
         """
-        if id in self.snapshots:
-            self._drop(id)
-        await self._quota.removed(id)
+        if id_ in self.snapshots:
+            self._drop(id_)
+        await self._quota.removed(id_)
 
     # -- without an await ------------------------------------------------------------------------------------------
 
@@ -430,7 +419,6 @@ class Catalog:
         """Remove its sidecar, and those of its files that no other snapshot needs."""
         self.landing.forget(snapshot.id)
         freed = self._table.release(snapshot)
-        self._quota.committed -= sum(freed.values())
         if (own := snapshot.id + KV) not in freed:
             self._quota.remove(snapshot.id, 0, keeps_data=True)
         for name, size_bytes in sorted(freed.items(), key=lambda file: file[0] != own):
@@ -439,7 +427,4 @@ class Catalog:
     def check(self) -> None:
         """Raises AssertionError with the name of the account that is not the sum of its parts."""
         self._table.check()
-        self._quota.check(
-            committed=self._table.files.size_bytes,
-            granted=sum(state.size_bytes for state in self._reservations.values()),
-        )
+        self._quota.check(sum(state.size_bytes for state in self._reservations.values()))

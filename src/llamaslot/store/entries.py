@@ -139,20 +139,24 @@ class Pin(AbstractContextManager[Snapshot]):
     """Keeps a snapshot's file until the context exits. It takes effect when it is made: no await may come between the
     lookup and the pin.
 
-    Exit is idempotent. A pin that is never exited lasts as long as the process: garbage collection does not unpin.
+    A pin that is never released lasts as long as the process: garbage collection does not unpin.
     """
 
-    def __init__(self, snapshot: Snapshot, release: Callable[[str], None]) -> None:
+    def __init__(self, snapshot: Snapshot, unpin: Callable[[str], None]) -> None:
         self.snapshot = snapshot
-        self._release: Callable[[str], None] | None = release
+        self._unpin: Callable[[str], None] | None = unpin
 
     def __enter__(self) -> Snapshot:
         return self.snapshot
 
     def __exit__(self, *_: object) -> None:
-        if (release := self._release) is not None:
-            self._release = None
-            release(self.snapshot.id)
+        self.release()
+
+    def release(self) -> None:
+        """Keep the file no longer. Idempotent."""
+        if (unpin := self._unpin) is not None:
+            self._unpin = None
+            unpin(self.snapshot.id)
 
 
 class SnapshotTable:

@@ -21,6 +21,7 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.observe.recurring import Recurring
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan
+from llamaslot.store.entries import SharedFiles
 from llamaslot.store.shared_store import Neighbours
 from llamaslot.store.sidecar import JSON
 from llamaslot.tasks import TaskOwner
@@ -84,16 +85,18 @@ class Quota:
     ``committed``: snapshots. ``granted``: reservations, of which ``landed`` is on disk. ``leaving``: files being
     unlinked. ``left``: leftovers, files of ours that are no snapshots but cannot be removed, so they count until they
     are. The disk never holds more than the sum of these, ``landed`` apart. ``waiting``: reservations that wait for a
-    removal; nothing of them is on disk. ``n_held()``: number of snapshots and reservations. In a shared store the quota
-    holds for all its parts together.
+    removal; nothing of them is on disk. In a shared store the quota holds for all its parts together.
     """
 
-    def __init__(self, directory: Path, limits: Limits, n_held: Callable[[], int], tasks: TaskOwner) -> None:
+    def __init__(
+        self, directory: Path, limits: Limits, files: SharedFiles, n_held: Callable[[], int], tasks: TaskOwner
+    ) -> None:
+        """``files``: of the snapshots; ``n_held``: number of snapshots and reservations."""
         self.directory, self.limits = directory, limits
-        self._n_held, self._tasks = n_held, tasks
+        self._files, self._n_held, self._tasks = files, n_held, tasks
         self._neighbours = Neighbours.of(directory)
-        self.committed = self.landed = self.leaving = self.left = self.waiting = 0
-        self.granted = 0
+        self.granted = self.landed = self.leaving = self.left = self.waiting = 0
+        self.grant(0)  # whatever a run before had reserved
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
         self.writing: set[str] = set()  # ids of files that no snapshot names yet
@@ -108,14 +111,8 @@ class Quota:
         return self._neighbours is not None
 
     @property
-    def granted(self) -> int:
-        return self._granted
-
-    @granted.setter
-    def granted(self, size_bytes: int) -> None:
-        self._granted = size_bytes
-        if self._neighbours is not None:
-            self._neighbours.reserve(size_bytes + self.waiting)
+    def committed(self) -> int:
+        return self._files.size_bytes
 
     @property
     def others(self) -> int:
@@ -154,6 +151,22 @@ class Quota:
         if self._free is None:
             return -sys.maxsize
         return self.limits.min_free_bytes + self.granted - self.landed + wanted - self._free - coming
+
+    def grant(self, size_bytes: int) -> None:
+        """Book so many more bytes for a reservation."""
+        self.granted += size_bytes
+        if self._neighbours is not None:
+            self._neighbours.reserve(self.granted + self.waiting)
+
+    def end_grant(self, size_bytes: int, landed_bytes: int) -> None:
+        """A reservation of ``size_bytes`` has ended, of which ``landed_bytes`` are on disk."""
+        self.landed -= landed_bytes
+        self.grant(-size_bytes)
+
+    def commit(self, size_bytes: int, landed_bytes: int) -> None:
+        """As ``end_grant``; a snapshot needs its files now."""
+        self.n_commits += 1
+        self.end_grant(size_bytes, landed_bytes)
 
     def land(self, size_bytes: int) -> None:
         """So much of ``granted`` is on disk: the file system does not count it as free any more."""
@@ -309,9 +322,8 @@ class Quota:
         self.left -= size_bytes
         return size_bytes
 
-    def check(self, committed: int, granted: int) -> None:
+    def check(self, granted: int) -> None:
         """Raises AssertionError with the name of the account that is not the sum of its parts."""
-        assert self.committed == committed, "committed is not what is listed or pending deletion"
         assert self.granted == granted, "granted is not the reservations"
         assert 0 <= self.landed <= granted, "landed is part of granted"
         assert self.leaving == sum(size for size, _ in self.removing.values()), (
