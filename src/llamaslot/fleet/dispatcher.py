@@ -132,47 +132,49 @@ class Dispatcher:
 
         Canceling is safe: the request leaves the queue, no slot is held.
         """
-        every = self.backends.values()
-        if (error := why_none(every, is_queued=is_back or preempted is not None)) is not None:
+        had_a_place = is_back or preempted is not None
+        if (error := why_none(self.backends.values(), is_queued=had_a_place)) is not None:
             raise error
-        if not (len(self.queue) or is_back or preempted) and (lease := self._at_once(request)) is not None:
+        if not (len(self.queue) or had_a_place) and (lease := self._at_once(request)) is not None:
             return lease
-        granted = asyncio.get_running_loop().create_future()
-        cost_s, is_small = estimate(
-            self._index.worth_a_look(self.tables, request, self.now()), request, self.rules
-        )
-        waiting = Waiting(request, granted, self.recorder(request), self.now(), cost_s, is_small, is_back)
-        if preempted is not None:
-            waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
-            waiting.is_small = False  # little is left, but it must not overtake the other
+        waiting = self._newcomer(request, is_back, preempted)
         self.queue.add(waiting, self.now())
-        was_admitted = False
+        lease, was_admitted = None, False
         try:
             self.dispatch(is_arrival=True)
             if not waiting.granted.done():
                 self.queue.make_room(waiting)
             was_admitted = True
             self.queue.admitted(waiting, self.now())
-            if waiting.granted.done():
-                return waiting.granted.result()
-            async with asyncio.timeout(self.queue.limits.max_wait_s):
-                return await waiting.granted
-        except BaseException as error:
-            if waiting.granted.done() and not waiting.granted.cancelled() and not waiting.granted.exception():
-                waiting.granted.result().release()  # granted and cancelled at the same moment
-            if isinstance(error, TimeoutError):
-                raise QueueFull(
-                    f"no slot became free within {self.queue.limits.max_wait_s:g} s; try again later",
-                    self.queue.limits.retry_after_s,
-                ) from None
-            raise
+            if not waiting.granted.done():
+                async with asyncio.timeout(self.queue.limits.max_wait_s):
+                    await waiting.granted
+            lease = waiting.granted.result()
+            return lease
+        except TimeoutError:
+            raise QueueFull(
+                f"no slot became free within {self.queue.limits.max_wait_s:g} s; try again later",
+                self.queue.limits.retry_after_s,
+            ) from None
         finally:
+            if lease is None and _is_served(waiting.granted):
+                waiting.granted.result().release()  # granted and cancelled at the same moment
             waiting.granted.cancel()
             waiting.recorder.ended()
             if waiting in self.queue:
                 self.queue.remove(waiting)
                 # Its reservation is free for others. If it was refused immediately, nothing has changed for others.
                 self.dispatch(is_arrival=not was_admitted)
+
+    def _newcomer(self, request: Request, is_back: bool, preempted: Preempted | None) -> Waiting:
+        granted, now = asyncio.get_running_loop().create_future(), self.now()
+        tables = self._index.worth_a_look(self.tables, request, now)
+        cost_s, is_small = estimate(tables, request, self.rules)
+        waiting = Waiting(request, granted, self.recorder(request), now, cost_s, is_small, is_back)
+        if preempted is not None:
+            waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
+            waiting.is_small = False  # little is left, but it must not overtake the other
+        return waiting
 
     def _at_once(self, request: Request) -> Lease | None:
         """The lease of a slot, if no request waits and several slots are idle: as the queue would give it, in two
@@ -244,23 +246,19 @@ class Dispatcher:
         open_ = self._open()
         look = DispatchPass(_n_idle(open_), sum(len(table.slots) for table in self.tables))
         is_assisted = any(leases.table is not None and leases.table.is_assisted for leases in open_)
-        if is_assisted and not look.n_idle and not self.queue.n_unpinned:
+        if not open_ or (is_assisted and not look.n_idle and not self.queue.n_unpinned):
             return  # the order does not matter: with 1,000 waiting, each arrival would compute it
-        for waiting in self.queue.ordered() if open_ else ():
+        for waiting in self.queue.ordered():
             if is_assisted and look.is_short and not look.n_idle:
                 break  # none behind a request that waits for any slot at all gets one
             # At most one exclusive request at a time on each backend.
             here = open_to(waiting.request, open_, self.backends.values())
-            here = (
-                [leases for leases in here if leases.exclusive is None]
-                if waiting.request.is_exclusive
-                else here
-            )
+            if waiting.request.is_exclusive:
+                here = [leases for leases in here if leases.exclusive is None]
             if here and not waiting.granted.done():
                 self._serve(here, waiting, look)
-        if look.is_spared and look.n_idle:
-            spared_s = self.queue.look_again_s(self.now())
-            look.again_s += [spared_s] if spared_s is not None else []
+        if look.is_spared and look.n_idle and (spared_s := self.queue.look_again_s(self.now())) is not None:
+            look.again_s.append(spared_s)
         if look.again_s:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
 
@@ -269,29 +267,29 @@ class Dispatcher:
 
     def _serve(self, here: list[Leases], waiting: Waiting, look: DispatchPass) -> None:
         """Lease it a slot of one of ``here``, or record what it waits for."""
-        request, now, tables = waiting.request, self.now(), _tables(here)
-        if not self.queue.may_run(waiting, max(look.n_slots, look.n_idle), look.n_idle, now):
+        request, tables = waiting.request, _tables(here)
+        if not self.queue.may_run(waiting, max(look.n_slots, look.n_idle), look.n_idle, self.now()):
             look.is_spared = True
-            return
-        if not tables[0].is_assisted:
+        elif not tables[0].is_assisted:
             self._let_through(tables, waiting, look)
-            return
-        if request.placement is Placement.SERVER_CHOSEN:
+        elif request.placement is Placement.SERVER_CHOSEN:
             if not look.is_short:
                 self._give(waiting, max(here, key=lambda leases: _n_idle([leases])).grant(None, request))
-            return
-        if not look.n_idle:
+        elif not look.n_idle:
             look.is_short = True  # no placement: with 250 waiting that took a second for each burst
-            return
-        if look.n_idle == 1 and self._is_still_behind(tables[0], waiting, look):
+        elif look.n_idle == 1 and self._is_still_behind(tables[0], waiting, look):
             self._leaves_slot(waiting, look)
-            return
+        else:
+            self._serve_by_cost(tables, waiting, look)
+
+    def _serve_by_cost(self, tables: Sequence[SlotTable], waiting: Waiting, look: DispatchPass) -> None:
+        """Lease it the slot that costs least, or record what it waits for."""
         waiting.behind = None
-        decision = self._decision(tables, waiting, dict(look.reserved))
+        now, decision = self.now(), self._decision(tables, waiting, dict(look.reserved))
         if isinstance(decision, Wait):
             nearest = self._table_of(decision.place) or tables[0]
             waiting.recorder.record_wait(decision, prefix_due_s(nearest, decision, now))
-            look.waits(decision, waiting.look_at - now, answer_s(nearest, request))
+            look.waits(decision, waiting.look_at - now, answer_s(nearest, waiting.request))
             return
         leases = self.backends[decision.slot.backend]
         table = self._table_of(decision)
@@ -301,8 +299,8 @@ class Dispatcher:
         if look.n_idle == 1 and (ahead := self._ahead_of(table, waiting, decision)) is not None:
             waiting.behind = ahead
             self._leaves_slot(waiting, look)
-            return
-        self._place(table, waiting, decision, look)
+        else:
+            self._place(table, waiting, decision, look)
 
     def _table_of(self, place: Place | Plan | None) -> SlotTable | None:
         return self.backends[place.slot.backend].table if place is not None else None
