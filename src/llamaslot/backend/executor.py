@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar, assert_never
+from typing import NamedTuple, TypeVar, assert_never
 
 from msgspec.structs import replace
 
@@ -25,6 +25,7 @@ from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, SnapshotInvalid
 from llamaslot.formats.comments import Comment
+from llamaslot.llama.answers import SlotAction
 from llamaslot.observe.journal import Act
 from llamaslot.observe.recurring import Recurring
 from llamaslot.scheduling.placement import prefill_stops
@@ -38,7 +39,7 @@ from llamaslot.scheduling.plan import (
     Source,
 )
 from llamaslot.store import Catalog, WithTokens
-from llamaslot.store.giving_out import is_passing
+from llamaslot.store.giving_out import Given, is_passing
 from llamaslot.store.landing import NoLanding
 from llamaslot.store.model_snapshots import content_of
 from llamaslot.tasks import outcome
@@ -47,6 +48,17 @@ log = logging.getLogger(__name__)
 _NOT_RESTORED = "%s: snapshot %s was not restored: %s"  # request, snapshot, reason
 _SET_ASIDE_S = 10.0  # a snapshot that could not be restored for want of room, open files or a right
 T = TypeVar("T")
+
+
+class _Answer(NamedTuple):
+    """llama-server's answer to a restore, and the ``seconds`` until it came. ``waited_s``: for its turn;
+    ``prepared_s``: for reading and copying the file before that.
+    """
+
+    result: SlotAction
+    seconds: float
+    waited_s: float
+    prepared_s: float
 
 
 class PlanExecutor:
@@ -87,21 +99,7 @@ class PlanExecutor:
     async def _prepare(
         self, lease: Lease, plan: Plan, report: Report, may_replan: bool
     ) -> PrefillStats | None:
-        stops = list[int]()
-        restored = {step.slot for step in plan.steps if isinstance(step, Restore)}
-        for step in plan.steps:
-            match step:
-                case PrefillTo():
-                    stops.append(step.n_tokens)
-                case Save() | Erase() | Restore():
-                    lease.raise_if_preempted(None)
-                    report(_comment(step, is_restored=step.slot in restored))
-                    if not await self._carry_out(lease, partial(self._act, lease, step)):
-                        self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
-                        if may_replan and isinstance(step, Restore) and lease.content == NOTHING:
-                            raise RetryPlacement(None)  # that snapshot is no longer offered, or not just now
-                case _:
-                    assert_never(step)
+        stops = await self._perform(lease, plan, report, may_replan)
         if self.catalog is not None:
             _record_hit(self.catalog, lease)
         if lease.content is not None and not lease.request.may_use(lease.content):
@@ -120,6 +118,25 @@ class PlanExecutor:
         prefill_s = self.rates.prefill.seconds(n_reused, stops[-1])
         lease.plan_prefill(is_long=prefill_s > lease.table.long_s)
         return await self.chunked_prefill.run(lease, stops, report, self._keep, may_replan=may_replan)
+
+    async def _perform(self, lease: Lease, plan: Plan, report: Report, may_replan: bool) -> list[int]:
+        """Carry out the saves, erases and restores of the plan. Returns the tokens at which its prefill stops."""
+        stops = list[int]()
+        restored = {step.slot for step in plan.steps if isinstance(step, Restore)}
+        for step in plan.steps:
+            match step:
+                case PrefillTo():
+                    stops.append(step.n_tokens)
+                case Save() | Erase() | Restore():
+                    lease.raise_if_preempted(None)
+                    report(_comment(step, is_restored=step.slot in restored))
+                    if not await self._carry_out(lease, partial(self._act, lease, step)):
+                        self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
+                        if may_replan and isinstance(step, Restore) and lease.content == NOTHING:
+                            raise RetryPlacement(None)  # that snapshot is no longer offered, or not just now
+                case _:
+                    assert_never(step)
+        return stops
 
     @staticmethod
     def _forecast(lease: Lease, content: Content) -> ReuseForecast:
@@ -208,48 +225,28 @@ class PlanExecutor:
         if lease.content != NOTHING:
             return False  # the erase failed: never restore into a slot that is not empty
         try:
-            began = self.now()
-            snapshot = await self.catalog.verify(snapshot_id)
-            n_needed, spare = _n_needed(snapshot, lease), self._leases.snapshots_in_demand()
-            async with self.catalog.given_out(snapshot, n_needed, spare) as given:
-                asked_at = self.now()
-                async with self.saving.in_turn(lease, self.rates.restore.seconds(given.size_bytes)):
-                    started = self.now()
-                    lease.check_current()  # reading and copying has taken a while
-                    result = await self.api.restore(lease.slot_id, given.name)
-                    seconds = self.now() - started
+            snapshot, given, answer = await self._give(lease, snapshot_id)
         except (BackendDown, BackendRestarted):
             lease.set_content(None)
             raise
-        except (LlamaslotError, KeyError, OSError) as error:
-            if is_passing(error):
-                if not isinstance(error, NoLanding):  # that was said
-                    self._failures.failed(error, _NOT_RESTORED, lease.request.id, snapshot_id, error)
-                lease.table.model_snapshots.set_aside[snapshot_id] = self.now() + _SET_ASIDE_S
-            else:
-                log.warning(_NOT_RESTORED, lease.request.id, snapshot_id, error)
-                lease.table.drop_snapshot(snapshot_id)  # not offered to this server again; the file stays
-            lease.recorder.record_step(
-                lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id)
-            )
+        except (LlamaslotError, KeyError, OSError) as error:  # KeyError: it has just been evicted
+            self._not_restored(lease, snapshot_id, error)
             return False
         lease.set_content(None)  # unknown until the restore is verified, for this process
         if (await self.api.props()).boot_id != self.boot_id:
             raise BackendRestarted
-        self.rates.restore.observe(given.size_bytes, (result.seconds or seconds) + asked_at - began)
-        if result.seconds:  # a save would have waited as long; without any its delay would stay what it was
-            self.rates.save_delay.observe(max(seconds - result.seconds, 0.0))
-        self.metrics.restored(given.size_bytes, seconds)
-        is_whole = result.n_tokens == given.n_tokens
+        self._learn(given, answer)
+        n_tokens = answer.result.n_tokens
+        is_whole = n_tokens == given.n_tokens
         act = Act(
-            "restore", seconds, is_done=is_whole, n_tokens=result.n_tokens, size_bytes=given.size_bytes,
-            snapshot=snapshot.id, waited_s=started - asked_at,
+            "restore", answer.seconds, is_done=is_whole, n_tokens=n_tokens, size_bytes=given.size_bytes,
+            snapshot=snapshot.id, waited_s=answer.waited_s,
         )  # fmt: skip
         lease.recorder.record_step(lease.slot_key, act)
         if not is_whole:
             log.warning(
                 "%s: snapshot %s was restored in part (%d of %d tokens)",
-                lease.request.id, snapshot_id, result.n_tokens, given.n_tokens,
+                lease.request.id, snapshot_id, n_tokens, given.n_tokens,
             )  # fmt: skip
             return False
         restored = snapshot.cut(given.n_tokens)
@@ -258,6 +255,39 @@ class PlanExecutor:
         self.catalog.touch(snapshot.id)
         self._failures.succeeded()
         return True
+
+    async def _give(self, lease: Lease, snapshot_id: str) -> tuple[WithTokens, Given, _Answer]:
+        """Let llama-server read what the request needs of a snapshot."""
+        assert self.catalog is not None
+        began = self.now()
+        snapshot = await self.catalog.verify(snapshot_id)
+        n_needed, spare = _n_needed(snapshot, lease), self._leases.snapshots_in_demand()
+        async with self.catalog.given_out(snapshot, n_needed, spare) as given:
+            asked_at = self.now()
+            async with self.saving.in_turn(lease, self.rates.restore.seconds(given.size_bytes)):
+                started = self.now()
+                lease.check_current()  # reading and copying has taken a while
+                result = await self.api.restore(lease.slot_id, given.name)
+                seconds = self.now() - started
+        return snapshot, given, _Answer(result, seconds, started - asked_at, asked_at - began)
+
+    def _learn(self, given: Given, answer: _Answer) -> None:
+        result = answer.result
+        self.rates.restore.observe(given.size_bytes, (result.seconds or answer.seconds) + answer.prepared_s)
+        if result.seconds:  # a save would have waited as long; without any its delay would stay what it was
+            self.rates.save_delay.observe(max(answer.seconds - result.seconds, 0.0))
+        self.metrics.restored(given.size_bytes, answer.seconds)
+
+    def _not_restored(self, lease: Lease, snapshot_id: str, error: Exception) -> None:
+        """Offer the snapshot to this llama-server no more; for a while only, if the reason passes."""
+        if is_passing(error):
+            if not isinstance(error, NoLanding):  # that was said
+                self._failures.failed(error, _NOT_RESTORED, lease.request.id, snapshot_id, error)
+            lease.table.model_snapshots.set_aside[snapshot_id] = self.now() + _SET_ASIDE_S
+        else:
+            log.warning(_NOT_RESTORED, lease.request.id, snapshot_id, error)
+            lease.table.drop_snapshot(snapshot_id)  # the file stays
+        lease.recorder.record_step(lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
 
     async def refused(self, lease: Lease, status: int) -> None:
         """llama-server has refused the request's own request: the slot holds what it held before. After a 4xx that is
