@@ -13,9 +13,9 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
+from tests.support.forked import forked
 from tests.support.inprocess import letters
 from tests.support.leftovers import nothing_left
-from tests.support.stack import program
 from tests.support.supervised import CHAT, ENGINE, Supervised, tagged
 
 __all__ = ["nothing_left"]
@@ -165,17 +165,14 @@ async def test_a_wrong_command_line_is_one_clear_message(
     """Exit status 2, and nothing was started."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         known = {"model": str(models.dense(tmp_path)), "taken": str(taken.getsockname()[1])}
-        ran = await asyncio.create_subprocess_exec(
-            *program(),
-            "run",
-            *(word.format(**known) for word in words),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "STATE_DIRECTORY": str(tmp_path)},
-        )
-        out, err = (stream.decode() for stream in await ran.communicate())
-    lines = [line for line in err.splitlines() if " INFO " not in line and line and "sage: " not in line]
+        out, err = tmp_path / "out", tmp_path / "err"
+        words = ("run", *(word.format(**known) for word in words))
+        state = {"XDG_STATE_HOME": str(tmp_path), "STATE_DIRECTORY": str(tmp_path)}
+        status = await forked(words, out=out, err=err, **state).wait()
+    said = said.format(**known)
+    told = err.read_text()
+    lines = [line for line in told.splitlines() if " INFO " not in line and line and "sage: " not in line]
     lines = [line for line in lines if not line.startswith("Try 'llamaslot")]
-    assert (ran.returncode, out) == (2, "")
-    assert said.format(**known) in "\n".join(lines)
-    assert len(lines) == 1 + ("fault" in err), err
+    assert (status, out.read_text()) == (2, "")
+    assert said in "\n".join(lines)
+    assert len(lines) == 1 + ("fault" in told), told

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.forked import die_with_parent
 from tests.support.inprocess import Served, served, spawn
-from tests.support.stack import die_with_parent
 
 pytestmark = pytest.mark.soak
 

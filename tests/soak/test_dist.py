@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import models
+from tests.support.forked import die_with_parent
 from tests.support.real import free_port
 from tests.support.source import REPOSITORY
-from tests.support.stack import die_with_parent
 from tests.support.users import Client
 
 pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(900)]

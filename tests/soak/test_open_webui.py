@@ -19,8 +19,9 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
+from tests.support.forked import die_with_parent
 from tests.support.real import free_port
-from tests.support.stack import Stack, die_with_parent
+from tests.support.stack import Stack
 from tests.web.test_page_browser import CHROMIUM, browsing
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

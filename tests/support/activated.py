@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from tests.support.stack import die_with_parent, program
+from tests.support.forked import die_with_parent
+from tests.support.stack import program
 
 # What systemd does between fork and exec: descriptor 3, and the variables.
 _LAUNCH = """

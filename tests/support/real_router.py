@@ -17,8 +17,8 @@ import aiohttp
 import pytest
 
 from tests.support import models
+from tests.support.forked import die_with_parent
 from tests.support.real import START_TIMEOUT_S, free_port
-from tests.support.stack import die_with_parent
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamaslot"
 

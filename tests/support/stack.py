@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
 import re
 import signal
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import aiohttp
 import yaml
 
+from tests.support.forked import Forked, die_with_parent, forked, is_forking
 from tests.support.real import RealServer, free_port
 
 START_S = 60.0  # for a process to answer, on a busy machine
@@ -27,11 +27,6 @@ def program() -> list[str]:
     """The installed ``llamaslot`` command: the entry point that users have."""
     script = Path(sysconfig.get_path("scripts"), "llamaslot")
     return [str(script)] if script.exists() else [sys.executable, "-m", "llamaslot.cli"]
-
-
-def die_with_parent() -> None:
-    """In the child before exec: SIGKILL when the test process ends, however it ends (Linux' PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Proxy:
@@ -60,7 +55,7 @@ class Proxy:
                 config[section] = values
         directory.mkdir(parents=True, exist_ok=True)
         self.config_path.write_text(yaml.safe_dump(config, sort_keys=False))
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | Forked | None = None
         self._log: IO[bytes] | None = None
 
     def prewarm(self, *bodies: Mapping[str, Any]) -> None:
@@ -84,20 +79,25 @@ class Proxy:
     async def start(self, *, wait: bool = True) -> None:
         """Start it; with ``wait`` until ``/health`` answers 200. AssertionError with its log if it ends instead."""
         assert self._process is None, "llamaslot runs already"
+        words = ("serve", "--config", str(self.config_path))
+        if is_forking():
+            self._process = forked(words, out=self.log_path, err=self.log_path)
+        else:
+            self._process = await self._program(words)
+        if wait:
+            await self.healthy()
+
+    async def _program(self, words: Sequence[str]) -> asyncio.subprocess.Process:
         self._log = self.log_path.open("ab")
-        self._process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *program(),
-            "serve",
-            "--config",
-            str(self.config_path),
+            *words,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=self._log,
             stderr=asyncio.subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             preexec_fn=die_with_parent,
         )
-        if wait:
-            await self.healthy()
 
     async def healthy(self, status: int = 200) -> None:
         """Wait until ``/health`` answers ``status``."""

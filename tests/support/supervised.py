@@ -18,9 +18,10 @@ from typing import Any
 import aiohttp
 import yaml
 
+from tests.support.forked import die_with_parent
 from tests.support.inprocess import spawn
 from tests.support.real import free_port
-from tests.support.stack import START_S, die_with_parent, program
+from tests.support.stack import START_S, program
 
 KILL_S = 10.0
 ENGINE = (sys.executable, "-m", "llamaslot.llama.managed.embedded")
