@@ -1,4 +1,6 @@
-"""Slots whose client has gone: returned when the server reports that they are idle."""
+"""Slots whose client has left while llama-server was at work there: given back when llama-server reports that they are
+idle.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class _Abandoned(Struct, eq=False):
 
 
 class AbandonedSlots:
-    """The only poller of a backend's ``/slots``. ``add`` is synchronous; ``run`` is a task of the backend."""
+    """The abandoned slots of one backend, and the only poller of its ``/slots``. ``add`` is synchronous; ``run`` is a
+    task of the backend.
+    """
 
     def __init__(self, api: LlamaServer, leases: Leases, now: Callable[[], float]) -> None:
         self._api, self._leases, self._now = api, leases, now
@@ -54,8 +58,8 @@ class AbandonedSlots:
         self.on_failure: Callable[[], None] = lambda: None
 
     def add(self, lease: Lease, charge: Charge | None) -> None:
-        """Add the slot of a lease that has left llama-server at work. ``charge``: to its user, until the slot is
-        idle.
+        """Take over the slot of a lease whose client has left while llama-server was at work. ``charge``: to its user,
+        until the slot is idle.
         """
         assert lease.slot is not None
         delay = FIRST_POLL_S
@@ -75,14 +79,16 @@ class AbandonedSlots:
         self._added.set()
 
     def end_gone(self) -> bool:
-        """Forget the slots of processes that are gone. Returns whether there were any. The caller dispatches."""
+        """Forget the slots of llama-server processes that are gone. Returns whether there were any; then the caller
+        dispatches.
+        """
         gone = [entry for entry in self._abandoned if not entry.table.is_current]
         for entry in gone:
             self._ended(entry)
         return bool(gone)
 
     async def run(self) -> None:
-        """Poll while there are draining slots. Runs until cancelled."""
+        """Poll ``/slots`` while there are abandoned slots. Runs until cancelled."""
         polled_at = -POLL_S
         while True:
             if self.end_gone():
@@ -117,14 +123,18 @@ class AbandonedSlots:
         self._leases.paid(entry.charge)
 
     def _at_work(self, entry: _Abandoned, info: SlotInfo) -> None:
-        """The request has arrived in its slot, so an exclusive section need not wait for it, however long it runs."""
+        """Record that the abandoned request has arrived in its slot: an exclusive section need not wait for it,
+        however long it runs.
+        """
         if entry.id_task is None and entry.table.is_current:
             entry.id_task = info.id_task
             entry.table.seen_at_work(entry.slot)
             self._leases.dispatch()
 
     def _settle(self, entry: _Abandoned, info: SlotInfo) -> None:
-        """The server is done with the slot: it holds the first ``info.n_tokens`` of what was sent to it."""
+        """llama-server has finished the work that a departed client left in this slot: give the slot back, holding the
+        first ``info.n_tokens`` of what was sent.
+        """
         if not entry.table.is_current or entry.slot.state is not SlotState.DRAINING:
             return
         n = info.n_tokens or 0

@@ -29,8 +29,10 @@ _LOST_WITHIN_S = 600.0
 
 
 class StandingAside(Struct, frozen=True):
-    """``why``: what was found out about llama-server. ``remedy``: the command or setting that switches assist on, and
-    its effect. ``may_end``: the cause may be temporary; check again when a slot is idle.
+    """Why llamaslot stands aside (assist is off) at one backend.
+
+    ``why``: what was found out about llama-server. ``remedy``: the command or setting that switches assist on, and its
+    effect. ``may_end``: the cause may be temporary; check again when a slot is idle.
     """
 
     why: str
@@ -38,7 +40,7 @@ class StandingAside(Struct, frozen=True):
     may_end: bool = False
 
     def __str__(self) -> str:
-        return f"assist is off: {self.why}; llama-server chooses slots by itself. {self.remedy}"
+        return f"{self.why}; llama-server chooses slots by itself. {self.remedy}"
 
 
 class LostSlots:
@@ -70,7 +72,9 @@ def clears_idle_slots(n_slots: int) -> StandingAside:
 
 
 def has_better_memory(n_slots: int, lacking: str) -> StandingAside:
-    """``lacking``: why slot files cannot be used."""
+    """The reason to stand aside because llama-server's own RAM cache is better than slots without files. ``lacking``:
+    why slot files cannot be used.
+    """
     return StandingAside(
         f"llama-server has a RAM cache, and llamaslot has no slot files to use instead ({lacking})",
         _remedy(n_slots),

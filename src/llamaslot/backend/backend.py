@@ -59,11 +59,11 @@ _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just r
 
 
 class Members(Protocol):
-    """What a backend reports to the fleet."""
+    """The interface by which a backend reports its state to the fleet."""
 
     @property
     def are_several(self) -> bool:
-        """Whether there are other backends that may take the requests of one that does not answer."""
+        """Whether there are several backends: then others may take the requests of one that does not answer."""
         ...
 
     async def replace_by_models(self, backend: Backend, max_models: int) -> None:
@@ -71,19 +71,19 @@ class Members(Protocol):
         ...
 
     def check_process(self, backend: Backend, props: Props) -> None:
-        """A process has told these properties. Raises NotReady if it is that of another backend."""
+        """Raise NotReady if ``props``, just told by a process, are those of another backend's process."""
         ...
 
     def connecting(self, backend: Backend, session: ServerSession) -> None:
-        """llama-server serves that model: the backend is put into the pool of it."""
+        """The model of ``backend`` is known now: put the backend into that model's pool."""
         ...
 
     def connected(self, backend: Backend, session: ServerSession) -> None:
-        """llama-server is up. Its slots may be leased from now on."""
+        """llama-server is up: the slots of the backend may be leased from now on."""
         ...
 
     def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
-        """Its slots are gone. With ``error`` it is down; without it, it is being connected to again."""
+        """The backend's slots are gone. With ``error`` it is down; without it, it is being connected to again."""
         ...
 
 
@@ -103,7 +103,7 @@ class Backend:
         idle_save_s: float,
         store: SnapshotStore | None,
     ) -> None:
-        """``store``: of the directory that it shares with llamaslot; None if there is none."""
+        """``store``: of the directory that the backend shares with llamaslot; None if there is none."""
         self.name, self.api, self.leases, self.metrics = name, api, leases, metrics
         self.now = time.monotonic
         self._members, self._rules = members, rules
@@ -137,25 +137,25 @@ class Backend:
 
     @property
     def model_name(self) -> str | None:
-        """The name of the model that it serves, or has served last; None before it was connected."""
+        """The name of the model that the backend serves, or served last; None before the first connection."""
         return self.last_session.model_name if self.last_session is not None else None
 
     @property
     def why_down(self) -> str | None:
-        """Why it serves no request, for its users; None unless it is down."""
+        """Why the backend serves no requests, in words for its users; None unless it is down."""
         return f"llama-server at {self.api.url} {self._why_down}" if self.health is Health.DOWN else None
 
     @property
     def is_unloaded(self) -> bool:
-        """Whether the next request for its model loads it."""
+        """Whether the model is not loaded, and will be for the next request."""
         return self.presence.on_demand is not None and self.session is None
 
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def confirm(self, table: SlotTable) -> None:
-        """Check that the process that ``table`` describes is still there, before anything is done in its slots.
-        Raises BackendRestarted, and BackendDown if it does not answer soon: other backends can take the request.
-        Canceling is safe.
+        """Check that the process that ``table`` describes is still there, before anything is done in its slots. Raises
+        BackendRestarted, and BackendDown if it does not answer soon: other backends can take the request. Canceling is
+        safe.
         """
         try:
             async with asyncio.timeout(_SUSPECT_S):
@@ -167,11 +167,10 @@ class Backend:
             raise BackendRestarted
 
     async def ready(self) -> ServerSession:
-        """The connected server, checked to be the same process as before. Raises BackendDown immediately if it is
-        down.
+        """The connected server, checked to be the same process as before. Raises BackendDown at once if it is down.
 
-        ``/props`` has a mark that is random for each process, so a restart is noticed before anything is planned.
-        It is not asked again while the connection on which it was told is open (the kernel closes those of a dead
+        ``/props`` has a mark that is random for each process, so a restart is noticed before anything is planned. It
+        is not asked again while the connection on which it was told is open (the kernel closes those of a dead
         process), that was a moment ago, and the server has worked since: then it has not fallen asleep either.
         Canceling is safe.
         """
@@ -203,24 +202,20 @@ class Backend:
         return self.session
 
     async def settled(self) -> None:
-        """Wait until it is connected or down. Canceling is safe."""
+        """Wait until the backend is either connected or down. Canceling is safe."""
         await self._is_settled.wait()
 
     def use_if_proved(self) -> bool:
-        """Use it for a request, if the process of the session is known to be alive and awake without a question: True.
-        Otherwise ``ready`` has to ask.
-        """
+        """Whether the process is known to be alive and awake, and so used for a request now. Else ``ready`` asks it."""
         return self._proof.use()
 
     def _prove(self, session: ServerSession, props: Props) -> None:
-        """``props``, just told, are those of the session's process."""
+        """Record that the process of ``session`` has just told ``props``, so it is alive."""
         if session is self.session:
             self._proof.renew(props)
 
     def lost(self, table: SlotTable) -> None:
-        """The server is another process than the one that ``table`` describes: forget its slots, and connect again.
-        Queued requests wait.
-        """
+        """llama-server is another process than ``table`` describes: connect again, while queued requests wait."""
         if self.session is not None and self.session.table is table:
             log.warning("%s: llama-server has restarted: its slots are empty", self.name)
             self.metrics.restarts.inc()
@@ -228,26 +223,26 @@ class Backend:
         self._doubt.set()
 
     def changed(self, why: str) -> None:
-        """The process is the same, but nothing computed before is valid any more."""
+        """Connect again for the reason ``why``: what was found out about this process is not valid any more."""
         if self.session is not None:
             log.info("%s: %s; reconnecting to llama-server", self.name, why)
             self._forget(Health.CONNECTING)
         self._doubt.set()
 
     def sleep(self, why_down: str = "") -> None:
-        """llama-server is stopped until ``wake``; queued requests wait, or fail with ``why_down``."""
+        """llama-server is stopped until ``wake`` is called; queued requests wait, or fail with ``why_down``."""
         self._why_down = why_down or "is asleep: the next request for its model starts it"
         self.presence.set(is_awake=False)
         self._forget(Health.DOWN if why_down else Health.ASLEEP)
         self._doubt.set()
 
     def wake(self) -> None:
-        """llama-server is being started."""
+        """llama-server is being started: connect to it."""
         self._set(Health.DOWN)
         self.presence.set(is_awake=True)
 
     def _slots_were_lost(self) -> None:
-        """Probe again what llama-server does with its slots, with a minimum pause in between."""
+        """Connect again, at most every few minutes: slots lose their content, so probe llama-server anew."""
         if self.now() >= self._look_again_at:
             self._look_again_at = self.now() + _LOOK_AGAIN_S
             self.changed("slots have lost their contexts three times in ten minutes")
@@ -258,7 +253,7 @@ class Backend:
         self._doubt.set()
 
     def suspect(self) -> None:
-        """As ``doubt``; until it has answered, requests go to other backends if there are any."""
+        """As ``doubt``; until the server has answered, requests go to other backends if there are any."""
         self.doubt()
         self.suspicion.begin()
 
@@ -285,7 +280,7 @@ class Backend:
             await self.idle_save.save_before_stop(save_s)
 
     async def close(self) -> None:
-        """End all tasks, and store what was learned."""
+        """End all tasks, and write what was learned to disk."""
         await self.tasks.close()
         await self.rates_file.write(self.rates.to_json())
         await self.api.close()
@@ -366,10 +361,7 @@ class Backend:
         self.metrics.assist.set(session.is_assisted)
         self._members.connected(self, session)
         if session.aside is not None:
-            log.warning(
-                "%s: assist is off: %s; llama-server chooses slots by itself. %s",
-                self.name, session.aside.why, session.aside.remedy,
-            )  # fmt: skip
+            log.warning("%s: assist is off: %s", self.name, session.aside)
             return
         library = session.table.model_snapshots
         log.info(
@@ -416,7 +408,7 @@ class Backend:
                 self.changed("a slot is idle now")
 
     async def _watched_props(self) -> Props:
-        """Raises LlamaslotError. If there are other backends, a server that is silent is suspected soon."""
+        """``GET /props``; other backends soon replace a silent server. Raises LlamaslotError."""
         if not self._members.are_several:
             return await self.api.props()
         timer = asyncio.get_running_loop().call_later(_SUSPECT_S, self.suspect)

@@ -51,7 +51,7 @@ _EXCERPT_TOKENS = 80  # of at least one character each
 
 
 class Holder(Struct, frozen=True):
-    """A slot or snapshot with cached tokens; ``name`` as in ``slot 2``."""
+    """A slot or snapshot with cached tokens; ``name`` is for the log, such as ``slot 2``."""
 
     name: str
     tokens: bytes
@@ -97,8 +97,8 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
 
 
 class CacheMisses:
-    """Where the requests of one backend diverge from cached prompts. ``tells_texts``: the journal may show the
-    differing text.
+    """Finds out where the requests of one backend diverge from cached prompts. ``tells_texts``: the journal may show
+    the differing text.
     """
 
     def __init__(self, api: LlamaServer, metrics: BackendMetrics, tasks: TaskOwner) -> None:
@@ -107,8 +107,8 @@ class CacheMisses:
         self._n_under_way = 0
 
     def examine(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], format_: Format) -> None:
-        """Start the examination; the request has its slot, and nothing was done there yet. Returns at once. The
-        result goes to the journal, the log and the metrics.
+        """Start to look for the cached prompt that the request of ``lease`` misses, while nothing was done in its slot
+        yet. Returns at once; the result goes to the journal, the log and the metrics.
         """
         request, plan = lease.request, lease.plan
         if plan is None or request.no_cache or self._n_under_way >= _AT_ONCE:
@@ -156,7 +156,7 @@ class CacheMisses:
     async def _report_left_behind(
         self, lease: Lease, holder: Holder, prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
-        """Report a prompt that continues otherwise than the cached one: a user went back in the conversation, or the
+        """Report a prompt that goes another way than the cached one: a user went back in the conversation, or the
         prompt differs in the last answer already. That is expensive if the model can only rewind to a checkpoint.
         """
         request, at, n_lost = lease.request, holder.n_shared, _n_behind_checkpoint(lease, holder)
@@ -188,7 +188,9 @@ class CacheMisses:
         return whereabouts(prompt.text, await self._offset(prompt.text, prompt.tokens, at), body, format_)
 
     async def _offset(self, text: str, tokens: bytes, at: int) -> int:
-        """The character at which token ``at`` begins, computed from the shorter side."""
+        """The index of the character in ``text`` at which token ``at`` begins; the shorter side of it
+        is detokenized.
+        """
         if at > count(tokens) // 2:
             return max(len(text) - len(await self._api.detokenize(tokens[at * WIDTH :])), 0)
         before = await self._api.detokenize(head(tokens, at))
@@ -196,8 +198,8 @@ class CacheMisses:
         return min(len(before) - max(bos, 0), len(text))
 
     async def _texts(self, lease: Lease, holder: Holder) -> dict[str, str] | None:
-        """The text before the difference, and after it now and in the cached prompt; None if the journal may not show
-        it.
+        """The text before the difference, and the text after it, in the prompt and in the cached prompt; None if the
+        journal may not show texts.
         """
         if not self.tells_texts:
             return None
@@ -235,7 +237,9 @@ def _note(
 
 
 def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | None:
-    """The holder with the largest loss: it would be reused most if it began like the prompt."""
+    """The holder of which most tokens would be reused if it began like the prompt, and where both part; None if
+    nothing was lost.
+    """
     n_best = max((holder.n_shared for holder in held), default=0)
     if n_best >= ENOUGH * request.n_tokens:
         return None
@@ -250,8 +254,8 @@ def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | Non
 
 
 def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
-    """The holder that shares most, if that is more than the common beginning of all conversations, and both continue
-    differently.
+    """The holder that shares most tokens with the prompt, if both go on after them, and the common part is more than
+    the beginning of all conversations.
     """
     best = max(held, key=lambda holder: holder.n_shared, default=None)
     if best is None or best.n_shared in (best.n_tokens, lease.request.n_tokens):
@@ -260,7 +264,7 @@ def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
 
 
 def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:
-    """Tokens of the common prefix that this model cannot rewind to."""
+    """The number of tokens that the prompt shares with the holder but that this model cannot rewind to."""
     plan = lease.plan
     if plan is None or lease.table.rewind_model.is_rewindable:
         return 0
@@ -270,8 +274,9 @@ def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:
 
 
 class Parting(Struct, frozen=True):
-    """``at``: tokens that the prompt shares with a holder of ``n_held`` tokens. ``n_lost``: tokens of the prompt
-    after the divergence that the holder contains too, but no cached prefix covers.
+    """Where a prompt parts from a cached one. ``at``: tokens that the prompt shares with a holder of ``n_held``
+    tokens. ``n_lost``: tokens of the prompt after the divergence that the holder contains too, but no cached prefix
+    covers.
     """
 
     at: int
@@ -280,7 +285,7 @@ class Parting(Struct, frozen=True):
 
 
 def can_lose(n_prompt: int, n_shared: int, n_held: int) -> bool:
-    """Whether both sequences continue after the common prefix for long enough to justify a closer look."""
+    """Whether prompt and holder both continue after the common prefix for long enough to justify a closer look."""
     return min(n_prompt, n_held) - n_shared > LOST_MIN
 
 

@@ -90,7 +90,7 @@ _NO_SERVER = (
 
 
 class ServerSession(Struct, frozen=True):
-    """The result: the slots of the server as it is now, and its model."""
+    """The result of connecting: the slots of the server as they are now, and its model."""
 
     table: SlotTable
     props: Props
@@ -110,8 +110,10 @@ class ServerSession(Struct, frozen=True):
 
 
 class Handshake:
-    """One connection attempt. Raises BackendDown, and NotReady while the model loads or if isolation is impossible.
-    Canceling is safe: the next attempt starts over.
+    """One attempt to connect to a llama-server.
+
+    Raises BackendDown, and NotReady while the model loads or if isolation is impossible. Canceling is safe: the next
+    attempt starts over.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class Handshake:
         rates: Rates,
         rules: Rules,
     ) -> None:
-        """``libraries`` and ``catalog``: both or none."""
+        """``libraries`` and ``catalog``: both, or both None without a snapshot directory."""
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
         self.libraries = libraries
         self.check_process: Callable[[Props], None] = lambda props: None  # told at once; raises NotReady
@@ -158,7 +160,9 @@ class Handshake:
                 return self._stand_aside(silent(error), props)
 
     async def _another_kind(self, why: str, props: Props | None) -> ServerSession:
-        """The result for another kind of server. Raises NotReady if it names no model: then any program may answer."""
+        """The session with a server of another kind, at which llamaslot stands aside. Raises NotReady if the server
+        names no model: then any program may have answered.
+        """
         try:
             self._model = self._model or await self.api.model_info()
         except (NotUnderstood, UpstreamError):
@@ -167,11 +171,15 @@ class Handshake:
         return self._stand_aside(not_understood(why), props)
 
     def give_up(self, error: Exception) -> ServerSession:
-        """The result after a bug in llamaslot prevented the connection. Raises NotReady under isolation."""
+        """The session after a bug in llamaslot prevented the connection: llamaslot stands aside. Raises NotReady under
+        isolation.
+        """
         return self._stand_aside(mistake(error), None)
 
     def _stand_aside(self, reason: StandingAside, props: Props | None) -> ServerSession:
-        """The result without usable slots: only what the server reports. Raises NotReady under isolation."""
+        """A session at which llamaslot stands aside: without usable slots, with only what the server reports. Raises
+        NotReady under isolation.
+        """
         if self.rules.is_isolated:
             raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
         props = props or Props(None, 0, "", "")
@@ -253,8 +261,8 @@ class Handshake:
         return files.are_usable
 
     async def _were_emptied(self, others: list[SlotInfo]) -> bool:
-        """Whether probes of another slot have emptied idle slots. With two slots this is the only sign of a unified
-        KV cache, because no empty slot is left.
+        """Whether probes of another slot have emptied idle slots. With two slots this is the only sign of a unified KV
+        cache, because no empty slot is left for a probe of that.
         """
         held = {info.id for info in others if info.n_tokens}
         return bool(held) and any(info.id in held and not info.n_tokens for info in await self.api.slots())
@@ -269,8 +277,10 @@ class Handshake:
         return infos
 
     async def _empty(self, table: SlotTable, slot: int, now: float, *, is_shared: bool) -> None:
-        """Erase a slot of unknown content. If that fails, its content stays unknown. Without slot actions, content in
-        the shared namespace (``is_shared``) is left: llama-server compares tokens by itself.
+        """Erase a slot of unknown content. If that fails, the slot is marked SUSPECT.
+
+        Without slot actions, content in the shared namespace (``is_shared``) is left as it is: llama-server compares
+        tokens by itself.
         """
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
             log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
@@ -290,7 +300,7 @@ class Handshake:
     # -- adoption ------------------------------------------------------------------------------------------------
 
     async def _written(self, info: SlotInfo) -> tuple[Reservation, SlotAction] | None:
-        """Save a slot of unknown content; None if that failed."""
+        """Have llama-server save a slot of unknown content to a reserved file; None if that failed, which is logged."""
         assert self.catalog is not None
         reservation = None
         try:
@@ -310,8 +320,8 @@ class Handshake:
     async def _commit(
         self, table: SlotTable, written: tuple[Reservation, SlotAction], fingerprint: str
     ) -> WithTokens | None:
-        """Commit the snapshot with the tokens of the file's header; if there is a snapshot with the same tokens, use
-        that one.
+        """Make the saved file a snapshot, with the tokens of its header; if a snapshot with the same tokens exists,
+        return that one.
         """
         assert self.catalog is not None
         reservation, saved = written
@@ -338,7 +348,7 @@ class Handshake:
         return snapshot
 
     def _listed(self, tokens: bytes) -> WithTokens | None:
-        """The snapshot of this model that holds exactly these, in the shared namespace."""
+        """The snapshot of this model, in the shared namespace, that holds exactly ``tokens``; None if there is none."""
         assert self.catalog is not None
         digest = digest_of(tokens)
         for snapshot in self.catalog.snapshots.values():
@@ -347,8 +357,9 @@ class Handshake:
         return None
 
     def _guessed_checkpoints(self, table: SlotTable, n_tokens: int) -> tuple[int, ...]:
-        """The last checkpoint of an adopted context: near the end of its last prompt, whose position is unknown,
-        because an answer follows. A guess too early costs a little; a guess too late is detected at the first use.
+        """The likely last checkpoint of an adopted context: near the end of its last prompt. Where that is, is
+        unknown, because an answer follows. A guess too early costs a little; a guess too late is detected at the first
+        use.
         """
         if table.cache_kind is CacheKind.DENSE:
             return ()
@@ -356,7 +367,7 @@ class Handshake:
         return (n_tokens - n_answer,)
 
     async def _adopt(self, table: SlotTable, info: SlotInfo, fingerprint: str, now: float) -> bool:
-        """Learn the content of a slot by saving it. False if it cannot be saved."""
+        """Learn the content of a slot by saving it, and keep the slot for reuse. False if it cannot be saved."""
         written = await self._written(info)
         snapshot = await self._commit(table, written, fingerprint) if written is not None else None
         if snapshot is None:
@@ -371,7 +382,7 @@ class Handshake:
         return True
 
     def _forget_rates_of_others(self, current: Identity) -> None:
-        """Forget rates that were learned with another model."""
+        """Forget the learned rates if they are of another model."""
         if not current.is_same_as(self.rates.model):
             self.rates.forget()
             self.rates.model = current.to_text()
@@ -398,7 +409,7 @@ class Handshake:
         return fingerprint
 
     def _is_ours(self, snapshot: Snapshot) -> bool:
-        """Whether the snapshot is of the connected model."""
+        """Whether a snapshot is of the connected model."""
         text = snapshot.fingerprint
         if text not in self._is_usable:
             self._is_usable[text] = self._identity is not None and self._identity.is_same_as(text)
@@ -410,14 +421,16 @@ def _name(model: Mapping[str, Any]) -> str:
 
 
 def _names(model: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names by which llama-server knows the model in its entry of /v1/models."""
+    """All names of the model in its entry of /v1/models."""
     aliases = model.get("aliases")
     names = [model.get("id"), *(aliases if isinstance(aliases, list) else ())]
     return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name))
 
 
 def _reason(error: UpstreamError) -> StandingAside:
-    """Why llamaslot cannot work with a server that answers so. Raises NotReady while it loads its model."""
+    """Why llamaslot stands aside at a server that answers with this error. Raises NotReady while the server loads its
+    model.
+    """
     if error.status == 503:
         raise NotReady(str(error)) from error
     if error.status in (401, 403):

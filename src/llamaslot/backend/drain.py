@@ -13,7 +13,9 @@ log = logging.getLogger(__name__)
 
 
 class Drain:
-    """The switch of one backend. It stays as it is when llama-server restarts, and ends with llamaslot."""
+    """The switch that takes one backend out of service. It stays as it is when llama-server restarts, and ends with
+    llamaslot.
+    """
 
     def __init__(self, backend: str, leases: Leases, idle_save: IdleSave, tasks: TaskOwner) -> None:
         self._backend, self._leases, self._idle_save, self._tasks = backend, leases, idle_save, tasks
@@ -22,7 +24,7 @@ class Drain:
 
     @property
     def unsaved(self) -> list[int]:
-        """The numbers of the slots that could not be saved; empty unless it is ``drained``."""
+        """The numbers of the slots that could not be saved; empty unless the backend is ``drained``."""
         return [slot.id for slot in self._idle_save.worth_saving()] if self.state == "drained" else []
 
     @property
@@ -33,8 +35,8 @@ class Drain:
         return "drained" if self._is_saved else "draining"
 
     def begin(self) -> None:
-        """From now on no request begins here; once the running ones have ended, the slots are saved. Idempotent;
-        if slots could not be saved, that is tried again.
+        """From now on no request begins at this backend; once the running ones have ended, its slots are saved.
+        Idempotent; slots that could not be saved are then tried again.
         """
         if self._leases.is_drained and not self.unsaved:
             return
@@ -44,7 +46,7 @@ class Drain:
         self._leases.dispatch()
 
     def end(self) -> None:
-        """Requests may begin here again. Idempotent."""
+        """Requests may begin at this backend again. Idempotent."""
         if not self._leases.is_drained:
             return
         log.info("%s: undrained: requests may begin here again", self._backend)

@@ -50,7 +50,9 @@ _NOT_PREPARED = (
 
 
 class UnpinnedRequest:
-    """The slots that a request without a pinned slot may take; ``settle`` finds out which it took."""
+    """A request whose slots llama-server chooses, and all slots that it may take; ``settle`` finds out which ones it
+    took.
+    """
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class UnpinnedRequest:
         self._settled = False
 
     async def watch_landing(self) -> None:
-        """Wait until the server works on the request, then let other requests go on. Canceling is safe."""
+        """Wait until the server works on the request, then admit other requests again. Canceling is safe."""
         for wait_s in itertools.chain(_LANDING_POLLS_S, itertools.repeat(_CONFIRM_EVERY_S)):
             await asyncio.sleep(wait_s)
             try:
@@ -78,7 +80,9 @@ class UnpinnedRequest:
                 return
 
     def has_landed(self, infos: list[SlotInfo]) -> bool:
-        """Whether the server works on it. If so, slots that it did not take are released, and the gate opens."""
+        """Whether the server works on the request. If so, slots that the request did not take are released, and other
+        requests are admitted again.
+        """
         others = self._look_up(infos)
         if sum(info.is_processing for _, info in others) < (self._lease.request.n_children or 1):
             return False
@@ -92,10 +96,8 @@ class UnpinnedRequest:
         return True
 
     def _look_up(self, infos: list[SlotInfo]) -> list[tuple[Lease, SlotInfo]]:
-        """What the server reports of the slots that it may have taken.
-
-        These include slots of other requests that have ended since the request was sent: lease those before another
-        request can.
+        """What the server reports of the slots that the request may have taken. These include slots of other requests
+        that have ended since it was sent: such slots are leased before another request can get them.
         """
         leases = self._leases
         if leases.table is self._lease.table and leases.has_exclusive(self._lease):
@@ -126,7 +128,7 @@ class UnpinnedRequest:
         self._leases.end_exclusive(self._lease)
 
     def abort(self) -> None:
-        """The client has gone, perhaps before the request began: every slot drains until the server has reported its
+        """The client has left, perhaps before its request began: every slot drains until the server has reported its
         content.
         """
         if self._settled:
@@ -146,7 +148,7 @@ class UnpinnedRequest:
 
 
 class ExclusiveSection:
-    """Runs exclusive sections on one backend."""
+    """Runs the exclusive sections of one backend, one at a time."""
 
     def __init__(self, api: LlamaServer, leases: Leases, steps: PlanExecutor, tasks: TaskOwner) -> None:
         self._api, self._leases, self._executor, self._tasks = api, leases, steps, tasks
@@ -224,7 +226,9 @@ class ExclusiveSection:
             shut_s *= 2
 
     async def _until_likely(self, lease: Lease, wait_s: float) -> None:
-        """Wait, with the gate open, for what takes long: foreign answers, and long prefills, which make room."""
+        """Wait, while other requests are admitted, for what takes long: foreign answers, and long prefills, which make
+        room.
+        """
         leases = self._leases
         until = leases.now() + wait_s
         while leases.now() < until:
@@ -235,7 +239,9 @@ class ExclusiveSection:
             await leases.changes.wait(_CONFIRM_EVERY_S)
 
     async def _is_quiet_within(self, lease: Lease, shut_s: float) -> bool:
-        """False if an answer takes longer than ``shut_s``. Steps are awaited to their end."""
+        """Wait until no request is between two steps and no foreign answer runs. False if an answer takes longer than
+        ``shut_s``; steps are awaited to their end.
+        """
         leases = self._leases
         asked_at = leases.now()
         until = asked_at + shut_s
@@ -249,8 +255,8 @@ class ExclusiveSection:
         return True
 
     def _takes_long(self, lease: Lease) -> bool:
-        """Whether an answer must end before the section of ``lease`` can begin: a foreign one, or one that is foreign
-        to a request that waits for its end.
+        """Whether the section of ``lease`` must wait for the end of an answer: one whose content the request must not
+        use, or one that is foreign in this sense to a request which waits for its end.
         """
         is_waited_for = any(not other.is_released for other in self._clearing)
         return is_waited_for or self._leases.is_other_namespace_at_work(lease)
@@ -314,7 +320,9 @@ class ExclusiveSection:
         ]
 
     def _first(self, lease: Lease, competing_slots: set[int]) -> Lease | None:
-        """A lease that waits for ``lease``, has a slot that this one waits for, and has precedence."""
+        """A lease with precedence over ``lease`` that holds one of the ``competing_slots``, for which ``lease`` waits.
+        It waits for ``lease`` in turn, so ``lease`` must give up its slot. None if there is no such lease.
+        """
         earlier = itertools.takewhile(lambda other: other is not lease, self._clearing)
         turns = (other for other in self._leases.leases if self._leases.has_exclusive(other))
         every = itertools.chain(earlier, turns)
@@ -342,7 +350,7 @@ class ExclusiveSection:
                 self._executor.saving.say_failed(lease, error)
 
     async def _confirm_running(self) -> None:
-        """Non-streaming answers send no headers before their end: ask the server whether they have begun."""
+        """Ask the server which unstreamed answers have begun: they send no headers before their end."""
         waiting = [
             lease
             for lease in self._leases.leases
@@ -365,9 +373,10 @@ def _may_land_in(lease: Lease, request: Request) -> bool:
 
 
 def _is_prepared(lease: Lease) -> bool:
-    """Whether the slot has all but one token of the request, so that llama-server, which takes the longest common
-    prefix, chooses it. The prefill may have been refused; in a shared namespace, with nothing else there, that only
-    costs time.
+    """Whether the slot has all but one token of the request, so that llama-server, which takes the slot with the
+    longest common prefix, chooses it.
+
+    The prefill may have been refused; in a shared namespace, with nothing else in the slot, that only costs time.
     """
     request, content = lease.request, lease.content
     n_needed = request.n_tokens - 1

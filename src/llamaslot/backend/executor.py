@@ -62,7 +62,7 @@ class _Answer(NamedTuple):
 
 
 class PlanExecutor:
-    """Performs steps on one backend, whose saves are ``saving``."""
+    """Performs the steps of plans on one backend, whose saves are ``saving``."""
 
     def __init__(self, saving: Saving) -> None:
         self.saving = saving
@@ -141,7 +141,7 @@ class PlanExecutor:
     @staticmethod
     def _forecast(lease: Lease, content: Content) -> ReuseForecast:
         """The expected reuse of the slot's present content. Made after save, erase and restore: it equals the plan's
-        figure unless one of them has failed.
+        figure unless one of these steps has failed.
         """
         request, rewind_model = lease.request, lease.table.rewind_model
         n_shared, n_held = (
@@ -172,7 +172,7 @@ class PlanExecutor:
             self.metrics.steps_failed.labels("keep").inc()
 
     async def _carry_out(self, lease: Lease, action: Callable[[], Awaitable[T]]) -> T:
-        """Run a slot action to its end, also if the client leaves. Raises what the action raises."""
+        """Run a slot action to its end, even if the client leaves. Raises what the action raises."""
         lease.begin_action()
         acting = outcome(action, LlamaslotError)  # as a result: the client may have left
         task = self.tasks.spawn(acting, f"{lease.request.id} acts on slot {lease.slot_id}")
@@ -183,7 +183,9 @@ class PlanExecutor:
         return result
 
     async def _act(self, lease: Lease, step: Save | Erase | Restore) -> bool:
-        """True if the step succeeded. Expected failures are logged; BackendDown and BackendRestarted are raised."""
+        """Perform one slot action of the plan. True if it succeeded. Expected failures are logged; BackendDown and
+        BackendRestarted are raised.
+        """
         match step:
             case Save():
                 return await self.saving.save(lease) is not None
@@ -199,7 +201,9 @@ class PlanExecutor:
     async def save_now(
         self, lease: Lease, must_give_way: Callable[[], bool] = never
     ) -> asyncio.Task[WithTokens | None] | None:
-        """Save a slot leased only for that: as ``Saving.save``. Canceling is safe: the save is completed."""
+        """Save a slot that was leased only for that, as ``Saving.save`` does. Canceling is safe: the save is
+        completed.
+        """
         return await self._carry_out(lease, partial(self.saving.save, lease, must_give_way))
 
     # -- erase and restore ---------------------------------------------------------------------------------------
@@ -216,11 +220,13 @@ class PlanExecutor:
         return True
 
     async def erase_now(self, lease: Lease) -> bool:
-        """Erase a slot leased only for that. Canceling is safe: the erase is completed."""
+        """Erase a slot that was leased only for that. Canceling is safe: the erase is completed."""
         return await self._carry_out(lease, partial(self.erase, lease))
 
     async def _restore(self, lease: Lease, snapshot_id: str) -> bool:
-        """Restore a snapshot into the slot, which the previous step has erased."""
+        """Restore a snapshot into the slot, which the previous step has erased. False if it failed; the content is
+        then known all the same.
+        """
         assert self.catalog is not None
         if lease.content != NOTHING:
             return False  # the erase failed: never restore into a slot that is not empty
@@ -290,16 +296,18 @@ class PlanExecutor:
         lease.recorder.record_step(lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
 
     async def refused(self, lease: Lease, status: int) -> None:
-        """llama-server has refused the request's own request: the slot holds what it held before. After a 4xx that is
-        certain. A 500 may be a refusal too (llama-server uses it for some faults of clients) or a failure in the
-        slot: llama-server reports its number of tokens.
+        """Record that llama-server has refused the client's own request: the slot holds what it held before.
+
+        After a 4xx that is certain. A 500 may be a refusal too (llama-server uses it for some faults of clients) or a
+        failure in the slot: then llama-server is asked how many tokens the slot has.
         """
         is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
         lease.finish(lease.before if is_sure else None)
 
     async def stopped(self, lease: Lease, n_found: int, *, is_misplaced: bool = True) -> None:
-        """The request's own request was cancelled before its first token, having found ``n_found`` tokens: wait until
-        the server is idle, and record what it has computed. ``is_misplaced``: that was the reason.
+        """The client's own request was cancelled before its first token, after llama-server had found ``n_found``
+        tokens of it in the slot: wait until the server is idle, and record what it has computed. ``is_misplaced``: it
+        was cancelled because these were too few.
         """
         content = prefilled(
             lease.content or Content(namespace=lease.request.namespace), lease.request.tokens, n_found
@@ -311,8 +319,10 @@ class PlanExecutor:
     def settle(
         self, lease: Lease, reported: ReportedCounts, prefill_stats: PrefillStats | None, left: bytes
     ) -> None:
-        """The request was answered: learn from that, and record what the slot holds now. ``prefill_stats``: what was
-        computed ahead of it here. ``left``: the tokens of the prompt that ran last; empty if unknown.
+        """The request was answered: learn from its figures, and record what the slot holds now.
+
+        ``prefill_stats``: what was computed ahead of the request in this slot. ``left``: the tokens of the prompt that
+        ran last; empty if unknown.
         """
         before = lease.content or Content(namespace=lease.request.namespace)
         self.feedback.answered(lease, reported, prefill_stats)
@@ -322,8 +332,11 @@ class PlanExecutor:
 
 
 def _n_needed(snapshot: WithTokens, lease: Lease) -> int:
-    """How many of the snapshot's tokens are to be restored for the request of ``lease``: those that it shares with the
-    prompt; on a model that cannot rewind up to the last state there, or all if it is a whole file of such a model.
+    """How many of the snapshot's tokens are restored for the request of ``lease``: those that it shares with the
+    prompt.
+
+    A model that cannot rewind is an exception: of a snapshot with states, the tokens up to the last state within the
+    common prefix; of a whole file, all. Raises SnapshotInvalid if there is none.
     """
     n_shared = common(snapshot.tokens, lease.request.tokens)
     states = [part.end for part in snapshot.parts if part.is_state]
@@ -338,8 +351,8 @@ def _n_needed(snapshot: WithTokens, lease: Lease) -> int:
 
 
 def _record_hit(catalog: Catalog, lease: Lease) -> None:
-    """A request has its slot: record a hit of the snapshot of the content that it resumes from, although it needs no
-    restore. A restore is recorded as a hit when it has succeeded.
+    """Record that a request has a slot whose content it resumes from: a hit of that content's snapshot, although it
+    needs no restore. A restore is recorded as a hit when it has succeeded.
     """
     plan, content, request = lease.plan, lease.content, lease.request
     if plan is None or content is None or content.snapshot is None or request.no_cache:

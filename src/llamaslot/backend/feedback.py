@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class ReportedCounts(Struct, frozen=True):
-    """What llama-server reported at the end of an answer to one request; None or 0 if it did not.
+    """The counts that llama-server reported at the end of an answer; None or 0 where it reported none.
 
     ``n_found``: tokens of the prompt that it found in the slot. ``n_prompt``: tokens of the whole prompt, by its
     count. ``n_computed`` of them took ``prompt_s`` seconds, and ``n_predicted`` tokens of answer ``predicted_s``.
@@ -56,8 +56,9 @@ class Feedback:
         self._strikes = Strikes()
 
     def answered(self, lease: Lease, reported: ReportedCounts, prefill_stats: PrefillStats | None) -> None:
-        """Record the answer to the request of ``lease``. ``prefill_stats``: what was computed ahead of it in this
-        slot."""
+        """Learn from the answer to the request of ``lease``. ``prefill_stats``: what was computed ahead of the request
+        in this slot.
+        """
         n_reused = prefill_stats.n_reused if prefill_stats is not None else reported.n_found
         if n_reused is not None and lease.request.tokens:
             self._compare(lease, n_reused)
@@ -68,7 +69,9 @@ class Feedback:
             self.rates.answer.observe(reported.n_predicted, reported.predicted_s)
 
     def progressed(self, table: SlotTable, last: Progress, event: Progress, end: int) -> None:
-        """Record the progress of a prefill of llamaslot's own, up to ``end`` tokens, from ``last`` to ``event``."""
+        """Learn the speed from one more progress event of a prefill of llamaslot's own, ``event`` after ``last``.
+        ``end``: the number of tokens at which the prefill ends.
+        """
         n_tokens = event.processed - last.processed
         if n_tokens >= NEGLIGIBLE_TOKENS:
             self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
@@ -85,7 +88,7 @@ class Feedback:
             self.rates.request.observe(more_s)
 
     def misplaced(self, lease: Lease, n_found: int) -> None:
-        """Record that the slot of ``lease`` held only ``n_found`` tokens of its prompt: so few that the request is
+        """Record that the slot of ``lease`` held only ``n_found`` tokens of the prompt: so few that the request is
         placed again.
         """
         self.metrics.replanned.inc()
@@ -97,7 +100,7 @@ class Feedback:
         )  # fmt: skip
 
     def _compare(self, lease: Lease, n_reused: int) -> None:
-        """Compare the ``n_reused`` tokens of the prompt with its forecast."""
+        """Compare the ``n_reused`` tokens of the prompt with the lease's forecast, and learn from the difference."""
         assert lease.plan is not None
         forecast = lease.forecast
         source = lease.plan.source if n_reused else Source.COLD
@@ -144,8 +147,8 @@ class Feedback:
             table.cache_kind = CacheKind.SWA
 
     def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
-        """Learn from the first restored snapshots that needed a rewind whether files contain checkpoints. True if
-        missing checkpoints (may) explain this failure.
+        """Learn, from the first restored snapshots that needed a rewind, whether slot files contain checkpoints. True
+        if missing checkpoints explain, or may explain, this failure.
         """
         table, forecast = lease.table, lease.forecast
         is_end = forecast.n_usable >= restored.n_tokens

@@ -1,8 +1,8 @@
 """Whether a llama-server is there, awake and to be trusted.
 
-One is not there all the time: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it and
-starts it again when a request comes for its model, or it is one model of a router. One that may hang, or answers with
-errors, gets requests only if no other can take them.
+A server is not there all the time: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it
+and starts it again when a request comes for its model, or it is one model of a router. A server that may hang, or
+answers with errors, gets requests only if no other can take them.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Health(enum.Enum):
 
 
 class ModelLoader(Protocol):
-    """What starts and stops backends, by their names."""
+    """Starts and stops backends on demand, by their names."""
 
     def use_if_loaded(self, name: str) -> bool:
-        """Use the model for a request, if it is loaded: True, and it stays so for a while."""
+        """Whether the model is loaded. If so, it is used for a request now, and stays loaded for a while."""
         ...
 
     async def serving(self, name: str) -> None:
@@ -50,8 +50,8 @@ class ModelLoader(Protocol):
 
 
 class Presence:
-    """``on_demand``: what starts and stops this backend; None if it is always there. ``changes`` rings when its health
-    has changed.
+    """Whether a backend's process is there. ``on_demand``: what starts and stops this backend; None if it is always
+    there. ``changes`` is notified when the backend's health has changed.
     """
 
     def __init__(self, backend: str) -> None:
@@ -72,29 +72,29 @@ class Presence:
 
     @property
     def is_coming(self) -> bool:
-        """Whether it is being loaded on demand."""
+        """Whether the backend is being loaded on demand, or was."""
         return self.on_demand is not None and self.is_awake
 
     @property
     def is_awake(self) -> bool:
-        """Whether there is a process to connect to."""
+        """Whether there is a llama-server process to connect to."""
         return self._is_awake.is_set()
 
     def set(self, *, is_awake: bool) -> None:
-        """Whether there is a process to connect to."""
+        """Record whether there is a llama-server process to connect to."""
         if is_awake:
             self._is_awake.set()
         else:
             self._is_awake.clear()
 
     async def awake(self) -> None:
-        """Wait until there is a process to connect to. Canceling is safe."""
+        """Wait until there is a llama-server process to connect to. Canceling is safe."""
         await self._is_awake.wait()
 
 
 class Proof:
-    """What shows without a question that the process of a session is alive and awake: the connection on which it told
-    its properties a moment ago is still open.
+    """Shows without a question whether the process of a session is alive and awake: it told its properties a moment
+    ago, on a connection that is still open.
     """
 
     def __init__(self, presence: Presence, leases: Leases) -> None:
@@ -103,7 +103,7 @@ class Proof:
         self._told_at = -math.inf
 
     def use(self) -> bool:
-        """Use the backend, if it is known to be alive and awake: True."""
+        """Whether the backend is known to be alive and awake. If so, it is used for a request now."""
         props = self._props
         return (
             props is not None
@@ -114,7 +114,7 @@ class Proof:
         )
 
     def renew(self, props: Props) -> None:
-        """The process has just told ``props``."""
+        """Record that the process has just told ``props``; no proof if it sleeps."""
         if not props.is_sleeping:
             self._props, self._told_at = props, self._leases.now()
 
@@ -123,8 +123,8 @@ class Proof:
 
 
 def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
-    """llama-server sleeps, or not: then it has unloaded its model, and the content of its idle slots is gone
-    (measured).
+    """Record whether llama-server sleeps. If it does, it has unloaded its model, and the content of its idle slots is
+    gone (measured).
     """
     leases.is_asleep = is_asleep
     table = leases.table
@@ -140,9 +140,10 @@ def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
 
 
 class Suspicion:
-    """A circuit breaker. Silence is forgiven with the next answer to a question, an error after a pause: then a request
-    tries the backend again, and goes to another one if that fails too. Each pause is twice the last, until a request
-    was answered.
+    """A circuit breaker: while a backend is suspect, requests go to other backends.
+
+    A silent one is suspect until it answers a question; one that has failed, for a pause. Then a request tries it
+    again, and goes to another backend if that fails too. Each pause is twice the last, until a request was answered.
     """
 
     def __init__(self, leases: Leases) -> None:
@@ -150,13 +151,15 @@ class Suspicion:
         self._n_errors, self._until = 0, -math.inf
 
     def begin(self) -> None:
-        """It may hang. Idempotent."""
+        """Suspect the backend: it may hang. Idempotent."""
         if self._leases.table is not None and not self._leases.is_suspect:
             self._leases.is_suspect = True
             self._leases.dispatch()
 
     def blame(self, error: UpstreamError) -> None:
-        """It has failed at what another backend can do, or at a question of llamaslot's own."""
+        """Suspect the backend for a pause: it has failed at a request that another one can take, or at a question of
+        llamaslot's own.
+        """
         pause_s = min(_PAUSE_S * 2 ** min(self._n_errors, 30), _PAUSE_AT_LAST_S)
         self._n_errors, self._until = self._n_errors + 1, self._leases.now() + pause_s
         log.warning(
@@ -166,11 +169,11 @@ class Suspicion:
         self.begin()
 
     def has_worked(self) -> None:
-        """It has answered a request."""
+        """The backend has answered a request: the next pause is short again."""
         self._n_errors = 0
 
     def end(self) -> None:
-        """It has answered a question. No effect during a pause."""
+        """The backend has answered a question: trust it again. No effect during a pause."""
         if self._leases.is_suspect and self._leases.now() >= self._until:
             self._leases.is_suspect = False
             self._leases.dispatch()

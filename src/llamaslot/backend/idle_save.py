@@ -22,7 +22,9 @@ _LOOK_EVERY_S = 0.5
 
 
 class IdleSave:
-    """One task per backend. It leases a slot only while no client needs the backend, for as long as its save takes."""
+    """The task of one backend that saves idle slots. It leases a slot only while no client needs the backend, for as
+    long as the save takes.
+    """
 
     def __init__(self, leases: Leases, executor: PlanExecutor, idle_save_s: float) -> None:
         self._leases, self._executor, self.idle_save_s = leases, executor, idle_save_s
@@ -31,7 +33,7 @@ class IdleSave:
         self._failed: dict[Slot, bytes] = {}
 
     async def run(self) -> None:
-        """Runs until cancelled; a running save is then completed."""
+        """Save slots, one after the other, until cancelled; a running save is then completed."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._leases.idle_s >= self.idle_save_s:
@@ -41,7 +43,7 @@ class IdleSave:
 
     async def save_all(self) -> int:
         """Save every idle slot that is worth it, for a clean stop; also those that could not be saved before. Returns
-        their number.
+        the number of saved slots.
         """
         table, n_saved = self._leases.table, 0
         self._failed.clear()
@@ -73,8 +75,8 @@ class IdleSave:
         return self._leases.try_lease(slot, request)
 
     async def _save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """Save the slot, which is given back before the commit. None if that failed: then not again until its content
-        has changed.
+        """Save the slot, which is given back before the commit. None if that failed: then the slot is not tried again
+        until its content has changed.
         """
         assert lease.slot is not None
         has_given_way = False
@@ -100,13 +102,15 @@ class IdleSave:
         return snapshot
 
     def _has_requests(self) -> bool:
-        """A request has come while space was being reserved: it must not wait for this save, nor may its stream
-        pause.
+        """Whether a request has come while space was being reserved: it must not wait for this save, nor may its
+        stream pause.
         """
         return self._leases.idle_s == 0
 
     def _next(self) -> Slot | None:
-        """The slot whose loss would cost most."""
+        """The slot to save next: the one with most tokens. None if no slot is worth a save, or all such saves have
+        failed.
+        """
         table = self._leases.table
         if table is None:
             return None
@@ -115,7 +119,7 @@ class IdleSave:
         return max(worth, key=lambda slot: slot.content.n_tokens, default=None)
 
     def worth_saving(self) -> list[Slot]:
-        """The idle slots whose content is not on disk and worth it."""
+        """The idle slots whose content is not on disk and is worth a save."""
         table = self._leases.table
         slots = table.slots if table is not None else []
         return [

@@ -1,6 +1,5 @@
-"""A lease: the right of one request to one slot, as a table of states.
-
-It changes only by its own methods, and tells its ``Owner`` when it changes and when it ends.
+"""A lease: the right of one request to one slot, as a table of states. A lease changes only by its own methods, and
+tells its ``Owner`` when it changes and when it ends.
 """
 
 from __future__ import annotations
@@ -47,27 +46,27 @@ _LITTLE_S = 2.0  # to the first token of a small request; longer if only longer 
 
 
 class Owner(Protocol):
-    """Grants leases and is notified by them. Synchronous: it must not await, nor change the lease."""
+    """Grants leases, and is notified of their changes. Must not await, nor change the lease."""
 
     def on_change(self, lease: Lease) -> None:
-        """Other requests may have to yield to it now, or no longer have to."""
+        """Other requests may have to yield to the lease's request now, or no longer have to."""
 
     def on_look_again(self, lease: Lease) -> None:
-        """A placement that depended on it may be different now: place the waiting requests again, soon."""
+        """Waiting requests may be placed otherwise now that this lease has changed: place them again, soon."""
 
     def on_end(self, lease: Lease) -> None:
-        """It has ended: its slot is free (RELEASED), or llama-server may still work in it (DRAINING)."""
+        """The lease has ended: its slot is free (RELEASED), or llama-server may still work in it (DRAINING)."""
 
 
 class Lease:
-    """``release`` is synchronous, idempotent, and allowed in every state; ``with`` calls it.
+    """The right of one request to one slot. ``release`` is idempotent, and allowed in every state; ``with`` calls it.
 
     ``plan`` is None for llamaslot's own work, and if llama-server chooses the slot; ``slot`` is None until
     llama-server has done so. ``content``: what the slot holds, as far as known; None if unknown. ``before``: what it
     held when the request itself was sent. ``restored``: the snapshot that was restored into the slot. ``n_done``:
-    tokens of its prompt that are present, as far as known. ``sent_at``: when the request itself was sent.
-    ``came_at``, ``n_preempted``: since when it waits, and how often it was preempted. ``was_computing``: it was
-    released while llama-server computed its prompt.
+    tokens of the prompt that are present, as far as known. ``sent_at``: when the request itself was sent. ``came_at``,
+    ``n_preempted``: since when the request waits, and how often it was preempted. ``was_computing``: the lease was
+    released while llama-server computed the prompt.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Lease:
         self.release()
 
     def _become(self, event: LeaseEvent) -> None:
-        """Apply one transition of the table. Raises IllegalTransition naming state and event."""
+        """Apply the transition that the table gives for ``event``. Raises IllegalTransition naming state and event."""
         try:
             self.state = NEXT[self.state, event]
         except KeyError:
@@ -143,7 +142,7 @@ class Lease:
 
     @property
     def slot_name(self) -> str:
-        """The name of its slot in log lines: ``<backend>/<number>``."""
+        """The name of the leased slot in log lines: ``<backend>/<number>``."""
         return str(self.slot_key)
 
     @property
@@ -153,12 +152,12 @@ class Lease:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether llama-server may be working in its slot. Closing the connection ends that, with a delay."""
+        """Whether llama-server may be working in the leased slot. Closing the connection ends that, with a delay."""
         return self.slot is not None and (self.state in AT_WORK or self._is_left_at_work)
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether llama-server has begun with what was sent last."""
+        """Whether llama-server has begun with what was sent to it last for this lease."""
         return self._is_confirmed
 
     @property
@@ -172,30 +171,30 @@ class Lease:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is llamaslot's own work (a save, a probe) and not a client's."""
+        """Whether the lease is for llamaslot's own work (a save, a probe), not for a client's request."""
         return self.plan is None and self.slot is not None and not self.request.is_exclusive
 
     @property
     def is_in_line(self) -> bool:
-        """Whether its long prefill waits for its first turn."""
+        """Whether the request has a long prefill that waits for its first turn."""
         return self._long_prefill is LongPrefill.WAITING and not self.is_released
 
     @property
     def can_stop(self) -> bool:
-        """Whether its slot can be taken for another user's request."""
+        """Whether the request may be stopped to give its slot to another user's request."""
         return self._preemption is not Preemption.FORBIDDEN
 
     @property
     def is_preempted(self) -> bool:
-        """Whether its slot is to be taken for another user's request."""
+        """Whether the request is to give its slot to another user's request."""
         return self._preemption is Preemption.REQUESTED
 
     @property
     def is_latency_sensitive(self) -> bool:
-        """True while its first token is only a short time away, so that long prefills must yield to it.
+        """True while the request's first token is only a short time away, so that long prefills must yield to it.
+        False once it waits for an exclusive section, and once its answer has not begun for a while.
 
-        False once it waits for an exclusive section, and once its answer has not begun for a while. Of a request with
-        a long prefill only the slot actions count: each would wait for a batch of another prefill.
+        Of a request with a long prefill only the slot actions count: each would wait for a batch of another prefill.
         """
         if self.state in NEVER_FIRST:
             return False
@@ -210,7 +209,7 @@ class Lease:
         return is_sent if self.request.is_exclusive else self.plan is not None
 
     def check_current(self) -> None:
-        """Raises BackendRestarted if its llama-server process is gone: the number belongs to another slot now."""
+        """Raise BackendRestarted if the process of the slot is gone: the number is another slot's now."""
         if not self.table.is_current:
             raise BackendRestarted
 
@@ -221,34 +220,34 @@ class Lease:
         self.content = content
 
     def set_restored(self, snapshot: WithTokens, content: Content) -> None:
-        """Record that ``snapshot``, or as much of it as ``content`` has, was restored into the slot."""
+        """Record that ``snapshot``, or the part of it that is in ``content``, was restored into the slot."""
         is_other = self.is_other_conversation(content.n_tokens, snapshot.n_tokens)
         self.restored = snapshot.cut(content.n_tokens)
         self.content = replace(content, snapshot=None) if is_other else content
 
     def clear_restored(self) -> None:
-        """From now on a shortfall of reuse is not the restored snapshot's fault."""
+        """From now on a shortfall of reuse does not count against the restored snapshot."""
         self.restored = None
 
     def set_forecast(self, forecast: ReuseForecast) -> None:
-        """Record the expected reuse, after its slot actions."""
+        """Record the expected reuse, once the slot actions are over."""
         self.forecast = forecast
 
     def end_pending_save(self) -> None:
-        """The save at the beginning of its plan has ended, successful or not. Idempotent."""
+        """The save at the beginning of the plan has ended, successful or not. Idempotent."""
         if self._leaving is not None:
             self.table.end_pending_save(self._leaving)
 
     def stop_keeping(self) -> None:
-        """A shared-prefix snapshot could not be saved: this request saves no more of them."""
+        """A shared-prefix snapshot could not be saved: save no more of them for this request."""
         self.can_keep = False
 
     def set_progress(self, n_done: int) -> None:
-        """Record that ``n_done`` tokens of its prompt are present."""
+        """Record that ``n_done`` tokens of the prompt are present in the slot."""
         self.n_done = n_done
 
     def replace_steps(self, steps: tuple[Step, ...]) -> None:
-        """Replace the steps of its plan, none of which has begun."""
+        """Replace the steps of the plan, none of which has begun."""
         assert self.plan is not None, "it has a plan"
         self.plan = dataclasses.replace(self.plan, steps=steps)
 
@@ -269,22 +268,22 @@ class Lease:
             self._become(LeaseEvent.ACTED)
 
     def lose_track(self) -> None:
-        """During an action: the slot's content is unknown now, and llama-server may work on after the action."""
+        """During a slot action: the content is unknown now, and llama-server may work on after the action."""
         self.content, self._is_left_at_work = None, True
 
     def plan_prefill(self, *, is_long: bool) -> None:
-        """Its slot actions are over. ``is_long``: the prefill ahead of its request is long."""
+        """The slot actions are over. ``is_long``: the prefill ahead of the request takes long."""
         if not is_long:
             self.end_prefill()
         elif self._long_prefill is LongPrefill.NONE:
             self._long_prefill, self.is_long = LongPrefill.WAITING, True
 
     def take_prefill_turn(self) -> None:
-        """Its long prefill has its turn: after the first one another long prefill may get a slot to wait in."""
+        """The long prefill has its turn; after the first, another one may get a slot to wait in."""
         self._leave_line(LongPrefill.RUNNING)
 
     def end_prefill(self) -> None:
-        """The prefill ahead of its request is over."""
+        """The prefill ahead of the request is over."""
         self._leave_line(LongPrefill.NONE)
 
     def _leave_line(self, after: LongPrefill) -> None:
@@ -294,7 +293,7 @@ class Lease:
             self._owner.on_look_again(self)
 
     def begin_prefill(self) -> None:
-        """A part of its prompt is being sent. Raises BackendRestarted."""
+        """A part of the prompt is being sent. Raises BackendRestarted."""
         self.check_current()
         self._become(LeaseEvent.PREFILL)
         self._cut_back()
@@ -302,11 +301,11 @@ class Lease:
     # -- the request itself --------------------------------------------------------------------------------------
 
     def begin_wait(self) -> None:
-        """It waits until llama-server can choose only the right slots for it."""
+        """The request waits until llama-server can choose only the right slots for it."""
         self._become(LeaseEvent.WAIT)
 
     def end_wait(self) -> None:
-        """It no longer waits. No effect if it was released meanwhile."""
+        """The request no longer waits for the right slots. No effect if the lease was released meanwhile."""
         if not self.is_released:
             self._become(LeaseEvent.ADMIT)
 
@@ -320,7 +319,7 @@ class Lease:
             self._cut_back()
 
     def _cut_back(self) -> None:
-        """Until the server confirms that it has begun, only the common prefix of old and new tokens is certain."""
+        """Only the common prefix of old and new tokens is certain until the server has confirmed its begin."""
         self._is_confirmed = False
         if (content := self.content) is None:
             return
@@ -332,7 +331,7 @@ class Lease:
             self.content = self._in_its_space(content)
 
     def is_other_conversation(self, n_common: int, n_tokens: int) -> bool:
-        """Whether only the beginning of these is common: then their snapshot does not belong to this one."""
+        """Whether the request has no more in common with a content of ``n_tokens`` than conversations usually have."""
         return n_common <= self.request.n_system + NEGLIGIBLE_TOKENS < n_tokens
 
     def _in_its_space(self, content: Content) -> Content:
@@ -340,7 +339,7 @@ class Lease:
         return content if content.namespace == namespace else replace(content, namespace=namespace)
 
     def land(self, *, is_confirmed: bool) -> None:
-        """llama-server has chosen its slot for a request (``is_confirmed``), or may have: its content is unknown."""
+        """llama-server has chosen this slot for a request (``is_confirmed``), or may have: its content is unknown."""
         if self.state is LeaseState.PREPARING:
             self._become(LeaseEvent.SEND)
             self.sent_at, self._is_confirmed = self.now(), False
@@ -359,7 +358,7 @@ class Lease:
                 self.table.begin_answer(self.slot, self.now())
 
     def confirm(self, content: Content) -> None:
-        """llama-server has begun with what was sent: the slot holds at most ``content``."""
+        """llama-server has begun with what was sent to it: the slot holds at most ``content``."""
         self.content, self._is_confirmed = self._in_its_space(content), True
         self.mark_processing()
 
@@ -371,7 +370,7 @@ class Lease:
             self._owner.on_change(self)
 
     def finish(self, content: Content | None) -> None:
-        """llama-server is done with what was sent, and the slot holds ``content``."""
+        """llama-server has finished what was sent to it, and the slot holds ``content``."""
         self._become(LeaseEvent.PREFILLED if self.state is LeaseState.PREFILLING else LeaseEvent.SETTLE)
         self.content, self._is_left_at_work = content, False
 
@@ -382,13 +381,13 @@ class Lease:
             self._preemption = Preemption.ALLOWED
 
     def forbid_preemption(self) -> None:
-        """It can no longer be stopped: if it was to be, another one may be chosen."""
+        """The request cannot be stopped any more: if it was to be, another may be chosen for that."""
         was_preempted, self._preemption = self.is_preempted, Preemption.FORBIDDEN
         if was_preempted:
             self._owner.on_look_again(self)
 
     def preempt(self, *, is_wanted: bool) -> None:
-        """Request its slot for another user, or (``is_wanted`` false) withdraw that. No effect unless it can stop."""
+        """Ask a request that can stop to give up its slot, or (``is_wanted`` false) withdraw that."""
         if self._preemption is not Preemption.FORBIDDEN:
             self._preemption = Preemption.REQUESTED if is_wanted else Preemption.ALLOWED
             if is_wanted and self._stop is not None:
@@ -412,15 +411,15 @@ class Lease:
             self._stop = None
 
     def raise_if_preempted(self, prefill_stats: PrefillStats | None) -> None:
-        """Raises Preempted if its slot is needed for another user. llama-server must not be working in it."""
+        """Raise Preempted if the slot is for another user now. llama-server must not be working in it."""
         if self.is_preempted:
             raise Preempted(prefill_stats, self.came_at, self.n_preempted + 1)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Release the slot: immediately, or when the present action has ended, or when llama-server is done with the
-        work left in it. Idempotent.
+        """Release the slot: at once, after the present slot action, or when llama-server is done with what is left in
+        the slot. Idempotent.
         """
         if self.is_released:
             return

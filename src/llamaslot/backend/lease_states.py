@@ -118,10 +118,10 @@ STOPPED: Literal[Stopped.STOPPED] = Stopped.STOPPED
 
 
 class RetryPlacement(Exception):
-    """The request needs another place: its slot is not as expected, or is needed for another purpose.
+    """Raised when a request needs another place: its slot is not as expected, or is needed for another purpose. The
+    slot's content is known, and computed tokens stay in it. ``prefill_stats``: what was done for the request so far.
 
-    The slot's content is known, and computed tokens stay in it. ``prefill_stats``: what was done for the request so
-    far. It is an exception because it ends the steps of a plan at any depth, through context managers that release what
+    It is an exception because it ends the steps of a plan at any depth, through context managers that release what
     they hold; as a result it would have to pass four callers that can do nothing with it. Not a LlamaslotError: no
     client sees it.
     """
@@ -132,9 +132,8 @@ class RetryPlacement(Exception):
 
 
 class Preempted(RetryPlacement):
-    """Its slot is for a user that has fewer: the request returns to its place in the queue, by ``came_at``.
-
-    ``n_times``: how often it was preempted. An exception for the same reason as ``RetryPlacement``.
+    """Raised to give up a slot for a user that has fewer: the request returns to its place in the queue, by
+    ``came_at``. ``n_times``: how often it was preempted. An exception for the same reason as ``RetryPlacement``.
     """
 
     def __init__(self, prefill_stats: PrefillStats | None, came_at: float, n_times: int) -> None:

@@ -1,5 +1,5 @@
 """The leases of one backend, and its exclusive section: one request at a time for which llama-server chooses slots,
-while no other may be between two steps.
+while no other request may be between two steps.
 
 Bookkeeping only, without an await. The pool of backends decides which request gets a slot next.
 """
@@ -27,15 +27,15 @@ from llamaslot.tasks import ChangeEvent
 
 
 class Admission(Protocol):
-    """The interface of the pool that a backend belongs to."""
+    """The interface of a pool to the backends in it."""
 
     @property
     def n_waiting(self) -> int:
-        """The number of requests in the queue."""
+        """The number of requests in the pool's queue."""
         ...
 
     def dispatch(self) -> None:
-        """Something has changed: lease slots to waiting requests."""
+        """Something has changed: give slots to waiting requests where possible."""
         ...
 
     def snapshots_in_demand(self) -> set[str]:
@@ -43,11 +43,11 @@ class Admission(Protocol):
         ...
 
     def recorder(self, request: Request) -> DecisionRecorder:
-        """The journal record of ``request``."""
+        """The recorder that writes the journal entry of ``request``."""
         ...
 
     def paid(self, charge: Charge | None) -> None:
-        """The slots charged to a user are free. The caller dispatches."""
+        """The slots that were charged to a user are free: end the charge. The caller dispatches."""
         ...
 
 
@@ -55,7 +55,7 @@ class Leases:
     """The leases of one backend. ``table``: the slots of the connected llama-server process, None without one."""
 
     def __init__(self, backend: str, admission: Admission, now: Callable[[], float]) -> None:
-        """``admission``: of the pool that it belongs to at first."""
+        """``admission``: the interface of the pool to which the backend belongs at first."""
         self.backend, self.admission, self.now = backend, admission, now
         self.table: SlotTable | None = None
         self.leases: dict[Lease, None] = {}  # ordered: among equals the first one is chosen
@@ -84,7 +84,7 @@ class Leases:
         return self.admission.n_waiting
 
     def held(self) -> Iterator[Lease]:
-        """The leases of present slots."""
+        """The leases whose slots belong to the connected llama-server process."""
         return (lease for lease in self.leases if lease.table is self.table and lease.slot is not None)
 
     @property
@@ -95,7 +95,7 @@ class Leases:
 
     @property
     def unused_s(self) -> float:
-        """The seconds since llama-server has worked for a client, 0 while it does."""
+        """The seconds since llama-server last worked for a client; 0 while it does."""
         return 0.0 if any(lease.is_running for lease in self.leases) else self.now() - self._worked_at
 
     @property
@@ -107,22 +107,24 @@ class Leases:
 
     @property
     def prefilled_s(self) -> float:
-        """The seconds so far in which llama-server has computed prompts ahead of their requests."""
+        """The seconds in all, since the start, in which llama-server has computed prompts ahead of their requests."""
         return self._prefilled_s + (self.now() - self._prefilling_since if self._n_prefilling else 0.0)
 
     @property
     def is_open(self) -> bool:
-        """Whether a request may begin its first step here: connected, and no exclusive request keeps others out."""
+        """Whether a request may begin its first step on this backend: it is connected, and no exclusive request keeps
+        others out.
+        """
         return self.table is not None and not (self.is_gate_shut or self.is_drained or self.is_leaving)
 
     @property
     def is_coming(self) -> bool:
-        """Whether llama-server is being connected to, so that requests may begin here soon."""
+        """Whether llama-server is being connected to, so that requests may begin soon."""
         return self.table is None and self.down is None and not self.is_drained
 
     @property
     def why_not(self) -> str | None:
-        """Why no request can begin here; None while one can, now or soon."""
+        """Why no request can begin on this backend; None while one can, now or soon."""
         if self.is_drained:
             return f"{self.backend} is drained: 'llamaslot undrain {self.backend}' ends that"
         return str(self.down) if self.down is not None else None
@@ -142,12 +144,14 @@ class Leases:
     # -- life of the table ---------------------------------------------------------------------------------------
 
     def attach(self, table: SlotTable) -> None:
-        """llama-server is up, with these slots."""
+        """llama-server is connected, with the slots in ``table``."""
         self.table, self.down, self.is_suspect, self.is_asleep = table, None, False, False
         self.dispatch()
 
     def detach(self, error: BackendDown | None = None) -> None:
-        """The slots are gone. Their leases end by themselves, without effect. With ``error`` the backend is down."""
+        """The slots of llama-server are gone. Their leases end by themselves, without effect. With ``error`` the
+        backend is down.
+        """
         self.down = error
         if self.table is not None:
             self.table.is_current = False
@@ -155,8 +159,8 @@ class Leases:
         self.table = None
 
     def move(self, admission: Admission) -> None:
-        """Belong to another pool from now on. What users were charged for leases of a past table is paid to the old
-        one.
+        """The backend belongs to another pool from now on. What users were charged for leases of a past table is
+        settled with the old pool.
         """
         assert self.table is None, "only between two processes, or two models"
         if admission is not self.admission:
@@ -177,8 +181,9 @@ class Leases:
         came_at: float | None = None,
         n_preempted: int = 0,
     ) -> Lease:
-        """Lease ``slot``; None for an exclusive request whose slot llama-server will choose. ``recorder``: its journal
-        record, by default a new one. Raises KeyError, and leases nothing, if the plan's snapshot is gone.
+        """Lease ``slot`` to a request; None for an exclusive request whose slot llama-server will choose.
+        ``recorder``: of the request's journal entry, by default a new one. Raises KeyError, and leases nothing, if the
+        plan's snapshot is gone.
         """
         assert self.table is not None, "only what is attached has slots"
         source = plan.snapshot if plan is not None else None
@@ -194,7 +199,7 @@ class Leases:
         return lease
 
     def try_lease(self, slot: Slot, request: Request) -> Lease | None:
-        """Lease an idle slot for work of our own (a save, a probe); None if a request waits for one."""
+        """Lease an idle slot for work of llamaslot's own (a save, a probe); None if a request waits for a slot."""
         if self.table is None or self.is_gate_shut or not slot.is_idle:
             return None
         if self.n_waiting and not (self.is_drained or self.is_leaving):
@@ -202,8 +207,8 @@ class Leases:
         return self.grant(slot, request)
 
     def lease_competitor(self, slot: Slot, lease: Lease) -> Lease | None:
-        """Lease an idle slot in order to erase it for the request of ``lease``. Also during an exclusive section, which
-        waits for that request too.
+        """Lease an idle slot in order to erase it, so that llama-server chooses the slot of ``lease``. Also during an
+        exclusive section, which waits for that request too.
         """
         if self.table is not lease.table or not slot.is_idle:
             return None
@@ -218,7 +223,7 @@ class Leases:
         return [self.grant(slot, request) for slot in idle]
 
     def charge(self, lease: Lease, charge: Charge | None) -> None:
-        """Charge its user until it ends, or until its slot has drained."""
+        """Charge the lease's slot time to its user until the lease ends, or until its slot has drained."""
         if charge is not None:
             self._charges[lease] = charge
 
@@ -229,7 +234,7 @@ class Leases:
         self._n_prefilling += 1
 
     def prefill_ended(self) -> None:
-        """A chunk is over."""
+        """llama-server has finished one chunk of a prompt."""
         self._prefilled_s, self._prefilling_since = self.prefilled_s, self.now()
         self._n_prefilling -= 1
 
@@ -271,7 +276,7 @@ class Leases:
         return self.is_exclusive_wanted and self.exclusive is not lease.request
 
     def is_prefilling(self, lease: Lease) -> bool:
-        """Whether a long prefill of another request runs or waits for its turn."""
+        """Whether a long prefill of another request runs, or waits for its turn."""
         if self.table is not lease.table:
             return False  # there is nothing to wait for any more
         return any(other.is_long for other in self.leases if other.table is self.table and other is not lease)
@@ -284,18 +289,18 @@ class Leases:
             self.changes.notify()
 
     def pause_admission(self, lease: Lease) -> None:
-        """From now on no other request begins its first step."""
+        """From now on no other request begins its first step on this backend."""
         assert self.exclusive is lease.request, "only the exclusive request"
         self.is_gate_shut = True
 
     def resume_admission(self, lease: Lease) -> None:
-        """Others may go on, as before ``request_exclusive``; the request still waits."""
+        """Other requests may begin again, as before ``request_exclusive``; the exclusive request still waits."""
         assert self.exclusive is lease.request, "only the exclusive request"
         self.is_gate_shut = self.is_exclusive_wanted = False
         self.dispatch()
 
     def has_waited(self, lease: Lease) -> None:
-        """While it waited, a request without a slot of its own used none: its user is not charged for that time."""
+        """A request without a slot of its own has waited until now: its user is not charged for that time."""
         if lease.slot is None and lease in self._charges:
             self._charges[lease] = replace(self._charges[lease], at=self.now())
 

@@ -13,7 +13,7 @@ from llamaslot.scheduling.plan import PrefillStats
 
 
 class Prefilling(Struct, frozen=True):
-    """The progress of a prompt of ``n_tokens``: ``n_done`` tokens are present, of which ``n_reused`` were before,
+    """The progress of a prefill: of ``n_tokens``, ``n_done`` are present, of which ``n_reused`` were there before,
     after ``seconds`` of computing.
     """
 
@@ -69,7 +69,7 @@ class LongPrompt(Struct, eq=False):
 
     @property
     def users(self) -> set[str]:
-        """Its user, and those that wait for a shared prefix from it."""
+        """The user of the prompt, and the users whose requests wait for a shared prefix from it."""
         return {self.user, *self.lease.table.users_awaiting(self.lease.slot_id)}
 
     @property
@@ -86,7 +86,9 @@ class LongPrompt(Struct, eq=False):
 
     @property
     def target(self) -> int:
-        """The next stop: one of its own, or a shared prefix that other requests wait for."""
+        """The number of tokens at which the prefill stops next: a stop of its own, or the end of a shared prefix that
+        other requests wait for.
+        """
         stops = [*self.stops, *self.lease.table.expected_trunks(self.lease.slot_id)]
         return min(
             (at for at in stops if at > self.at or (at == self.at and not self.has_begun)), default=self.last

@@ -57,7 +57,7 @@ _SURELY_S = 8.0  # of computing, before a prefill makes room for an exclusive re
 
 
 class _Why(enum.Enum):
-    """Why a prefill waits."""
+    """Why a long prefill does not go on now."""
 
     OTHER_PREFILL = "another prompt"
     FIRST = "a request that answers soon"
@@ -65,7 +65,7 @@ class _Why(enum.Enum):
 
 
 class ChunkedPrefill(Struct):
-    """The long prefills of one backend."""
+    """Computes the long prefills of one backend in chunks."""
 
     api: LlamaServer
     rates: Rates
@@ -162,7 +162,7 @@ class ChunkedPrefill(Struct):
         long.waited_s += self.now() - began
 
     def _waits(self, long: LongPrompt) -> tuple[_Why, float | None] | None:
-        """Why it waits, and for how many seconds at most (None: until a change). None if ``long`` is next."""
+        """Why the prefill must wait, and the seconds at most (None: until a change). None if it may go on."""
         if self._current is not None or self._next() is not long:
             return _Why.OTHER_PREFILL, None
         now, sharing = self.now(), _sharing(long)
@@ -191,13 +191,14 @@ class ChunkedPrefill(Struct):
         return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.starvation_s)]
 
     def _owed_s(self, long: LongPrompt) -> float:
-        """What its user has received less than its share, or the user that has received least of those that wait for a
-        shared prefix from it: they would compute it themselves instead."""
+        """How far the prefill's user is behind its share, or the one furthest behind of those that wait for a shared
+        prefix from it: they would compute the prefix themselves instead.
+        """
         owed_s = (self._time.owed_s(user) for user in long.users - {long.user})
         return max([self._time.owed_s(long.user) + long.counted_s, *owed_s])
 
     def _pending(self, long: LongPrompt, now: float) -> Pending:
-        """The remaining work counts to the point where other requests can resume, if any wait for that."""
+        """The prefill as the policy compares it: if requests wait for a shared prefix, the work up to there counts."""
         shared = [at for at in long.lease.table.expected_trunks(long.lease.slot_id) if at > long.at]
         left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
         computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
@@ -226,7 +227,7 @@ class ChunkedPrefill(Struct):
         return sum(lease.is_decoding for lease in self._others(long))
 
     def _make_room(self, long: LongPrompt) -> None:
-        """Raises RetryPlacement if an exclusive request has waited long enough."""
+        """Raise RetryPlacement if an exclusive request has waited long enough for this slot."""
         left_s = self.rates.prefill.seconds(long.at, long.last)
         is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_yield_s
         if is_long_enough and self.leases.is_exclusive_waiting(long.lease):
@@ -235,7 +236,8 @@ class ChunkedPrefill(Struct):
     # -- a chunk -------------------------------------------------------------------------------------------------
 
     async def _compute_chunk(self, long: LongPrompt) -> bool:
-        """Compute one chunk; False if llama-server refused it. ``long.at`` is then the number of tokens present.
+        """Compute one chunk of ``long``; False if llama-server refused it. ``long.at`` is then the number of tokens
+        present.
 
         Raises RetryPlacement as ``run`` does.
         """
@@ -291,7 +293,7 @@ class ChunkedPrefill(Struct):
         return not n_batch or batches_s > _sharing(long).chunk_s
 
     def _end_of(self, long: LongPrompt) -> int:
-        """The token up to which the chunk is sent."""
+        """The token up to which the next chunk of ``long`` is sent."""
         if not long.is_cut:
             return long.target
         rate, begin = self.rates.prefill, long.at
@@ -303,8 +305,8 @@ class ChunkedPrefill(Struct):
         return chunk_end(begin, long.target, reached)
 
     async def _compute(self, long: LongPrompt) -> bool:
-        """Run the chunk. The slot's content is known at its end, however it ends. True if it ended because the slot
-        had much less than expected.
+        """Have the chunk computed. The slot's content is known at its end, however it ends. True if it was stopped
+        because the slot had much less than expected.
         """
         lease = long.lease
         tokens, before = head(lease.request.tokens, long.end), lease.content or NOTHING
@@ -366,7 +368,7 @@ class ChunkedPrefill(Struct):
     # -- interruption --------------------------------------------------------------------------------------------
 
     def _reconsider(self) -> None:
-        """Something has changed: compute when the present chunk must be interrupted."""
+        """Something has changed: compute anew when the running chunk must be interrupted."""
         long = self._current
         if long is not None and long.limit is not None and not long.limit.expired():
             loop = asyncio.get_running_loop()
@@ -374,7 +376,7 @@ class ChunkedPrefill(Struct):
             long.limit.reschedule(None if when is None else max(when - self.now(), 0.0) + loop.time())
 
     def _must_stop_at(self, long: LongPrompt) -> float | None:
-        """When to interrupt it; None: never, or not yet, because it would end as soon without."""
+        """When the running chunk must be interrupted; None: never, or it ends as soon by itself."""
         sharing, now, n_done = _sharing(long), self.now(), long.lease.n_done
         is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
@@ -399,8 +401,8 @@ class ChunkedPrefill(Struct):
         return None
 
     def _is_trunk_ahead(self, long: LongPrompt) -> bool:
-        """Whether other requests wait for a prefix that is present before the chunk ends by itself. A prefix that was
-        passed can only be saved if the model can rewind to it.
+        """Whether other requests wait for a prefix whose end the chunk reaches before it ends by itself. A prefix that
+        was passed can only be saved if the model can rewind to it.
         """
         if long.is_cut or long.target >= long.end:
             return False
@@ -409,8 +411,8 @@ class ChunkedPrefill(Struct):
     # -- trunks --------------------------------------------------------------------------------------------------
 
     def _is_trunk_due(self, long: LongPrompt) -> bool:
-        """Whether other requests wait for what is present now. A prefix that was passed can only be saved if the
-        model can rewind to it.
+        """Whether other requests wait for a prefix that is present now. A prefix that was passed can only be saved if
+        the model can rewind to it.
         """
         lease, table = long.lease, long.lease.table
         due = [at for at in table.expected_trunks(lease.slot_id) if at <= long.at]

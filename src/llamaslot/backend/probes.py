@@ -54,18 +54,20 @@ STALE = (
 
 
 class SlotFiles(Protocol):
-    """Where probes save slots: the catalog, or ``llamaslot doctor``, which keeps none."""
+    """Where probes have slots saved: the snapshot catalog, or a substitute of ``llamaslot doctor``, which keeps no
+    file.
+    """
 
     @property
     def slot_files(self) -> Path:
-        """Where llama-server writes and reads."""
+        """The directory where llama-server writes and reads slot files, as llamaslot sees it."""
         ...
 
     @property
     def snapshots(self) -> Mapping[str, object]: ...
 
     async def reserve(self, size_bytes: int) -> Reservation:
-        """Raises QuotaExceeded and SnapshotInvalid."""
+        """Reserve space for a file of ``size_bytes``. Raises QuotaExceeded and SnapshotInvalid."""
         ...
 
     async def abandon(self, reservation: Reservation) -> None: ...
@@ -86,7 +88,7 @@ class Files(Struct, frozen=True):
 
 
 class Probes:
-    """Probes of one llama-server. ``warnings``: what prevents reuse, each with its cost and its remedy.
+    """Probes one llama-server. ``warnings``: what prevents reuse, each with its cost and its remedy.
 
     Every coroutine raises BackendDown, SlotWedged, UpstreamError and NotUnderstood. Canceling is safe: the slot is
     left with a few dozen meaningless tokens.
@@ -101,7 +103,9 @@ class Probes:
         self.window: int | None = None  # of a sliding window, in tokens; None if no model file tells
 
     async def has_room(self, n_tokens: int) -> bool:
-        """Evict what a file of ``n_tokens`` needs, if anything. False, and nothing is evicted if that cannot help."""
+        """Evict what is necessary for a file of ``n_tokens``. False, and nothing is evicted, if there cannot be enough
+        room.
+        """
         if self.catalog is None:
             return False
         room = await self._quota(self.rates.size_bytes(n_tokens))
@@ -110,9 +114,7 @@ class Probes:
         return room is not None
 
     async def can_save(self, slot: int, n_tokens: int) -> bool:
-        """Whether slot files can be used: verified with one that the server writes. ``n_tokens``: what the slot
-        holds.
-        """
+        """Whether slot files can be used: tried with one that the server writes. ``n_tokens``: what the slot holds."""
         if not n_tokens:
             await self._fill(slot, _FEW)
         if self.catalog is None:
@@ -169,10 +171,11 @@ class Probes:
         return None
 
     async def size(self, slot: int) -> None:
-        """Learn the bytes per token from two small saves: a wrong guess would exceed the quota, or evict everything.
+        """Learn the bytes per token from two small saves: with a wrong guess a save would exceed the quota, or evict
+        everything.
 
-        Not needed if snapshots of this model show it. If there are no snapshots at all, nothing can be evicted for a
-        probe.
+        Not needed if snapshots of this model show the size. If there are no snapshots at all, nothing can be evicted
+        for a probe.
         """
         assert self.catalog is not None
         if self.rates.size.bytes(_MORE) is not None:
@@ -218,7 +221,7 @@ class Probes:
         return cache_kind
 
     async def checkpoints(self, slot: int) -> Files:
-        """Whether a slot file of a model that cannot rewind to any token is useful."""
+        """Whether slot files of a model that cannot rewind to any token are useful."""
         assert self.catalog is not None
         # Their beginning differs from what other probes have left.
         mine, other = meaningless_tokens(102)[8:], meaningless_tokens(101)[4:]
@@ -290,7 +293,9 @@ class Probes:
         return await self._complete(first + head(other, 8), slot) >= _RAM_PROBE // 2
 
     async def _complete(self, tokens: bytes, slot: int | None) -> int:
-        """Compute ``tokens``. Returns the number of reused tokens."""
+        """Compute ``tokens`` as a prompt, in ``slot`` or (None) where llama-server chooses. Returns the number of
+        reused tokens.
+        """
         body: dict[str, Any] = {"prompt": unpack(tokens), "n_predict": 0, "cache_prompt": True}
         if slot is not None:
             body["id_slot"] = slot
@@ -305,8 +310,8 @@ class Probes:
         return tokens
 
     async def _prefill(self, slot: int, tokens: bytes) -> int:
-        """Compute ``tokens``. Returns the number of reused tokens. Learns the speed, and the cost of a request apart
-        from that.
+        """Compute ``tokens`` in ``slot``, as chunks of a prefill are computed. Returns the number of reused tokens.
+        Learns the speed, and what a request costs apart from that.
         """
         n_reused, took_s, now = 0, 0.0, asyncio.get_running_loop().time
         began = now()
@@ -321,7 +326,7 @@ class Probes:
 
 
 def meaningless_tokens(n_tokens: int) -> bytes:
-    """``n_tokens`` meaningless tokens."""
+    """``n_tokens`` tokens for a probe, without meaning."""
     tokens = (probe_tokens(256) * (n_tokens // 50 + 1))[: n_tokens * 4]
     assert count(tokens) == n_tokens
     return tokens

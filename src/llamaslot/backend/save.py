@@ -44,14 +44,14 @@ _N_NEAREST = 8  # snapshots that share most with a new one
 
 
 def never() -> bool:
-    """For a save that yields to nothing."""
+    """``must_give_way`` for a save that yields to no request."""
     return False
 
 
 @dataclass(eq=False)
 class _File:
     """A slot file of ``content`` that llama-server has written for ``lease``. ``is_checked``: its tokens, once it is
-    known to be what was to be saved; ``pending``: its entry while the commit goes on in the background.
+    known to hold what was to be saved. ``pending``: the pending save while the commit goes on.
     """
 
     lease: Lease
@@ -69,7 +69,7 @@ class _File:
 
 
 class Saving:
-    """The saves of one backend. ``fingerprint``: of the model that runs now."""
+    """Saves the slots of one backend. ``fingerprint``: of the model that runs now."""
 
     def __init__(
         self,
@@ -90,9 +90,11 @@ class Saving:
 
     @contextlib.asynccontextmanager
     async def in_turn(self, lease: Lease, seconds: float) -> AsyncIterator[None]:
-        """Run a save or restore of about ``seconds``. Each stops every stream of this llama-server, so there is one
-        at a time, followed by a wait for one batch. While no answer is being decoded, actions shorter than that wait
-        take no turns: all that are due run between the same two batches.
+        """Run a save or restore that takes about ``seconds`` in the block.
+
+        Each of these stops every stream of this llama-server, so they run one at a time, each followed by a wait for
+        one batch. While no answer is being decoded, actions shorter than that wait take no turns: all that are due run
+        between the same two batches.
         """
         is_decoding = any(other.is_decoding for other in self.leases.leases if other is not lease)
         if is_decoding or seconds > self.rates.save_delay.seconds:
@@ -104,12 +106,12 @@ class Saving:
     async def save(
         self, lease: Lease, must_give_way: Callable[[], bool] = never
     ) -> asyncio.Task[WithTokens | None] | None:
-        """Save the slot's content as a snapshot. Returns its commit, once llama-server's file is known to hold that
-        content: the slot may be used again. Until the commit has ended the content is found as a pending save. None if
-        it failed: the slot keeps its content. ``must_give_way`` is called just before the file is written: True cancels
-        the save.
+        """Save the slot's content as a snapshot. Returns the task of its commit, once the file is known to hold that
+        content: the slot may be used again, and the content is a pending save until the commit has ended. None if the
+        save failed: the slot keeps its content.
 
-        Raises SlotWedged if the slot had to be rewound first, and llama-server sent nothing.
+        ``must_give_way`` is called just before the file is written: True cancels the save. Raises SlotWedged if the
+        slot had to be rewound first, and llama-server sent nothing.
         """
         if self.catalog is None or lease.content is None:
             return None
@@ -132,7 +134,7 @@ class Saving:
         return commit
 
     def _has_ended(self, lease: Lease, content: Content, snapshot: WithTokens | None) -> None:
-        """The commit of the slot's ``content`` has ended, without an await since it became a snapshot."""
+        """Mark the slot after the commit of ``content``, and drop the snapshot that the new one supersedes."""
         table = lease.table
         old = table.snapshot(content.snapshot) if content.snapshot else None
         self._mark(lease, content, snapshot)
@@ -143,9 +145,9 @@ class Saving:
             self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
 
     def _mark(self, lease: Lease, content: Content, snapshot: WithTokens | None) -> None:
-        """Note in what the slot of ``lease`` holds now that ``content``, or what goes on from it, was saved as
-        ``snapshot``, or could not be saved. In doubt whether it is the same conversation it is another one, for the
-        snapshot of its own is dropped when a conversation is saved again.
+        """Record in the slot's present content that ``content``, or a beginning of it, was saved as ``snapshot``, or
+        could not be saved. In doubt the slot holds another conversation by now: a conversation's own snapshot is
+        dropped when it is saved again.
         """
         table, slot = lease.table, lease.slot
         if slot is None:
@@ -173,10 +175,8 @@ class Saving:
             table.worth.holds(slot)
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
-        """Save the slot's content, exactly the first ``n_tokens`` of its request, as a shared-prefix snapshot; as
-        ``save``. False if that failed. Raises SlotWedged.
-
-        The slot continues from there: its unsaved content is the same as before.
+        """Save the slot's content, the first ``n_tokens`` of the request, as a shared-prefix snapshot; as ``save``.
+        The slot goes on from there, its unsaved content the same as before. False if that failed. Raises SlotWedged.
         """
         content, is_kept = lease.content, False
         try:
@@ -200,7 +200,7 @@ class Saving:
             self.leases.dispatch()
 
     async def settle(self) -> None:
-        """Wait for the commits in the background. Canceling is safe."""
+        """Wait for the commits that go on in the background. Canceling is safe."""
         while self._commits:
             await asyncio.wait(self._commits)
 
@@ -214,7 +214,7 @@ class Saving:
         on_end: OnEnd,
         must_give_way: Callable[[], bool] = never,
     ) -> asyncio.Task[WithTokens | None] | None:
-        """Reserve space, save, verify, and begin the commit, which adds it to the index. None if that failed, which is
+        """Reserve space, have the slot saved, verify the file, and begin its commit. None if that failed, which is
         logged. ``on_end`` is called when a commit ends, with the slot's content as it was then known.
         """
         assert self.catalog is not None
@@ -271,7 +271,7 @@ class Saving:
         return commit
 
     async def _leave_to_itself(self, file: _File, commit: asyncio.Task[WithTokens | None]) -> None:
-        """The commit goes on in the background. Waits while there are too many."""
+        """Let ``commit`` go on in the background, as a pending save. Waits while too many commits run."""
         lease, content = file.lease, file.content
         if file.kind is SnapshotKind.LEAF:
             content = replace(content, tokens=file.is_checked.result(), is_exact=True, n_more=0)
@@ -287,7 +287,7 @@ class Saving:
             await asyncio.wait(self._commits, return_when=asyncio.FIRST_COMPLETED)
 
     async def _commit(self, file: _File) -> WithTokens | None:
-        """Commit what llama-server has written, and add it to the index. None if that failed, which is logged."""
+        """Make the written file a snapshot, and add it to the index. None if that failed, which is logged."""
         assert self.catalog is not None
         lease, content, kind, snapshot = file.lease, file.content, file.kind, None
         used_at = lease.slot.used_at if lease.slot is not None and kind is SnapshotKind.LEAF else file.started
@@ -321,7 +321,7 @@ class Saving:
         return snapshot
 
     def _add(self, file: _File, snapshot: WithTokens) -> None:
-        """Add it to the index."""
+        """Add a committed snapshot to the index."""
         assert self.catalog is not None
         lease = file.lease
         if file.kind is SnapshotKind.TRUNK:
@@ -352,14 +352,14 @@ class Saving:
             self.say_failed(lease, error, "slot" if kind is SnapshotKind.LEAF else "shared prefix in slot")
 
     def say_failed(self, lease: Lease, error: Exception, what: str = "slot") -> None:
-        """Log why the slot of ``lease`` was not saved; not with each save."""
+        """Log why the slot of ``lease`` was not saved; the same reason again only seldom."""
         self._failures.failed(
             error, "%s: %s %s was not saved: %s", lease.request.id, what, lease.slot_name, error
         )
 
     @staticmethod
     def _must_go_back(rewind_model: RewindModel, content: Content) -> bool:
-        """Whether the slot must be rewound to the end of its prompt first, or its file would be useless.
+        """Whether the slot must be rewound to the end of its prompt before it is saved: its file would be useless.
 
         1. The build keeps no checkpoints in files: then the next prompt has the answer tokenized differently. The
            rewind costs the few tokens since the slot's last checkpoint; without one near the end it would cost the
@@ -392,7 +392,7 @@ class Saving:
         return True
 
     async def _rewind(self, lease: Lease, content: Content) -> None:
-        """Rewind the slot to the end of its prompt. Raises LlamaslotError: then its content is unknown."""
+        """Rewind the slot to the end of its prompt. Raises LlamaslotError; the slot's content is unknown then."""
         lease.check_current()
         n_reused = 0
         async with contextlib.aclosing(
@@ -416,9 +416,7 @@ class Saving:
 
 
 def _base(table: SlotTable, content: Content, tokens: bytes) -> Base | None:
-    """The snapshot that begins with most of ``tokens``, which were saved from a slot with that ``content``; of several,
-    that of the same conversation.
-    """
+    """The snapshot with most tokens in common with ``tokens``, saved from a slot that held ``content``."""
     library = table.model_snapshots
     hits = library.in_namespaces.match(tokens, (content.namespace,), _N_NEAREST)
     best = [hit for hit in hits if hit.n_shared == hits[0].n_shared]
@@ -430,8 +428,8 @@ def _base(table: SlotTable, content: Content, tokens: bytes) -> Base | None:
 
 
 def _goes_on(held: Content, saved: WithTokens, holder: Lease | None, similarity_min: float) -> bool:
-    """Whether a slot that was ``saved`` still holds that conversation, now in the lease of ``holder``. If it is idle
-    again, all tokens must be there: how long its system part was is not known any more.
+    """Whether a slot that was saved as ``saved`` still holds that conversation, now in the lease of ``holder``. If the
+    slot is idle again, all tokens must be there: how long its system part was is not known any more.
     """
     n_common = common(held.tokens, saved.tokens)
     if holder is None:
@@ -441,10 +439,10 @@ def _goes_on(held: Content, saved: WithTokens, holder: Lease | None, similarity_
 
 
 def _step(kind: SnapshotKind) -> str:
-    """The name of the step in the journal."""
+    """The name of a save's step in the journal."""
     return "keep" if kind is SnapshotKind.TRUNK else "save"
 
 
 def _planned(lease: Lease) -> set[str]:
-    """The snapshot that its own plan resumes from, which must not be evicted."""
+    """The snapshot that the lease's own plan resumes from, which must not be evicted."""
     return {lease.plan.snapshot} if lease.plan is not None and lease.plan.snapshot else set()

@@ -17,17 +17,17 @@ _IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is polled
 
 
 def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
-    """The content of a slot after ``tokens`` were computed on ``n_reused`` of its tokens."""
+    """The slot's content after a prefill to exactly ``tokens``, of which the first ``n_reused`` were already there."""
     checkpoints = checkpoints_after(before.checkpoints, n_reused, [count(tokens)])
     return Content(tokens, True, True, checkpoints, before.snapshot, namespace=before.namespace)
 
 
 async def wait_until_idle(api: LlamaServer, lease: Lease, content: Content) -> Content:
-    """The part of ``content`` that is present when the server is idle, after a connection was closed during a
-    prefill.
+    """Wait until the server is idle in the slot, after a connection was closed during a prefill. Returns the part of
+    ``content`` that is present then.
 
-    The server cannot write the event of the running batch, which ends the work; polling ``/slots`` does not keep it
-    alive. The time is learned. Raises BackendDown and BackendRestarted.
+    The server notices that its client has left when it cannot write the event of the running batch; polling ``/slots``
+    does not keep the work alive. The time is learned. Raises BackendDown and BackendRestarted.
     """
     closed = lease.now()
     while True:
@@ -45,9 +45,10 @@ async def wait_until_idle(api: LlamaServer, lease: Lease, content: Content) -> C
 
 
 async def is_untouched(api: LlamaServer, lease: Lease, before: Content | None) -> bool:
-    """Whether the slot of ``lease`` still holds ``before`` after llama-server has refused a request to it. It reports
-    the number of tokens. A request would leave the same number only if its tokens are the same, or by a rare chance,
-    which only costs time: llama-server compares tokens by itself.
+    """Whether the slot of ``lease`` still holds ``before`` after llama-server has refused a request to it.
+
+    llama-server reports the slot's number of tokens. A request would leave the same number only if its tokens are the
+    same, or by a rare chance, which only costs time: llama-server compares tokens by itself.
     """
     try:
         infos = {info.id: info for info in await api.slots()}

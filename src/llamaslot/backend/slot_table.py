@@ -41,8 +41,8 @@ DRAIN_S = 0.4  # usual time until the server notices that a client has gone
 
 
 class SlotForecast(Struct):
-    """When a leased slot will be free. ``ready_at``: when its steps are over and an answer begins, if any, of at most
-    ``max_tokens`` if known. ``will_hold``: its future content, computed in ``namespace``.
+    """When a leased slot will be free, and what it will hold. ``ready_at``: when the steps are over and an answer
+    begins, if any, of at most ``max_tokens`` if known. ``will_hold``: its future content, computed in ``namespace``.
     """
 
     ready_at: float
@@ -60,7 +60,9 @@ class SlotForecast(Struct):
 
 
 class SlotTable:
-    """Slots and snapshots of one llama-server process. Not thread-safe: the event loop only."""
+    """The slots of one llama-server process, and the snapshots that it can restore. Not thread-safe: the event loop
+    only.
+    """
 
     is_assisted = True  # llamaslot chooses slots
 
@@ -109,7 +111,9 @@ class SlotTable:
 
     @property
     def long_s(self) -> float:
-        """Prefills that take more seconds are computed ahead of their requests, in turn with those of others."""
+        """The prefill time in seconds above which a prompt is computed ahead of its request, in turn with those of
+        others.
+        """
         return self.rules.long_s(self.rates.request_s)
 
     def view(
@@ -191,30 +195,32 @@ class SlotTable:
         return self.rates.save_s(content.n_held)
 
     def saves_s(self, stats: SnapshotStats) -> float:
-        """The seconds that each hit of a snapshot saves on this backend."""
+        """The seconds that each hit of the snapshot with these ``stats`` saves on this backend."""
         return stats.saves_s(self.rates.prefill.seconds, self.rates.restore.seconds)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def add_snapshot(self, snapshot: WithTokens) -> None:
-        """Add a snapshot. Idempotent."""
+        """Add a snapshot to the index. Idempotent."""
         self.model_snapshots.add(snapshot)
 
     def drop_snapshot(self, snapshot_id: str) -> None:
-        """Remove a snapshot. Idempotent. A slot that came from it is the only holder now, so it is dirty again."""
+        """Remove a snapshot from the index. Idempotent. A slot that came from it is the only holder now, so that slot
+        is dirty again.
+        """
         self.model_snapshots.drop(snapshot_id)
         for slot in self.slots:
             if slot.content.snapshot == snapshot_id:
                 slot.content = replace(slot.content, snapshot=None, is_dirty=True)
 
     def keep_only(self, snapshots: Mapping[str, Snapshot]) -> None:
-        """Drop all snapshots that are not among ``snapshots``, the existing ones."""
+        """Drop all snapshots that are not among ``snapshots``, the ones that exist."""
         held = {slot.content.snapshot for slot in self.slots if slot.content.snapshot is not None}
         for snapshot_id in (self._snapshots.keys() | held) - snapshots.keys():
             self.drop_snapshot(snapshot_id)
 
     def snapshot(self, snapshot_id: str) -> WithTokens | None:
-        """The snapshot with its tokens from the index: a millisecond for 60,000."""
+        """The snapshot with its tokens, which are read from the index: a millisecond for 60,000."""
         if (snapshot := self._snapshots.get(snapshot_id)) is None:
             return None
         return snapshot.with_tokens(self._snapshot_index.tokens(snapshot_id))
@@ -254,7 +260,7 @@ class SlotTable:
         return [snapshot for snapshot in self._snapshots.values() if snapshot.is_pinned]
 
     def kind_changed(self, snapshot: Snapshot) -> None:
-        """``snapshot`` has another kind now; a conversation that has continued it is a separate one."""
+        """``snapshot`` is of another kind now; conversations that have continued it in slots are separate ones."""
         if snapshot.id in self._snapshots:
             self._snapshots[snapshot.id] = snapshot
             for slot in self.slots:
@@ -266,7 +272,7 @@ class SlotTable:
         return snapshot is not None and snapshot.kind is SnapshotKind.TRUNK
 
     def backing(self, besides: Slot | None) -> set[str]:
-        """The snapshots of what slots hold now: if one of them is dropped, its slot is dirty again."""
+        """The snapshots of what slots (but ``besides``) hold: if one is dropped, its slot is dirty again."""
         kept = (slot.content.snapshot for slot in self.slots if slot is not besides)
         return {snapshot for snapshot in kept if snapshot is not None}
 
@@ -275,7 +281,7 @@ class SlotTable:
         return len(self.slots) - len(self._busy)
 
     def filled(self) -> list[Slot]:
-        """The idle slots that are not empty, or may not be."""
+        """The idle slots that are not empty, or may not be empty."""
         return [slot for slot in self.slots if slot.is_idle and slot.state is not SlotState.FREE]
 
     # -- leases --------------------------------------------------------------------------------------------------
@@ -309,16 +315,16 @@ class SlotTable:
         self._pending.end(leaving)
 
     def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
-        """``request``, which prefills in ``slot``, will save a shared prefix of its first ``n_tokens``, at about
-        ``due_at``. From now on requests that begin so find it, and may wait for it.
+        """``request``, computed in ``slot``, will save its first ``n_tokens`` as a shared prefix, at about ``due_at``:
+        let other requests find that.
         """
         checkpoints = checkpoints_after((), 0, [n_tokens])
         trunk = Content(head(request.tokens, n_tokens), checkpoints=checkpoints, namespace=request.namespace)
         self._pending.add(trunk, due_at, self.backend, self.slots[slot].key)
 
     def end_expected_trunks(self, slot: int, upto: int | None = None) -> bool:
-        """The shared prefixes of up to ``upto`` tokens (None: any) expected from ``slot`` are saved, or will not
-        come. Returns whether one was expected. Idempotent.
+        """End the waits for shared prefixes of up to ``upto`` tokens (None: any) from ``slot``: they are saved, or
+        will not come. Returns whether one was expected. Idempotent.
         """
         trunks = self._pending.trunks_of(self.slots[slot].key)
         ended = [end for end in trunks if upto is None or end.content.n_tokens <= upto]
@@ -327,46 +333,46 @@ class SlotTable:
         return bool(ended)
 
     def expected_trunks(self, slot: int) -> list[int]:
-        """Where the prefill in ``slot`` is to save a shared prefix, in tokens, ascending."""
+        """The token counts at which the prefill in ``slot`` is to save a shared prefix, ascending."""
         return sorted(trunk.content.n_tokens for trunk in self._pending.trunks_of(self.slots[slot].key))
 
     def users_awaiting(self, slot: int) -> set[str]:
-        """The users that wait for a shared prefix from ``slot``."""
+        """The users whose requests wait for a shared prefix from ``slot``."""
         return {user for trunk in self._pending.trunks_of(self.slots[slot].key) for user in trunk.users}
 
     def expected_trunk(self, holder: str | None) -> PendingSave | None:
-        """The shared prefix of that name, if it is still to be computed."""
+        """The shared prefix of this name if it is still to be computed, else None."""
         entry = self._pending.get(holder) if holder is not None else None
         return entry if entry is not None and entry.slot is not None else None
 
     def begin_answer(self, slot: Slot, now: float) -> None:
-        """The steps before the answer are over."""
+        """The steps before the answer in a slot are over."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.ready_at = now
 
     def set_ready_in(self, slot: int, seconds: float, now: float) -> None:
-        """The steps before the answer are expected to take ``seconds`` more."""
+        """The steps before the answer in a slot are expected to take ``seconds`` more."""
         if slot in self._busy:
             self._busy[slot].ready_at = now + seconds
 
     def seen_at_work(self, slot: Slot) -> None:
-        """The request that a client left behind in ``slot`` has arrived there: nothing of it is in transit any more."""
+        """The request that a departed client left in ``slot`` has arrived there: it is no longer in transit."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.is_at_work = True
 
     @property
     def is_anything_on_its_way(self) -> bool:
-        """Whether a request of a client that has gone may still begin in a slot."""
+        """Whether a request of a departed client may still begin in a slot."""
         return any(s.state is SlotState.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
 
     def expect_unknown_content(self, slot: Slot, namespace: Namespace) -> None:
-        """A leased slot will hold unknown content, computed in ``namespace``: waiting for it is useless."""
+        """A leased slot will hold unknown content, computed in ``namespace``, so no request need wait for it."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.will_hold, busy.namespace = b"", namespace
             self._index_content(slot, b"", busy.namespace)
 
     def give_back(self, slot: Slot, event: SlotEvent, content: Content, now: float) -> None:
-        """End a lease, or the draining after one, with the slot's present content."""
+        """End a lease, or the draining after one: the slot holds ``content`` now."""
         self.end_expected_trunks(slot.id)
         if event is SlotEvent.KEEP and content.n_tokens == 0:
             event = SlotEvent.EMPTY

@@ -38,8 +38,9 @@ _RANKED_S = 1.0  # so long a rank is valid: ``return_likelihood`` changes by a t
 
 
 class Worth(NamedTuple):
-    """What an idle slot's ``content`` is worth. ``save_s``: seconds of a save, 0 if that is not worth it.
-    ``eviction_cost_s``: for a slot that was used just now. ``is_large``: a user would miss it.
+    """What an idle slot's ``content`` is worth. ``save_s``: seconds of a save, 0 if a save is not worth it.
+    ``eviction_cost_s``: what its loss costs, if the slot was used just now. ``is_large``: a user would notice the
+    loss.
     """
 
     content: Content
@@ -52,9 +53,8 @@ class Worth(NamedTuple):
 class SlotWorth:
     """What the loss of each idle slot of one table would cost. ``can_save``: slots are saved and restored.
 
-    What a slot is worth is computed once, and again when its content, the copies of that elsewhere, or speeds and
-    sizes change. So a placement reads a few numbers for each slot: with 256 slots 0.1 ms; computing them takes
-    2 ms.
+    The worth of a slot is computed once, and again when its content, the copies of that elsewhere, or speeds and sizes
+    change. So a placement reads a few numbers for each slot: with 256 slots 0.1 ms; computing them takes 2 ms.
     """
 
     def __init__(self, slots: list[Slot], rules: Rules, rates: Rates, rewind_model: RewindModel) -> None:
@@ -83,7 +83,7 @@ class SlotWorth:
         self._basis = None
 
     def holds(self, slot: Slot) -> None:
-        """``slot`` is idle, with its present content."""
+        """Record that ``slot`` is idle, and what it holds now."""
         if slot.content.tokens:
             self._index.insert(slot.id, marker(slot.content.namespace) + slot.content.tokens)
         else:
@@ -93,7 +93,7 @@ class SlotWorth:
             self.on_change()
 
     def lost(self, slot: Slot) -> None:
-        """``slot`` is no longer idle. Idempotent."""
+        """Record that ``slot`` is no longer idle. Idempotent."""
         self._index.drop(slot.id)
         self._worths.pop(slot.id, None)
         self._outdated.discard(slot.id)
@@ -102,7 +102,7 @@ class SlotWorth:
             self.on_change()
 
     def of(self, slot: Slot) -> Worth:
-        """The worth of an idle slot, current since the last ``looked_at``."""
+        """The worth of an idle slot, up to date since the last call of ``looked_at``."""
         worth = self._worths.get(slot.id)
         return worth if worth is not None and worth.content is slot.content else self._compute(slot)
 
@@ -112,8 +112,8 @@ class SlotWorth:
         now: float,
         reserved: Mapping[SlotKey, float],
     ) -> Collection[Slot]:
-        """The slots to consider: all, or of many those that the prompt may resume from, and of the others those of
-        least loss.
+        """The slots that a placement must consider: all of a few slots; of many, those that the prompt may resume
+        from, and of the others those of least loss.
         """
         self._refresh()
         if len(self.slots) <= _FEW_SLOTS or not self.rewind_model.is_rewindable:
@@ -129,8 +129,8 @@ class SlotWorth:
         return [self.slots[slot] for slot in sorted(near)]
 
     def cheapest(self, now: float) -> tuple[float, float] | None:
-        """The idle slot whose loss costs least: the seconds that it costs, and when the slot was used last. None if all
-        are at work. What others hold of a slot may have changed since that was computed.
+        """The idle slot whose loss costs least, as the seconds of that loss and the time when the slot was last used.
+        None if all are at work. What others hold of a slot may have changed since that was computed.
         """
         if len(self.slots) > _FEW_SLOTS and self.rewind_model.is_rewindable:
             self._refresh()
@@ -148,7 +148,9 @@ class SlotWorth:
         return worth.save_s + worth.eviction_cost_s * return_likelihood(now - slot.used_at)
 
     def _rank(self, now: float) -> None:
-        """Bring ``_ranks`` up to date. The cost of a loss falls with time, for all slots alike in a second."""
+        """Sort the slots by the cost of their loss, if that is not current. The costs fall with time, for all slots
+        alike within a second.
+        """
         if not 0 <= now - self._ranked_at <= _RANKED_S:
             self._ranked_at = now
             self._unranked.update(self._worths)
@@ -167,7 +169,7 @@ class SlotWorth:
             del self._ranks[is_large][bisect_left(self._ranks[is_large], rank)]
 
     def _refresh(self) -> None:
-        """Compute again what has changed."""
+        """Compute the worth of those slots anew whose content, copies or rates have changed."""
         before, basis = self._basis, (self.can_save, self.model_snapshots.changes.n, self._pending.changes.n)
         figures = self.rates.figures()
         changed = None
@@ -194,7 +196,9 @@ class SlotWorth:
             self._outdated.clear()
 
     def _sharing(self, tokens: bytes) -> Iterator[int]:
-        """The idle slots of which a snapshot of ``tokens`` has more than a negligible part, and as much as others."""
+        """The idle slots that share more than a negligible part with ``tokens`` of a snapshot, and at least as much as
+        with any other snapshot.
+        """
         for hit in self._index.hits(tokens):
             if hit.n_shared < NEGLIGIBLE_TOKENS:
                 return
@@ -212,7 +216,7 @@ class SlotWorth:
         return Worth(content, is_worth, save_s, cost_s, is_large)
 
     def covered(self, slot: Slot) -> int:
-        """The number of the slot's tokens that are also in another idle slot or a snapshot."""
+        """The number of the slot's tokens that can also be reused from another idle slot or a snapshot."""
         tokens, namespace = slot.content.tokens, slot.content.namespace
         on_disk = self.on_disk(slot) if self.can_save else 0
         if self.rewind_model.is_rewindable:
@@ -246,7 +250,7 @@ class SlotWorth:
         return n_tokens
 
     def is_worth_saving(self, slot: Slot, delay_s: float = 0.0) -> bool:
-        """Whether saving this slot's content is worth it, the answer included if that goes into the file.
+        """Whether a save of this slot's content is worth its time, the answer included if that goes into the file.
         ``delay_s``: the additional cost for a request that waits for the save.
         """
         content = slot.content
@@ -258,7 +262,7 @@ class SlotWorth:
         return lacking_s > self.rates.save_s(n_saved) + delay_s
 
     def eviction_cost_s(self, slot: Slot, is_saved: bool) -> float:
-        """The seconds that the owner of the slot's content loses if it is gone at its next request."""
+        """The seconds that the owner of the slot's content loses at its next request if the content is gone."""
         n = slot.content.n_tokens
         if n == 0:
             return 0.0

@@ -22,7 +22,7 @@ N_COVERING = 4  # holders checked for covering the content of a slot
 
 
 def source_of(snapshot: Snapshot) -> str:
-    """The source by which its predictions are distinguished."""
+    """The name of the source under which reuse predictions for this snapshot are learned."""
     return TRUNK if snapshot.kind is SnapshotKind.TRUNK else SNAPSHOT
 
 
@@ -51,7 +51,9 @@ def branch_of(others: Iterable[tuple[int, Callable[[], bytes]]]) -> int:
 
 
 class SnapshotCandidates:
-    """Finds snapshots that a request may resume from. ``rewind_model`` tells how much of each the model can reuse."""
+    """Finds snapshots that a request may resume from. ``rewind_model`` tells how much of each snapshot the model can
+    reuse.
+    """
 
     def __init__(
         self, backend: str, library: ModelSnapshots, rates: Rates, rewind_model: RewindModel
@@ -62,7 +64,9 @@ class SnapshotCandidates:
 
     @property
     def _is_empty(self) -> bool:
-        """Whether there is nothing to find: a search of both indexes takes 10 us, and each request needs several."""
+        """Whether there are no snapshots at all: a search of both indexes takes 10 us, and each
+        request needs several.
+        """
         return not (self._snapshots or len(self._pending))
 
     def _namespace_of(self, holder: str) -> Namespace:
@@ -94,7 +98,9 @@ class SnapshotCandidates:
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
 
     def _is_computed_elsewhere(self, holder: str) -> bool:
-        """Whether it is a shared prefix that another backend computes: how long that takes is not known here."""
+        """Whether ``holder`` is a shared prefix that another backend computes: how long that takes is not known on
+        this one.
+        """
         leaving = self._pending.get(holder)
         return leaving is not None and leaving.slot is not None and leaving.backend != self._backend
 
@@ -112,7 +118,7 @@ class SnapshotCandidates:
         return snapshot.id if snapshot is not None and is_needed else None
 
     def views(self, found: Iterable[Shared[str]], n_prompt: int, now: float) -> list[SnapshotView]:
-        """Those of ``found`` that are worth restoring for a prompt of ``n_prompt`` tokens."""
+        """The snapshots of ``found`` that are worth restoring for a prompt of ``n_prompt`` tokens."""
         views = []
         for hit in found:
             n_usable = self._usable(hit, n_prompt)
@@ -126,22 +132,27 @@ class SnapshotCandidates:
         return views[:1] + sorted(views[1:], key=lambda view: -view.n_usable)[:N_CANDIDATES]
 
     def _restored_bytes(self, hit: Shared[str]) -> int:
-        """The bytes of a restore of what is shared; all of a whole file of a model that cannot rewind."""
+        """The bytes that a restore of the shared tokens reads; for a whole file of a model that cannot rewind, all of
+        it.
+        """
         snapshot = self._snapshots[hit.holder]
         can_cut = snapshot.parts or self._rewind_model.is_rewindable
         return snapshot.restored_bytes(hit.n_shared if can_cut else None)
 
     def _wait_s(self, leaving: PendingSave, now: float) -> float:
-        """The cost of waiting for it in seconds. For a shared prefix that is still being computed only the save
-        counts: there is one prefill at a time, so no request could compute it sooner than the request that does so now,
-        or next.
+        """The cost in seconds of waiting for the pending save ``leaving``.
+
+        For a shared prefix that is still being computed only the save counts: there is one prefill at a time, so no
+        request could compute it sooner than the request that does so now, or next.
         """
         if leaving.slot is not None:
             return self._rates.save_s(leaving.content.n_tokens)
         return max(leaving.until - now, 0.001)
 
     def _usable(self, hit: Shared[str], n_prompt: int) -> int:
-        """Tokens of a prompt of ``n_prompt`` that need not be computed after that snapshot is restored."""
+        """The number of tokens of a prompt of ``n_prompt`` that need not be computed after the snapshot of ``hit`` is
+        restored.
+        """
         if (leaving := self._pending.get(hit.holder)) is not None:
             is_end_known = leaving.content.is_exact or self._rewind_model.is_rewound
             n_held = hit.n_tokens if is_end_known else None
@@ -155,9 +166,8 @@ class SnapshotCandidates:
         )
 
     def on_disk(self, tokens: bytes, namespace: Namespace) -> int:
-        """The number of tokens of ``tokens`` that a snapshot makes reusable.
-
-        A shared prefix that is still to be computed does not count: the request that computes it may leave.
+        """How many of ``tokens`` a snapshot makes reusable. A shared prefix that is still to be computed does not
+        count: the request that computes it may leave.
         """
         if self._is_empty:
             return 0
@@ -179,7 +189,7 @@ class SnapshotCandidates:
         return branch_of([*residents, *on_disk])
 
     def trunk(self, found: Iterable[Shared[str]]) -> int:
-        """The longest shared prefix that a prompt begins with, saved or still to come, in tokens."""
+        """The length in tokens of the longest shared prefix, saved or still to come, with which a prompt begins."""
         whole = (hit for hit in found if hit.n_shared == hit.n_tokens)
         return max((hit.n_tokens for hit in whole if self._is_trunk(hit.holder)), default=0)
 

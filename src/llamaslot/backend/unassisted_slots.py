@@ -13,8 +13,10 @@ _UNBOUNDED = 1 << 20
 
 
 class UnassistedSlots(SlotTable):
-    """A slot of this table is the right to send one request. It is unrelated to the slot of that number in
-    llama-server. ``n_slots`` None: llama-server does not report its number, and no request waits.
+    """Limits the requests at one llama-server that chooses their slots itself: a slot of this table is the right to
+    send one request, unrelated to the slot of that number in llama-server.
+
+    ``n_slots`` None: llama-server does not report its number, and no request waits.
     """
 
     is_assisted = False
@@ -28,7 +30,7 @@ class UnassistedSlots(SlotTable):
         return super().n_idle if self._is_bounded else _UNBOUNDED
 
     def any_idle(self) -> Slot | None:
-        """A free slot; None while all are in use."""
+        """A free slot of the table; None while all are in use."""
         idle = next((slot for slot in self.slots if slot.is_idle), None)
         if idle is None and not self._is_bounded:
             idle = Slot(self.backend, len(self.slots))

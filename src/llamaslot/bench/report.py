@@ -22,14 +22,14 @@ Trace = dict[str, Any]
 
 
 def is_available() -> bool:
-    """Whether plotly is installed."""
+    """Whether plotly is installed, so that the report can have plots."""
     from importlib.util import find_spec
 
     return find_spec("plotly") is not None
 
 
 def report(result: Result) -> str:
-    """The page. Raises ImportError without plotly."""
+    """The report as one HTML page. Raises ImportError without plotly."""
     from plotly.io import to_html
     from plotly.offline import get_plotlyjs
 
@@ -280,7 +280,7 @@ def _fairness(sides: Sequence[Side]) -> Trace:
 
 
 def _by_number(user: str) -> tuple[str, int, str]:
-    """``user2`` before ``user10``."""
+    """A sort key with which ``user2`` comes before ``user10``."""
     letters = user.rstrip("0123456789")
     return letters, int(user[len(letters) :] or 0), user
 

@@ -1,4 +1,4 @@
-"""What a benchmark has found, and what follows from it. Saved as JSON, and read again to compare with."""
+"""The result of a benchmark, and the figures that follow from it. Saved as JSON, and read again to compare with."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Request(Struct):
 
     @property
     def wait_s(self) -> float | None:
-        """From sending to the first token."""
+        """The seconds from sending the request to its first token."""
         return None if self.first_s is None else self.first_s - self.sent_s
 
 
@@ -60,7 +60,7 @@ class Side(Struct):
 
 
 class Result(Struct):
-    """``workload``: in words."""
+    """The result of a benchmark. ``workload``: in words."""
 
     workload: str
     at: str
@@ -73,7 +73,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def load(path: Path) -> Result:
-    """Raises OSError, and ValueError if the file is no result."""
+    """Read a saved result. Raises OSError, and ValueError if the file is no result."""
     try:
         result = msgspec.json.decode(path.read_bytes(), type=Result)
     except msgspec.MsgspecError as error:
@@ -84,7 +84,7 @@ def load(path: Path) -> Result:
 
 
 class Figures(Struct):
-    """The measures of one side, over all its runs. None where nothing is known."""
+    """The measures of one side, over all its runs. None for what is not known."""
 
     n_answered: int
     n_failed: int
@@ -110,7 +110,7 @@ class Figures(Struct):
 
     @property
     def disagreement(self) -> float | None:
-        """By what part the server's own counter is off from what its answers tell."""
+        """The difference between the server's own counter and what its answers tell, as a fraction."""
         if self.n_counted is None or not self.n_computed:
             return None
         return self.n_counted / self.n_computed - 1
@@ -162,7 +162,7 @@ def _unfairness(requests: Sequence[Request]) -> float | None:
 
 
 def percentile(ordered: Sequence[float], part: float) -> float | None:
-    """The value that ``part`` (0 to 1) of the sorted values are at most; None without any."""
+    """The value that a fraction ``part`` (0 to 1) of the sorted values do not exceed; None without any."""
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)] if ordered else None
 
 
@@ -175,7 +175,7 @@ class Row(Struct):
 
 
 def rows(sides: Sequence[Side]) -> list[Row]:
-    """The table of all measures."""
+    """The table of all measures of a benchmark, one row each."""
     of = [figures(side) for side in sides]
 
     def row(name: str, value: Callable[[Figures], float | None], show: Callable[[float], str]) -> Row:

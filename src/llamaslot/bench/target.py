@@ -25,7 +25,7 @@ _QUICK_S = 10.0  # for questions that need no computing
 
 
 class BenchError(LlamaslotError):
-    """It cannot be measured; the text says why, and what to do."""
+    """The server cannot be measured; the text says why, and what to do."""
 
 
 class ContextTooSmall(Exception):
@@ -132,7 +132,7 @@ class Target:
         return served
 
     async def _json(self, url: str) -> dict[str, Any] | None:
-        """What a page has; None if it has none, as only llama.cpp has it."""
+        """The JSON of a page; None if the server does not have the page, which may be llama.cpp's only."""
         text = await self._page(url)
         try:
             found = orjson.loads(text or "")
@@ -208,7 +208,7 @@ class Target:
         return "".join(said)
 
     def _take(self, data: dict[str, Any], request: Request, said: list[str], began: float) -> None:
-        """One event of an answer. Raises ContextTooSmall."""
+        """Take one event of an answer. Raises ContextTooSmall."""
         if error := data.get("error"):
             text = str(orjson.dumps(error), "utf-8")
             _raise_if_too_small(text)
@@ -234,13 +234,13 @@ class Target:
 
 
 def _counter(page: str, name: str) -> float | None:
-    """The sum of a counter over all its labels."""
+    """The sum of a Prometheus counter over all its labels."""
     values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)", page, re.M)
     return sum(map(float, values)) if values else None
 
 
 def _raise_if_too_small(text: str) -> None:
-    """Raise ContextTooSmall if that is what an error says: llama.cpp's, then what vLLM and others say."""
+    """Raise ContextTooSmall if an error says so: in llama.cpp's form, or in that of vLLM and others."""
     if (found := re.search(r'"n_ctx":\s*(\d+)', text)) or (
         found := re.search(r"maximum context length is (\d+)", text)
     ):
@@ -248,7 +248,7 @@ def _raise_if_too_small(text: str) -> None:
 
 
 def _message(text: str) -> str:
-    """The words of an error, in one short line."""
+    """The words of an error answer, in one short line."""
     try:
         told = orjson.loads(text)
         told = told.get("error", told)

@@ -29,10 +29,9 @@ _LEAST_NEW = 8
 
 
 class Turn(Struct, frozen=True):
-    """One request. ``n_new``: tokens of text that come to the conversation; ``n_answer``: tokens of answer asked for.
-
-    It is sent ``think_s`` after the answer before it, and ``after_s`` after that was asked for, whichever is later;
-    for the first turn both count from the beginning.
+    """One request of a conversation. ``n_new``: tokens of text that come to the conversation; ``n_answer``: tokens of
+    answer asked for. It is sent ``think_s`` after the answer before it, and ``after_s`` after that was asked for,
+    whichever is later; for the first turn both count from the beginning.
     """
 
     n_new: int
@@ -42,18 +41,20 @@ class Turn(Struct, frozen=True):
 
 
 class Conversation(Struct, frozen=True):
-    """Turns of one user, each with all that went before."""
+    """The turns of one user, each with all that went before."""
 
     user: str
     turns: tuple[Turn, ...]
 
     def n_tokens(self) -> int:
-        """Of the last prompt and its answer, at most; without the shared system prompt."""
+        """The number of tokens of the last prompt and its answer, at most; without the shared system prompt."""
         return sum(turn.n_new + turn.n_answer + 2 * _AROUND for turn in self.turns)
 
 
 class Workload(Struct, frozen=True):
-    """``n_shared``: tokens of the system prompt with which all conversations begin."""
+    """What all users of a benchmark do. ``n_shared``: tokens of the system prompt with which all
+    conversations begin.
+    """
 
     conversations: tuple[Conversation, ...]
     n_shared: int
@@ -68,12 +69,12 @@ class Workload(Struct, frozen=True):
 
     @property
     def n_context(self) -> int:
-        """Tokens that the longest conversation takes in a slot."""
+        """The number of tokens that the longest conversation takes in a slot."""
         return self.n_shared + _AROUND + max(conversation.n_tokens() for conversation in self.conversations)
 
     @property
     def n_prompt(self) -> int:
-        """Tokens of all prompts together, roughly: what a server without any cache computes."""
+        """The number of tokens of all prompts together, roughly: what a server without any cache computes."""
         n = 0
         for conversation in self.conversations:
             so_far = self.n_shared
@@ -84,8 +85,10 @@ class Workload(Struct, frozen=True):
         return n
 
     def fitted(self, n_ctx: int) -> Workload:
-        """The same with shorter texts, so that every conversation fits into ``n_ctx`` tokens, with room for an estimate
-        of lengths that is a little wrong. Raises ValueError if the answers alone leave no room.
+        """The same workload with shorter texts, so that every conversation fits into ``n_ctx`` tokens, with room for
+        an estimate of lengths that is a little wrong.
+
+        Raises ValueError if the answers alone leave no room.
         """
         room = int(n_ctx * 0.95)
         if self.n_context <= room:
@@ -130,8 +133,9 @@ def team(
     shared: int,
     seed: int,
 ) -> Workload:
-    """Users who each have one conversation: a first prompt of half to one and a half times ``context`` tokens, of these
-    ``shared`` in a system prompt of all, then questions of ``question`` tokens after ``think_s`` seconds on average.
+    """A workload of users who each have one conversation: a first prompt of half to one and a half times ``context``
+    tokens, of these ``shared`` in a system prompt of all, then questions of ``question`` tokens after ``think_s``
+    seconds on average.
     """
     rng = random.Random(seed)
     sizes = [context * (0.5 + i / max(1, users - 1)) for i in range(users)] if users > 1 else [float(context)]
@@ -234,7 +238,7 @@ class Measurement:
         }
 
     async def run(self) -> Run:
-        """Raises ContextTooSmall. Canceling ends all requests."""
+        """Run the whole workload. Raises ContextTooSmall. Canceling ends all requests."""
         before = await self._target.computed()
         self._began = time.perf_counter()
         shared = self._text(self._workload.n_shared, "all")

@@ -12,7 +12,7 @@ from llamaslot.cache.namespaces import SHARED, Namespace
 
 
 class SnapshotKind(enum.StrEnum):
-    """Why a snapshot is saved."""
+    """Why a snapshot is saved: the end of a conversation, or a shared prefix."""
 
     LEAF = "leaf"  # a conversation, as far as it has gone
     TRUNK = "trunk"  # exactly what several conversations begin with

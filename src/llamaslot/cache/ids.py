@@ -39,7 +39,7 @@ def unpack(tokens: bytes) -> list[int]:
 
 
 def count(tokens: bytes) -> int:
-    """The number of whole tokens."""
+    """The number of whole tokens in packed ids."""
     return len(tokens) // WIDTH
 
 

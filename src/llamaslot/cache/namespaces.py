@@ -22,8 +22,9 @@ _FIRST_ID = 0x100000  # above the ids of any vocabulary; disk index ids end at 0
 
 
 class Namespace(NamedTuple):
-    """``user``: the owner, "" where users share everything. ``lora``: the LoRA scales set by the request, as
-    llama-server writes them (JSON); "" for the scales of the server's command line.
+    """What separates content that must not be found from elsewhere. ``user``: the owner, "" where users share
+    everything. ``lora``: the LoRA scales set by the request, as llama-server writes them (JSON); "" for the scales of
+    the server's command line.
     """
 
     user: str = ""

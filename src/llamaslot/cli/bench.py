@@ -169,7 +169,7 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
 
 
 def _earlier(vs: str | None) -> Result | None:
-    """A saved result; None for an address. Raises OSError and ValueError."""
+    """The result saved in a file; None if ``URL`` is an address. Raises OSError and ValueError."""
     from llamaslot.bench.result import load
 
     if vs is None or "://" in vs or not Path(vs).is_file():
@@ -178,7 +178,7 @@ def _earlier(vs: str | None) -> Result | None:
 
 
 def _add_earlier(result: Result, earlier: Result) -> None:
-    """Compare with the first side of a saved result."""
+    """Add the first side of a saved result to the comparison."""
     side = earlier.sides[0]
     if earlier.workload != result.workload:
         note = f"{side.name} was measured with another workload: {earlier.workload}"
@@ -188,13 +188,15 @@ def _add_earlier(result: Result, earlier: Result) -> None:
 
 
 class _Comparison:
-    """The runs of one or two servers, in turns."""
+    """The runs of a benchmark on one server, or on two in turns."""
 
     def __init__(self, url: str, vs: str | None, options: dict[str, Any]) -> None:
         self._url, self._vs, self._options = url, vs, options
 
     async def run(self) -> Result:
-        """Raises BenchError, ValueError if the workload cannot be made, and OSError for its files."""
+        """Run the benchmark and report. Raises BenchError, ValueError if the workload cannot be made, and OSError for
+        its files.
+        """
         import contextlib
         import time
 
@@ -266,7 +268,7 @@ class _Comparison:
         texts: Texts,
         chars: Sequence[float],
     ) -> None:
-        """All runs; who begins alternates. Raises ContextTooSmall."""
+        """Make all runs; which server begins alternates. Raises ContextTooSmall."""
         from llamaslot.bench.workload import Measurement
 
         rounds = self._options["rounds"]
@@ -299,7 +301,7 @@ def _salt() -> str:
 
 
 def _workload(options: dict[str, Any]) -> Workload:
-    """Raises ValueError if the file of --shape is no journal."""
+    """The workload that the options describe. Raises ValueError if the file of --shape is no journal."""
     from llamaslot.bench.workload import recorded, team
 
     if (shape := options["shape"]) is None:
@@ -323,7 +325,7 @@ def _workload(options: dict[str, Any]) -> Workload:
 
 
 def _fitted(workload: Workload, n_ctx: int) -> Workload:
-    """Raises ValueError if it cannot be made to fit."""
+    """The workload with texts that fit into the servers' context. Raises ValueError if that is impossible."""
     fitted = workload.fitted(n_ctx)
     if fitted is not workload:
         click.echo(
@@ -335,7 +337,7 @@ def _fitted(workload: Workload, n_ctx: int) -> Workload:
 
 
 def _in_words(workload: Workload, options: dict[str, Any]) -> str:
-    """The workload for people."""
+    """The workload described in words."""
     where = f"text from {options['folder']}" if options["folder"] else "made-up text"
     firsts = [conversation.turns[0].n_new + workload.n_shared for conversation in workload.conversations]
     if options["shape"] is not None:

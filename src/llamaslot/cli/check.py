@@ -33,8 +33,8 @@ _WORDS = {os.R_OK: "read", os.W_OK: "write", os.X_OK: "enter"}
 
 
 class Checked(Struct):
-    """``faults`` prevent llamaslot from serving, or from serving correctly; ``notes`` are hints; ``only_root``: what
-    another user could not use, as owners and modes show to root.
+    """The result of a check. ``faults`` prevent llamaslot from serving, or from serving correctly; ``notes`` are
+    hints; ``only_root``: what another user could not use, as owners and modes show to root.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ def check(path: Path) -> Checked:
 
 
 def _unusable(config: Config) -> Iterator[str]:
-    """The directories that this user cannot use. Files that are only read were read with the configuration."""
+    """Faults of directories that this user cannot use. Files that are only read were read with the configuration."""
     made = [("store.meta_dir", config.store.meta_dir)]  # at the start
     if config.store.directory is not None:
         made.append(("store.directory", config.store.directory))
@@ -106,8 +106,8 @@ def _unusable(config: Config) -> Iterator[str]:
 
 
 def _unusable_as_written(path: Path) -> Iterator[str]:
-    """If the file has faults (a key file that cannot be read, for example): whether the directory that it names is
-    usable.
+    """Faults of the directory that the file names, if the file has other faults (a key file that cannot be read, for
+    example).
     """
     try:
         backend = read_yaml(path)["backends"][0]
@@ -135,8 +135,8 @@ def _closed(path: Path, need: int) -> str | None:
 
 
 def _closed_within(key: str, directory: Path, prefixes: tuple[str, ...]) -> Iterator[str]:
-    """Files of llamaslot that this user may not use: they belong to another user, for example to root after a first
-    try.
+    """Faults of llamaslot's own files that this user may not use: they belong to another user, for example to root
+    after a first try.
     """
     closed = [
         Path(entry.path)
@@ -175,7 +175,7 @@ def _owner(path: Path) -> str:
 
 
 def _only_for_root(path: Path, config: Config) -> Iterator[str]:
-    """What only root can use, independent of the service's user."""
+    """The files and directories that only root can use, whoever the service's user is."""
     auth, tls = config.auth, config.listen.tls
     read = {
         "the configuration": path.absolute(),

@@ -66,7 +66,7 @@ def demo(port: int, model: Path | None, slots: int, context: int) -> None:
 
 
 def _config(port: int, model: Path | None, slots: int, context: int) -> Config:
-    """Raises ConfigError."""
+    """The configuration of the demo. Raises ConfigError."""
     from pydantic import ValidationError
 
     from llamaslot.config.faults import fault_lines
@@ -88,7 +88,7 @@ def _config(port: int, model: Path | None, slots: int, context: int) -> Config:
 
 
 def _fetch_if_missing() -> None:
-    """Put the GGUF where a managed server looks for it. Raises LlamaslotError."""
+    """Download the GGUF to where a managed server looks for it, unless it is there. Raises LlamaslotError."""
     from llamaslot.errors import LlamaslotError
     from llamaslot.llama.managed.process import smollm2_file
 
@@ -104,7 +104,7 @@ def _fetch_if_missing() -> None:
 
 
 def _fetch(path: Path) -> None:
-    """Raises OSError, and ValueError if what came is not what was asked for."""
+    """Download the GGUF. Raises OSError, and ValueError if what came is not what was asked for."""
     import hashlib
     import json
     import tempfile

@@ -111,7 +111,7 @@ def install_service(path: Path, directory: Path | None, force: bool, **given: An
 
 
 def remarks(path: Path, config: Config, options: Options, *, has_systemd: bool) -> Iterator[str]:
-    """What on this machine would keep the units from working."""
+    """What on this machine would keep the units from working, one remark each."""
     if not has_systemd:
         yield f"systemd does not run here: for a machine where it does; here: llamaslot serve --config {path}"
     for file in dict.fromkeys(
@@ -182,7 +182,7 @@ def _of_server(backend: BackendConfig, config: Config, options: Options) -> str:
 
 
 def _in_memory(directory: Path | None) -> str:
-    """The lines that make a directory below /run, for llama-server and llamaslot."""
+    """The lines of a unit that make a directory below /run, for llama-server and llamaslot."""
     if directory is None or not directory.is_relative_to("/run") or directory == Path("/run"):
         return ""
     name = directory.relative_to("/run")

@@ -113,10 +113,8 @@ def ls(path: Path, file: Path | None) -> None:
 
 
 def _place(path: Path, file: Path | None) -> Path:
-    """The path of the file of keys. The rest of the configuration is not checked: it may name files that do not exist
-    yet.
-
-    Raises ConfigError.
+    """The path of the file of keys that the configuration names. The rest of the configuration is not checked: it may
+    name files that do not exist yet. Raises ConfigError.
     """
     if file is not None:
         return file

@@ -18,7 +18,9 @@ _JOURNAL_LEVELS = {
 
 
 class _JournalFormatter(logging.Formatter):
-    """For the journal, which has its own clock. It takes the level from ``<4>`` at the start of a line."""
+    """Formats log lines for systemd's journal, which has its own clock and takes the level from ``<4>`` at the start
+    of a line.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         level = _JOURNAL_LEVELS.get(record.levelno, 6)
@@ -26,7 +28,9 @@ class _JournalFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object per line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message``, ``exception`` if any."""
+    """Formats one JSON object per line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message``, ``exception`` if
+    any.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         import orjson

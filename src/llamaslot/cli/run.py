@@ -25,7 +25,9 @@ STOP_S = 9.0
 
 
 class _Run(click.Command):
-    """Options end at the first word that is none: what follows belongs to llama-server, with or without ``--``."""
+    """A command whose options end at the first word that is none: what follows belongs to llama-server, with or
+    without ``--``.
+    """
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         try:
@@ -142,7 +144,7 @@ def _run(
 
 
 def _address(listen: str | None, given: GivenCommand) -> tuple[str, str]:
-    """Host and port to listen on. Raises UsageError."""
+    """The host and port on which to listen, from the option. Raises UsageError."""
     from llamaslot.llama.managed.given_command import HOST, PORT
 
     if listen is None:
@@ -162,7 +164,7 @@ def _config(
     quota: str,
     stop_s: float,
 ) -> Config:
-    """The settings of ``serve`` for this command. Raises ConfigError."""
+    """The configuration that ``serve`` would have for this command. Raises ConfigError."""
     from pydantic import ValidationError
 
     from llamaslot.config.faults import fault_lines
@@ -208,7 +210,7 @@ def _remember(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _keys_file(meta_dir: Path, keys: list[str]) -> Path:
-    """llama-server's keys as those of llamaslot's clients. Raises ConfigError."""
+    """A file with the keys that llama-server requires, as keys of llamaslot's clients. Raises ConfigError."""
     from llamaslot.config.keys import editing, made_now
 
     path = meta_dir / "keys.json"

@@ -1,5 +1,5 @@
-"""The running llamaslot: which one a command is about, how it is asked through its own pages, and commands that change
-it: ``llamaslot drain``, ``undrain``, ``reload``.
+"""Requests to the running llamaslot through its own pages: which llamaslot a command is about, and the commands that
+change it: ``llamaslot drain``, ``undrain``, ``reload``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class NotRunning(LlamaslotError):
 
 
 class Refused(LlamaslotError):
-    """What answers has refused; the text is its own. ``status`` as in HTTP."""
+    """The running llamaslot has refused a request; the text is the server's own. ``status`` as in HTTP."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class Refused(LlamaslotError):
 
 class Running:
     """The running llamaslot of a configuration, or at an address. If its pages need a key and there is no
-    ``auth.admin_key``, the environment variable LLAMASLOT_KEY gives one.
+    ``auth.admin_key``, the environment variable LLAMASLOT_KEY gives the key.
     """
 
     def __init__(self, where: str, connect: Callable[[], HTTPConnection], key: str | None = None) -> None:
@@ -57,7 +57,9 @@ class Running:
 
     @classmethod
     def with_config(cls, config: Config) -> Running:
-        """Raises ConfigError if a key file is not readable any more."""
+        """The running llamaslot that this configuration describes. Raises ConfigError if a key file is not readable
+        any more.
+        """
         listen = config.listen
         return cls(
             f"{listen.host}:{listen.port}", partial(_connection, listen), config.auth.resolve_admin_key()
@@ -65,12 +67,14 @@ class Running:
 
     @classmethod
     def of(cls, path: Path) -> Running:
-        """Raises ConfigError."""
+        """The running llamaslot of the configuration file at ``path``. Raises ConfigError."""
         return cls.with_config(load(path))
 
     @classmethod
     def at(cls, url: str) -> Running:
-        """The one at ``http://host:port``, or https; what follows is left out. Raises ValueError for another text."""
+        """The running llamaslot at ``http://host:port``, or https; the rest of the URL is left out. Raises ValueError
+        for another text.
+        """
         from http.client import HTTPConnection, HTTPSConnection
         from urllib.parse import urlsplit
 
@@ -89,7 +93,7 @@ class Running:
         return self._answer("POST", f"/llamaslot/{page}" + (f"?{urlencode(query)}" if query else ""))
 
     def _answer(self, method: str, target: str) -> dict[str, Any]:
-        """Raises NotRunning, and Refused for an error answer."""
+        """The body of the answer to one request. Raises NotRunning, and Refused for an error answer."""
         from http.client import HTTPException
 
         connection = self._connect()
@@ -122,8 +126,8 @@ class Running:
 
 
 def load(path: Path) -> Config:
-    """The configuration of the command that runs. Raises ConfigError: if there is no such file, with the other ways to
-    say which llamaslot the command is about.
+    """Load the configuration at ``path``. Raises ConfigError: if there is no such file, with the other ways to say
+    which llamaslot the command is about.
     """
     from llamaslot.config.load import Config
 
@@ -153,8 +157,8 @@ def _connection(listen: ListenConfig) -> HTTPConnection:
 
 
 def with_config_or_store(command: F) -> F:
-    """Adds ``--config`` and ``--store``, which say what llamaslot the command is about. It gets the configuration as
-    ``path``.
+    """A decorator that adds ``--config`` and ``--store``, which say what llamaslot a command is about. The command
+    gets the path of the configuration as ``path``.
     """
     config = click.option(
         "--config",

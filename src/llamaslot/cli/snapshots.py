@@ -303,7 +303,9 @@ def _chosen(store: OfflineStore, names: Sequence[str]) -> list[Item]:
 
 @contextlib.contextmanager
 def _locked(store: OfflineStore, only_reads: bool) -> Iterator[None]:
-    """Hold the lock of the directory, unless nothing will be changed. Raises DirectoryUnusable."""
+    """Hold the lock of the snapshot directory in the block, unless nothing will be changed. Raises
+    DirectoryUnusable.
+    """
     if only_reads:
         yield
         return
@@ -342,7 +344,7 @@ _OURS, _OTHERS = "served last", "another"
 
 
 class Removal(Struct, frozen=True):
-    """A snapshot to remove, and the reason for the table."""
+    """A snapshot to remove, and the reason as the table shows it."""
 
     item: Item
     why: str
@@ -353,8 +355,8 @@ class Removal(Struct, frozen=True):
 
 
 class OfflineStore(Struct, frozen=True):
-    """A directory, its limits, and what llamaslot has learned there. ``models``: those last served by the backends with
-    that directory; empty if that of any is not known yet.
+    """A snapshot directory, its limits, and what llamaslot has learned there. ``models``: those last served by the
+    backends with that directory; empty if that is unknown for any of them.
     """
 
     directory: Path
@@ -366,7 +368,9 @@ class OfflineStore(Struct, frozen=True):
 
     @classmethod
     def of(cls, config: Config, now: float) -> OfflineStore:
-        """Of the first directory that the configuration names. Raises DirectoryUnusable if it names none. Blocking."""
+        """The first snapshot directory that the configuration names. Raises DirectoryUnusable if it names none.
+        Blocking.
+        """
         store = config.store
         named = [backend for backend in config.backends if backend.slot_save_path is not None]
         if not named:
@@ -386,14 +390,14 @@ class OfflineStore(Struct, frozen=True):
         return cls(Path(str(config.directory_of(backend))), limits, now, known, rates, hit_rates)
 
     def is_ours(self, item: Item) -> bool:
-        """Whether a model that was served last can use it; also true if those are not known."""
+        """Whether a model that was served last can use the snapshot; also true if those models are not known."""
         if item.noted is None or not self.models:
             return True
         other = Identity.from_text(item.noted.fingerprint)
         return other is not None and any(model.is_same(other) for model in self.models)
 
     def saves_s(self, stats: SnapshotStats) -> float:
-        """Seconds saved by each hit."""
+        """The seconds that each hit of a snapshot saves."""
         return stats.saves_s(self.rates.prefill.seconds, self.rates.restore.seconds)
 
 

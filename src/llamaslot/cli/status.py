@@ -86,7 +86,7 @@ def top(path: Path, url: str | None, every_s: float) -> None:
 
 
 def _running(path: Path, url: str | None) -> Running:
-    """Raises ConfigError, and BadParameter for what is no address."""
+    """The running llamaslot that the options name. Raises ConfigError, and BadParameter for what is no address."""
     if url is None:
         return Running.of(path)
     try:
@@ -108,7 +108,9 @@ def headline(found: Json) -> str:
 
 
 def today(sums: Json | None) -> str:
-    """What was saved since midnight, and what failed. None: an older llamaslot answers, which does not tell."""
+    """One line: what was saved since midnight, and what failed. None if an older llamaslot answers, which does not
+    tell that.
+    """
     from llamaslot.observe.words import seconds
 
     if sums is None:
@@ -130,7 +132,9 @@ def today(sums: Json | None) -> str:
 
 
 def rows(found: Json, in_flight: Sequence[Json]) -> Iterator[tuple[str, ...]]:
-    """One per slot, with what the request ``in_flight`` in it does; one for a backend that has none to show."""
+    """The rows of the table: one per slot, with what its request does (``in_flight``); one for a backend that has none
+    to show.
+    """
     flights = {(flight["backend"], flight["slot"]): flight for flight in in_flight}
     for backend in found["backends"]:
         state = backend["drain"] or backend["health"]
@@ -168,7 +172,7 @@ def _row(backend: Json, slot: Json, flight: Json | None) -> tuple[str, ...]:
 
 
 def _doing(flight: Json) -> str:
-    """``answering, 43 tokens, 31/s``"""
+    """What a request does, such as ``answering, 43 tokens, 31/s``."""
     said = [flight["stage"]]
     if flight["n_answered"]:
         said.append(several(flight["n_answered"], "token", "tokens"))
@@ -180,12 +184,12 @@ def _doing(flight: Json) -> str:
 
 
 def person(user: str | None) -> str:
-    """``key:ada``, ``named:ada`` and ``at:10.0.0.5`` as people call them."""
+    """A user id (``key:ada``, ``named:ada``, ``at:10.0.0.5``) as people call it."""
     return user.partition(":")[2] or user if user else ""
 
 
 def remarks(found: Json) -> list[str]:
-    """Who waits, why a backend is down or assist is off, warnings."""
+    """Lines below the table: which users wait, why a backend is down or assist is off, warnings."""
     said = []
     waiting = [(person(user["id"]), user["waiting"]) for user in found["users"] if user["waiting"]]
     if waiting:
@@ -237,14 +241,14 @@ def _cells(headings: Sequence[str], row: Sequence[str], width: int) -> list[Text
 
 
 def _cut(text: str) -> Text:
-    """Of one line, however narrow the terminal is."""
+    """One line, cut to the width of the terminal."""
     from rich.text import Text
 
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _ended(found: Sequence[Json], now: float) -> Iterator[tuple[str, ...]]:
-    """The last requests, newest first: how long ago they ended, and why they cost what they did."""
+    """Lines about the last requests, newest first: how long ago they ended, and why they cost what they did."""
     from llamaslot.observe.words import seconds
 
     for request in found:

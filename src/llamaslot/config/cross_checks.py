@@ -20,9 +20,8 @@ from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
 
 
 def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
-    """The location and text of each fault that concerns more than one value.
-
-    ``raw``: the parsed YAML, of any shape. Wrong types are skipped here; the models report them.
+    """The path and text of each fault that concerns more than one value. ``raw``: the parsed YAML, of any shape. Wrong
+    types are skipped here; the models report them.
     """
     if not isinstance(raw, dict):
         return
@@ -45,14 +44,14 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
 
 
 def _keeps(backend: object) -> bool:
-    """Whether snapshots of this backend are kept on disk. Of a wrong type that is not known."""
+    """Whether snapshots of a backend are kept on disk. True for a value of a wrong type, as that is not known."""
     if not isinstance(backend, dict):
         return True
     return bool(backend.get("managed")) or backend.get("slot_save_path") is not None
 
 
 def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
-    """Two backends with one name, one URL, or one port."""
+    """Faults of two backends with the same name, URL, or port."""
     names, urls, ports = dict[object, int](), dict[object, int](), dict[object, int]()
     for i, backend in enumerate(backends):
         if not isinstance(backend, dict):
@@ -102,7 +101,7 @@ def _model_faults(
 
 
 def _known_models(backends: Sequence[object], info: ValidationInfo) -> list[str] | None:
-    """The names of all models and backends; None if a server will tell some."""
+    """The names of all models and backends; None if some are known only once a server tells them."""
     known = dict[str, None]()
     for raw in backends:
         try:
@@ -118,7 +117,9 @@ def _known_models(backends: Sequence[object], info: ValidationInfo) -> list[str]
 def _directory_faults(
     raw: dict[str, Any], backends: Sequence[object], info: ValidationInfo
 ) -> Iterator[tuple[Loc, str]]:
-    """Directories of slot files that hold other files of llamaslot too: each would take the others' for foreign."""
+    """Faults of directories for slot files that hold other files of llamaslot too: each side would take the other's
+    files for foreign.
+    """
     store = raw.get("store")
     meta = _real(store.get("meta_dir"), info) if isinstance(store, dict) else None
     kept = _real(store.get("directory"), info) if isinstance(store, dict) else None
@@ -149,7 +150,7 @@ def _directory_faults(
 
 
 def _real(path: object, info: ValidationInfo) -> Path | None:
-    """Without links; None of a wrong type, which is reported elsewhere."""
+    """A path with its links resolved; None for a value of a wrong type, which is reported elsewhere."""
     try:
         return anchored(Path(path), info).resolve() if isinstance(path, str) and path else None
     except ValueError:
@@ -157,7 +158,9 @@ def _real(path: object, info: ValidationInfo) -> Path | None:
 
 
 def _auth_faults(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
-    """A host that other machines can reach requires keys, or a setting that says that none are needed."""
+    """Faults of ``auth``: a host that other machines can reach requires keys, or a setting that says that none are
+    needed.
+    """
     listen, auth = (
         section if isinstance(section := raw.get(name), dict) else {} for name in ("listen", "auth")
     )
@@ -255,7 +258,9 @@ _BEGINNINGS = (
 
 
 def _instead_of_gguf(file: Path) -> str | None:
-    """What a file is by its first bytes; None for a GGUF, and for one that cannot be read, which ``check`` says."""
+    """What kind of file a model file is by its first bytes; None for a GGUF, and for a file that cannot be read, which
+    ``serve --check`` reports.
+    """
     try:
         with file.open("rb") as opened:
             start = opened.read(32)
@@ -270,6 +275,6 @@ def _instead_of_gguf(file: Path) -> str | None:
 
 
 def _first_word(command: object) -> str | None:
-    """The program in a command of either form; None if the command has a fault of its own."""
+    """The program in a command, given as a line or a list; None if the command has a fault of its own."""
     words = command.split() if isinstance(command, str) else command
     return words[0] if isinstance(words, list) and words and isinstance(words[0], str) else None

@@ -51,7 +51,7 @@ _WORDING = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that occurs twice in one mapping; YAML would use only the last."""
+    """A YAML loader that refuses a key that occurs twice in one mapping; YAML would use only the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -155,7 +155,7 @@ def _meant(word: str, known: list[str]) -> str:
 
 
 def _section(loc: Loc, model: type[BaseModel]) -> type[BaseModel]:
-    """The model of the section at ``loc``."""
+    """The model of the section at the path ``loc``."""
     is_name = False  # of a mapping's entry
     for part in loc:
         if is_name or not isinstance(part, str):

@@ -35,7 +35,7 @@ _HINT = "llamaslot keys add NAME"
 
 
 def name_of_key(name: str) -> str:
-    """Check a name. Raises ValueError."""
+    """Check the name of a key, and return it. Raises ValueError."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             "a name should be 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -50,7 +50,7 @@ def _digest(text: str) -> str:
 
 
 class Key(Section):
-    """One entry. ``digest``: ``sha256:`` and the hexadecimal SHA-256 of the key."""
+    """One entry of the file of keys. ``digest``: ``sha256:`` and the hexadecimal SHA-256 of the key."""
 
     name: Annotated[str, AfterValidator(name_of_key)]
     digest: Annotated[str, AfterValidator(_digest)]
@@ -78,7 +78,7 @@ def digest_of(key: str) -> str:
 
 
 def read_keys(path: Path) -> tuple[tuple[Key, ...], FileId]:
-    """The entries, and the mark of the file that was read. Raises ConfigError with all its faults."""
+    """The entries of the file, and the id of the file that was read. Raises ConfigError with all its faults."""
     try:
         raw, mark = _read(path)
     except FileNotFoundError:
@@ -128,8 +128,8 @@ def _parsed(path: Path, raw: bytes) -> tuple[Key, ...]:
 
 @contextlib.contextmanager
 def editing(path: Path) -> Iterator[list[Key]]:
-    """The entries, to be changed in the block. They are written at its end, unless it raises. A lock keeps other
-    editors out.
+    """The entries of the file, to be changed in the block. They are written at its end, unless the block raises. A
+    lock keeps other editors out.
 
     The file is replaced as a whole: a reader finds the old or the new one. A link stays a link. A new file has mode
     0600; an existing one keeps its owner, group and mode, less permissions of others. A missing or empty file has no
@@ -161,7 +161,7 @@ def _written(keys: list[Key]) -> bytes:
 
 
 def _replace(path: Path, data: bytes, directory: int) -> None:
-    """Replace the file. Raises OSError."""
+    """Replace the file of keys by a new one. Raises OSError."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     before = _status(path)
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -200,6 +200,6 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def made_now(name: str, key: str, **more: Any) -> Key:
-    """The entry of a new key. Raises ValidationError."""
+    """The entry of a key that is made now. Raises ValidationError."""
     now = datetime.now(UTC).replace(microsecond=0)
     return Key(name=name, digest=digest_of(key), created=now, **more)

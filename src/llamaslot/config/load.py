@@ -52,7 +52,7 @@ _NO_PATH = "path_type", "no path"
 
 
 class Config(Section):
-    """The whole file."""
+    """The whole configuration file."""
 
     listen: ListenConfig = ListenConfig.model_construct()
     backends: tuple[BackendConfig, ...]
@@ -77,7 +77,7 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
-        """Read and check the file. Raises ConfigError with all its faults."""
+        """Read and check a configuration file. Raises ConfigError with all its faults."""
         path = Path(path)
         raw = read_yaml(path)
         try:
@@ -90,14 +90,14 @@ class Config(Section):
         return self.backends[0]
 
     def directory_of(self, backend: BackendConfig) -> Path | None:
-        """Where its snapshots are; None without."""
+        """The directory with the snapshots of a backend; None if it has none."""
         return (
             (self.store.directory or backend.slot_save_path) if backend.slot_save_path is not None else None
         )
 
     @property
     def rules(self) -> tuple[RewriteRule, ...]:
-        """All rules for system prompts, built-in ones included."""
+        """All rules that rewrite system prompts, built-in ones included."""
         return in_force(self.rewrite, self.rewrite_off)
 
     @model_validator(mode="wrap")
@@ -133,7 +133,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _slot_files_of_a_managed_server(self) -> Config:
-        """The default for a managed server: ``store.directory``, else ``<store.meta_dir>/kv``."""
+        """The default of ``slot_save_path`` for a managed server: ``store.directory``, else ``<store.meta_dir>/kv``."""
         default = {"slot_save_path": self.store.directory or self.store.meta_dir / "kv"}
         backends = tuple(
             backend.model_copy(update=default)

@@ -38,7 +38,9 @@ _SHARING = PrefillSharing()  # the defaults of ``prefill``
 
 
 def _managed(value: object, info: ValidationInfo) -> object:
-    """``command`` and ``args`` may be one line, as typed in a shell, and contain numbers; paths become absolute."""
+    """``managed`` in its full form: ``command`` and ``args`` may be one line, as typed in a shell, and contain
+    numbers; paths become absolute.
+    """
     if not isinstance(value, dict):
         return value
     value = dict(value)
@@ -98,7 +100,7 @@ def _strong_secret(key: SecretStr) -> SecretStr:
 
 
 class AuthConfig(Section):
-    """Who may use llamaslot, and who may use its own pages."""
+    """Which clients may use llamaslot, and which may use its own pages."""
 
     # The clients' keys, written by ``llamaslot keys``; with it requests need one.
     keys_file: Annotated[FilePath, AfterValidator(_keys_file)] | None = None
@@ -153,7 +155,7 @@ class BackendConfig(Section):
 
 
 class ManagedModelsConfig(Section):
-    """All managed llama-servers together. With neither key all run from the start."""
+    """Settings of all managed llama-servers together. With neither key all run from the start."""
 
     # Models that are loaded at a time, each by the first request for it. None: all.
     max_loaded: Annotated[Count, Field(gt=0)] | None = None
@@ -162,7 +164,9 @@ class ManagedModelsConfig(Section):
 
 
 def default_meta_dir() -> Path:
-    """systemd's StateDirectory if there is one, else /var/lib/llamaslot for root, else the XDG state directory."""
+    """The default of ``store.meta_dir``: systemd's StateDirectory if there is one, else /var/lib/llamaslot for root,
+    else the XDG state directory.
+    """
     if given := os.environ.get("STATE_DIRECTORY"):
         return Path(given.split(":")[0])
     if os.geteuid() == 0:
@@ -228,7 +232,7 @@ class QueueConfig(Section):
 
 
 class ModelConfig(Section):
-    """What is different for one model."""
+    """The settings that are different for one model."""
 
     # Instead of the top-level ``prewarm``; None: as there.
     prewarm: tuple[Annotated[FilePath, AfterValidator(chat_file)], ...] | None = None
@@ -237,7 +241,7 @@ class ModelConfig(Section):
 
 
 class ModelsConfig(Section):
-    """Names of models beside those that the servers tell."""
+    """Names of models in addition to those that the servers tell."""
 
     # Names that clients may use, each with a model's name as its server tells it, or the name of a backend.
     aliases: dict[ModelName, ModelName] = Field(default_factory=dict)
@@ -276,7 +280,7 @@ class ShutdownConfig(Section):
 
 
 def _can_trace(endpoint: str) -> str:
-    """Raises ValueError without the extra that sends traces."""
+    """Check that the extra that sends traces is installed. Raises ValueError."""
     from importlib.util import find_spec
 
     try:

@@ -27,7 +27,9 @@ def _readable(path: Path) -> Path:
 
 
 class TlsConfig(Section):
-    """Both in PEM; ``cert`` also contains its issuers, itself first (certbot's ``fullchain.pem``)."""
+    """The certificate and its key, as files in PEM; ``cert`` also contains the certificate's issuers, itself first
+    (certbot's ``fullchain.pem``).
+    """
 
     cert: Annotated[FilePath, AfterValidator(_readable)]
     key: Annotated[FilePath, AfterValidator(_readable)]
@@ -39,7 +41,7 @@ class TlsConfig(Section):
 
 
 def load_certificate(settings: TlsConfig) -> ssl.SSLContext:
-    """Load both. Raises ValueError that says which of the two is wrong."""
+    """Load certificate and key. Raises ValueError that says which of the two is wrong."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
     is_encrypted = False
@@ -78,7 +80,7 @@ class Certificate:
     """
 
     def __init__(self, settings: TlsConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises ConfigError if the files, right a moment ago, are not valid any more."""
+        """Load the files. Raises ConfigError if they, right a moment ago, are not valid any more."""
         self._settings = settings
         self._watch = Watch(settings.cert, settings.key, clock=clock)
         try:

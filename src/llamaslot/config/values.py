@@ -90,7 +90,7 @@ def read_key(path: Path) -> str:
 
 
 def strong_key(key: str) -> None:
-    """Raises ValueError for a key that could be found by trying."""
+    """Check a key. Raises ValueError for one that could be found by trying."""
     if len(key) < 16 or not re.fullmatch(r"[!-~]+", key):
         raise ValueError(
             "should be at least 16 letters, digits and signs without blanks: openssl rand -hex 32"
@@ -98,7 +98,7 @@ def strong_key(key: str) -> None:
 
 
 def origin(text: str) -> str:
-    """An origin such as ``https://chat.example.org:8443``, as browsers send it, or ``*``. Raises ValueError."""
+    """Check an origin: ``https://chat.example.org:8443``, as browsers send it, or ``*``. Raises ValueError."""
     if text != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+", text):
         raise ValueError(
             "should be '*' (any page), or an origin such as https://chat.example.org: scheme, host and port, "
@@ -133,7 +133,9 @@ FilePath = Annotated[Path, AfterValidator(anchored)]
 
 
 class Section(BaseModel):
-    """Its validator is built with that of ``Config``, or at its first use: building each alone takes 20 ms in all. So
+    """A section of the configuration.
+
+    Its validator is built with that of ``Config``, or at its first use: building each alone takes 20 ms in all. So
     defaults are made by ``model_construct``.
     """
 

@@ -25,8 +25,8 @@ class _Known(Struct):
 
 
 class BadPrompts:
-    """Those of one model, by hashes, which are computed only while any is known. Each is forgotten after a while, and
-    when it was answered.
+    """The bad prompts of one model, as hashes; a prompt is hashed only while any is known. Each is forgotten after a
+    while, and when it was answered.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -37,26 +37,26 @@ class BadPrompts:
         return len(self._known)
 
     def check(self, prompt: bytes) -> None:
-        """Raises DeadlyPrompt if it must not be sent on."""
+        """Raise DeadlyPrompt if this prompt must not be sent to a llama-server."""
         known = self._get(prompt)
         if known is not None and known.n_ended >= _DEADLY:
             raise DeadlyPrompt(known.n_ended, known.at + _KEPT_S - self._now())
 
     def is_refused(self, prompt: bytes) -> bool:
-        """Whether two backends have answered it with an error: a third would do so too."""
+        """Whether two backends have answered this prompt with an error: a third would do so too."""
         known = self._get(prompt)
         return known is not None and known.is_refused
 
     def has_ended_server(self, prompt: bytes, n_ended: int) -> None:
-        """A llama-server has ended while it computed the prompt, as have ``n_ended`` before it for the same request.
-        Raises DeadlyPrompt if it must not be sent on.
+        """Record that a llama-server has ended while it computed the prompt, as ``n_ended`` have before it for the
+        same request. Raises DeadlyPrompt if the prompt must not be sent on.
         """
         known = self._note(prompt)
         known.n_ended = max(known.n_ended, n_ended) + 1
         self.check(prompt)
 
     def was_refused(self, prompt: bytes) -> None:
-        """Two backends have answered it with an error."""
+        """Record that two backends have answered the prompt with an error."""
         self._note(prompt).is_refused = True
 
     def was_answered(self, prompt: bytes) -> None:

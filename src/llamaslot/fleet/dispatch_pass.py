@@ -18,7 +18,7 @@ _MOST_NAMED = 8  # backends, in one error
 
 
 class DispatchPass(Struct):
-    """One pass over all waiting requests."""
+    """One pass over all waiting requests: what is found out on the way, for those that come later in it."""
 
     # Counted again only after a slot was leased: otherwise 250 waiting for 64 slots are 16,000 checks.
     n_idle: int
@@ -31,7 +31,7 @@ class DispatchPass(Struct):
     is_spared: bool = False  # an idle slot is denied to a request
 
     def waits(self, decision: Wait, look_in_s: float, answer_s: float) -> None:
-        """Record that a request waits, and dispatch again in ``look_in_s``. ``answer_s``: seconds that its answer
+        """Record that a request waits, and dispatch again in ``look_in_s``. ``answer_s``: the seconds that its answer
         will take.
         """
         if decision.slot is not None:
@@ -44,8 +44,8 @@ class DispatchPass(Struct):
 
 
 def open_backends(backends: Collection[Leases]) -> list[Leases]:
-    """The backends that accept a request now. Those on which llamaslot does not choose slots, and those that may hang,
-    only if there are no others, now or soon.
+    """The backends that accept a request now. Backends on which llamaslot does not choose slots, and backends that may
+    hang, are included only if there are no others, now or soon.
     """
     open_, is_assisted = list[Leases](), False
     for leases in backends:  # in one loop: with 100 backends it is run several times for each request
@@ -62,7 +62,9 @@ def open_backends(backends: Collection[Leases]) -> list[Leases]:
 
 
 def open_to(request: Request, open_: list[Leases], backends: Collection[Leases]) -> list[Leases]:
-    """Those of ``open_`` that have not failed the request; all if no other backend can take it, now or soon."""
+    """Of the backends in ``open_``, those that have not failed the request; all of them if no other backend can take
+    it, now or soon.
+    """
     if not request.avoids:
         return open_
     others = [leases for leases in backends if leases.backend not in request.avoids]
@@ -71,8 +73,8 @@ def open_to(request: Request, open_: list[Leases], backends: Collection[Leases])
 
 
 def why_none(backends: Collection[Leases], *, is_queued: bool) -> LlamaslotError | None:
-    """The error for requests if each backend is down or drained. ``is_queued``: for those that were accepted before:
-    they outlast a drain.
+    """The error for requests when each backend is down or drained. ``is_queued``: for requests that were accepted
+    before, which outlast a drain.
     """
     if not backends:
         return BackendRestarted("no backend serves this model any more")

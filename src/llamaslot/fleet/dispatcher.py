@@ -53,7 +53,7 @@ class Dispatcher:
 
     @property
     def tables(self) -> list[SlotTable]:
-        """The slot tables of the backends that are up."""
+        """The slot tables of the backends that are connected."""
         return _tables(self.backends.values())
 
     @property
@@ -66,7 +66,7 @@ class Dispatcher:
         return len(self.queue)
 
     def position(self, request: Request) -> int:
-        """1 for the request that is next; 0 if it no longer waits."""
+        """The place of a request in the queue: 1 for the one that is next; 0 if it no longer waits."""
         return next((i for i, waiting in enumerate(self.queue.ordered(), 1) if waiting.request is request), 0)
 
     @property
@@ -75,7 +75,7 @@ class Dispatcher:
         return min((leases.idle_s for leases in self.backends.values()), default=0.0)
 
     def recorder(self, request: Request) -> DecisionRecorder:
-        """The journal record of ``request``."""
+        """A recorder that writes the journal entry of ``request``."""
         return DecisionRecorder(self.journal, request, self.now)
 
     def is_wanted_besides(self, request: Request) -> bool:
@@ -86,30 +86,28 @@ class Dispatcher:
     # -- the backends --------------------------------------------------------------------------------------------
 
     def add(self, backend: str) -> Leases:
-        """A new backend of that name is in the pool. Returns its leases."""
+        """Add a new backend of that name to the pool. Returns its leases."""
         self.backends[backend] = Leases(backend, self, self.now)
         return self.backends[backend]
 
     def join(self, leases: Leases) -> None:
-        """A backend that is not connected comes from another pool, of which it was not yet removed."""
+        """Add a backend that is not connected, and comes from another pool, which it has not left yet."""
         leases.move(self)
         self.backends[leases.backend] = leases
 
     def remove(self, backend: str) -> None:
-        """A backend that is not connected leaves the pool. If it was the last one, waiting requests get
-        BackendRestarted.
-        """
+        """Remove a backend that is not connected. If it was the last one, waiting requests get BackendRestarted."""
         del self.backends[backend]
         self._fail_if_none_serves()
 
     def attach(self, table: SlotTable) -> None:
-        """The backend named in ``table`` is up, with these slots."""
+        """The backend named in ``table`` is connected, with these slots."""
         self._index.attach(table)
         self.backends[table.backend].attach(table)
 
     def detach(self, backend: str, error: BackendDown | None = None) -> None:
-        """The slots of ``backend`` are gone. Requests wait for its next ones, or for those of other backends. With
-        ``error`` it is down; if all are, queued and new requests get that error.
+        """The slots of ``backend`` are gone. Requests wait for its next slots, or for those of other backends. With
+        ``error`` the backend is down; if all are, queued and new requests get that error.
         """
         self._index.detach(backend)
         self.backends[backend].detach(error)
@@ -177,8 +175,8 @@ class Dispatcher:
         return waiting
 
     def _at_once(self, request: Request) -> Lease | None:
-        """The lease of a slot, if no request waits and several slots are idle: as the queue would give it, in two
-        thirds of the time. None if anything about it is special.
+        """The lease of a slot if no request waits and several slots are idle: as the queue would give it, in two
+        thirds of the time. None if anything about the request is special.
         """
         # No await from here to the end: slots are leased as they were seen.
         open_, now = open_to(request, self._open(), self.backends.values()), self.now()
@@ -211,7 +209,7 @@ class Dispatcher:
                 leases.changes.notify()
 
     def snapshots_in_demand(self) -> set[str]:
-        """The snapshots that queued requests would resume from: they should be evicted last.
+        """The snapshots that queued requests would resume from, which should be evicted last.
 
         Looked up once for each request, and again if its snapshot is gone, because usually a newer one has replaced
         it.
@@ -266,7 +264,7 @@ class Dispatcher:
         return open_backends(self.backends.values())
 
     def _serve(self, here: list[Leases], waiting: Waiting, look: DispatchPass) -> None:
-        """Lease it a slot of one of ``here``, or record what it waits for."""
+        """Give a waiting request a slot of one of ``here``, or record what it waits for."""
         request, tables = waiting.request, _tables(here)
         if not self.queue.may_run(waiting, max(look.n_slots, look.n_idle), look.n_idle, self.now()):
             look.is_spared = True
@@ -306,7 +304,7 @@ class Dispatcher:
         return self.backends[place.slot.backend].table if place is not None else None
 
     def _let_through(self, tables: Sequence[SlotTable], waiting: Waiting, look: DispatchPass) -> None:
-        """llama-server chooses the slot: only the number of requests counts."""
+        """Send a request to a backend at which llama-server chooses the slot: only the number of requests counts."""
         for table in sorted(tables, key=lambda table: -table.n_idle):
             if isinstance(table, UnassistedSlots) and (slot := table.any_idle()) is not None:
                 self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), look)
@@ -331,7 +329,7 @@ class Dispatcher:
         return None
 
     def _is_still_behind(self, table: SlotTable, waiting: Waiting, look: DispatchPass) -> bool:
-        """Whether nothing has changed for it, or enough requests are behind already."""
+        """Whether a long prompt of the same user is still ahead of this one, or enough requests are behind others."""
         if waiting.had_a_place or self.now() >= self._late_at(waiting):
             return False
         prompt_s = waiting.cost_s - answer_s(table, waiting.request)
@@ -343,7 +341,9 @@ class Dispatcher:
             look.again_s.append(max(late_at - self.now(), MIN_LOOK_AGAIN_S))
 
     def _late_at(self, waiting: Waiting) -> float:
-        """The time from which on it takes any slot: no shorter prompt is computed before its own then."""
+        """The time from which on the waiting request takes any slot: no shorter prompt is computed before its own
+        then.
+        """
         max_wait_s = self.queue.limits.max_wait_s or math.inf
         return waiting.came_at + min(self.rules.sharing.starvation_s, max_wait_s / 2)
 
@@ -372,7 +372,7 @@ class Dispatcher:
     def _decision(
         self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
-        """The previous decision, if only arrivals have happened since; else a new one."""
+        """The previous decision for a waiting request, if only other requests have arrived since; else a new one."""
         now = self.now()
         if waiting.wait is not None and waiting.n_seen == self._n_changes and now < waiting.look_at:
             return waiting.wait
@@ -386,8 +386,8 @@ class Dispatcher:
     def _decide(
         self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
-        """Where to run, or what to wait for. If another request computes its beginning, that one is asked to
-        save it.
+        """Decide where a request runs, or what it waits for. If another request computes a prefix of it, that one is
+        asked to save the prefix.
         """
         request, now = waiting.request, self.now()
         tables = self._index.worth_a_look(tables, request, now, reserved)
@@ -415,7 +415,7 @@ class Dispatcher:
         waiting.granted.set_result(lease)
 
     def paid(self, charge: Charge | None) -> None:
-        """The slots charged to a user are free. The caller dispatches."""
+        """The slots that were charged to a user are free: end the charge. The caller dispatches."""
         if charge is not None:
             self.queue.released(charge, self.now())
 
@@ -432,7 +432,9 @@ class Dispatcher:
 
 
 def _is_served(granted: asyncio.Future[Lease]) -> bool:
-    """Cancelled and refused requests leave the queue by themselves, a moment later."""
+    """Whether a waiting request has got its lease. Cancelled and refused requests leave the queue by themselves, a
+    moment later.
+    """
     return granted.done() and not granted.cancelled() and granted.exception() is None
 
 

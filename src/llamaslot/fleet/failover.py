@@ -24,7 +24,7 @@ _GIVEN_UP = "llama-server restarts again and again; see its log"
 
 
 class Answer(Protocol):
-    """What an attempt returns."""
+    """The answer that an attempt to serve a request returns."""
 
     @property
     def status(self) -> int:
@@ -36,15 +36,14 @@ A = TypeVar("A", bound=Answer)
 
 
 class Attempts:
-    """The attempts to serve one request, and the backend that it depends on now. There are four cases in which an
-    attempt is not the last one:
+    """The attempts to serve one request, and the backend that it depends on now. There are three cases in which
+    another attempt follows, unless an answer has begun, or no other backend can take the request:
 
     1. The process of llama-server is another one than that whose slot was leased. Nothing was computed.
-    2. The backend is down, or goes down without closing its connections. If that closed the connection while the
-       prompt was being computed, one other backend is tried, for the prompt may be the reason (``BadPrompts``).
+    2. The backend is down, or goes down without closing its connections. If it closed the connection while the prompt
+       was being computed, one other backend is tried, for the prompt may be the reason (``BadPrompts``).
     3. llama-server has answered with an error of its own (5xx). It does that for some mistakes of clients too, in the
        same form, so one other backend tells: if that can do it, the first one is blamed, else the error is passed on.
-    4. None of these, if an answer has begun, or no other backend can take it.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class Attempts:
         follows_restarts: bool = True,
     ) -> None:
         """``id_``: of the request, for the log; ``raw``: its body; ``is_answered``: whether any byte of an answer was
-        sent. ``is_once``: it may change something, and is never sent again. ``follows_restarts``: else
-        BackendRestarted ends the attempts.
+        sent. ``is_once``: the request may change something, and is never sent again. ``follows_restarts``: the request
+        is tried again after a restart of llama-server; else BackendRestarted ends the attempts.
         """
         self.id, self.pool, self.prompt = id_, pool, raw
         self.is_answered, self._is_once = is_answered, is_once
@@ -74,7 +73,7 @@ class Attempts:
 
     @property
     def backend(self) -> Backend:
-        """The backend of its last lease; before the first lease one that is up."""
+        """The backend of the request's last lease; before the first lease, one that is up."""
         if self.lease is not None:
             return self.pool.backend_of(self.lease)
         if self._asked is None:
@@ -82,18 +81,18 @@ class Attempts:
         return self._asked
 
     def leased(self, lease: Lease) -> None:
-        """It depends on the backend of ``lease`` from now on."""
+        """From now on the request depends on the backend of ``lease``."""
         self.lease = lease
 
     def check(self, prompt: bytes) -> None:
-        """``prompt``: what it has in common with the same request sent again, its tokens if they are known. Raises
-        DeadlyPrompt.
+        """Raise DeadlyPrompt if the prompt is known to end llama-servers. ``prompt``: what this request has in common
+        with the same request sent again: its tokens, if they are known.
         """
         self.prompt = prompt
         self.pool.bad_prompts.check(prompt)
 
     async def look_up_pool(self) -> None:
-        """Its pool may be another one by now. Raises as ``pool_again`` does."""
+        """Find the pool of the request again: it may be another one by now. Raises as ``pool_again`` does."""
         if self.pool_again is not None:
             self.pool, self._asked = await self.pool_again(), None
 
@@ -126,7 +125,7 @@ class Attempts:
         raise BackendDown(_GIVEN_UP)
 
     def is_worth_another(self, status: int) -> bool:
-        """Whether an answer of ``status`` is not passed on, as another backend may have a better one."""
+        """Whether an answer with this ``status`` is held back, because another backend may have a better one."""
         if not is_servers_own(status) or self._error is not None or self._is_once or self.is_answered():
             return False
         is_refused = self.pool.bad_prompts.is_refused(self.prompt)
@@ -141,7 +140,7 @@ class Attempts:
         self.lease = self._asked = None
 
     def _has_answered(self, status: int) -> None:
-        """Learn from an answer. A second error says that the fault is the request's."""
+        """Learn from the status of an answer. If it is a second error, the fault is the request's."""
         known, is_error = self.pool.bad_prompts, is_servers_own(status)
         if self._error is not None:
             if is_error:
@@ -159,8 +158,8 @@ class Attempts:
         return not self.is_answered() and self.pool.may_try_elsewhere(failed)
 
     def _moves(self, error: BackendDown) -> bool:
-        """Whether another backend takes the request. If so, no request is sent to the failed one any more until that
-        has answered a question. Raises DeadlyPrompt.
+        """Whether another backend takes the request after ``error``. If so, no request is sent to the failed backend
+        until that has answered a question. Raises DeadlyPrompt.
         """
         failed, lease = self.backend, self.lease
         if lease is not None and lease.was_computing and not isinstance(error, _WentDown):
@@ -176,7 +175,7 @@ class Attempts:
 
     @contextlib.asynccontextmanager
     async def _kept(self) -> AsyncIterator[None]:
-        """The block is cancelled if the backend goes down without closing its connections, and another one can take the
+        """Cancel the block if the backend goes down without closing its connections, and another one can take the
         request. Raises the error of the backend.
         """
         if len(self.pool.backends) < 2:
@@ -199,10 +198,10 @@ class Attempts:
             raise _WentDown(str(down[0])) from None
 
     def _depends_on(self, backend: Backend) -> bool:
-        """Whether it was given to ``backend``."""
+        """Whether the request was given to ``backend``."""
         given = self.pool.backend_of(self.lease) if self.lease is not None else self._asked
         return given is backend
 
 
 class _WentDown(BackendDown):
-    """The backend does not answer. The request was given up, its connection was not closed by llama-server."""
+    """The backend does not answer, so the request was given up; llama-server has not closed its connection."""

@@ -45,7 +45,7 @@ class InfillPrompts:
         self._known_until = math.inf
 
     def miscounted(self) -> None:
-        """The server has counted other tokens in a body than llamaslot: the layout is unknown until the next
+        """The server has counted other tokens in a body than llamaslot: the layout counts as unknown until the next
         connection.
         """
         self._known = PromptNotTokenizable("/infill was not as it was thought to be", Reason.MISCOUNTED)
@@ -64,8 +64,8 @@ class InfillPrompts:
         return Prompt(await known.tokens(body, whose))
 
     async def _learned(self) -> Infill | PromptNotTokenizable:
-        """Probe the layout, in a slot of its own: its content is saved if that is worth it. If it takes too long, the
-        slot is released, and the probe is repeated later.
+        """Probe the layout in a leased slot, whose content is saved before if that is worth it. If it takes too long,
+        the slot is released, and the probe is repeated later.
         """
         with await self._dispatcher.lease(Request("infill: how is it put together")) as lease:
             if not self._is_current():

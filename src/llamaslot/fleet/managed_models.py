@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 
 class ServedOnDemand:
-    """A backend that is not always there: what ``on_demand.Loadable`` asks of it. ``save_s``: the longest time for
-    saving its slots.
+    """The part of ``on_demand.Loadable`` that is the same for every backend that is not always there. ``save_s``: the
+    longest time for saving its slots.
     """
 
     def __init__(self, backend: Backend, save_s: float) -> None:
@@ -38,7 +38,7 @@ class ServedOnDemand:
 
 
 class ManagedModel(ServedOnDemand):
-    """A llama-server that llamaslot starts, as ``on_demand.Loadable``."""
+    """A model that is loaded by starting a llama-server of llamaslot's, and unloaded by stopping it."""
 
     is_loaded = None
 
@@ -48,7 +48,7 @@ class ManagedModel(ServedOnDemand):
         self._tasks = TaskOwner()
 
     async def load(self) -> None:
-        """As ``Loadable.load``."""
+        """Start the server and wait until it serves; see ``Loadable.load``."""
         deaths = list[str]()
 
         def died(how: str) -> None:
@@ -73,7 +73,7 @@ class ManagedModel(ServedOnDemand):
         log.info("%s: loaded: a request needs it", self.name)
 
     async def unload(self) -> None:
-        """As ``Loadable.unload``."""
+        """Save the slots and stop the server; see ``Loadable.unload``."""
         self._backend.leases.is_leaving = True
         try:
             await self._backend.save_all(self._save_s)
@@ -87,12 +87,14 @@ class ManagedModel(ServedOnDemand):
         await self._tasks.close()
 
     async def close(self) -> None:
-        """Stop the server: its slots have been saved."""
+        """Stop the server. Its slots have been saved before."""
         await self._tasks.close()
 
 
 class ManagedModels:
-    """``servers`` by the names of their backends. With neither limit all run from the start."""
+    """All llama-servers that llamaslot runs. ``servers``: by the names of their backends. Without limits all run from
+    the start.
+    """
 
     def __init__(
         self,
@@ -122,12 +124,12 @@ class ManagedModels:
             self._tasks.spawn(server.run(), f"{name}: managed llama-server")
 
     async def stop_loading(self) -> None:
-        """Load and unload nothing any more."""
+        """From now on load and unload no model."""
         if self.on_demand is not None:
             await self._tasks.close()
             await self.on_demand.close()
 
     async def close(self) -> None:
-        """Stop the servers: their slots have been saved."""
+        """Stop all servers. Their slots have been saved before."""
         await self._tasks.close()
         await asyncio.gather(*(model.close() for model in self._models))

@@ -27,7 +27,7 @@ _COUNT = "/v1/messages/count_tokens"
 
 
 def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
-    """The names of its fields, with the types and roles of its parts."""
+    """The shape of a body, as a key: the names of its fields, with the types and roles of its parts."""
     found = set[tuple[str, str]]()
     left: list[Any] = [body]
     while left:
@@ -47,9 +47,8 @@ def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
 
 
 class ConversionChecks:
-    """Whether the conversion of bodies is right, by shape.
-
-    ``ask`` posts to llama-server and returns status and JSON.
+    """Records by the shape of a body whether its conversion yields the server's token count. ``ask`` posts to
+    llama-server and returns status and JSON.
     """
 
     def __init__(self, ask: Callable[[str, Mapping[str, Any]], Awaitable[tuple[int, Any]]]) -> None:
@@ -57,21 +56,24 @@ class ConversionChecks:
         self._is_right: dict[frozenset[tuple[str, str]], bool] = {}
 
     def learn(self, body: Mapping[str, Any], *, is_right: bool) -> None:
-        """Record whether the server counted as many tokens as the conversion gives. One wrong count is final."""
+        """Record whether the server counted as many tokens in a body as its conversion gives. One wrong count is
+        final.
+        """
         shape = shape_of(body)
         self._is_right[shape] = self._is_right.pop(shape, True) and is_right
         if len(self._is_right) > _MAX_SHAPES:
             del self._is_right[next(iter(self._is_right))]
 
     def known(self, body: Mapping[str, Any]) -> bool | None:
-        """Whether the conversion of such a body is right; None if that is unknown."""
+        """Whether the conversion of a body of this shape is right; None if that is unknown."""
         return self._is_right.get(shape_of(body)) if self._is_right else None
 
     async def check(self, body: Mapping[str, Any], n_tokens: int) -> bool:
         """Whether the server counts ``n_tokens`` in a body of /v1/messages whose shape is not ``known``.
 
-        False if it refuses the body (as a rule it would refuse the request too); such a shape is checked again next
-        time. True on a build without this route: the count in the answer decides later. Raises BackendDown.
+        False if the server refuses the body (as a rule it would refuse the request too); such a shape is checked again
+        next time. True on a build without the route that counts: the count in the answer decides later. Raises
+        BackendDown.
         """
         status, counted = await self._ask(_COUNT, body)
         if status == 404:
@@ -92,7 +94,7 @@ class InfillConverter(Protocol):
         ...
 
     def miscounted(self) -> None:
-        """llama-server has counted other tokens in a body."""
+        """llama-server has counted other tokens in a body than llamaslot."""
         ...
 
 
@@ -129,13 +131,17 @@ class ModelContext(Struct, eq=False):
         return self.rules.namespace(user, lora)
 
     def reads_media(self, kinds: set[str]) -> bool:
-        """Whether the model reads media of all these kinds (``vision``, ``audio``), as far as llama-server reports."""
+        """Whether the model reads media of all these kinds (``vision``, ``audio``), as far as llama-server reports
+        that.
+        """
         return self.modalities is None or all(map(self.modalities.get, kinds))
 
     def compare(self, format_: Format, body: Mapping[str, Any], prompt: Prompt, n_told: int) -> None:
-        """Compare with ``n_told``, the tokens that llama-server counted in ``prompt``, made from a ``body`` of that
-        format. If llamaslot has another number, and the cuts of the text are not the reason, the tokens of similar
-        bodies count as unknown from now on.
+        """Compare the number of tokens of ``prompt``, made from a ``body`` of that format, with ``n_told``,
+        llama-server's count.
+
+        If they differ, and the cuts of the text are not the reason, the tokens of similar bodies count as unknown from
+        now on.
         """
         if self.tokenizer.confirm(prompt, n_told):
             return

@@ -35,7 +35,9 @@ _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0
 
 
 class Loadable(Protocol):
-    """A model that can be loaded and unloaded. ``changes`` rings when it may have become idle, or wanted."""
+    """A model that can be loaded and unloaded. ``changes`` is notified when the model may have become
+    idle, or wanted.
+    """
 
     @property
     def name(self) -> str: ...
@@ -43,25 +45,27 @@ class Loadable(Protocol):
     def changes(self) -> ChangeEvent: ...
     @property
     def is_at_work(self) -> bool:
-        """Whether a request runs."""
+        """Whether a request runs on the model."""
         ...
 
     @property
     def n_waiting(self) -> int:
-        """Requests that wait for one of its slots."""
+        """The number of requests that wait for a slot of the model."""
         ...
 
     @property
     def is_loaded(self) -> bool | None:
-        """Whether it is loaded, by whatever; None if nothing else loads it."""
+        """Whether the model is loaded, whoever loaded it; None if only llamaslot loads it."""
         ...
 
     async def load(self) -> None:
-        """Start it and wait until it serves. Raises BackendDown; then it is stopped. Canceling stops it."""
+        """Load the model and wait until it serves. Raises BackendDown; the model is unloaded then. Canceling unloads
+        it.
+        """
         ...
 
     async def unload(self) -> None:
-        """Save its slots and stop it, if it is loaded. Canceling is safe: it is stopped all the same."""
+        """Save the model's slots and unload it, if it is loaded. Canceling is safe: it is unloaded all the same."""
         ...
 
 
@@ -83,8 +87,9 @@ NEXT = {
 
 
 class _Model(Struct):
-    """``used_at``: of the last request, when it began or ended; ``asked_at``: of one that is not seen at work yet;
-    ``since``: when its state began; ``load_s``: what its last loading took; ``retry_at``: no loading before.
+    """The state of one model. ``used_at``: when its last request began or ended; ``asked_at``: when a request came
+    that is not seen at work yet; ``since``: when the state began; ``load_s``: the seconds that its last loading took;
+    ``retry_at``: no loading before.
     """
 
     its: Loadable
@@ -108,8 +113,8 @@ class _Model(Struct):
 
 
 class OnDemand:
-    """``max_loaded``: models that are loaded at a time, None: all; ``idle_unload_s``: idle time after which one is
-    unloaded, None: never.
+    """Loads and unloads models. ``max_loaded``: how many are loaded at a time, None: all; ``idle_unload_s``: the idle
+    time after which a model is unloaded, None: never.
     """
 
     def __init__(
@@ -131,12 +136,12 @@ class OnDemand:
             self.add(model)
 
     def add(self, loadable: Loadable) -> None:
-        """One more model."""
+        """Add one more model that is loaded on demand."""
         self._models[loadable.name] = _Model(loadable)
         self._subscriptions.enter_context(loadable.changes.subscribed(self._changed.notify))
 
     def forgive(self) -> None:
-        """Models that could not be loaded may be loaded again at once."""
+        """Let models whose loading has failed be loaded again at once."""
         for model in self._models.values():
             model.n_failures, model.retry_at = 0, -math.inf
 
@@ -149,7 +154,9 @@ class OnDemand:
     # -- for requests --------------------------------------------------------------------------------------------
 
     def use_if_loaded(self, name: str) -> bool:
-        """Use the model, if it is loaded: True. Otherwise a request has to wait in ``serving``."""
+        """Whether the model is loaded. If so, it is used for a request now; otherwise the request has to wait in
+        ``serving``.
+        """
         model = self._models[name]
         if model.state is not State.LOADED or model.its.is_loaded is False:
             return False
@@ -179,7 +186,7 @@ class OnDemand:
     # -- decisions, without an await -----------------------------------------------------------------------------
 
     def _decide(self, now: float) -> None:
-        """Begin what is due. Called whenever something has changed."""
+        """Begin the loading and unloading that is due. Called whenever something has changed."""
         self._look(now)
         for name, model in self._models.items():
             if model.its.is_loaded is False and model.state in (State.LOADED, State.LEAVING):
@@ -207,7 +214,9 @@ class OnDemand:
         self._tasks.spawn(self._unload(model), f"{model.its.name}: unload")
 
     def _look(self, now: float) -> None:
-        """Which models are used, and which are wanted: waited for here, or in the queue for their slots."""
+        """Update which models are used, and which are wanted: by requests that wait in ``serving``, or in the queue
+        for slots.
+        """
         for name, model in self._models.items():
             is_running = model.its.is_at_work
             if is_running or model.was_running:
@@ -222,7 +231,9 @@ class OnDemand:
         return sum(model.state is not State.UNLOADED for model in self._models.values())
 
     def _that_go(self, now: float) -> Iterator[_Model]:
-        """Those that leave already; as many more as are needed for those that are wanted; those idle for too long."""
+        """The models to unload: those that leave already; as many more as are needed to load those that are wanted;
+        those that have been idle for too long.
+        """
         yield from [model for model in self._models.values() if model.state is State.LEAVING]
         going = sum(model.state in (State.LEAVING, State.UNLOADING) for model in self._models.values())
         unloaded = [self._models[name] for name in self._wanted if self._models[name].state is State.UNLOADED]
@@ -243,8 +254,8 @@ class OnDemand:
         return not (model.its.is_at_work or model.its.n_waiting or now - model.asked_at < _ON_ITS_WAY_S)
 
     def _next_s(self, now: float) -> float | None:
-        """Seconds until time alone may change the decision of ``now``; None if it does not. With a later time, what has
-        become due since would be missed.
+        """The seconds until the decision of ``now`` may change merely because time passes; None if it will not. With a
+        later time than that of the decision, what has become due since would be missed.
         """
         at = list[float]()
         for model in self._models.values():
@@ -268,7 +279,7 @@ class OnDemand:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Load and unload until cancelled. ``close`` is to be called then."""
+        """Load and unload models until cancelled. Call ``close`` then."""
         with self._subscriptions:
             while True:
                 now = self._now()
@@ -276,7 +287,9 @@ class OnDemand:
                 await self._changed.wait(self._next_s(now))
 
     async def close(self) -> None:
-        """End what is being loaded; what is being unloaded is saved. Those that wait get BackendDown."""
+        """Stop models that are being loaded, and wait for those that are being saved and unloaded. Waiting requests
+        get BackendDown.
+        """
         for model in self._models.values():
             self._fail(model, BackendDown("llamaslot is stopping"))
             if model.loading is not None:

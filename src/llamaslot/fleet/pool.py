@@ -42,7 +42,7 @@ DownCall = Callable[[Backend, BackendDown], None]
 
 
 class PoolSettings(Struct, frozen=True):
-    """What is configured for every pool. ``prewarm``: chat bodies whose beginning is kept on disk."""
+    """The settings that each pool has for itself. ``prewarm``: chat bodies whose beginning is kept on disk."""
 
     idle_save_s: float
     rules: Rules = field(default_factory=Rules)
@@ -51,8 +51,9 @@ class PoolSettings(Struct, frozen=True):
 
 
 class PoolStatus(Struct, frozen=True):
-    """A pool at present. ``n_snapshots``: those that its model can use; ``n_waiting``: requests in the queue;
-    ``n_too_long``: prompts refused so far because no slot has room for them, the longest of ``longest_refused`` tokens.
+    """Counts of a pool at present. ``n_snapshots``: snapshots that its model can use; ``n_waiting``: requests in the
+    queue; ``n_too_long``: prompts refused so far because no slot has room for them, the longest of ``longest_refused``
+    tokens.
     """
 
     n_snapshots: int
@@ -63,8 +64,8 @@ class PoolStatus(Struct, frozen=True):
 
 
 class PoolModel(Struct, frozen=True):
-    """What the backends of a pool have in common. ``identity`` is proved; None if llama-server chooses slots: then
-    only the ``name`` is known. ``template``: hash of the chat template, which decides on the tokens of a body.
+    """What identifies the model of a pool. ``identity`` is proved; None if llama-server chooses slots: then only the
+    ``name`` is known. ``template``: hash of the chat template, which decides on the tokens of a body.
     """
 
     name: str
@@ -88,7 +89,7 @@ class Pool:
     """
 
     def __init__(self, settings: PoolSettings, metrics: Metrics, fleet: Mapping[str, Backend]) -> None:
-        """``fleet``: the backends of all pools."""
+        """``fleet``: the backends of all pools together."""
         self._settings, self.metrics, self._fleet = settings, metrics, fleet
         self._untokenized = UntokenizedRequests(metrics)
         self._tasks = TaskOwner()
@@ -107,8 +108,8 @@ class Pool:
         )  # fmt: skip
 
     def configure(self, settings: PoolSettings) -> None:
-        """What is configured for its model, which is known now, or has changed. Limits are those of requests that come
-        from now on; one that waits already keeps its ``max_wait_s``.
+        """Take the settings of the pool's model, which is known now, or has changed. Limits hold for requests that
+        come from now on; one that waits already keeps its ``max_wait_s``.
         """
         if settings.prewarm is not self._settings.prewarm:
             self._prewarm.set_bodies(settings.prewarm)
@@ -119,17 +120,17 @@ class Pool:
 
     @property
     def name(self) -> str:
-        """For logs: that of the model, or of the backends."""
+        """The pool's name in log lines: that of its model, or those of its backends."""
         return self.model.name if self.model is not None else ", ".join(self.backends)
 
     def join(self, backend: Backend) -> None:
-        """A backend that is not connected serves the model of this pool, or may do so."""
+        """Add a backend that is not connected, and serves the model of this pool, or may do so."""
         self.backends[backend.name] = backend
         self.dispatcher.join(backend.leases)
 
     def remove(self, backend: Backend) -> None:
-        """A backend that is not connected belongs to another pool now. If it was the last one, waiting requests get
-        BackendRestarted.
+        """Remove a backend that is not connected, and belongs to another pool now. If it was the last one, waiting
+        requests get BackendRestarted.
         """
         del self.backends[backend.name]
         self.dispatcher.remove(backend.name)
@@ -137,11 +138,11 @@ class Pool:
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def ready(self) -> ModelContext | None:
-        """The model as it is served now; None if llama-server chooses slots. Raises BackendDown immediately if every
-        backend is down. Waits until every snapshot on disk can be found. Canceling is safe.
+        """The model as it is served now; None if llama-server chooses slots. Waits until every snapshot on disk can be
+        found. Raises BackendDown immediately if every backend is down. Canceling is safe.
 
-        The process of a single backend is checked to be alive. Of several none is asked, for one that hangs would
-        delay all requests: ``confirm`` asks the one that a request was given.
+        The process of a single backend is checked to be alive. Of several backends none is asked, for one that hangs
+        would delay all requests: ``confirm`` asks the one that a request was given.
         """
         backends = self._members()
         if not backends:
@@ -156,7 +157,7 @@ class Pool:
         return self.context
 
     async def _any_ready(self, backends: Sequence[Backend]) -> None:
-        """Wait for the first one. Raises the error of one if all are down."""
+        """Wait for the first backend that is ready. Raises the error of one backend if all are down."""
         waits = [
             self._tasks.spawn(_outcome(backend.ready()), f"{backend.name}: ready") for backend in backends
         ]
@@ -172,7 +173,7 @@ class Pool:
 
     @property
     def once_connected(self) -> list[Backend]:
-        """The backends that have served its model: the others may turn out to serve another one."""
+        """The backends that have been connected with the pool's model. The others may turn out to serve another one."""
         return [backend for backend in self.backends.values() if backend.last_session is not None]
 
     @property
@@ -181,7 +182,9 @@ class Pool:
         return [each.last_session for each in self.backends.values() if each.last_session is not None]
 
     def _members(self) -> list[Backend]:
-        """The backends that serve its model, or may do so. None is loaded on demand in order to find that out."""
+        """The backends that serve the pool's model, or may do so. None is loaded on demand in order to
+        find that out.
+        """
         every = self.backends.values()
         known = [
             backend
@@ -191,7 +194,9 @@ class Pool:
         return known or list(every)
 
     def _use_if_proved(self) -> bool:
-        """Use it for a request, if it is known to be as ``ready`` would find it, without a question: True."""
+        """Whether the pool is known, without a question, to be as ``ready`` would find it. If so, it is used for a
+        request now.
+        """
         if any(table.model_snapshots.n_unread for table in self.dispatcher.tables):
             return False
         members = self._members()
@@ -203,12 +208,12 @@ class Pool:
         self, parse: Callable[[ModelContext], Coroutine[Any, Any, T]]
     ) -> tuple[ModelContext, T] | tuple[None, None]:
         """The model, served by processes that were checked to be alive, and what ``parse`` makes of a request for it;
-        None for both if llama-server chooses slots. Raises as ``ready`` and ``parse`` do. Canceling is safe if that
-        of ``parse`` is.
+        None for both if llama-server chooses slots. Raises as ``ready`` and ``parse`` do. Canceling is safe if that of
+        ``parse`` is.
 
-        Both are requested concurrently: together they are most of what llamaslot adds to a follow-up. If the server
-        turns out to be another one, the request is parsed again. Nothing is asked where the process is known to be the
-        same before and after it was parsed: the two tasks alone take 0.1 ms.
+        Checking and parsing run concurrently: together they are most of what llamaslot adds to a follow-up. If the
+        server turns out to be another one, the request is parsed again. Nothing is asked where the process is known to
+        be the same before and after parsing: the two tasks alone take 0.1 ms.
         """
         context = self.context
         if context is not None and self._use_if_proved():
@@ -234,8 +239,8 @@ class Pool:
         return (context, await parse(context)) if context is not None else (None, None)
 
     async def has_route(self, path: str) -> bool:
-        """Whether llama-server has this route for its model. If assist is off it is not checked, and llama-server
-        refuses the request itself. Raises as ``ready`` does. Canceling is safe.
+        """Whether llama-server has this route for the pool's model. If assist is off that is not checked, and
+        llama-server refuses the request itself. Raises as ``ready`` does. Canceling is safe.
         """
         return await self.ready() is None or await self.any_backend().route_availability.has(path)
 
@@ -257,17 +262,17 @@ class Pool:
         return any(leases.is_open or leases.is_coming for leases in others)
 
     def has_healthy_besides(self, backend: Backend) -> bool:
-        """Whether another backend may take a request now, and is not suspected of anything."""
+        """Whether a backend other than ``backend`` may take a request now, and is not suspect."""
         others = (other.leases for other in self.backends.values() if other is not backend)
         return any(leases.is_open and not leases.is_suspect for leases in others)
 
     def blame(self, backend: str, error: UpstreamError) -> None:
-        """A backend has answered with an error what another one has answered without."""
+        """Suspect a backend that has answered with an error where another one has answered without."""
         self._fleet[backend].suspicion.blame(error)
 
     @contextlib.contextmanager
     def calls_when_down(self, call: DownCall) -> Iterator[None]:
-        """Inside the block ``call`` is called for each backend that goes down."""
+        """Within the ``with`` block, ``call`` is called for each backend that goes down."""
         self._down_calls[call] = None
         try:
             yield
@@ -282,8 +287,8 @@ class Pool:
         is_back: bool = False,
         preempted: Preempted | None = None,
     ) -> Lease:
-        """As ``Dispatcher.lease``. ``report`` gets its position in the queue, which is that of the moment when it is
-        looked at.
+        """As ``Dispatcher.lease``. ``report`` gets the request's position in the queue, which is looked up when it is
+        formatted.
         """
         report(QueuePosition(partial(self.dispatcher.position, request)))
         return await self.dispatcher.lease(request, is_back=is_back, preempted=preempted)
@@ -297,7 +302,7 @@ class Pool:
         return self._fleet[lease.table.backend]
 
     def any_backend(self, avoids: frozenset[str] = frozenset()) -> Backend:
-        """A backend for a request that takes no slot: one that is up, if there is one, and not one that it avoids."""
+        """A backend for a request that takes no slot: preferably one that is up, and not one that it ``avoids``."""
         every = self.backends.values() or self._fleet.values()
         return max(every, key=lambda backend: (backend.name not in avoids, _usability(backend)))
 
@@ -314,7 +319,7 @@ class Pool:
 
     @property
     def n_waiting(self) -> int:
-        """Requests in its queue."""
+        """The number of requests in the pool's queue."""
         return self.dispatcher.n_waiting
 
     def status(self) -> PoolStatus:
@@ -334,13 +339,13 @@ class Pool:
 
     @property
     def journal(self) -> Journal:
-        """The decisions on its requests."""
+        """Placement decisions for this pool's requests."""
         return self.dispatcher.journal
 
     # -- called for backends -------------------------------------------------------------------------------------
 
     def connected(self, session: ServerSession) -> None:
-        """llama-server is up, and serves the model of this pool."""
+        """A backend of the pool is connected, and serves the pool's model."""
         if session.is_assisted:
             if self.context is None:
                 self.context = self._context(session)
@@ -377,7 +382,7 @@ class Pool:
         return context
 
     def _that_answer(self) -> list[Backend]:
-        """The backends that are up, those that may hang last; all if none is up."""
+        """The backends that are up, those that may hang last; all backends if none is up."""
         backends = sorted(self.backends.values(), key=_usability, reverse=True)
         if not backends:
             raise BackendRestarted("no backend serves this model any more")
@@ -403,12 +408,12 @@ class Pool:
         self._prewarming = self._tasks.spawn(self._prewarm.run(), f"{self.name}: prewarm")
 
     def retire(self) -> None:
-        """The last backend has left. Running requests end by themselves."""
+        """End the pool, whose last backend has left. Running requests end by themselves."""
         if self._prewarming is not None:
             self._prewarming.cancel()
 
     async def close(self) -> None:
-        """End all tasks."""
+        """End all tasks of the pool."""
         await self._tasks.close()
 
 
@@ -421,5 +426,5 @@ async def _outcome(ready: Awaitable[object]) -> BackendDown | None:
 
 
 def _usability(backend: Backend) -> tuple[bool, bool, bool]:
-    """The greatest is asked first."""
+    """The sort key of a backend by how usable it is; the one with the greatest key is asked first."""
     return backend.health is Health.UP, not backend.leases.is_suspect, not backend.leases.is_drained

@@ -38,7 +38,7 @@ _Fastest = tuple[float, str]
 
 
 class _Rank(NamedTuple):
-    """The place of a backend among those with an idle slot, as it was at ``at``."""
+    """The sort keys of a backend with an idle slot, as computed at the time ``at``."""
 
     cheapest: (
         _Cheapest  # seconds that the loss of its cheapest idle slot costs, when that was used last, its name
@@ -48,9 +48,8 @@ class _Rank(NamedTuple):
 
 
 class PoolIndex:
-    """The tokens of all slots of a pool, and its idle slots in order. It is kept only for more than ``_FEW`` backends.
-
-    The slot tables tell what changes.
+    """The tokens of all slots of a pool, and its backends with idle slots in order. Kept only for more than ``_FEW``
+    backends. The slot tables report what changes.
     """
 
     def __init__(self) -> None:
@@ -64,7 +63,7 @@ class PoolIndex:
         self._fastest: list[_Fastest] = []
 
     def attach(self, table: SlotTable) -> None:
-        """The slots of a backend may be leased from now on."""
+        """The slots of a backend may be leased from now on: include them."""
         self.detach(table.backend)
         self._tables[table.backend] = table
         if self._is_kept:
@@ -75,7 +74,7 @@ class PoolIndex:
                 self._watch(each)
 
     def detach(self, backend: str) -> None:
-        """The slots of ``backend`` are gone. Idempotent."""
+        """The slots of ``backend`` are gone: remove them. Idempotent."""
         table = self._tables.pop(backend, None)
         if table is None or not self._is_kept:
             return
@@ -106,9 +105,11 @@ class PoolIndex:
         now: float,
         reserved: Mapping[SlotKey, float] = MappingProxyType({}),
     ) -> Sequence[SlotTable]:
-        """Those of ``tables`` that ``request`` may be placed on: those whose slots share most with it, and of those
-        with an idle slot that is not ``reserved`` the ones where taking it costs least. None whose slots are too small
-        for the prompt, if others are large enough: backends of one model may have different contexts.
+        """Those of ``tables`` that ``request`` may be placed on: the ones whose slots share most with it, and, of
+        those with an idle slot that is not ``reserved``, the ones where taking it costs least.
+
+        None whose slots are too small for the prompt, if others are large enough: backends of one model may have
+        different contexts.
         """
         if len(tables) < 2:
             return tables
@@ -154,7 +155,7 @@ class PoolIndex:
         return [here[name] for name in heapq.nsmallest(_N_OTHERS, names, key=cost)]
 
     def _renew(self, now: float) -> None:
-        """Rank what has changed, and some of what was ranked long ago."""
+        """Rank the backends that have changed, and some of those that were ranked long ago."""
         old = list[str]()
         for name, rank in self._ranks.items():
             if 0 <= now - rank.at < _VALID_S or len(old) == _RENEWED:
@@ -200,7 +201,7 @@ class PoolIndex:
 
 
 def _marked(table: SlotTable, slot: Slot) -> bytes:
-    """What it holds, or will hold, behind the mark of its namespace."""
+    """The tokens that a slot holds, or will hold, behind the mark of their namespace."""
     try:
         return table.residents.index.tokens(slot.id)
     except KeyError:

@@ -28,7 +28,7 @@ class PoolServer:
     """
 
     def __init__(self, backends: Callable[[], Sequence[Backend]], tasks: TaskOwner) -> None:
-        """``backends``: those that may be asked, at least one, the best first."""
+        """``backends``: a function that returns the backends that may be asked, at least one, the best first."""
         self._backends, self._tasks = backends, tasks
         self._last: Backend | None = None  # that has answered
 
@@ -43,7 +43,7 @@ class PoolServer:
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
-        """``POST`` a route that computes nothing. Returns status and JSON, None if the answer is not JSON."""
+        """``POST`` to a route that computes nothing. Returns status and JSON (None if the answer is not JSON)."""
 
         async def asked(api: LlamaServer) -> tuple[int, Any]:
             status, answer = await api.ask(path, body, timeout_s)
@@ -111,8 +111,8 @@ class PoolServer:
     async def _asked_again(
         self, first: Backend, other: Backend, question: Question[T], failure: UpstreamError
     ) -> T:
-        """``first`` has answered with an error of its own. If ``other`` answers better, that was no fault of the
-        question.
+        """``first`` has answered with an error of its own: ask another one. If the other answers better, the question
+        was not the fault, and ``first`` is suspected.
         """
         try:
             answer = await self._one(other, question)

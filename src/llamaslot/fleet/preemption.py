@@ -21,7 +21,9 @@ MOST_TIMES = 2  # preemptions per request
 
 
 class Claim(Struct, frozen=True):
-    """A request that waits for any slot. ``deficit_s``: what its user has received less than its share."""
+    """A waiting request that may take any slot. ``deficit_s``: the seconds that its user has received less than its
+    share.
+    """
 
     user: str
     deficit_s: float
@@ -31,8 +33,8 @@ class Stoppable(Struct, frozen=True):
     """A prompt that is being computed in a slot, or waits in its slot for its turn.
 
     ``loss_s``: seconds lost by stopping it: the computed tokens must be saved and restored, or computed again.
-    ``left_s``: seconds until its slot would be free anyway, its answer included. ``is_chosen``: it has been told to
-    stop already.
+    ``left_s``: seconds until its slot would be free anyway, its answer included. ``is_chosen``: it was told to stop
+    already.
     """
 
     user: str
@@ -80,8 +82,8 @@ def chosen(
 
 
 def _key(prompt: Stoppable, number: int) -> tuple[bool, float, float, int]:
-    """The order of stopping: first a prompt told so already, then the smallest loss, the longest remaining time, the
-    latest one.
+    """The sort key of a prompt that may be stopped: first one that was told so already, then the smallest loss, the
+    longest remaining time, the latest one.
     """
     return not prompt.is_chosen, prompt.loss_s, -prompt.left_s, -number
 
@@ -138,13 +140,15 @@ def _needed(backends: Collection[Leases], queue: Queue, now: float) -> set[Lease
 
 
 def _may_stop(lease: Lease, now: float) -> bool:
-    """Not if it was preempted often, nor if it came long ago: it is to be served at last."""
+    """Whether a lease may be stopped: not if it was preempted often, nor if its request came long ago and must be
+    served at last.
+    """
     is_late = now - lease.came_at >= lease.table.rules.sharing.starvation_s
     return lease.n_preempted < MOST_TIMES and not (is_late or lease.is_released)
 
 
 def left_s(lease: Lease, now: float) -> float:
-    """Estimated seconds until its slot is free: the rest of its prefill, if there is any, and of its answer."""
+    """Estimated seconds until the slot of ``lease`` is free: the rest of the prefill, if any, and of the answer."""
     n = min(lease.n_done, lease.request.n_tokens)
     prompt_s = 0.0 if lease.is_decoding else lease.table.rates.prefill.seconds(n, lease.request.n_tokens)
     running_s = now - lease.sent_at if lease.is_decoding else 0.0

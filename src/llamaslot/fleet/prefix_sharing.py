@@ -19,14 +19,14 @@ from llamaslot.store.model_snapshots import PendingSave
 
 
 class PrefixWait(Struct, frozen=True):
-    """The time limit for waiting for another request's prefix: the remaining prefill of that request up to the prefix,
-    plus this request's own prefill of it. Without sharing it would have waited for that request in any case, because
-    the request with less left is first.
+    """The time limit for waiting until another request has computed a common prefix: the remaining prefill of that
+    request up to the end of the prefix, plus this request's own prefill of it. Without sharing this request would have
+    waited for the other one in any case, because the one with less left is first.
 
-    Time in which llama-server computes prompts does not count: it would not have computed this one, which has more
-    left than the prefix that it waits for. If it counted, a server that is slower than estimated would end the
-    wait while the prefix is almost there. The first batch of a new server was four times slower than the probes from
-    which its speed was known (0.8 s of 2,048 tokens), and all that began together computed everything.
+    Time in which llama-server computes prompts does not count: it would not have computed this prompt, which has more
+    left than the prefix. If that time counted, a server that is slower than estimated would end the wait while the
+    prefix is almost there. The first batch of a new server was four times slower than the probes from which its speed
+    was known (0.8 s of 2,048 tokens), and all requests that began together computed everything.
 
     ``maker`` computes ``n_trunk`` tokens; alone, this request would have begun with ``n_own``. In tokens, not in
     seconds, because the speed is learned meanwhile. At ``since`` llama-server had computed for ``prefilled_s``.
@@ -53,7 +53,9 @@ class PrefixWait(Struct, frozen=True):
     def of(
         cls, leases: Leases, trunk: PendingSave, wait: Wait, now: float, at_last: float
     ) -> PrefixWait | None:
-        """None if the maker of ``trunk`` has gone."""
+        """The time limit for a request that waits for the shared prefix ``trunk``; None if the request that computes
+        it has gone.
+        """
         maker = next((lease for lease in leases.held() if lease.slot_key == trunk.slot), None)
         if maker is None:
             return None
@@ -103,8 +105,8 @@ def ask_for_trunk(
 
 
 def prefix_due_s(table: SlotTable, wait: Wait, now: float) -> float | None:
-    """The seconds until a prefix that another request computes, and that is waited for, is available; None for other
-    waits.
+    """The seconds until the shared prefix that a request waits for is available; None if it waits for
+    something else.
     """
     trunk = table.expected_trunk(wait.place.snapshot) if wait.place is not None else None
     return max(trunk.until - now, 0.0) + (wait.for_s or 0.0) if trunk is not None else None

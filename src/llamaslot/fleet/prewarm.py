@@ -39,7 +39,7 @@ Bodies = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 class PrewarmTarget(Struct):
-    """A shared prefix: the first ``n_tokens`` of ``tokens``."""
+    """A shared prefix to keep on disk: the first ``n_tokens`` of ``tokens``."""
 
     name: str
     tokens: bytes
@@ -52,8 +52,9 @@ class PrewarmTarget(Struct):
 
 
 class Prewarm:
-    """One task per pool. ``bodies``: chat bodies, and their names for the log. ``tokenizer``: that of the present
-    model. ``executor_of``: performs steps on the backend of a lease; ``catalog_of``: has the snapshots of a table.
+    """The task of one pool that computes configured prefixes. ``bodies``: chat bodies, and their names for the log.
+    ``tokenizer``: that of the present model. ``executor_of``: performs steps on the backend of a lease;
+    ``catalog_of``: has the snapshots of a table.
     """
 
     def __init__(
@@ -73,12 +74,14 @@ class Prewarm:
         self._left: dict[int, list[PrewarmTarget]] = {}
 
     def set_bodies(self, bodies: Bodies) -> None:
-        """These from now on."""
+        """Replace the chat bodies by ``bodies``."""
         self._bodies, self._left_of = bodies, {}
 
     @property
     def _tables(self) -> list[SlotTable]:
-        """One for each directory. Not of a llama-server that sleeps: it must not be woken for this."""
+        """One slot table for each snapshot directory. Not of a llama-server that sleeps: it must not be woken for a
+        prewarm.
+        """
         found: dict[int, SlotTable] = {}
         for backend in self._dispatcher.backends.values():
             if backend.table is not None and not backend.is_asleep and backend.table.can_save:
@@ -86,14 +89,14 @@ class Prewarm:
         return list(found.values())
 
     async def run(self) -> None:
-        """Runs until cancelled; a running save is then completed."""
+        """Compute what is missing, while the backends are idle, until cancelled; a running save is then completed."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._dispatcher.idle_s >= self._idle_s:
                 await self.do_one()
 
     async def do_one(self) -> None:
-        """Do one of the remaining tasks, if there is any. Canceling is safe."""
+        """Do the next thing that is missing, if any: read the bodies, or compute one prefix. Canceling is safe."""
         for table in self._tables:
             library = id(table.model_snapshots)
             is_known = table is self._left_of.get(library)
@@ -114,7 +117,7 @@ class Prewarm:
     # -- configured prefixes -------------------------------------------------------------------------------------
 
     async def _targets(self) -> list[PrewarmTarget | None]:
-        """The prefix of each body, None if it is unknown. Raises BackendDown."""
+        """The prefix of each body; None for one that cannot be rendered. Raises BackendDown."""
         return [await self._target(name, body) for name, body in self._bodies]
 
     async def _target(self, name: str, body: Mapping[str, Any]) -> PrewarmTarget | None:
@@ -150,7 +153,7 @@ class Prewarm:
     # -- one of them ---------------------------------------------------------------------------------------------
 
     async def _warm(self, table: SlotTable, left: list[PrewarmTarget]) -> None:
-        """Do the first of ``left``."""
+        """Look after the first target of ``left``: pin its snapshot if there is one, else compute it or give it up."""
         one = left[0]
         if (there := table.model_snapshots.snapshot_at(one.trunk, table.rules.public)) is not None:
             if not there.is_pinned:
@@ -171,8 +174,8 @@ class Prewarm:
             await self._compute(table, one)
 
     async def _compute(self, table: SlotTable, one: PrewarmTarget) -> None:
-        """Compute and save it in the directory of ``table``, until that is done or a client sends a request. The
-        computed tokens stay in the slot, and the next attempt resumes from there.
+        """Compute the prefix and save it in the directory of ``table``, until that is done or a client sends a
+        request. The computed tokens stay in the slot, and the next attempt resumes from there.
         """
         tables = self._dispatcher.tables
         elsewhere = (other.backend for other in tables if other.model_snapshots is not table.model_snapshots)

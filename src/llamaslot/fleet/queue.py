@@ -30,7 +30,7 @@ _LITTLE = 0.1  # of a usual answer's time: so short that it delays no other requ
 
 
 class QueueLimits(Struct, frozen=True):
-    """``max_wait_s``: None for no limit."""
+    """The limits of the queue. ``max_wait_s``: the longest wait in seconds, None for no limit."""
 
     max_waiting: int = 256
     max_wait_s: float | None = 600.0
@@ -77,8 +77,8 @@ class Waiting(Struct, eq=False):
         return self.behind is not None and self.behind.is_in_line
 
     def wants_any(self, now: float) -> bool:
-        """Whether any slot would do: it waits for no slot of llama-server's choice, for nothing specific, and for no
-        other request's turn.
+        """Whether any slot would do for the request: it waits for no slot of llama-server's choice, for nothing
+        specific, and for no other request's turn.
         """
         is_particular = self.wait is not None and self.wait.for_s is not None and now < self.look_at
         return not (
@@ -90,7 +90,7 @@ class Waiting(Struct, eq=False):
 
     @property
     def ask(self) -> Ask:
-        """Its input for fairness, made once: all waiting requests are sorted at each dispatch."""
+        """The request as fairness sees it. Made once: all waiting requests are sorted at each dispatch."""
         if self._ask is None:
             self._ask = Ask(
                 self.request.user.id, self.cost_s, self.is_small, self.overtaken_s, self.passed_by
@@ -98,16 +98,15 @@ class Waiting(Struct, eq=False):
         return self._ask
 
     def passed(self, user: str, seconds: float) -> None:
-        """A later small request of ``user`` has got a slot for ``seconds``."""
+        """Record that a later small request of ``user`` has got a slot for ``seconds``."""
         self.overtaken_s += seconds
         self.passed_by[user] = self.passed_by.get(user, 0.0) + seconds
         self._ask = None
 
 
 class QueuePosition(Struct, frozen=True):
-    """``queued 2``: the position of the request when it is formatted.
-
-    ``position``: 1 for the request that is next; 0 if it no longer waits.
+    """A text such as ``queued 2``, with the position that the request has when it is formatted. ``position``: 1 for
+    the request that is next; 0 if it no longer waits.
     """
 
     position: Callable[[], int]
@@ -117,9 +116,8 @@ class QueuePosition(Struct, frozen=True):
 
 
 class _Moment(Struct):
-    """A cached view of the present users, for one dispatch.
-
-    ``answers``: whether a user may have another slot, by the number of idle slots.
+    """The users that are present, cached for one dispatch. ``answers``: whether a user may have another slot, by user
+    and number of idle slots.
     """
 
     n_here: int
@@ -165,10 +163,10 @@ class Queue:
         return iter(self._waiting)
 
     def ordered(self) -> Iterator[Waiting]:
-        """The order of service. Requests that had a slot before come first. Those that were returned may leave the
-        queue meanwhile.
+        """The waiting requests in the order of service; those that had a slot before come first. Requests already
+        taken from the iterator may leave the queue meanwhile.
 
-        It costs the number of users, then only what is taken from it, unless a large request was overtaken: so
+        The cost grows with the number of users, then only with what is taken, unless a large request was overtaken: so
         granting a slot costs the same with 10 and with 1,000 waiting.
         """
         back = [w for w in itertools.takewhile(lambda w: w.had_a_place, self._waiting) if w.is_back]
@@ -218,7 +216,7 @@ class Queue:
         self.n_unpinned += n * (waiting.request.placement is Placement.SERVER_CHOSEN)
 
     def admitted(self, waiting: Waiting, now: float) -> None:
-        """It was not refused immediately: its user is present."""
+        """A request was accepted: record that its user is present."""
         user = waiting.request.user.id
         if waiting.pause_s is not None:
             self._pauses.observe(user, waiting.pause_s)
@@ -236,7 +234,7 @@ class Queue:
         self._moment = None
 
     def _saw(self, user: str, now: float) -> None:
-        """Forget users that were absent for long."""
+        """Record that a user was present at ``now``, and forget users that were absent for long."""
         if not user:
             return  # llamaslot itself
         self._seen_at.pop(user, None)
@@ -253,9 +251,8 @@ class Queue:
                 self._pauses.forget(other)
 
     def make_room(self, newcomer: Waiting) -> None:
-        """Raises TooManyRequests if its user has too many waiting requests, QueueFull if there are too many in all.
-
-        If another user has more waiting than the newcomer's user, the last request of that user is refused instead.
+        """Raise TooManyRequests if the user has too many waiting requests, QueueFull if there are too many in all. If
+        another user has more waiting than the newcomer's user, the last request of that user is refused instead.
         """
         if newcomer.had_a_place:
             return
@@ -289,7 +286,7 @@ class Queue:
     # -- slots ---------------------------------------------------------------------------------------------------
 
     def may_run(self, waiting: Waiting, n_slots: int, n_idle: int, now: float) -> bool:
-        """Whether ``waiting`` may have one of the ``n_idle`` slots now, if it needs one."""
+        """Whether the user of ``waiting`` may have one of the ``n_idle`` slots now, if the request needs one."""
         user = waiting.request.user
         n_held, n_max = self._n_running[user.id], self._max_running(user)
         if n_max is not None and n_held and n_held + waiting.n_slots > n_max:
@@ -305,7 +302,7 @@ class Queue:
         return here.answers[key]
 
     def may_run_at_once(self, user: User, now: float) -> bool:
-        """Whether any request of ``user`` may have an idle slot; False if that needs a closer look."""
+        """Whether any request of ``user`` may have an idle slot without a closer look at fairness."""
         if not (n_held := self._n_running[user.id]):
             return True
         n_max = self._max_running(user)
@@ -313,11 +310,11 @@ class Queue:
 
     @property
     def n_held(self) -> Mapping[str, int]:
-        """The slots of each user that has any."""
+        """The number of slots of each user that has any."""
         return self._n_running
 
     def deficit_s(self, user: str) -> float:
-        """What ``user`` has received less than its share."""
+        """The seconds of slot time that ``user`` has received less than its share."""
         return self._shares.deficit_s(user)
 
     def _who_is_here(self, now: float) -> _Moment:
@@ -353,8 +350,8 @@ class Queue:
         return self._present | self._lately.keys()
 
     def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge | None:
-        """It has got its slots, for about ``cost_s``, and leaves the queue. llamaslot's own work is charged to no
-        user.
+        """A waiting request has got its slots, for about ``cost_s``, and leaves the queue. llamaslot's own work is
+        charged to no user.
         """
         self.remove(waiting)
         user = waiting.request.user.id
@@ -383,7 +380,7 @@ class Queue:
         return Charge(booked, n_slots, now)
 
     def released(self, charge: Charge, now: float) -> None:
-        """The slots are free: correct the error of the estimate."""
+        """The slots of a charge are free: replace the estimated time by the real one."""
         user = charge.booked.user
         _less(self._n_running, user, charge.n_slots)
         self._shares.took(charge.booked, (now - charge.at) * charge.n_slots)
@@ -392,7 +389,7 @@ class Queue:
         self._shares.keep(self._here(now), self._seen_at.keys())
 
     def loads(self, now: float) -> list[UserLoad]:
-        """The users of the last minute."""
+        """The load of each user that was present in the last minute."""
         lately = {user for user, at in self._seen_at.items() if now - at <= _REMEMBER_S}
         return [
             UserLoad(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
@@ -425,19 +422,21 @@ def _less(counts: Counter[str], user: str, n: int = 1) -> None:
 
 
 def _users(ids: Iterable[str]) -> set[str]:
-    """The users without llamaslot itself, which has no name."""
+    """The given users without llamaslot itself, whose user has no name."""
     return {id_ for id_ in ids if id_}
 
 
 def answer_s(table: SlotTable, request: Request, running_s: float = 0.0) -> float:
-    """The seconds that its answer will take there, if it has been running for ``running_s``."""
+    """The seconds that the request's answer will still take on that backend, if it has been running
+    for ``running_s``.
+    """
     return table.rates.answer.seconds_left(running_s, request.max_tokens)
 
 
 def estimate(tables: Sequence[SlotTable], request: Request, rules: Rules) -> tuple[float, bool]:
-    """For how many seconds it will have a slot, on the backend where the least of it is missing. And whether it is a
-    small request: a small prompt, or a short answer of a request whose prefill is short. Without ``tables`` no rates
-    are known.
+    """The seconds for which the request will have a slot, on the backend where the least of its prompt is missing; and
+    whether it is a small request: a small prompt, or a short answer of a request whose prefill is short. Without
+    ``tables`` no rates are known.
     """
     prefill_s = little_s = its_answer_s = 0.0
     if tables:

@@ -68,8 +68,8 @@ class Registry:
 
     @classmethod
     def of(cls, config: Config, urls: Mapping[str, str] | None = None) -> Registry:
-        """``urls``: of managed backends, by name. Raises ConfigError if a configured file, readable a moment ago,
-        is not readable any more.
+        """A registry with the backends and stores that ``config`` names. ``urls``: of managed backends, by name.
+        Raises ConfigError if a configured file, readable a moment ago, is not readable any more.
         """
         registry = cls(Metrics(), _pool_settings(config))
         registry.router.configure(config.models)
@@ -94,8 +94,8 @@ class Registry:
         directory: Path | None,
         slot_files: Path | None = None,
     ) -> Backend:
-        """Add a llama-server. It is connected to after ``start``. ``directory``: its snapshots; None without.
-        ``slot_files``: where it writes and reads, if elsewhere.
+        """Add a llama-server, which is connected to after ``start``. ``directory``: of its snapshots; None without.
+        ``slot_files``: where it writes and reads slot files, if elsewhere.
         """
         rates_file = store.meta_dir / f"{name}.rates.json"
         its = self._store(name, store, directory, slot_files) if directory is not None else None
@@ -120,7 +120,9 @@ class Registry:
     def _store(
         self, name: str, settings: StoreConfig, directory: Path, slot_files: Path | None
     ) -> SnapshotStore:
-        """The store of a directory. Its files in ``meta_dir`` have the name of the first backend with it."""
+        """The store of a directory, made at the first call. Its files in ``meta_dir`` have the name of the first
+        backend that uses it.
+        """
         path = Path(os.path.realpath(directory))
         if path not in self.stores:
             self.stores[path] = SnapshotStore(
@@ -145,12 +147,12 @@ class Registry:
 
     @property
     def n_snapshots(self) -> int:
-        """Snapshots in all directories, of any model."""
+        """The number of snapshots in all directories, of any model."""
         return sum(len(store.catalog.snapshots) for store in self.stores.values())
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of snapshots on disk, in all directories."""
+        """The bytes of all snapshots on disk, in all directories."""
         return sum(store.catalog.size_bytes for store in self.stores.values())
 
     @property
@@ -161,7 +163,7 @@ class Registry:
         return self._backends.get(name)
 
     def apply(self, config: Config) -> None:
-        """Put the limits of another configuration in force: of the queue, and of snapshots. What is too much for a
+        """Put the limits of another configuration in force, for the queue and for snapshots. What is too much for a
         smaller quota is evicted in the background.
         """
         self._settings = replace(self._settings, limits=_limits(config))
@@ -200,7 +202,9 @@ class Registry:
                 table.drop_snapshot(snapshot.id)
 
     def _saves_s(self, stats: SnapshotStats) -> float:
-        """By the rates of a backend that can use it: those of all are similar."""
+        """The seconds that each hit of a snapshot saves, by the rates of a backend that can use it: those of all are
+        similar.
+        """
         tables = [backend.leases.table for backend in self._backends.values()]
         for table in tables:
             if table is not None and table.has_snapshot(stats.id):
@@ -258,14 +262,15 @@ class Registry:
         return new
 
     def connecting(self, backend: Backend, session: ServerSession) -> None:
-        """Put it into the pool of its model: there are five cases.
+        """Put the backend into the pool of its model. There are five cases:
 
-        1. A pool has this model: there.
-        2. Its pool has no model yet: that becomes the model.
-        3. It has had the model that its pool has, as the only one: the pool has another model from now on.
-        4. llama-server chooses slots, so that the model is not proved: where it was before, if that was the last
-           proved model and the name is the same.
-        5. Else a new pool.
+        1. llama-server chooses slots, so the model is not proved; the backend last had a proved model of the same
+           name: it stays in its pool.
+        2. A pool has this model: the backend joins that pool.
+        3. No pool has it, and the backend's pool has no model yet: this becomes the pool's model.
+        4. No pool has it, and no other backend has served the model of the backend's pool: the pool has another model
+           from now on.
+        5. Otherwise a new pool is made.
         """
         model, old = PoolModel.of(session), self.pool_of(backend)
         last = backend.last_session
@@ -285,7 +290,7 @@ class Registry:
         self.router.note_names(backend, session, new)
 
     def _settings_of(self, names: Collection[str]) -> PoolSettings:
-        """Of the model with these names: those of the model, and of backends that serve it."""
+        """The settings of a pool whose model, or one of its backends, has one of these ``names``."""
         return next((settings for name, settings in self._of_models.items() if name in names), self._settings)
 
     def _started_pool(self) -> Pool:
@@ -380,7 +385,7 @@ def _names_of(backend: Backend) -> tuple[str, ...]:
 
 
 def _pool_settings(config: Config, model: ModelConfig | None = None) -> PoolSettings:
-    """``model``: what is different for it."""
+    """The settings of a pool. ``model``: what is configured differently for one model."""
     own = None if model is None else model.prewarm
     return PoolSettings(
         config.store.idle_save_s,
@@ -395,7 +400,7 @@ def _store_limits(settings: StoreConfig) -> Limits:
 
 
 def _limits(config: Config, model: ModelConfig | None = None) -> QueueLimits:
-    """``model``: what is different for it."""
+    """The limits of a queue. ``model``: what is configured differently for one model."""
     queue = config.queue
     if model is not None:
         queue = queue.model_copy(

@@ -79,8 +79,8 @@ class Router:
         raise ModelNotFound(f"the model '{shortened(model)}' does not exist here; there are {there_are}")
 
     def unloaded_pool(self, model: object) -> Pool | None:
-        """If ``pool_for``, or that pool's ``ready``, would have to load the model: a pool in which its backend is now.
-        None if it is loaded, or never loaded on demand.
+        """A pool with a backend whose model ``pool_for``, or the pool's ``ready``, would have to load for this
+        request. None if the model is loaded, or never loaded on demand.
         """
         if not self.is_on_demand:
             return None
@@ -96,7 +96,9 @@ class Router:
         return next(pool for pool in self._pools if unloaded[0].name in pool.backends)
 
     async def _pool_named(self, name: str, loads: bool) -> Pool | None:
-        """Raises BackendDown if ``name`` stands for a backend that was never up."""
+        """The pool with this name, or None. Raises BackendDown if ``name`` stands for a backend that was never
+        connected.
+        """
         while True:
             target = self._settings.aliases.get(name, name)
             if (pool := next((pool for pool in self._known() if target in _names(pool)), None)) is not None:
@@ -117,13 +119,15 @@ class Router:
             await backend.ready()
 
     def _was_another(self, name: object, pool: Pool) -> bool:
-        """Whether ``name`` was that of another model, which is gone: then it is not just any name."""
+        """Whether ``name`` was that of another model, which is gone: such a name is not accepted for the only model
+        that is left.
+        """
         told = self._told.get(name) if isinstance(name, str) else None
         return told is not None and pool.model is not None and not told.is_same(pool.model)
 
     def _maybe_of_another(self, pool: Pool) -> list[Backend]:
-        """The backends that were not up yet, and may have another model than ``pool``. The learned rates of a backend
-        tell which it had before llamaslot was started.
+        """The backends that were not connected yet, and may have another model than ``pool``. The learned rates of a
+        backend tell which model it had before llamaslot was started.
         """
         own = pool.model.identity if pool.model is not None else None
         unseen = [backend for backend in self._backends.values() if backend.last_session is None]
@@ -147,7 +151,7 @@ class Router:
         yield from (alias for alias in self._settings.aliases if alias not in seen)
 
     def note_names(self, backend: Backend, session: ServerSession, pool: Pool) -> None:
-        """Note the names of a model. If two different ones have the same name, that is said once."""
+        """Record the names of a model. If another model has the same name, that is logged once."""
         for name in session.names:
             self._told[name] = PoolModel.of(session)
             others = [other for other in self._known() if other is not pool and name in _names(other)]

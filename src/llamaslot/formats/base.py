@@ -18,8 +18,8 @@ from llamaslot.llama.sse import EventSplitter, data_of, event_of
 
 
 class ErrorEvents:
-    """Encodes the errors of one stream: ``data: {"error": {"message", "type", "code"}}``, as llama-server does.
-    OpenAI's libraries and Vercel's raise on an ``error`` at the root. ``id``: of the request.
+    """Encodes the errors of one stream as llama-server does: ``data: {"error": {"message", "type", "code"}}``. The
+    libraries of OpenAI and Vercel raise on an ``error`` at the root. ``id``: the request's.
     """
 
     #: Whether llama-server's own error events are converted to the form of ``event`` too.
@@ -29,14 +29,18 @@ class ErrorEvents:
         self.id = id_
 
     def saw(self, event: bytes) -> None:
-        """The client receives ``event``: a later error continues from there."""
+        """Called with each event that the client receives. Formats whose error events continue the stream (by a
+        number, say) override this.
+        """
 
     def event(self, error: Mapping[str, Any]) -> bytes:
-        """``error``: message, type and code, as in the body of an answer."""
+        """The SSE event for ``error``, which has message, type and code, as in the body of an error answer."""
         return event_of({"error": error})
 
     def translated(self, event: bytes) -> bytes:
-        """An error event of llama-server in the form of this format; the same bytes if its clients understand it."""
+        """``event``, an error event of llama-server, in the form of this format; the same bytes if the format's
+        clients understand llama-server's form.
+        """
         payload = data_of(event)
         if not self.is_translated or not isinstance(payload, dict):
             return event
@@ -45,7 +49,7 @@ class ErrorEvents:
 
 
 def translated_all(errors: ErrorEvents, events: bytes) -> bytes:
-    """Whole events, of which some may be errors."""
+    """``events`` with the error events among them translated; see ``ErrorEvents.translated``."""
     if b"error" not in events:
         return events
     splitter = EventSplitter()
@@ -54,7 +58,7 @@ def translated_all(errors: ErrorEvents, events: bytes) -> bytes:
 
 
 def is_error(event: bytes) -> bool:
-    """Whether this is llama-server's error: an event of that name, or one with nothing else in it."""
+    """Whether an event is an error of llama-server: it is named ``error``, or has nothing but an error in it."""
     return event.startswith((b"event: error", b'data: {"error":'))
 
 
@@ -63,7 +67,7 @@ _SYSTEM = ("system", "developer")
 
 
 class PromptKind(enum.Enum):
-    """How a body is converted to tokens."""
+    """How a request's body becomes tokens."""
 
     #: The body is a chat: llama-server's template renders it, and refuses faults.
     CHAT = "chat"
@@ -76,7 +80,7 @@ class PromptKind(enum.Enum):
 
 
 class UsageCounts(Struct, frozen=True):
-    """Tokens, as one ``usage`` counts them; None or 0 where it does not say."""
+    """The token counts in one ``usage`` object; None or 0 where it has none."""
 
     n_cached: int | None = None  # of the prompt, reused
     n_prompt: int | None = None  # of the whole prompt
@@ -158,8 +162,10 @@ class Format(Protocol):
     def dry_run(
         self, body: Mapping[str, Any], chat: Mapping[str, Any] | None, *, tokens: bytes | None, n: int
     ) -> DryRun:
-        """What llama-server may refuse of ``body``. ``chat``: the chat that it is or is converted to, None for a
-        plain prompt; ``tokens``: of a prompt that was sent as ids; ``n``: answers to each prompt.
+        """The fields of ``body`` that llama-server may refuse, for a dry run.
+
+        ``chat``: the chat that the body is or is converted to, None for a plain prompt. ``tokens``: the prompt, if it
+        was sent as ids. ``n``: the number of answers to each prompt.
         """
         return dry_run(body if chat is None else chat, is_chat=chat is not None, tokens=tokens, n=n)
 
@@ -188,12 +194,16 @@ class Format(Protocol):
         return [usage for usage in found if isinstance(usage, dict)]
 
     def counts(self, usage: Mapping[str, Any]) -> UsageCounts:
-        """What ``usage`` counts. That of OpenAI's first formats is not needed for the prompt: their timings tell it."""
+        """The token counts in ``usage``. OpenAI's chat and completion formats give no count of the prompt here, as the
+        timings in the same event have it.
+        """
         details = usage.get(self.usage_details_key) or {}
         return UsageCounts(details.get("cached_tokens"), None, int(usage.get("completion_tokens", 0)))
 
     def correct_usage(self, usage: dict[str, Any], n_reused: int) -> bool:
-        """Write into ``usage`` that at most ``n_reused`` tokens were reused. True where it tells of that at all."""
+        """Lower the number of reused tokens in ``usage`` to ``n_reused`` where it is higher. False if ``usage`` has no
+        such number.
+        """
         details = usage.get(self.usage_details_key)
         if not isinstance(details, dict) or "cached_tokens" not in details:
             return False
@@ -201,12 +211,12 @@ class Format(Protocol):
         return True
 
     def errors(self, id_: str) -> ErrorEvents:
-        """An encoder of errors for one stream. ``id_``: of the request."""
+        """An encoder for the errors of one stream. ``id_``: the request's."""
         return ErrorEvents(id_)
 
     def can_assemble(self, body: Mapping[str, Any]) -> bool:
-        """Whether the answer to ``body``, whose client does not stream, can be assembled from a stream, unless there
-        is a ``Doubt``.
+        """Whether the JSON answer to ``body``, whose client does not stream, can be assembled from a stream (unless
+        there is a ``Doubt`` at its end).
         """
         return False
 
@@ -215,14 +225,16 @@ class Format(Protocol):
         return streamed_with_progress(body)
 
     def assembly(self, body: Mapping[str, Any]) -> Assembly | None:
-        """Assembles the answer to ``body`` (the client's own, not the streamed one); None for a format whose answers
-        cannot be assembled.
+        """An assembler of the answer to ``body`` (the client's own body, not the streamed one); None for a format
+        whose answers cannot be assembled.
         """
         return None
 
 
 def _texts(holder: Any, key: str) -> Iterator[tuple[Any, Any]]:
-    """A text, or the texts of its parts."""
+    """The texts in ``holder[key]``: a string itself, or the texts of its parts. Each as the object that holds it and
+    its key there.
+    """
     match holder.get(key):
         case str():
             yield holder, key

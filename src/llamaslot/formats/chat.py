@@ -29,7 +29,7 @@ _SAID = {"content", "reasoning_content", "tool_calls"}
 
 
 class ChatFormat(Format):
-    """The body is the chat that llama-server renders."""
+    """The API ``/v1/chat/completions``: the body is the chat that llama-server renders."""
 
     name = "chat"
     prompt_kind = PromptKind.CHAT
@@ -37,11 +37,11 @@ class ChatFormat(Format):
     has_progress_events = True
 
     def chat_body(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The body itself."""
+        """``body`` itself, as it is a chat already."""
         return body
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        """In the form of llama-server's own events (measured on xllamacpp 2026.10.11549)."""
+        """The event in the form of llama-server's own progress events (measured on xllamacpp 2026.10.11549)."""
         delta = {"role": "assistant", "content": None}
         return event_of(
             {
@@ -55,14 +55,18 @@ class ChatFormat(Format):
         )
 
     def can_assemble(self, body: Mapping[str, Any]) -> bool:
-        """A server started with ``--reasoning-format deepseek-legacy`` cannot be detected here: its chats must not be
+        """Whether the answer to ``body`` can be assembled from a stream.
+
+        A server started with ``--reasoning-format deepseek-legacy`` cannot be detected here: its chats must not be
         assembled. ``generation_settings`` of any native answer shows it, /props does not (measured).
         """
         given = without_nulls(body)
         return n_answers(given) is not None and _is_plain(given) and has_only(given, _FIELDS)
 
     def streamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """With ``echo``; otherwise the stream omits the assistant's message that it continues."""
+        """``body`` as a request for a stream, with ``echo``: without that the stream omits an assistant's message that
+        the answer continues.
+        """
         return streamed_with_usage(body) | {"echo": True}
 
     def assembly(self, body: Mapping[str, Any]) -> Assembly:
@@ -70,7 +74,7 @@ class ChatFormat(Format):
 
 
 def _is_plain(given: Mapping[str, Any]) -> bool:
-    """Text only, with the reasoning in the same place with and without a stream."""
+    """Whether all messages of a chat are text, and its reasoning is in the same place with and without a stream."""
     messages = given.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return False
@@ -81,11 +85,11 @@ def _is_plain(given: Mapping[str, Any]) -> bool:
 
 
 class ChatAssembly(OpenAIAssembly):
-    """The answer to a chat."""
+    """Assembles the answer to a chat from its events."""
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """A token's deltas, one event each, the last of them with ``timings``; then the finish reason; then the
-        totals.
+        """Take one event. They come in this order: the deltas of each token, one event each, the last of them with
+        ``timings``; then the finish reason; then the totals.
 
         The totals have no index, but directly follow their finish reason (to_json_oaicompat_chat_stream).
         """
@@ -110,7 +114,9 @@ class ChatAssembly(OpenAIAssembly):
             part.tell(payload["timings"]["predicted_n"], any(delta.get(name) for name in _SAID))
 
     def _take_call(self, calls: list[dict[str, Any]], piece: dict[str, Any]) -> None:
-        """The first piece of a call has its id and its name, further pieces extend the arguments."""
+        """Add one piece of a tool call: the first piece has the call's id and name, further pieces extend the
+        arguments.
+        """
         index, function = piece["index"], piece["function"]
         self._know(piece, {"index", "id", "type", "function"})
         if index == len(calls):
@@ -120,8 +126,8 @@ class ChatAssembly(OpenAIAssembly):
             whole[name] += text
 
     def _doubt_about(self, part: PartialAnswer) -> Doubt | None:
-        """There are no events for what the chat's parser removes, the end among it: so held-back text can be detected
-        only in an answer that was cut off.
+        """The doubt about one answer, or None. What the chat's parser removes, the end token among it, has no events:
+        so held-back text can be detected only in an answer that was cut off.
         """
         if part.is_cut and part.n_said < part.n_tokens:
             return Doubt.HELD_BACK

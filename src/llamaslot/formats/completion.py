@@ -25,7 +25,7 @@ _FIELDS = HARMLESS | {"prompt"}
 
 
 class CompletionFormat(Format):
-    """A text, ids, or a list of prompts; the answer has ``choices``."""
+    """The API ``/v1/completions``: the prompt is a text, ids, or a list of prompts; the answer has ``choices``."""
 
     name = "openai-completion"
     required_key = "prompt"
@@ -38,11 +38,11 @@ class CompletionFormat(Format):
     def dry_run(
         self, body: Mapping[str, Any], chat: Mapping[str, Any] | None, *, tokens: bytes | None, n: int
     ) -> DryRun:
-        """On its own route."""
+        """As ``Format.dry_run``; the dry run goes to ``/v1/completions``."""
         return dry_run(body, is_chat=False, tokens=tokens, n=n, path="/v1/completions")
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        """As measured on xllamacpp 2026.10.11549."""
+        """The event as llama-server sends it (measured on xllamacpp 2026.10.11549)."""
         return event_of(
             {
                 "created": int(time.time()),
@@ -66,10 +66,12 @@ class CompletionFormat(Format):
 
 
 class TextAssembly(OpenAIAssembly):
-    """The answer to a plain prompt."""
+    """Assembles the answer to a plain prompt from its events."""
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """One event per token, also for a token without text; the last has the finish reason and the totals."""
+        """Take one event. There is one for each token, also for a token without text; the last has the finish reason
+        and the totals.
+        """
         self._know_event(payload)
         choice = payload["choices"][0]
         part = self._part(choice["index"])

@@ -35,7 +35,7 @@ _FIELDS = HARMLESS | {"input_prefix", "input_suffix", "input_extra", "prompt", "
 
 
 class InfillFormat(Format):
-    """Its answers are those of the native format."""
+    """The API ``/infill``, whose answers have the form of ``/completion``."""
 
     name = "infill"
     prompt_kind = PromptKind.INFILL
@@ -59,8 +59,8 @@ class InfillFormat(Format):
 
 
 class InfillServer(Protocol):
-    """Routes of llama-server. ``ask`` sends a body and returns status and JSON; ``refusal`` does not await an answer
-    that is no refusal.
+    """The routes of llama-server that ``learn`` needs. ``ask`` sends a body and returns status and JSON; ``refusal``
+    does the same, but does not wait for an answer that is no refusal.
     """
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
@@ -73,9 +73,11 @@ class InfillServer(Protocol):
 
 
 class Layout(Struct, frozen=True):
-    """How one llama-server combines the parts. Tokens are packed; those that the model lacks are empty.
+    """How one llama-server combines the parts of an /infill body. Tokens are packed; those that the model lacks are
+    empty.
 
-    ``repository``: with its name. ``quarter``: of ``--batch-size``, in tokens. ``room``: of other files, in tokens.
+    ``repository``: the tokens before the repository's name, and the name. ``quarter``: a quarter of ``--batch-size``,
+    in tokens. ``room``: the limit for all other files together, in tokens.
     """
 
     prefix: bytes
@@ -90,8 +92,8 @@ class Layout(Struct, frozen=True):
 
 
 class Infill:
-    """Converts bodies as one llama-server does. Chunks of other files, which editors send again and again, are cached
-    as tokens.
+    """Converts /infill bodies to tokens as one llama-server does. Chunks of other files, which editors send again and
+    again, are cached as tokens.
     """
 
     def __init__(self, server: InfillServer, layout: Layout) -> None:
@@ -120,7 +122,7 @@ class Infill:
         return b"".join((_last(extra, layout.room), layout.bos, *whole, layout.middle))
 
     async def extra(self, chunks: Any, whose: str) -> bytes:
-        """The tokens of other files. Raises PromptNotTokenizable."""
+        """The tokens of the other files in a body (``input_extra``). Raises PromptNotTokenizable."""
         layout = self.layout
         parts = [layout.repository]
         if chunks is not None and not isinstance(chunks, list):
@@ -140,8 +142,8 @@ class Infill:
         return b"".join(parts)
 
     async def _text_or_mixed(self, given: Any) -> bytes:
-        """The tokens of a text, with special tokens read as text; or of a list of strings and ids, each converted
-        separately.
+        """The tokens of ``given``: of a text, whose special tokens are read as text; or of a list of strings and ids,
+        each converted by itself.
         """
         parts = []
         is_long = isinstance(given, list) and len(given) > _MAX_PARTS
@@ -181,9 +183,10 @@ def _last(tokens: bytes, n: int) -> bytes:
 
 
 async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
-    """Probe how ``server`` combines the parts, in ``slot``, which then holds a few meaningless tokens.
+    """Probe how ``server`` combines the parts of an /infill body, in ``slot``, which then holds a few meaningless
+    tokens.
 
-    Raises PromptNotTokenizable if the way is unknown. Canceling is safe.
+    Raises PromptNotTokenizable if the probes do not show it. Canceling is safe.
     """
     learning = _Learning(server, slot, n_ctx)
     for layout in await learning.candidates():
@@ -201,7 +204,9 @@ class _Learning:
         self._n_empty = 0  # tokens of an empty prompt
 
     async def candidates(self) -> list[Layout]:
-        """From the empty prompt: tokens for repository and file with their names, BOS, prefix, suffix, middle."""
+        """The two layouts (suffix first or last) that agree with an empty prompt, whose answer shows the tokens for
+        repository and file with their names, BOS, prefix, suffix and middle.
+        """
         text, n = await self._prompt({"input_prefix": "", "input_suffix": ""})
         self._n_empty = n
         repository, text = await self._marked(text, _REPOSITORY)
@@ -226,7 +231,7 @@ class _Learning:
         ]
 
     async def _marked(self, text: str, name: str) -> tuple[bytes, str]:
-        """The tokens of a mark followed by ``name``, if ``text`` begins with them; and the rest of ``text``.
+        """The tokens of a mark and of ``name`` behind it, if ``text`` begins with them; and the rest of ``text``.
 
         The mark is tokenized alone, and the name too: if the model puts a space before each piece, both together have
         other tokens.
@@ -241,7 +246,7 @@ class _Learning:
         return mark + tokens, behind
 
     async def fits(self, layout: Layout) -> bool:
-        """Whether a body with all parts is combined in this way."""
+        """Whether the server combines a body with all parts as ``layout`` says."""
         body = {
             "input_prefix": "prefix",
             "input_suffix": "suffix",
@@ -253,8 +258,8 @@ class _Learning:
         return count(tokens) == n and await self._server.detokenize(tokens) == text
 
     async def with_limits(self, layout: Layout) -> Layout:
-        """``layout`` with the limits: from what remains of a prefix, and of another file, in prompts that are too
-        long for the slot.
+        """``layout`` with its limits: measured by how much remains of a long prefix, and of a long other file, in
+        prompts that are too long for the slot.
         """
         n_prefix = count(await self._plain(_WORD * (_LONG_PREFIX // 2)))
         n_left = await self._n_refused(input_prefix=_WORD * (_LONG_PREFIX // 2)) - self._n_empty
@@ -273,8 +278,8 @@ class _Learning:
         return _WORD * (self._n_ctx // 2 + 2)
 
     async def _n_refused(self, **parts: Any) -> int:
-        """The number of tokens of a prompt with ``parts`` and a line that alone is too long for the slot; without
-        that line.
+        """How many tokens ``parts`` add to a prompt, by the count in llama-server's refusal: the prompt also has a
+        line that alone is too long for the slot, whose tokens are subtracted.
         """
         n_begun = count(await self._server.tokenize(self._too_long, add_special=False))
         # Old builds truncate a prompt that is too long and compute the rest; that must not go on for longer than a

@@ -43,7 +43,7 @@ _ERROR_TYPES = {
 
 
 class MessagesFormat(Format):
-    """llama-server converts it, and chooses the slot itself."""
+    """The API ``/v1/messages``: llama-server converts a body to a chat, and chooses the slot itself."""
 
     name = "messages"
     prompt_kind = PromptKind.CONVERTED
@@ -58,7 +58,7 @@ class MessagesFormat(Format):
         return chat_body(body)
 
     def n_answers(self, body: Mapping[str, Any]) -> int:
-        """llama-server gives one, whatever the body requests."""
+        """Always 1: llama-server gives one answer, whatever the body requests."""
         return 1
 
     def dry_run(
@@ -68,8 +68,8 @@ class MessagesFormat(Format):
         return dry_run(kept | dict(chat or {}), is_chat=chat is not None, tokens=tokens, n=n)
 
     def stream_start(self, id_: str, body: Mapping[str, Any], n_total: int, n_reused: int) -> bytes:
-        """In the form of llama-server's, which omits it if the first token is half a character (measured); then
-        clients fail.
+        """The ``message_start`` event. llamaslot sends it because llama-server omits it when the first token is half a
+        character (measured), and clients then fail.
         """
         usage = {"cache_read_input_tokens": n_reused, "input_tokens": n_total - n_reused, "output_tokens": 0}
         message = {
@@ -85,7 +85,7 @@ class MessagesFormat(Format):
         return event_of({"type": "message_start", "message": message}, b"event: message_start\n")
 
     def counts(self, usage: Mapping[str, Any]) -> UsageCounts:
-        """``input_tokens`` are those that were computed."""
+        """The token counts in ``usage``, whose ``input_tokens`` are only those that were computed."""
         n_cached, n_prompt = usage.get("cache_read_input_tokens"), None
         if n_cached is not None and "input_tokens" in usage:
             n_prompt = int(n_cached) + int(usage["input_tokens"])
@@ -104,8 +104,8 @@ class MessagesFormat(Format):
 
 
 class MessagesErrors(ErrorEvents):
-    """Anthropic's libraries read only ``event: error``, with ``error.type`` and ``error.message`` in it; llama-server
-    does not send that envelope.
+    """Encodes errors for Anthropic's libraries, which read only ``event: error`` with ``error.type`` and
+    ``error.message`` in it; llama-server does not send that envelope.
     """
 
     is_translated = True
@@ -177,8 +177,8 @@ def _without_stamp(text: str) -> str:
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """The messages that one message becomes: itself, or its blocks as one message, followed by one for each tool
-    result.
+    """The chat messages that one message of the body becomes: itself, or its blocks as one message, followed by one
+    for each tool result.
 
     The order is the same if the results come first, as Claude Code sends them: its reminders move in front.
     """
@@ -219,7 +219,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _call(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with its arguments as an object: llama-server serializes them, in a chat as here.
+    """A tool call, with its arguments as an object, which llama-server serializes, in a chat too.
 
     Templates that show the arguments as text show that serialization, for example ``1e+15``, which no other writer
     reproduces. (common/chat.cpp accepts an object since March 2026, see issue 20198; before, a string only.)
@@ -232,7 +232,9 @@ def _call(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _result(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A message of role ``tool``: the texts, concatenated; ``is_error`` is dropped."""
+    """The chat message of role ``tool`` for a tool's result: the result's texts, concatenated; ``is_error`` is
+    dropped.
+    """
     content = block.get("content")
     if isinstance(content, list):
         images = list[Any]()
@@ -251,8 +253,8 @@ def _result(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> dict[str, Any]:
-    """A function. Anthropic's own tools (``web_search_…``), which have a name only, become functions without
-    parameters.
+    """A tool of the body as a function of the chat. Anthropic's own tools (``web_search_…``), which have a name only,
+    become functions without parameters.
     """
     if not isinstance(tool, Mapping):
         raise PromptNotTokenizable("a tool that is no object")
@@ -265,7 +267,9 @@ def _tool(tool: Any) -> dict[str, Any]:
 
 
 def _is_shown(image: Mapping[str, Any]) -> bool:
-    """Whether llama-server renders it; it omits images from other sources, for example a file."""
+    """Whether llama-server renders an image: only if its source is ``base64`` or ``url``. Others, for example a file,
+    it omits.
+    """
     source = image.get("source")
     return isinstance(source, Mapping) and source.get("type") in ("base64", "url")
 
@@ -281,7 +285,7 @@ def _type(block: Any) -> str:
 
 
 def _text(block: Mapping[str, Any], name: str) -> str:
-    """A string field; missing or null is the empty string."""
+    """The string in a field; the empty string if the field is missing or null."""
     value = block.get(name)
     if value is not None and not isinstance(value, str):
         raise PromptNotTokenizable(f"{name!r} is no string")

@@ -27,7 +27,7 @@ _MISSING: Any = object()
 
 
 class NativeFormat(Format):
-    """A text, ids, or a list of prompts; several answers are a list."""
+    """The API ``/completion``: the prompt is a text, ids, or a list of prompts; several answers come as a list."""
 
     name = "native-completion"
     required_key = "prompt"
@@ -54,7 +54,7 @@ class NativeFormat(Format):
 
 
 def native_progress(progress: Mapping[str, int]) -> bytes:
-    """A progress event; measured on xllamacpp 2026.10.11549."""
+    """A progress event in the native form (measured on xllamacpp 2026.10.11549)."""
     return event_of(
         {
             "index": 0,
@@ -70,12 +70,16 @@ def native_progress(progress: Mapping[str, int]) -> bytes:
 
 
 def native_streamed(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Without ``response_fields``: with them the last event would have only these."""
+    """``body`` as a request for a stream, without ``response_fields``: with them the last event would
+    have only these.
+    """
     return {name: value for name, value in streamed_with_progress(body).items() if name != "response_fields"}
 
 
 def response_fields(given: Mapping[str, Any]) -> list[str] | None:
-    """The requested names, with slashes as separators; None if they are anything else."""
+    """The field names in ``response_fields``, with slashes as separators; None if it is anything but a list of such
+    names.
+    """
     paths = given.get("response_fields", [])
     if isinstance(paths, list) and all(isinstance(path, str) and all(path.split("/")) for path in paths):
         return paths
@@ -83,14 +87,16 @@ def response_fields(given: Mapping[str, Any]) -> list[str] | None:
 
 
 class NativeAssembly(Assembly):
-    """The answer to a native body. ``paths``: its ``response_fields``."""
+    """Assembles the answer to a native body from its events. ``paths``: the body's ``response_fields``."""
 
     def __init__(self, n_answers: int, paths: list[str] | None) -> None:
         super().__init__(n_answers)
         self._paths = paths
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """One event per token, also for a token without text; the last is the answer without the text."""
+        """Take one event. There is one for each token, also for a token without text; the last is the whole answer
+        without the text.
+        """
         part = self._part(payload["index"])
         part.text += payload["content"]
         if payload["stop"]:
@@ -112,7 +118,9 @@ class NativeAssembly(Assembly):
 
 
 def _chosen(whole: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """A slash descends into an object; missing fields are left out (server-common.cpp, json_get_nested_values)."""
+    """The fields of ``whole`` that ``paths`` name: a slash descends into an object; missing fields are left out
+    (server-common.cpp, json_get_nested_values).
+    """
     result: dict[str, Any] = {}
     for path in paths:
         value: Any = whole

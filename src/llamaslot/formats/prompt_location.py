@@ -22,8 +22,9 @@ _LEADING = ("system", "developer")
 
 
 class Whereabouts(Struct, frozen=True):
-    """``message``: its index in ``messages`` (or ``input``) as the client sent them; None if the position is in none
-    of them. ``is_last_turn``: no answer of the model follows it.
+    """The part of a body that a position in the prompt comes from. ``message``: its index in ``messages`` (or
+    ``input``) as the client sent them; None for a part that is no message. ``is_last_turn``: no answer of the model
+    follows the message.
     """
 
     where: Where
@@ -45,8 +46,8 @@ class _Span(Struct, frozen=True):
 
 
 def whereabouts(text: str, offset: int, body: Mapping[str, Any], format_: Format) -> Whereabouts:
-    """The part that contains the character at ``offset`` of the rendered ``text``. Text before a message, such as its
-    role, belongs to the message.
+    """The part of the body that the character at ``offset`` of the rendered ``text`` comes from. Text before a
+    message, such as its role, belongs to the message.
     """
     messages = format_.messages(body)
     if messages is None:
@@ -73,14 +74,14 @@ def _n_leading(messages: list[Any]) -> int:
 
 
 def _role(message: Any) -> str:
-    """Items of ``input`` that are no messages have a type: ``function_call``."""
+    """The role of a message; of an item of ``input`` that is no message, its type, for example ``function_call``."""
     if not isinstance(message, Mapping):
         return "?"
     return str(message.get("role") or message.get("type") or "?")
 
 
 def _spans(text: str, messages: list[Any]) -> Iterator[_Span]:
-    """The messages after the system prompt that are found, in order."""
+    """The messages after the system prompt whose texts are found in the prompt, in order."""
     at = 0
     roles = [_role(message) for message in messages]
     last_answer = max(
@@ -134,7 +135,9 @@ def _system_spans(
 
 
 def _tools_span(text: str, body: Mapping[str, Any]) -> Iterator[_Span]:
-    """From the first to the last tool found, by its description or by its name in quotes."""
+    """The part of the prompt from the first to the last tool that is found there, by its description or by its name in
+    quotes.
+    """
     tools = body.get("tools")
     found: list[tuple[int, int]] = []
     for tool in tools if isinstance(tools, list) else ():

@@ -23,5 +23,5 @@ FORMATS: dict[str, Format] = {each.name: each for each in _ALL}
 
 
 def format_named(name: str | None) -> Format | None:
-    """The format that a route names; None for a route without one."""
+    """The format of this name, as a route gives it; None for a route without a format."""
     return FORMATS[name] if name is not None else None

@@ -25,7 +25,7 @@ _CREATED = b"event: response.created"
 
 
 class ResponsesFormat(Format):
-    """llama-server converts it, and keeps the fields that place it."""
+    """The API ``/v1/responses``: llama-server converts a body to a chat, and keeps the fields that choose its slot."""
 
     name = "responses"
     required_key = "input"
@@ -41,7 +41,7 @@ class ResponsesFormat(Format):
         return chat_body(body)
 
     def counts(self, usage: Mapping[str, Any]) -> UsageCounts:
-        """``input_tokens`` are all of the prompt."""
+        """The token counts in ``usage``, whose ``input_tokens`` are all of the prompt."""
         n_cached = (usage.get(self.usage_details_key) or {}).get("cached_tokens")
         n_prompt = int(usage["input_tokens"]) if n_cached is not None and "input_tokens" in usage else None
         return UsageCounts(n_cached, n_prompt, int(usage.get("output_tokens", 0)))
@@ -51,11 +51,13 @@ class ResponsesFormat(Format):
 
 
 class ResponsesErrors(ErrorEvents):
-    """Codex ignores events whose ``type`` it does not know, reports "stream closed before response.completed" and
-    repeats the request five times. It needs ``response.failed``, with ``code`` a string: ``context_length_exceeded``
-    and ``invalid_prompt`` are final, ``server_error`` and ``rate_limit_exceeded`` are retried; all but the first show
-    the message. OpenAI's libraries do not raise on it, and an interrupted answer would look like a short one: for
-    them ``error`` is at the root too. Vercel's needs a ``sequence_number``.
+    """Encodes errors in a form that Codex and the libraries of OpenAI and Vercel all understand.
+
+    Codex ignores events whose ``type`` it does not know, reports "stream closed before response.completed" and repeats
+    the request five times. It needs ``response.failed``, with ``code`` a string: ``context_length_exceeded`` and
+    ``invalid_prompt`` are final, ``server_error`` and ``rate_limit_exceeded`` are retried; all but the first show the
+    message. OpenAI's libraries do not raise on it, and an interrupted answer would look like a short one: for them
+    ``error`` is at the root too. Vercel's needs a ``sequence_number``.
     """
 
     is_translated = True
@@ -139,7 +141,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
 
 
 def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
-    """Append the message of an item. Items of the assistant in one turn become one message."""
+    """Append the message that ``item`` becomes. Items of the assistant in one turn are added to one message."""
     match item.get("type"), item.get("role"):
         case "message" | None, "user" | "system" | "developer":
             messages.append(_message(item, _parts(item.get("content"), "input_text", "input_image")))
@@ -173,19 +175,21 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
 
 
 def _is_assistants(messages: list[dict[str, Any]]) -> bool:
-    """Whether the last message is the assistant's: further items of the assistant are added to it."""
+    """Whether the last message is the assistant's, so that further items of the assistant are added to it."""
     return bool(messages) and messages[-1]["role"] == "assistant"
 
 
 def _message(item: Mapping[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The item with its other fields, which templates do not receive today."""
+    """The chat message of an item, with ``parts`` as its content and the item's other fields, which templates do not
+    receive today.
+    """
     return {name: value for name, value in item.items() if name not in ("type", "status")} | {
         "content": parts
     }
 
 
 def _parts(content: Any, *types: str) -> list[dict[str, Any]]:
-    """The content of a message as parts of a chat, from a string or from parts of these types."""
+    """The content of a message as parts of a chat; ``content`` is a string, or a list of parts of these ``types``."""
     if isinstance(content, str):
         return [{"text": content, "type": "text"}]
     return [
@@ -195,7 +199,7 @@ def _parts(content: Any, *types: str) -> list[dict[str, Any]]:
 
 
 def _output(output: Any) -> Any:
-    """The result of a tool: a string, or parts that keep their other fields."""
+    """The content of a tool's result: a string, or parts that keep their other fields."""
     if isinstance(output, str):
         return output
     return [{**part, "type": "text"} for part in _checked(output, "input_text")]
@@ -212,7 +216,7 @@ def _checked(parts: Any, *types: str) -> list[Mapping[str, Any]]:
 
 
 def _reasoning(item: Mapping[str, Any]) -> str:
-    """The first text of a reasoning. llama-server answers 400 if it is only encrypted or summarized."""
+    """The first text of a reasoning item. llama-server answers 400 to one that is only encrypted or summarized."""
     content = item.get("content")
     if not isinstance(item.get("summary"), list) or not isinstance(content, list) or not content:
         raise PromptNotTokenizable("a reasoning without its text")

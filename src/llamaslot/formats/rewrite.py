@@ -32,8 +32,8 @@ else:
 
 
 class RewriteRule(BaseModel):
-    """One entry of ``rewrite``. ``pattern``: in the syntax of Python's ``re``; ``max_chars``: only so much of the
-    beginning of each text is searched.
+    """One entry of ``rewrite``. ``pattern``: in the syntax of Python's ``re``. ``max_chars``: how many characters at
+    the beginning of each text are searched.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
@@ -78,8 +78,8 @@ _BRACE = re.compile(r"(\\N\{|\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
 
 
 def _compiled(pattern: str) -> regex.Pattern[str]:
-    """Compiled by ``regex``, which can be stopped. A brace that repeats nothing is escaped, as in ``re``: ``regex``
-    reads ``{e}`` and the like as permitted errors, and then anything matches.
+    """``pattern``, compiled by the library ``regex``, whose search can be stopped. A brace that repeats nothing is
+    escaped, as in ``re``: ``regex`` reads ``{e}`` and the like as permitted errors, and then anything matches.
     """
     import regex
 
@@ -104,7 +104,7 @@ READY = {
 
 
 def ready(value: object) -> object:
-    """A rule given only by name is taken from ``READY``. Raises ValueError with the known names."""
+    """The rule of ``READY`` if ``value`` is its name, else ``value`` itself. Raises ValueError with the known names."""
     if isinstance(value, str):
         if value not in READY:
             raise ValueError(f"{_unknown(value)}; a rule of your own has the keys name, pattern and replace")
@@ -113,7 +113,7 @@ def ready(value: object) -> object:
 
 
 def is_ready(name: str) -> str:
-    """Raises ValueError unless ``name`` is a name in ``READY``."""
+    """Check that ``name`` is the name of a ready rule, and return it. Raises ValueError."""
     if name not in READY:
         raise ValueError(f"{_unknown(name)}; to turn off a rule of your own, remove it from rewrite")
     return name
@@ -124,13 +124,15 @@ def _unknown(name: str) -> str:
 
 
 def in_force(rules: Sequence[RewriteRule], off: Collection[str]) -> tuple[RewriteRule, ...]:
-    """``READY``, without rules that are ``off``, then ``rules``. A rule of the same name replaces a ready one."""
+    """The rules that apply: those of ``READY`` that are not ``off``, then ``rules``. A rule with the name of a ready
+    one replaces it.
+    """
     named = {rule.name for rule in rules} | set(off)
     return (*(rule for name, rule in READY.items() if name not in named), *rules)
 
 
 def distinct(rules: tuple[RewriteRule, ...]) -> tuple[RewriteRule, ...]:
-    """Raises ValueError if two rules have the same name."""
+    """Check that no two rules have the same name, and return them. Raises ValueError."""
     names = [rule.name for rule in rules]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two rules are named {', '.join(twice)}")
@@ -168,7 +170,7 @@ class Rewriter:
 
 
 class Rewriting:
-    """All rules, in order: each gets the result of the one before."""
+    """Applies all rules in order: each rule gets the result of the one before."""
 
     def __init__(self, rules: tuple[RewriteRule, ...] = ()) -> None:
         self.rules, self.rewriters = rules, [Rewriter(rule) for rule in rules]

@@ -71,12 +71,12 @@ _OFF_AT_0 = {"logprobs", "n_probs", "n_indent"}
 
 
 def without_nulls(body: Mapping[str, Any]) -> dict[str, Any]:
-    """``body`` without nulls, which are absent fields (server-schema.cpp, has_value)."""
+    """``body`` without fields that are null: llama-server treats these as absent (server-schema.cpp, has_value)."""
     return {name: value for name, value in body.items() if value is not None}
 
 
 def has_only(given: Mapping[str, Any], known: set[str]) -> bool:
-    """Whether a body has only fields in ``known``, and others whose values have no effect."""
+    """Whether each field of a body is in ``known``, or has a value that has no effect."""
     return all(_is_fit(name, value, known) for name, value in given.items())
 
 
@@ -89,7 +89,9 @@ def _is_fit(name: str, value: Any, known: set[str]) -> bool:
 
 
 def n_answers(given: Mapping[str, Any]) -> int | None:
-    """The number of answers to one prompt; None if it is not certain."""
+    """The number of answers that a body requests for each prompt; None if llama-server's reading of it
+    is not certain.
+    """
     counts = [given[name] for name in ("n", "n_cmpl") if name in given] or [1]
     if len(counts) > 1 or type(counts[0]) is not int or not 1 <= counts[0] < 2**31:
         return None
@@ -97,7 +99,7 @@ def n_answers(given: Mapping[str, Any]) -> int | None:
 
 
 def n_answers_to_prompts(given: Mapping[str, Any]) -> int | None:
-    """The number of answers to all prompts in ``prompt``."""
+    """The number of answers to all prompts in ``prompt`` together; None if it is not certain."""
     n, prompt = n_answers(given), given.get("prompt")
     if n is None or _is_prompt(prompt):
         return n
@@ -107,7 +109,9 @@ def n_answers_to_prompts(given: Mapping[str, Any]) -> int | None:
 
 
 def _is_prompt(prompt: Any) -> bool:
-    """One prompt: a text, or a list with an id in it; other lists are lists of prompts (tokenize_input_prompts)."""
+    """Whether ``prompt`` is one prompt: a text, or a list with an id in it. Other lists are lists of prompts
+    (tokenize_input_prompts).
+    """
     if isinstance(prompt, list):
         kinds = set(map(type, prompt))
         return int in kinds and kinds <= {int, str}
@@ -115,13 +119,13 @@ def _is_prompt(prompt: Any) -> bool:
 
 
 def streamed_with_progress(body: Mapping[str, Any]) -> dict[str, Any]:
-    """``body`` as a stream that reports the progress of its prompt."""
+    """``body`` as a request for a stream that reports the progress of its prompt."""
     return {**body, "stream": True, "return_progress": True}
 
 
 def streamed_with_usage(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for an OpenAI format, whose streams have usage only on request. With timings each event has the number
-    of tokens so far, which reveals Doubt.HELD_BACK.
+    """As ``streamed_with_progress``, for an OpenAI format, whose streams have usage only on request. The timings give
+    each event the number of tokens so far, which reveals Doubt.HELD_BACK.
     """
     told = {"stream_options": {"include_usage": True}, "timings_per_token": True}
     return streamed_with_progress(body) | told
@@ -131,7 +135,7 @@ def streamed_with_usage(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PartialAnswer:
-    """One of the answers, as received so far."""
+    """One of the answers to a body, as far as its events have come."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -150,12 +154,12 @@ class PartialAnswer:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it ended at its limit."""
+        """Whether the answer ended at its limit of tokens."""
         return self.finish_reason in ("length", "limit")
 
 
 class Assembly(ABC):
-    """The ``n_answers`` answers to one body. Feed it each event's JSON, except ``[DONE]``."""
+    """Assembles the ``n_answers`` answers to one body. Feed it the JSON of each event, except ``[DONE]``."""
 
     def __init__(self, n_answers: int) -> None:
         self._n_answers = n_answers
@@ -164,7 +168,7 @@ class Assembly(ABC):
         self._is_known = True
 
     def feed(self, payload: dict[str, Any]) -> None:
-        """Take one event, also a progress event: in a chat it contains text before the first token.
+        """Take one event. Progress events count too: in a chat they have text before the first token.
 
         Raises UpstreamError for an error event, with the status and body that the error has without a stream.
         """
@@ -184,16 +188,17 @@ class Assembly(ABC):
 
     @property
     def doubt(self) -> Doubt | None:
-        """None if the answer is exact. Raises Incomplete."""
+        """Why the assembled answer may differ from llama-server's own; None if it is exact. Raises Incomplete if
+        events are missing.
+        """
         if not self._is_known:
             return Doubt.UNKNOWN
         self._check()
         return next(filter(None, map(self._doubt_about, self._ended)), None)
 
     def answer(self) -> Any:
-        """The JSON value: a list for several native answers, else an object. ``id`` and ``created`` are the stream's.
-
-        Raises Incomplete.
+        """The assembled JSON answer: a list for several native answers, else an object. ``id`` and ``created`` are the
+        stream's. Raises Incomplete if events are missing.
         """
         self._check()
         return self._whole(sorted(self._parts.items()))
@@ -209,7 +214,7 @@ class Assembly(ABC):
 
     @abstractmethod
     def _whole(self, parts: list[tuple[int, PartialAnswer]]) -> Any:
-        """The JSON value, from all answers with their indices."""
+        """The JSON answer, made from all ``parts``, each with its index."""
 
     def _doubt_about(self, part: PartialAnswer) -> Doubt | None:
         is_end_missing = part.n_told < part.n_tokens or (part.is_cut and part.n_said < part.n_tokens)
@@ -227,18 +232,20 @@ class Assembly(ABC):
 
 
 class OpenAIAssembly(Assembly):
-    """Answers as ``choices``."""
+    """Assembles an answer that has its texts in ``choices``."""
 
     def _know_event(self, payload: dict[str, Any]) -> None:
         self._know(payload, _OPENAI_EVENT)
 
     def _whole(self, parts: list[tuple[int, PartialAnswer]]) -> Any:
-        """With several answers the totals are those of the first one."""
+        """The JSON answer with one choice for each part. The totals are those of the first part, as llama-server gives
+        them.
+        """
         return {**parts[0][1].totals, "choices": [self._choice(index, part) for index, part in parts]}
 
     @abstractmethod
     def _choice(self, index: int, part: PartialAnswer) -> dict[str, Any]:
-        """One answer as the client reads it."""
+        """One part as an entry of ``choices``."""
 
 
 _OPENAI_EVENT = {

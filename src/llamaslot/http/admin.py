@@ -26,13 +26,17 @@ _DIGITS = 9  # of a number in a query; Python reads no more than 4,300
 
 
 class Status:
-    """The pages about all backends. ``prompts``: the rules for system prompts, whose counters are reported too."""
+    """The pages below ``/llamaslot/`` about all backends. ``prompts``: the rules for system prompts, whose counters
+    are reported too.
+    """
 
     def __init__(self, registry: Registry, prompts: SystemPrompts, reload: Reload) -> None:
         self._registry, self._prompts, self._reload = registry, prompts, reload
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer a request for one of the pages. Raises NotFound, NotReloaded, and BadRequest."""
+        """Answer a request for status, metrics, journal or another of these pages. Raises NotFound, NotReloaded, and
+        BadRequest.
+        """
         match request.path:
             case "/llamaslot/status":
                 return web.json_response(self.status())
@@ -71,7 +75,7 @@ class Status:
         }
 
     def journal(self, n: int) -> dict[str, Any]:
-        """The last ``n`` decisions, newest first."""
+        """The last ``n`` decisions of the journal, newest first."""
         every = (decision for pool in self._registry.pools for decision in pool.journal.latest(n))
         latest = sorted(every, key=lambda decision: -decision.at)[:n]
         return {"decisions": [decision.to_json() for decision in latest]}
@@ -103,7 +107,7 @@ class Status:
 
 
 def check_method(request: web.Request) -> None:
-    """Raises NotAllowed for a page that does not take the request's method."""
+    """Raise NotAllowed if the page does not accept the request's method."""
     if (described := PATHS.get(request.path)) is None:
         return
     methods = ("POST",) if "post" in described else ("GET", "HEAD")
@@ -112,7 +116,7 @@ def check_method(request: web.Request) -> None:
 
 
 def digits(request: web.Request, name: str, default: int, most: int) -> int:
-    """A number in the query, at most ``most``. Raises BadRequest."""
+    """The value of a number in the query, at most ``most``. Raises BadRequest."""
     text = request.query.get(name, str(default))
     if not (text.isascii() and text.isdigit()):
         raise BadRequest(f"{name}={text}: a number is wanted, {most} at most")
@@ -120,7 +124,7 @@ def digits(request: web.Request, name: str, default: int, most: int) -> int:
 
 
 def _users(pools: list[PoolStatus]) -> list[dict[str, Any]]:
-    """The users of all pools, each once."""
+    """The load of each user, summed over all pools."""
     found: dict[str, dict[str, Any]] = {}
     for user in (user for pool in pools for user in pool.users):
         sums = found.setdefault(user.id, {"id": user.id, "running": 0, "waiting": 0, "deficit_s": 0.0})
@@ -131,8 +135,8 @@ def _users(pools: list[PoolStatus]) -> list[dict[str, Any]]:
 
 
 def status_of(backend: Backend) -> dict[str, Any]:
-    """Model, slots and warnings at present, as JSON for ``/llamaslot/status``; ``http.openapi`` describes it. No
-    content of slots.
+    """A backend's model, slots and warnings at present, as JSON for ``/llamaslot/status``; ``http.openapi`` describes
+    it. No content of slots.
     """
     session, table = backend.session, backend.leases.table
     return {
@@ -188,7 +192,7 @@ def _held(content: Content, lease: Lease | None) -> tuple[int, bool]:
 
 
 def _assist_status(session: ServerSession) -> dict[str, Any]:
-    """Whether llamaslot chooses slots, and if not, why and how to change that."""
+    """Whether llamaslot chooses the slots of a backend, and if not, why and how to change that."""
     if session.aside is None:
         return {"is_on": True, "why": None, "remedy": None}
     return {"is_on": False, "why": session.aside.why, "remedy": session.aside.remedy}

@@ -47,8 +47,8 @@ _NO_METHODS = ("CONNECT", "TRACE")
 
 
 class _Everything(web.DynamicResource):
-    """Matches every path, also those that aiohttp's patterns leave out: a line feed in a path, ``*``, the address of
-    ``CONNECT``. aiohttp would answer these itself, without a check of keys.
+    """A route that matches every path, also those that aiohttp's patterns leave out: a line feed in a path, ``*``, the
+    address of ``CONNECT``. aiohttp would answer these itself, without a check of keys.
     """
 
     def _match(self, path: str) -> dict[str, str]:
@@ -93,7 +93,7 @@ class App:
         self.config = config
 
     def _is_admitted(self, request: web.Request) -> bool:
-        """Whether its key is valid now: it may have been removed since the request came."""
+        """Whether the request's key is still valid: it may have been removed since the request came."""
         try:
             self._authenticator.authenticate(request)
         except LlamaslotError:
@@ -117,7 +117,7 @@ class App:
         self._tasks.spawn(self._history.load(), "read the history")
 
     async def _stop_watching(self, _: web.Application) -> None:
-        """Pages that are open do not hold up the end."""
+        """End the streams of open pages at a shutdown, so that they do not hold it up."""
         await self._events.close()
 
     async def _close(self, _: web.Application) -> None:

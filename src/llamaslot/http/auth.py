@@ -41,15 +41,15 @@ _USER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 
 
 class Keyring:
-    """The valid keys, read from the file again when it has changed.
+    """The valid keys, read again from the file when it has changed.
 
-    The check takes some microseconds, at most once a second, so a removed key works for no longer. Reading takes some
-    milliseconds for a thousand keys, on the event loop. If the file cannot be read, the last keys stay valid, and the
-    log says so once.
+    Looking for a change takes some microseconds, at most once a second, so a removed key works for no longer. Reading
+    takes some milliseconds for a thousand keys, on the event loop. If the file cannot be read, the last keys stay
+    valid, and the log says so once.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises ConfigError."""
+        """Read the file. Raises ConfigError."""
         self._path = path
         keys, mark = read_keys(path)
         self._watch = Watch(path, clock=clock, known=(mark,))
@@ -88,7 +88,7 @@ class Authenticator:
     """Applies the ``auth`` section of the configuration to requests."""
 
     def __init__(self, settings: AuthConfig) -> None:
-        """Raises ConfigError if a file, readable a moment ago, is not readable any more."""
+        """Read the configured keys. Raises ConfigError if a file, readable a moment ago, is not readable any more."""
         self._keyring = Keyring(settings.keys_file) if settings.keys_file is not None else None
         admin_key = settings.resolve_admin_key()
         self._admin_digest = digest_of(admin_key) if admin_key is not None else None
@@ -142,12 +142,12 @@ class Authenticator:
 
 
 def is_own_page(request: web.Request) -> bool:
-    """Whether it is for ``/llamaslot/…``, in any spelling."""
+    """Whether the request is for ``/llamaslot/…``, in any spelling."""
     return request.path.partition("/")[2].partition("/")[0] == "llamaslot"
 
 
 def is_open(request: web.Request) -> bool:
-    """Whether llama-server answers it without a key."""
+    """Whether llama-server answers the request without a key."""
     if request.method == "OPTIONS":
         return True
     if request.method not in ("GET", "HEAD"):
@@ -158,8 +158,8 @@ def is_open(request: web.Request) -> bool:
 
 def key_of(headers: Mapping[str, str]) -> str | None:
     """The key in the headers, as llama-server reads it: ``Authorization``, with or without ``Bearer``, else
-    ``x-api-key``; also as Azure's clients send it. Another scheme (``Basic``, of a proxy in between) is not a key of
-    ours.
+    ``x-api-key``; also as Azure's clients send it. Another scheme (``Basic``, of a proxy in between) holds no key for
+    llamaslot.
     """
     words = headers.get("Authorization", "").split()
     if len(words) == 2 and words[0].lower() == "bearer":
@@ -170,8 +170,8 @@ def key_of(headers: Mapping[str, str]) -> str | None:
 
 
 def anonymous(request: web.Request) -> User:
-    """The user of a request without a key: from ``x-llamaslot-user``, else its address. Raises BadRequest for an
-    invalid name.
+    """The user of a request without a key: named by ``x-llamaslot-user``, else by the client's address. Raises
+    BadRequest for an invalid name.
     """
     name = request.headers.get("x-llamaslot-user", "").strip()
     if not name:
@@ -186,7 +186,7 @@ def anonymous(request: web.Request) -> User:
 
 @functools.lru_cache(maxsize=1024)
 def _address(remote: str | None) -> str:
-    """The address of a client; an IPv4 address is the same over IPv6."""
+    """The address of a client, the same for an IPv4 address and its form within IPv6."""
     try:
         address = ipaddress.ip_address(remote or "")
     except ValueError:
@@ -203,7 +203,7 @@ def _is_loopback(remote: str | None) -> bool:
 
 
 def _unauthorized(key: str | None) -> Unauthorized:
-    """The error in llama-server's words, and what to do if no key was sent."""
+    """The error for a missing or wrong key, in llama-server's words, with what to do if no key was sent."""
     if key is not None:
         return Unauthorized("Invalid API Key")
     return Unauthorized(

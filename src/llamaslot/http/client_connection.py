@@ -47,7 +47,7 @@ class TooManyConnections(Unavailable):
 
 
 def serve_with(connections: Connections, server: web.Server, timeouts: ClientTimeouts) -> None:
-    """Let aiohttp's server handle them from now on."""
+    """Let aiohttp's server handle the connections of ``connections`` from now on."""
     server.request_factory = partial(_with_own_version, server.request_factory)
     connections.handle_with(lambda: Connection(connections, server, timeouts))
 
@@ -60,7 +60,7 @@ def _with_own_version(
     writer: AbstractStreamWriter,
     task: asyncio.Task[None],
 ) -> web.BaseRequest:
-    """aiohttp's request, with a writer of our own."""
+    """Make aiohttp's request object, with llamaslot's ``Writer`` for the answer."""
     if message.method == "CONNECT":
         # Its address is no path, so aiohttp finds no route for it, and takes what follows for the tunnel's.
         message = message._replace(url=URL("/"), should_close=True, upgrade=False)
@@ -74,7 +74,7 @@ def _with_own_version(
 
 
 class Connection(web.RequestHandler):
-    """One connection of a client."""
+    """One connection of a client, with llamaslot's limits of time and its own answers to invalid HTTP."""
 
     __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_timeouts")
 
@@ -153,8 +153,8 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """As aiohttp, which logs it, raises ConnectionError if half an answer is sent, and closes the connection; but
-        in the form of all other errors.
+        """Log an error as aiohttp does and answer it in the form of all other errors; raise ConnectionError if half an
+        answer is sent. Closes the connection.
         """
         super().handle_error(request, status, exc, message)
         response = error_response(_wording(exc) if status < 500 else LlamaslotError(MISTAKE), NAME)
@@ -168,7 +168,7 @@ class _TooLong(BadRequest):
 
 
 def _wording(error: BaseException | None) -> LlamaslotError:
-    """What is wrong with a request that aiohttp cannot read, without its content."""
+    """What is wrong with a request that aiohttp cannot read, without words of the request."""
     said = error.message if isinstance(error, HttpProcessingError) else ""
     if isinstance(error, LineTooLong):
         return _TooLong("the request's address or one of its headers is longer than 8190 bytes")

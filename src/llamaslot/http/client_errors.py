@@ -17,7 +17,9 @@ HAS_BEGUN = web.RequestKey("has_begun", bool)  # whether headers of an answer ha
 
 
 def cut(request: web.Request) -> None:
-    """Close the connection in the middle of an answer, so that the client detects that it is incomplete."""
+    """Close a client's connection in the middle of an answer, so that the client detects that the answer is
+    incomplete.
+    """
     if request.transport is not None:
         request.transport.abort()
 
@@ -36,13 +38,15 @@ def error_instead(
 
 
 def errors_of(request: web.Request, id_: str) -> ErrorEvents:
-    """An encoder of errors in a stream, in the form that the clients of that route understand."""
+    """The encoder of errors in a stream, in the form that the clients of the request's route understand."""
     format_ = format_named(classify(request.method, request.raw_path).format)
     return format_.errors(id_) if format_ is not None else ErrorEvents(id_)
 
 
 def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """``{"error": {"message", "type", "code"}}``; llama-server's own body if the error is its own."""
+    """The answer with ``{"error": {"message", "type", "code"}}``, or with llama-server's own body if the error is
+    llama-server's.
+    """
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))

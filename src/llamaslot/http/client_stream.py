@@ -31,7 +31,7 @@ SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
 
 
 class StreamRules(Struct, frozen=True):
-    """Settings of every exchange: whether a waiting stream gets comments, one every ``keepalive_s`` seconds, and the
+    """Settings of every answer: whether a waiting stream gets comments, one every ``keepalive_s`` seconds, and the
     timeouts.
     """
 
@@ -41,8 +41,8 @@ class StreamRules(Struct, frozen=True):
 
 
 class Writer(StreamWriter):
-    """Always sends HTTP/1.1, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's version,
-    even if it does not support it, and sends 1.0 in answer to invalid requests.
+    """A writer that always sends HTTP/1.1, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's
+    version, even one that it does not support, and sends 1.0 in answer to invalid requests.
     """
 
     #: The first part of the body follows at once: headers are sent with it, in one packet.
@@ -57,8 +57,8 @@ class Writer(StreamWriter):
             super().send_headers()
 
     def put(self, data: bytes) -> bool:
-        """As ``write``, at once. False if that has to wait: the headers are not sent yet, the client receives too
-        slowly, or has gone.
+        """As ``write``, but at once. False if the bytes would have to wait: the headers are not sent yet, the client
+        receives too slowly, or has left.
         """
         protocol = self._protocol
         transport = protocol.transport
@@ -72,9 +72,8 @@ class Writer(StreamWriter):
 
 @dataclass(slots=True)
 class Downstream:
-    """One answer. ``headers`` may be added until something is sent; later ones are sent as comments.
-
-    ``progress`` makes a progress event of a prompt, for a client that has requested that.
+    """The client's side of one answer. ``headers`` may be added until something is sent; later ones are sent as
+    comments. ``progress`` makes a progress event of a prompt, for a client that has requested such events.
     """
 
     request: web.Request
@@ -126,8 +125,8 @@ class Downstream:
     async def begin(
         self, status: int = 200, headers: Mapping[str, str] | None = None, *, is_more: bool = False
     ) -> web.StreamResponse:
-        """Send the headers, once. ``is_more``: the caller sends a part of the body, or the end, directly afterwards;
-        the headers go with that.
+        """Send the headers, once. ``is_more``: the caller sends a part of the body, or its end, directly afterwards,
+        and the headers go with that.
         """
         if self.response is None:
             told = CIMultiDict(headers or {})
@@ -140,17 +139,19 @@ class Downstream:
         return self.response
 
     async def write(self, data: bytes) -> None:
-        """Send bytes. Raises ClientGone."""
+        """Send bytes to the client, and wait until it takes them. Raises ClientGone."""
         if data:
             await send(await self.begin(headers=SSE_HEADERS, is_more=True), data)
 
     def put(self, data: bytes) -> bool:
-        """Send bytes at once. False if that cannot be: ``write`` waits for the client, or finds that it has gone."""
+        """Send bytes at once. False if that is not possible: ``write`` waits for the client, or finds that it has
+        left.
+        """
         writer = self.request.writer
         return self.has_begun and isinstance(writer, Writer) and writer.put(data)
 
     def waiting(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """During the block a streaming client gets its headers and a comment every ``keepalive_s`` seconds."""
+        """Within the block, a streaming client gets its headers and a comment every ``keepalive_s`` seconds."""
         if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
             return _NOTHING_TO_SAY
         return self._commented()
@@ -182,7 +183,9 @@ class Downstream:
                 await asyncio.wait({ticker})
 
     async def _tick(self, wait_s: float) -> None:
-        """Send the first comment after ``wait_s``."""
+        """Send the first comment after ``wait_s``, and further ones every ``keepalive_s`` seconds; progress events at
+        once.
+        """
         while True:
             try:
                 async with asyncio.timeout(wait_s):
@@ -199,7 +202,7 @@ class Downstream:
                 return  # the server notices too, and cancels the handler
 
     def _progress(self) -> bytes:
-        """The progress event for the state; empty if the state is no longer a prefill."""
+        """The progress event for the present state; empty if that is no longer a prefill."""
         state = self.state
         return self.progress(state) if self.progress is not None and isinstance(state, Prefilling) else b""
 
@@ -214,7 +217,7 @@ class Downstream:
         return await self.end()
 
     async def end(self, last: bytes = b"") -> web.StreamResponse:
-        """Send the end of the answer, with its ``last`` bytes. Raises ClientGone."""
+        """Send the end of the answer, with the bytes ``last``. Raises ClientGone."""
         response = await self.begin(is_more=True)
         with _translated():
             await response.write_eof(last)
@@ -222,8 +225,8 @@ class Downstream:
 
 
 class Relayed(Struct):
-    """A stream of llama-server's own events, as far as it has been sent. ``is_whole``: it stands at the end of an
-    event.
+    """How far a stream of llama-server's own events has been sent. ``is_whole``: it has ended with a whole event so
+    far.
     """
 
     response: web.StreamResponse
@@ -240,8 +243,8 @@ _RELAYED = web.RequestKey("relayed", Relayed)
 
 
 async def end_relayed(request: web.Request, error: LlamaslotError) -> web.StreamResponse | None:
-    """End the stream that is relayed to this client with an error, unless it is over. None if there is none, or if
-    only half of an event was sent. Raises ClientGone.
+    """End the stream that is relayed to this client with an error event, unless it is over. None if there is no such
+    stream, or if only half of an event was sent. Raises ClientGone.
     """
     relayed: Relayed | None = request.get(_RELAYED)
     if relayed is None or not (relayed.is_whole or relayed.is_over):
@@ -256,14 +259,16 @@ async def end_relayed(request: web.Request, error: LlamaslotError) -> web.Stream
 
 
 def name_itself(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal ``on_response_prepare``: set the Server header, instead of aiohttp's and Python's versions."""
+    """Handler of the signal ``on_response_prepare``: set the Server header, instead of aiohttp's and Python's
+    versions.
+    """
     response.headers.update(NAME)
 
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Translate aiohttp's error for a client that has gone: it is one of its *client* errors too, and would look like
-    that of the upstream connection.
+    """Raise ClientGone for aiohttp's error for a client that has left: it is one of aiohttp's *client* errors too, and
+    would look like that of the connection to llama-server.
     """
     try:
         yield
@@ -272,13 +277,13 @@ def _translated() -> Iterator[None]:
 
 
 async def begin(response: web.StreamResponse, request: web.Request) -> None:
-    """Send the headers. Raises ClientGone."""
+    """Send the headers of ``response``. Raises ClientGone."""
     request[HAS_BEGUN] = True
     with _translated():
         await response.prepare(request)
 
 
 async def send(response: web.StreamResponse, data: bytes) -> None:
-    """Send bytes. Raises ClientGone."""
+    """Send bytes of the body of ``response``. Raises ClientGone."""
     with _translated():
         await response.write(data)

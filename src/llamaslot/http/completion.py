@@ -125,7 +125,7 @@ class _Served(Struct, frozen=True):
 
 
 class _Exchange:
-    """One request from its body to the end of its answer."""
+    """One completion request from its body to the end of its answer."""
 
     def __init__(
         self,
@@ -192,7 +192,9 @@ class _Exchange:
         return await self.attempts.run(self._try)
 
     async def _try(self) -> web.StreamResponse:
-        """Raises BackendRestarted, BackendDown and UpstreamError, after which it may be tried again."""
+        """Make one attempt to serve the request. Raises BackendRestarted, BackendDown and UpstreamError, after which
+        another attempt may follow.
+        """
         context, parsed = await self.pool.ready_with(self._parsed)
         if context is None or parsed is None:
             return await self.served.unassisted.relay(
@@ -262,7 +264,7 @@ class _Exchange:
     # -- several prompts -----------------------------------------------------------------------------------------
 
     def _is_long(self, parsed: ParsedRequest) -> bool:
-        """Whether any prompt but the first, which has the slot to itself, takes long to compute."""
+        """Whether any prompt of a list but the first, which has the slot to itself, takes long to compute."""
         return self.pool.takes_long(max(prompt.n_tokens for prompt in parsed.prompts[1:]))
 
     async def _serve_each(self, parsed: ParsedRequest) -> web.StreamResponse:
@@ -396,7 +398,7 @@ class _Exchange:
         )  # fmt: skip
 
     def _progress(self, context: ModelContext, before: PrefillStats | None, state: Prefilling) -> bytes:
-        """A progress event for a prefill of llamaslot's own, if the client has requested that."""
+        """A progress event for a prefill of llamaslot's own; empty if the client has not requested such events."""
         so_far = PrefillStats(state.n_reused, state.n_done, state.seconds)
         so_far = so_far if before is None else before.then(so_far)
         progress = {

@@ -38,7 +38,7 @@ _FAILED = 500  # of an error event instead of an answer
 
 
 class RetryNonStreamed(Struct, frozen=True):
-    """The result instead of an assembled answer that is in doubt: repeat the request as the client sent it.
+    """Returned instead of an assembled answer that is in doubt: repeat the request as the client sent it.
     ``prefill_stats``: what was computed of the prompt in this slot.
     """
 
@@ -46,7 +46,7 @@ class RetryNonStreamed(Struct, frozen=True):
 
 
 class Answering:
-    """One request in its slot: ``begin`` up to its first token, then ``finish``."""
+    """One request in its slot: ``begin`` sends it and reads up to its first token, ``finish`` relays the rest."""
 
     def __init__(
         self,
@@ -91,7 +91,8 @@ class Answering:
         return self.client_request.is_streaming or self.is_assembled
 
     async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
-        """Send it, and read the answer up to the first token, while the client gets the progress of its prompt.
+        """Send the request, and read the answer up to the first token, while the client gets the progress of its
+        prompt.
 
         Raises UpstreamError if llama-server answers with an error. With ``may_replan`` raises RetryPlacement if the
         slot does not hold what was expected: then the server is idle again, and almost nothing was computed. Raises
@@ -157,8 +158,8 @@ class Answering:
     async def _stopped(
         self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool
     ) -> PrefillStats:
-        """Close the request, of which ``n_found`` tokens were reused. Returns what was done for the request in this
-        slot.
+        """Cancel the request at llama-server, which had reused ``n_found`` tokens. Returns what was done for it in
+        this slot.
         """
         await sent.aclose()
         await self.backend.executor.stopped(self.lease, n_found, is_misplaced=is_misplaced)
@@ -167,7 +168,7 @@ class Answering:
         return own if self.here is None else self.here.then(own)
 
     async def _next(self, put: Put | None = None) -> list[bytes] | None:
-        """As ``Reading.next``. After an error the slot's content is unknown."""
+        """As ``Reading.next``. If llama-server reports an error, the slot's content counts as unknown."""
         try:
             return await self._reading.next(put)
         except UpstreamError:
@@ -176,8 +177,8 @@ class Answering:
 
     @property
     def n_reused(self) -> int | None:
-        """Tokens of the prompt that were not computed for this request, as far as llama-server has reported; None
-        before.
+        """The number of prompt tokens that were not computed for this request, as far as llama-server has reported;
+        None before.
         """
         if (n_found := self._reading.n_reused) is None:
             return None
@@ -186,7 +187,7 @@ class Answering:
 
     @property
     def source(self) -> Source:
-        """The source of the reused tokens."""
+        """Where the reused tokens came from: slot, snapshot, or nothing."""
         assert self.lease.plan is not None
         return self.lease.plan.source if self._n_reused_or_expected else Source.COLD
 
@@ -221,8 +222,8 @@ class Answering:
         )
 
     def _body(self) -> dict[str, Any]:
-        """The body for llama-server. As a stream with progress it reports the reuse at once, and llama-server notices
-        within a batch that the client has left.
+        """The body for llama-server. As a stream with progress the answer reports the reuse at once, and llama-server
+        notices within a batch that the client has left.
         """
         if self.is_assembled:
             return self.client_request.format.streamed(self.client_request.body)
@@ -231,7 +232,7 @@ class Answering:
         return self.client_request.body
 
     async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> Response:
-        """Send the body. Raises UpstreamError."""
+        """Send the body to llama-server. Raises UpstreamError."""
         lease = self.lease
         # If the request may use nothing cached, the slot's content after its own prefill is its own work. Unknown
         # content may have been computed with other LoRA scales.
@@ -297,9 +298,8 @@ class Answering:
     @staticmethod
     def _with_media(holds: Content, before: Content) -> Content:
         """The content of a slot after a prompt with media: its tokens up to the first medium, then an unknown number.
-
-        It is never saved, so it is not dirty. Checkpoints exist where something was computed ahead, not where the
-        known part ends.
+        Such content is never saved, so it is not dirty. It has checkpoints where something was computed ahead, but
+        none where the known part ends.
         """
         return replace(
             holds,
@@ -337,7 +337,7 @@ class Answering:
         return self._reading.rest
 
     async def _assemble(self) -> bytes | RetryNonStreamed:
-        """The assembled JSON answer. Raises UpstreamError."""
+        """The JSON answer assembled from the stream, or that it is in doubt. Raises UpstreamError."""
         reading, events = self._reading, self._first
         assert reading.assembly is not None
         while events is not None and not reading.is_over:
@@ -364,7 +364,7 @@ class Answering:
         return own if self.here is None else self.here.then(own)
 
     def _settle(self) -> None:
-        """Record what the slot holds now, and release it. Idempotent."""
+        """Record what the slot holds now, and release the lease. Idempotent."""
         if self.lease.is_released:
             return
         parsed, n_found = self.parsed, self._reading.n_reused
@@ -384,8 +384,8 @@ class Answering:
             self.context.compare(self.client_request.format, self.client_request.body, prompt, told.n_prompt)
 
     def _reported(self, n_found: int | None) -> ReportedCounts:
-        """The figures to learn from. Of several prompts, or a prompt that is known up to a medium only, just the
-        tokens found in the slot.
+        """The counts from which the backend learns. For several prompts, or a prompt that is known up to a medium
+        only, just the tokens found in the slot.
         """
         parsed, reading, timings = self.parsed, self._reading, self._reading.timings
         if parsed.is_head and n_found is not None:
@@ -408,8 +408,8 @@ class Answering:
         )
 
     def note(self) -> int:
-        """Note its figures for the history, once; of an answer that was left, those so far. Returns the tokens of its
-        prompt that were computed.
+        """Pass the figures of the answer to the history, once; for an answer that was left, the figures so far.
+        Returns how many tokens of the prompt were computed.
         """
         prefill_stats, reading = self.prefill_stats, self._reading
         n_computed = prefill_stats.n_tokens - prefill_stats.n_reused if prefill_stats is not None else 0

@@ -25,7 +25,9 @@ class Cors:
         self._origins, self._is_open = frozenset(origins), "*" in origins
 
     def allow(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Signal ``on_response_prepare``: add the headers to answers, early headers and errors alike."""
+        """Handler of the signal ``on_response_prepare``: add the CORS headers to answers, early headers and errors
+        alike.
+        """
         if not self._origins or is_own_page(request):
             return
         if not self._is_open:
@@ -37,9 +39,8 @@ class Cors:
             response.headers["Access-Control-Expose-Headers"] = "*"
 
     def preflight(self, request: web.Request) -> web.Response | None:
-        """The answer to a browser's preflight request. None for other requests.
-
-        Raises Forbidden for a page that ``listen.cors`` does not name.
+        """The answer to a browser's preflight request; None for any other request. Raises Forbidden for a page that
+        ``listen.cors`` does not name.
         """
         if not self._origins or request.method != "OPTIONS" or is_own_page(request):
             return None

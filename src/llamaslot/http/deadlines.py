@@ -1,5 +1,5 @@
 """The time limits of a request (``Deadlines``), and of llama-server's silence (``Watchdog``). The operator configures
-them. By default only the watchdog is on.
+them. By default only the watchdog is active.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _LOOKS = 4  # polls per silence limit
 
 
 class Timeouts(Struct, frozen=True):
-    """In seconds; None is no limit. ``first_token_s``: until the first token of the answer, if that is noticed."""
+    """Time limits in seconds; None is no limit. ``first_token_s``: until the first token of the answer, if that is
+    noticed.
+    """
 
     first_token_s: float | None = None
     total_s: float | None = None
@@ -27,13 +29,13 @@ class Timeouts(Struct, frozen=True):
 
 @dataclass(slots=True)
 class Deadlines:
-    """The limits of one request, from its arrival on."""
+    """The time limits of one request, from its arrival on."""
 
     timeouts: Timeouts
     _first: asyncio.Timeout | None = field(default=None, init=False)
 
     def kept(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """The block is cancelled when a limit has passed. Raises DeadlinePassed."""
+        """Cancel the block when a limit has passed, and raise DeadlinePassed."""
         if self.timeouts.first_token_s is None and self.timeouts.total_s is None:
             return _NO_LIMIT
         return self._kept()
@@ -73,7 +75,7 @@ class Watchdog(Struct, frozen=True):
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """The block is cancelled if there is no progress for too long. Raises SlotWedged."""
+        """Cancel the block if there is no progress for too long, and raise SlotWedged."""
         if self.silence_s is None:
             yield
             return

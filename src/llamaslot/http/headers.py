@@ -37,8 +37,8 @@ _NOT_TO_CLIENT = _HOP_BY_HOP | {"content-length", "server", "date"}
 
 
 def _passed(headers: _Headers, ends_here: set[str], prefix: str) -> CIMultiDict[str]:
-    """The headers without those named in ``ends_here``, those that ``Connection`` declares as hop-by-hop, and those
-    whose names begin with ``prefix``.
+    """The headers that a proxy forwards: without those named in ``ends_here``, those that ``Connection`` declares as
+    hop-by-hop, and those whose names begin with ``prefix``.
     """
     if declared := headers.getall("Connection", ()):
         ends_here = ends_here | {token.strip().lower() for value in declared for token in value.split(",")}
@@ -62,8 +62,8 @@ def to_server(request: web.Request, *, content_type: str | None = None) -> CIMul
 
 
 def to_client(upstream: Response, ours: Mapping[str, str] | None = None) -> CIMultiDict[str]:
-    """llama-server's headers for the client; ``ours`` replace its own of the same names. Only llamaslot decides which
-    web pages may read them.
+    """llama-server's headers for the client; ``ours`` replace llama-server's of the same names. Only llamaslot decides
+    which web pages may read the answer.
     """
     headers = _passed(upstream.headers, _NOT_TO_CLIENT, "access-control-")
     headers.update(ours or {})
@@ -71,7 +71,9 @@ def to_client(upstream: Response, ours: Mapping[str, str] | None = None) -> CIMu
 
 
 def of_placement(slot: SlotKey, n_prompt: int) -> dict[str, str]:
-    """What is known before llama-server has received a request of ``n_prompt`` tokens."""
+    """The headers that are known before llama-server has received a request of ``n_prompt`` tokens: backend, slot,
+    prompt tokens.
+    """
     return {
         BACKEND: slot.backend,
         "x-llamaslot-slot": str(slot.id),
@@ -80,7 +82,7 @@ def of_placement(slot: SlotKey, n_prompt: int) -> dict[str, str]:
 
 
 def of_expected_reuse(n_expected: int) -> dict[str, str]:
-    """Instead of ``of_reuse`` where llama-server tells at the end of its answer only."""
+    """The header for the expected reuse, where llama-server reports the real one only at the end of its answer."""
     return {"x-llamaslot-expected-tokens": str(n_expected)}
 
 

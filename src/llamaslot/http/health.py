@@ -1,4 +1,4 @@
-"""What ``GET /health`` answers, with little imported."""
+"""What ``GET /health`` answers, in a module that imports little."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llamaslot.http.connections import HealthAnswer
 
 
 def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
-    """Status and content: 200 while any backend serves, or does so on demand, else 503. One that is drained does
-    not.
+    """Status and content of the answer: 200 while any backend serves, or will on demand, else 503. A drained backend
+    does not count.
     """
     states = {backend.health for backend in registry.backends if not backend.leases.is_drained}
     if states & {Health.UP, Health.ASLEEP}:
@@ -24,7 +24,7 @@ def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
 
 
 class HealthChecks:
-    """The answers, counted."""
+    """Answers health checks, and counts them."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry

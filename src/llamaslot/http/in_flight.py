@@ -41,14 +41,14 @@ _PLAIN_ID = re.compile(r"[!-~]{1,128}")
 
 
 class ClientSide(Protocol):
-    """The client's side of the request: what it is told to wait for."""
+    """The client's side of a request, with the ``state`` that the client is told while it waits."""
 
     state: object
 
 
 class InFlight(Struct, eq=False):
-    """A request that is being served. ``id``: of no other one in flight or in the history. ``began``: its arrival, by
-    the monotonic clock; ``at``: the same, since 1970. ``n_reused``, ``n_computed``, ``prefill_s``, ``n_answered``,
+    """A request that is being served. ``id``: unique among those in flight and in the history. ``began``: its arrival,
+    by the monotonic clock; ``at``: the same, since 1970. ``n_reused``, ``n_computed``, ``prefill_s``, ``n_answered``,
     ``decode_s``: of what was answered so far.
     """
 
@@ -83,7 +83,9 @@ class InFlight(Struct, eq=False):
     def answered(
         self, source: str, n_reused: int | None, n_computed: int, prefill_s: float, first_s: float | None
     ) -> None:
-        """It was answered, or one of its prompts. ``first_s``: until its first token, if that was noticed."""
+        """Add the figures of an answer to the request, or to one of its prompts. ``first_s``: seconds until the first
+        token, if that was noticed.
+        """
         self.source = source
         if n_reused is not None:
             self.n_reused = (self.n_reused or 0) + n_reused
@@ -92,7 +94,9 @@ class InFlight(Struct, eq=False):
         self.first_s = first_s if self.first_s is None else self.first_s
 
     def timed(self, timings: Mapping[str, Any], n_predicted: int) -> None:
-        """llama-server's figures at the end of an answer; ``n_predicted``: where it has no ``timings``."""
+        """Add llama-server's figures at the end of an answer. ``n_predicted``: the number of its tokens where
+        ``timings`` has none.
+        """
         self.prefill_s += float(timings.get("prompt_ms", 0.0)) / 1000
         self.n_answered += int(timings.get("predicted_n", n_predicted))
         self.decode_s += float(timings.get("predicted_ms", 0.0)) / 1000
@@ -102,32 +106,32 @@ IN_FLIGHT = web.RequestKey("in_flight", InFlight)
 
 
 def in_flight(request: web.Request) -> InFlight | None:
-    """What is known of a request; None of one that is not watched."""
+    """What is known of a request while it runs; None for one that is not watched."""
     found: InFlight | None = request.get(IN_FLIGHT)
     return found
 
 
 def note_error(request: web.Request, error: LlamaslotError) -> None:
-    """The client is told this error."""
+    """Record the error that the client gets."""
     if (flight := in_flight(request)) is not None:
         flight.error = error
 
 
 def id_of(request: web.Request) -> str:
-    """The id of a request that takes a slot, the same whenever it is asked for."""
+    """The id of a request that takes a slot; always the same for one request."""
     flight: InFlight = request[IN_FLIGHT]
     return flight.id
 
 
 def begins(request: web.Request, pool: Pool, model: object, down: ClientSide | None = None) -> None:
-    """It is going to be served by ``pool``; ``model``: what it asks for."""
+    """Record that ``pool`` is going to serve the request, which asks for ``model``."""
     if (flight := in_flight(request)) is not None:
         name = pool.model.name if pool.model is not None else model
         flight.model, flight.down = name[:_LONGEST] if isinstance(name, str) else "", down
 
 
 def placed(request: web.Request, lease: Lease, down: ClientSide | None = None) -> None:
-    """It has got a slot, or the right to be sent."""
+    """Record that the request has got a slot, or the right to be sent."""
     if (flight := in_flight(request)) is not None:
         flight.lease, flight.down = lease, down or flight.down
         if (decision := lease.recorder.decision) is not None:
@@ -135,8 +139,8 @@ def placed(request: web.Request, lease: Lease, down: ClientSide | None = None) -
 
 
 def by_operator(request: web.Request) -> Cancelled:
-    """For a handler that was cancelled: the error for the client, if an operator did it; the handler may go on to send
-    that. Raises the same CancelledError again if the client has gone.
+    """The error for the client of a cancelled request, if an operator has cancelled it; the handler goes on to send
+    the error. If the client has left instead, raises the same CancelledError again.
     """
     flight, task = in_flight(request), asyncio.current_task()
     if flight is None or task is None or not flight.is_cancelled or task.uncancel():
@@ -145,7 +149,7 @@ def by_operator(request: web.Request) -> Cancelled:
 
 
 class Requests:
-    """All requests in flight that take a slot, oldest first. Those that have ended go to ``history`` a moment later."""
+    """All requests in flight that take a slot, oldest first. A moment after their end they go to ``history``."""
 
     def __init__(self, registry: Registry, history: History) -> None:
         self._registry, self.history = registry, history
@@ -174,8 +178,8 @@ class Requests:
         return flight
 
     def _new_id(self, given: str, serial: int) -> str:
-        """The id that its client has given, if that is valid in logs, headers and sidecars; with an ending, if another
-        request has it: to cancel one ends no other, and each has its own timeline.
+        """The id that the client has given, if it is valid in logs, headers and sidecars; with an ending, if another
+        request has it: cancelling one then ends no other, and each has its own timeline.
         """
         ending = f"{random.getrandbits(24):06x}"
         if not _PLAIN_ID.fullmatch(given):
@@ -188,7 +192,7 @@ class Requests:
         return f"{given}~{ending}" if is_taken else given
 
     def end(self, flight: InFlight, status: int) -> None:
-        """It has ended with that status; 499 if its client has gone."""
+        """The request has ended with that status; 499 if its client has left."""
         flight.ended, flight.status, flight.task = time.monotonic(), status, None
         del self.running[flight.serial]
         self._ended.append(flight)
@@ -196,7 +200,9 @@ class Requests:
             self._timer = asyncio.get_running_loop().call_later(_DIGEST_S, self.digest)
 
     def cancel(self, id_: str) -> bool:
-        """Cancel the request of that id: its client is told so, and it gives its slot back. False if there is none."""
+        """Cancel the request with that id: its client is told so, and its slot is released. False if there is no such
+        request.
+        """
         flight = next((flight for flight in self.running.values() if flight.id == id_), None)
         if flight is None or flight.task is None:
             return False
@@ -212,7 +218,7 @@ class Requests:
     # -- what has ended ------------------------------------------------------------------------------------------
 
     def digest(self) -> None:
-        """Put what has ended into the history: 50 us each, after its client has its answer."""
+        """Put the requests that have ended into the history: 50 us each, after their clients have their answers."""
         self._timer = None
         ended, self._ended = self._ended, []
         self._find_owners(ended)
@@ -228,8 +234,9 @@ class Requests:
             self.has_changed.set()
 
     def _find_owners(self, ended: Sequence[InFlight]) -> None:
-        """Whose slots were saved, by requests and by llamaslot itself, in the order in which it happened: a request is
-        followed at once by another one, whose first step saves what it has left in their slot.
+        """Find out which user's content each saved snapshot holds: from the requests and from llamaslot's own saves,
+        in the order in which they happened. The first step of a request saves what the request before has left in the
+        slot.
         """
         since, self._looked_at = self._looked_at, time.time()
         flights = [*self.running.values(), *ended]
@@ -256,7 +263,7 @@ class Requests:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of snapshots on disk."""
+        """The bytes of all snapshots on disk."""
         return self._registry.size_bytes
 
     def _activity(self, flight: InFlight) -> Activity:
@@ -299,7 +306,7 @@ class Requests:
         return activity
 
     def model_of(self, flight: InFlight) -> str:
-        """The model that serves it; before that is known, the one that it asks for."""
+        """The model that serves the request; before that is known, the one that it asks for."""
         if flight.lease is not None:
             backend = self._registry.backend_named(flight.lease.table.backend)
             if backend is not None and backend.model_name is not None:
@@ -308,14 +315,14 @@ class Requests:
 
 
 def _slot_of(flight: InFlight) -> SlotKey | None:
-    """The slot that it had; None if llama-server chose it."""
+    """The slot that the request had; None if llama-server chose it."""
     lease = flight.lease
     has_slot = lease is not None and lease.table.is_assisted and lease.slot is not None
     return lease.slot_key if lease is not None and has_slot else None
 
 
 def _fill_in(flight: InFlight, acts: list[Act]) -> None:
-    """What was computed for a request whose answer has not come to its end, as far as that was told."""
+    """Fill in what was computed for a request whose answer has not come to its end, as far as llama-server told."""
     lease = flight.lease
     flight.n_prompt = flight.n_prompt or (lease.request.n_tokens if lease is not None else 0)
     flight.n_prompt = max(
@@ -332,10 +339,10 @@ def _fill_in(flight: InFlight, acts: list[Act]) -> None:
 
 
 def outcome_of(flight: InFlight) -> Outcome:
-    """How it ended. There are five cases:
+    """How a request ended. There are five cases:
 
     1. An operator cancelled it.
-    2. It was answered; or its client has gone.
+    2. It was answered; or its client has left.
     3. llamaslot made a mistake: an error of no class of its own.
     4. It was refused: a fault of the request, or a limit of its user.
     5. llama-server failed, was away or too slow, or the wait was too long.

@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 
 def _object(**properties: Json) -> Json:
-    """An object with these required properties; a later version may add more."""
+    """The schema of an object with these required properties; a later version may add more."""
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
@@ -172,7 +172,7 @@ _ROW = {name: schema for name, schema in _WHOLE.items() if name not in ("stages"
 
 
 def _sum(name: str, empty: float | None) -> Json:
-    """A field of a sum; ``empty``: its value where nothing happened."""
+    """The schema of a field that is a sum; ``empty``: its value where nothing happened."""
     schema = _SECONDS if name.endswith("_s") else _COUNT
     return _or_null(schema) if empty is None else schema
 

@@ -38,12 +38,14 @@ _HEADERS = {
 
 
 def is_page_file(request: web.Request) -> bool:
-    """Whether it asks for one of the page's own files."""
+    """Whether the request asks for one of the files of the operator page."""
     return request.method in ("GET", "HEAD") and (request.path in FILES or request.path == ROOT[:-1])
 
 
 def page_file(request: web.Request) -> web.Response:
-    """One of the page's files. ``/llamaslot`` leads to ``/llamaslot/``, also behind a proxy with a prefix."""
+    """One of the files of the operator page. ``/llamaslot`` leads to ``/llamaslot/``, also behind a proxy with a
+    prefix.
+    """
     if request.path == ROOT[:-1]:
         return web.Response(status=308, headers={"Location": "llamaslot/"})
     name, type_ = FILES[request.path]
@@ -61,11 +63,13 @@ def _content(name: str) -> tuple[bytes, str]:
 
 
 def refuse_foreign_page(request: web.Request, *, needs_key: bool) -> None:
-    """Raises Forbidden if another page than llamaslot's own may have sent it: any page in a browser on this machine
-    could. There are three cases:
+    """Raise Forbidden if another web page than llamaslot's own may have sent the request: any page in a browser on
+    this machine could. There are three cases:
 
-    1. Keys are needed (``needs_key``): no browser sends one to another site without CORS, so the key proves it.
-    2. The Host is a name of the DNS, which others can point to this machine: a browser then takes their page for ours.
+    1. Keys are needed (``needs_key``): no browser sends one to another site without CORS, so the key proves that the
+       request is no foreign page's.
+    2. The Host is a name of the DNS, which others can point to this machine: a browser then takes their page for
+       llamaslot's.
     3. An action, or a question across sites, has an Origin: it must be the Host.
     """
     if needs_key:

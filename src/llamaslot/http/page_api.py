@@ -26,7 +26,7 @@ _LONGEST_S = 86_400
 
 
 class PageApi:
-    """``is_admitted``: whether a request's key is still valid."""
+    """Serves the operator page. ``is_admitted``: a function that tells whether a request's key is still valid."""
 
     def __init__(
         self,
@@ -44,7 +44,9 @@ class PageApi:
         self._n_changes = 0
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
-        """Answer a request for one of these pages; None for another one. Raises NotFound and BadRequest."""
+        """Answer a request of the operator page (events, history, snapshots, pin, …); None for any other path. Raises
+        NotFound and BadRequest.
+        """
         match request.path:
             case "/llamaslot/events":
                 seconds = digits(request, "seconds", 0, _LONGEST_S)
@@ -68,8 +70,8 @@ class PageApi:
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def _activity(self, request: web.Request) -> dict[str, Any]:
-        """Requests in flight, the last that have ended, newest first, and the sums of today; with ``request`` all of
-        the latest one of that id. Raises NotFound. Canceling is safe.
+        """Requests in flight, the last that have ended, newest first, and today's sums; with ``request`` in the query
+        everything about the latest request with that id. Raises NotFound. Canceling is safe.
         """
         self._requests.digest()
         history, now = self._requests.history, time.monotonic()
@@ -92,7 +94,7 @@ class PageApi:
     # -- history -------------------------------------------------------------------------------------------------
 
     async def _history(self, request: web.Request) -> dict[str, Any]:
-        """Sums over time, one line for all, or for each backend or model. Canceling is safe."""
+        """Sums over time: one series for all requests, or one for each backend or model. Canceling is safe."""
         span, by = request.query.get("span", "hour"), request.query.get("by", "all")
         if span not in SPANS:
             raise BadRequest(f"span={span}: one of {', '.join(SPANS)}")
@@ -129,8 +131,8 @@ class PageApi:
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     async def _snapshots(self, max_age_s: float) -> bytes:
-        """As JSON. That of up to ``max_age_s`` ago, if nothing was changed here and as many snapshots have as many
-        bytes: many pages cost no more than one. Canceling is safe.
+        """The list of snapshots as JSON. Computed at most every ``max_age_s``, unless something was changed here or
+        the number or size of snapshots differs: many open pages cost no more than one. Canceling is safe.
         """
         models = tuple(backend.model_name for backend in self._registry.backends)
         holds = self._n_changes, self._registry.n_snapshots, self._registry.size_bytes, models
@@ -193,7 +195,9 @@ def _usable(table: Any) -> Any:
 
 
 def _named(request: web.Request, what: str) -> str:
-    """What an action is about. Raises BadRequest."""
+    """The value of the query parameter ``what``, which names what an action is about. Raises BadRequest if it is
+    missing.
+    """
     if not (id_ := request.query.get(what, "")):
         raise BadRequest(f"{request.path}?{what}=ID: which {what}?")
     return id_

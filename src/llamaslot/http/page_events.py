@@ -1,4 +1,6 @@
-"""``/llamaslot/events``: what goes on, as server-sent events. One producer for all who watch, and none without them."""
+"""``/llamaslot/events``: what goes on in llamaslot, as server-sent events. One task produces them for all viewers, and
+none runs without viewers.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ _GIVE_UP_S = 30.0  # a viewer that takes nothing for so long is gone
 
 
 class Viewer(Struct, eq=False):
-    """One who watches. ``events``: that it has not been sent yet; ``is_behind``: it has missed some; ``may_watch``:
-    asked before each look, since a key can be removed while its stream is open.
+    """One client that watches. ``events``: those that were not sent to it yet; ``is_behind``: it has missed some;
+    ``may_watch``: asked before each look, since a key can be removed while its stream is open.
     """
 
     may_watch: Callable[[], bool]
@@ -33,7 +35,9 @@ class Viewer(Struct, eq=False):
 
 
 class PageEvents:
-    """``state`` makes the whole state, by key; ``has_changed`` is set when it should be looked at at once."""
+    """The stream of changes for all viewers. ``state`` makes the whole state, by key; ``has_changed`` is set when the
+    state should be looked at at once.
+    """
 
     def __init__(
         self, state: Callable[[], dict[str, Any]], has_changed: asyncio.Event, tasks: TaskOwner
@@ -50,8 +54,8 @@ class PageEvents:
         seconds: float | None = None,
         may_watch: Callable[[], bool] = lambda: True,
     ) -> web.StreamResponse:
-        """Send the state, then changes, for ``seconds`` (None: until the viewer leaves), as long as it ``may_watch``.
-        Canceling is safe.
+        """Send the state, then its changes, for ``seconds`` (None: until the viewer leaves), as long as the viewer
+        ``may_watch``. Canceling is safe.
         """
         response = web.StreamResponse(headers=SSE_HEADERS)
         await begin(response, request)
@@ -84,7 +88,7 @@ class PageEvents:
             self._producer, self._last = None, {}
 
     async def close(self) -> None:
-        """End all streams, and those to come."""
+        """End all streams, and those that begin later."""
         self._is_closed = True
         for viewer in self.viewers:
             _put(viewer, None)
@@ -113,7 +117,9 @@ class PageEvents:
                 pass
 
     def _look(self) -> bytes:
-        """An event with what has changed since the last look; a value that is gone is null. Empty if nothing has."""
+        """An event with all keys whose values have changed since the last look; a value that is gone is null. Empty if
+        nothing has changed.
+        """
         state = {key: orjson.dumps(value) for key, value in self._state().items()}
         last, self._last = self._last, state
         changed: dict[str, Any] = {
@@ -135,7 +141,9 @@ def _event(name: str, state: dict[str, Any]) -> bytes:
 
 
 def _put(viewer: Viewer, event: bytes | None) -> None:
-    """Never waits: a viewer whose queue is full gets the whole state when it takes something again."""
+    """Queue an event for a viewer without waiting: one whose queue is full gets the whole state when it takes
+    something again.
+    """
     try:
         viewer.events.put_nowait(event)
     except asyncio.QueueFull:

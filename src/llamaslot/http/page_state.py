@@ -1,4 +1,6 @@
-"""What goes on now, for those who watch: flat, by keys that change by themselves, so that only changes are sent."""
+"""What goes on in llamaslot now, for the operator page: a flat object whose keys change independently, so that only
+changes are sent.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ _READS = (LeaseState.PREFILLING, LeaseState.SENT, LeaseState.PROCESSING)
 
 
 class _Speed(Struct):
-    """Tokens of a request at the last look, and their speed."""
+    """How many tokens of a request there were at the last look, and their speed."""
 
     what: str
     n_tokens: int
@@ -40,7 +42,7 @@ class _Speed(Struct):
 
 
 class PageState:
-    """Makes the state for all who watch; nothing is computed without them."""
+    """Makes the state that the operator page shows; nothing is computed while no page is open."""
 
     def __init__(self, registry: Registry, requests: Requests) -> None:
         self._registry, self._requests = registry, requests
@@ -73,7 +75,7 @@ class PageState:
         }
 
     def headline(self, now: float) -> State:
-        """Today, and since the history began."""
+        """The sums of today, and since the history began."""
         history = self._requests.history
         n_seen = history.latest[-1].serial if history.latest else 0
         if n_seen != self._n_seen or now - self._headline_at >= _FRESH_S:
@@ -88,7 +90,7 @@ class PageState:
         return self._headline
 
     def _latest(self) -> list[State]:
-        """Those since the last look that had any."""
+        """The requests that have ended since the last look at which any had ended, newest first."""
         last = self._ended[0]["serial"] if self._ended else 0
         new: list[State] = []
         for activity in reversed(self._requests.history.latest):
@@ -123,7 +125,7 @@ class PageState:
         return told
 
     def flight(self, flight: InFlight, now: float) -> State:
-        """One request in flight."""
+        """One request in flight, as the page shows it."""
         lease = flight.lease
         backend = self._registry.backend_named(lease.table.backend) if lease is not None else None
         is_reading = lease is not None and (lease.is_long or lease.state in _READS)
@@ -153,7 +155,7 @@ class PageState:
         }
 
     def _speed(self, flight: InFlight, now: float, n_tokens: int | None, is_reading: bool) -> float | None:
-        """Tokens per second since the last look; None before the second one."""
+        """The tokens per second of a request since the last look; None before the second look."""
         what = "prompt" if is_reading else "answer"
         last = self._speeds.get(flight.serial)
         if n_tokens is None:
@@ -173,14 +175,14 @@ def _figures(sums: Sums) -> State:
 
 
 def _n_answered(flight: InFlight) -> int | None:
-    """Tokens that a stream has brought so far, about: its events."""
+    """The approximate number of tokens that a stream has brought so far: its events."""
     writer = flight.request.writer
     is_decoding = flight.lease is not None and flight.lease.is_decoding
     return writer.n_put if is_decoding and isinstance(writer, Writer) and writer.n_put else None
 
 
 def _does(backend: Backend, lease: Lease) -> str:
-    """What a slot is leased for, in a word."""
+    """A word for what a slot is leased for."""
     if lease.is_own:
         return "saving" if lease.state is LeaseState.ACTING else "llamaslot's own"
     if lease.is_long and (waits := backend.executor.chunked_prefill.gives_way_to(lease)):
@@ -201,10 +203,10 @@ def _does(backend: Backend, lease: Lease) -> str:
 def stage_of(flight: InFlight) -> str:
     """What happens to a request now, in words. There are six cases:
 
-    1. It waits for a slot: its place in the queue, if it is known.
+    1. It waits for a slot: its place in the queue, if that is known.
     2. llama-server decodes its answer.
     3. Its prompt is computed, or waits for that.
-    4. A snapshot is restored for it: its size.
+    4. A snapshot is restored for it: the snapshot's size.
     5. It waits for something else that its client is told too.
     6. llama-server runs it, and tells nothing meanwhile.
     """
@@ -228,14 +230,14 @@ def stage_of(flight: InFlight) -> str:
 
 
 def _restored(lease: Lease) -> int | None:
-    """The bytes of the snapshot that its plan restores."""
+    """The bytes of the snapshot that the request's plan restores."""
     id_ = lease.plan.snapshot if lease.plan is not None else None
     snapshot = lease.table.model_snapshots.snapshots.get(id_) if id_ is not None else None
     return snapshot.restored_bytes() if snapshot is not None else None
 
 
 def _position(flight: InFlight) -> int | None:
-    """Its place in the queue; None if it does not wait there."""
+    """The place of a request in the queue; None if it does not wait there."""
     state = flight.down.state if flight.down is not None else None
     return (state.position() or None) if isinstance(state, QueuePosition) else None
 

@@ -1,4 +1,4 @@
-"""A client's completion, and what it becomes: a request for a slot."""
+"""A client's completion request, and the slot request that it becomes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[Respons
 
 
 class ClientRequest(Struct, frozen=True):
-    """A client's request. ``post`` sends a body to the same route of llama-server."""
+    """A completion as the client sent it. ``post`` sends a body to the same route of llama-server."""
 
     id: str
     body: dict[str, Any]
@@ -49,13 +49,15 @@ class ClientRequest(Struct, frozen=True):
         return self.is_streaming and self.body.get("return_progress") is True
 
     def may_set(self, name: str) -> bool:
-        """Whether llamaslot may set a boolean field: it is absent or a boolean. llama-server refuses other values."""
+        """Whether llamaslot may set a boolean field of the body: the field is absent or a boolean. llama-server
+        refuses other values.
+        """
         return isinstance(self.body.get(name), bool | None)
 
 
 class ParsedRequest(Struct, frozen=True):
-    """A request, and facts about its prompts. ``prompts`` is empty if the prompt cannot be known: ``unknown`` says why.
-    ``is_head``: they are only the text before the first medium.
+    """The slot request made from a body, and facts about its prompts. ``prompts`` is empty if the prompt cannot be
+    known: ``unknown`` says why. ``is_head``: ``prompts`` has only the text before the first medium.
     """
 
     request: Request
@@ -69,10 +71,10 @@ class ParsedRequest(Struct, frozen=True):
 
     @property
     def left_in_slot(self) -> bytes:
-        """Tokens that the slot surely begins with at the end.
+        """The tokens with which the slot surely begins after the answer.
 
-        Several prompts run one after another, but not always in order: if another request gets ahead of one, it is
-        put back behind the next.
+        Several prompts run one after another, but not always in order: if another request gets ahead of one, it is put
+        back behind the next.
         """
         if len(self.prompts) == 1:
             return self.prompts[0].tokens
@@ -102,8 +104,8 @@ def lora_of(body: Mapping[str, Any]) -> str:
 async def parse_request(
     id_: str, body: Mapping[str, Any], raw: bytes, format_: Format, context: ModelContext, user: User
 ) -> ParsedRequest:
-    """The request for ``body``; ``raw``: the same as JSON. Raises BadRequest, PromptTooLong, and llama-server's own
-    error for a body that it refuses.
+    """Make the slot request for ``body``; ``raw``: the body as JSON. Raises BadRequest, PromptTooLong, and
+    llama-server's own error for a body that it refuses.
     """
     unknown = None
     try:
@@ -142,7 +144,7 @@ async def parse_request(
 
 
 class _Said(NamedTuple):
-    """What is known of a body: the chat that it is or is converted to, None for a plain prompt; its prompts, or with
+    """What a body asks for: the chat that it is or is converted to, None for a plain prompt; its prompts, or with
     ``is_head`` the beginning of the prompt. ``is_refused``: it has media, and llama-server accepts none.
     """
 
@@ -164,8 +166,9 @@ async def _boundaries(said: _Said, context: ModelContext) -> tuple[int, tuple[in
 async def _said(
     body: Mapping[str, Any], raw: bytes, format_: Format, context: ModelContext, whose: str
 ) -> _Said:
-    """Raises PromptNotTokenizable if the tokens are unknown, and UpstreamError if the template refuses the body. If a
-    converted body is refused, llama-server may still accept the original, so it is served without known tokens.
+    """Find out the chat and the prompts of a body. Raises PromptNotTokenizable if the tokens are unknown, and
+    UpstreamError if the template refuses the body. If a converted body is refused, llama-server may still accept the
+    original, so that is served without known tokens.
     """
     if format_.prompt_kind is PromptKind.INFILL:
         return _Said(None, (await context.infill.prompt(body, whose),))
@@ -211,8 +214,8 @@ async def _plain(body: Mapping[str, Any], context: ModelContext, whose: str) -> 
 
 
 def _short(prompt: Prompt, context: ModelContext) -> tuple[Prompt, ...]:
-    """The text before a medium. If that alone is too long, llama-server reports it, because it knows the length of
-    the whole.
+    """``prompt``, the text before a medium, as the only prompt. Raises PromptNotTokenizable if it is too long for a
+    slot: then llama-server reports that, because it knows the length of the whole.
     """
     if prompt.n_tokens >= context.n_ctx:
         raise PromptNotTokenizable("it is too long", Reason.MEDIA)
@@ -220,8 +223,8 @@ def _short(prompt: Prompt, context: ModelContext) -> tuple[Prompt, ...]:
 
 
 def keep_what_follows(lease: Lease) -> None:
-    """For a prompt with media: if the slot already holds the whole known text, it may also hold the media. Then
-    nothing is computed ahead, because that would truncate the slot.
+    """Remove the prefill from the plan if the slot already holds the whole known text before a medium: the slot may
+    also hold the same media behind it, and computing ahead would truncate them.
     """
     content, plan = lease.content, lease.plan
     if content is None or plan is None or plan.source is not Source.RESIDENT or content.is_exact:
@@ -232,7 +235,7 @@ def keep_what_follows(lease: Lease) -> None:
 
 
 def max_tokens(body: Mapping[str, Any]) -> int | None:
-    """The limit of its answer in tokens, by any of the names of the routes. For estimates."""
+    """The limit of the answer in tokens, under any of the names that the routes have for it. Used for estimates."""
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
     values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
     return min(values, default=None)

@@ -41,7 +41,7 @@ _WAKES = ("/slots", "/lora-adapters")  # though they only ask; /props and /metri
 
 
 class Passthrough:
-    """Routes that take no slot, and requests whose slot llama-server chooses."""
+    """Serves routes that take no slot, and requests whose slot llama-server chooses."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Passthrough:
         self._prompts, self._unassisted = prompts, unassisted
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Pass it through unchanged, streaming both ways. Canceling closes the upstream connection.
+        """Pass a request through unchanged, streaming both ways. Canceling closes the connection to llama-server.
 
         A request that changes the model (its LoRA scales, or the loaded model) makes all cached content invalid: the
         server is connected to again before the client gets the answer.
@@ -98,7 +98,7 @@ class Passthrough:
         self, pool: Pool, request: web.Request, raw: bytes, *, gate: str | None = None
     ) -> web.StreamResponse:
         """Relay a request that takes no slot: it only asks for information, or llama-server refuses it. ``raw``: its
-        body. ``gate``: of a request that may change something, so that it is sent once only.
+        body. ``gate``: the gate of a request that may change something, and so is sent only once.
         """
         changes_model = gate in _CHANGES_MODEL and request.method == "POST"
         attempts = _attempts(request, pool, raw, is_once=gate is not None)
@@ -209,8 +209,8 @@ def _attempts(request: web.Request, pool: Pool, raw: bytes, *, is_once: bool = F
 
 
 async def _how_far(backend: Backend, lease: Lease) -> object:
-    """The progress of the slots in which llama-server works for the request of ``lease``; None while the request waits
-    for one.
+    """The progress of the slots in which llama-server works for the request of ``lease``; None while llama-server has
+    not begun with it.
     """
     leases = backend.leases.leases
     taken = {other.slot_id for other in leases if other.request is lease.request and other.slot is not None}
@@ -219,7 +219,7 @@ async def _how_far(backend: Backend, lease: Lease) -> object:
 
 
 async def _refuse_if_worth_another(attempts: Attempts, upstream: Response) -> None:
-    """Raises UpstreamError if another backend is to be asked instead of passing this answer on."""
+    """Raise UpstreamError if another backend is to be asked instead of passing this answer on."""
     if attempts.is_worth_another(upstream.status):
         raise UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
 
@@ -238,12 +238,12 @@ _FORM = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\
 
 
 def is_json(request: web.Request) -> bool:
-    """Whether the body is JSON, or does not say what it is: llama-server reads it as JSON then."""
+    """Whether the request's body is JSON, or does not say what it is: llama-server reads it as JSON then."""
     return "multipart/" not in request.headers.get("Content-Type", "")
 
 
 def named_model(request: web.Request, raw: bytes) -> object:
-    """``raw``: the body, empty if there is none. None if no model is named."""
+    """The model that a request names in its body (``raw``) or query; None if it names none."""
     if raw and is_json(request):
         try:
             body = orjson.loads(raw)

@@ -19,8 +19,8 @@ from llamaslot.llama.sse import EventSplitter, data_of, event_of, n_commented
 
 
 class PromptPart(Downstream):
-    """The client's side for one of several prompts. ``whole``: that of all; ``first``: the index of its first
-    answer.
+    """The client's side of one of several prompts. ``whole``: the client's side of all; ``first``: the index of this
+    prompt's first answer.
     """
 
     def __init__(self, whole: Downstream, first: int, *, is_last: bool) -> None:
@@ -37,7 +37,7 @@ class PromptPart(Downstream):
         return self.response
 
     async def write(self, data: bytes) -> None:
-        """Comments are sent unchanged, events with their index and id in the whole answer."""
+        """Send comments unchanged, and events with the index and id that they have in the whole answer."""
         n = n_commented(data) if not self._splitter.rest else 0
         events = [data[:n], *map(self._told, self._splitter.feed(data[n:]))]
         told = [event for event in events if event]
@@ -70,7 +70,7 @@ class PromptPart(Downstream):
 
 
 def shift(answer: dict[str, Any], first: int) -> None:
-    """Number the answers in ``answer`` from ``first`` on, in place."""
+    """Change the indices of the answers in ``answer``, in place, so that they begin with ``first``."""
     for part in [answer, *answer.get("choices", ())]:
         if isinstance(part.get("index"), int):
             part["index"] += first

@@ -79,7 +79,7 @@ async def _events(
     begun: Callable[[], None],
     ended: Callable[[], Awaitable[None]] | None,
 ) -> AsyncIterator[bytes]:
-    """Whole events; an event larger than ``_HELD_BYTES`` is sent in pieces."""
+    """The whole events of a stream, with errors translated; an event larger than ``_HELD_BYTES`` comes in pieces."""
     yield b""  # the headers may be sent before any event
     before = held = b""
     is_whole = True  # the sent bytes end with a whole event
@@ -104,7 +104,7 @@ async def _events(
 async def _last_one_late(
     upstream: Response, ended: Callable[[], Awaitable[None]] | None
 ) -> AsyncIterator[bytes]:
-    """Each piece when the next one is there, so that the last one is known to be the last."""
+    """Each piece of an answer once the next one has come, so that ``ended`` is called before the last piece is sent."""
     held = b""
     while piece := await next_piece(upstream):
         if held:

@@ -29,18 +29,21 @@ _AT_ONCE = (
 
 
 class Reload:
-    """The configuration in force, and the way to the next one. ``apply``: the application's part, set by it."""
+    """The configuration in force, and how another one replaces it. ``apply``: the application's part, set by the
+    application.
+    """
 
     def __init__(
         self, path: Path | None, config: Config, registry: Registry, manager: ServiceManager
     ) -> None:
-        """``path``: None if there is no file."""
+        """``path``: of the configuration file; None if llamaslot was started without one."""
         self.config, self._path, self._registry, self._manager = config, path, registry, manager
         self.apply: Callable[[Config], None] = lambda _: None
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self) -> dict[str, Any]:
-        """Read the file, and put in force what can be without a restart. Returns the changed keys, by that.
+        """Read the file, and put in force what needs no restart. Returns the changed keys: those in force, and those
+        that need a restart.
 
         Raises NotReloaded with the faults of the file; the old configuration stays. Canceling is safe.
         """
@@ -55,7 +58,7 @@ class Reload:
                 self._manager.ready()
 
     async def on_signal(self) -> None:
-        """As ``run``; a fault is logged only."""
+        """As ``run``, for the handler of SIGHUP: a fault is only logged."""
         with contextlib.suppress(NotReloaded):
             await self.run()
 
@@ -96,7 +99,7 @@ class Reload:
 
 
 def _changed(old: Section, new: Section, above: str = "") -> Iterator[str]:
-    """The keys whose values differ, backends left out."""
+    """The keys whose values differ between the two configurations, except backends."""
     for name in type(old).model_fields:
         before, after = getattr(old, name), getattr(new, name)
         if before == after or (not above and name == "backends"):
@@ -108,7 +111,7 @@ def _changed(old: Section, new: Section, above: str = "") -> Iterator[str]:
 
 
 def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]]:
-    """Names of those to add and to drain, and what needs a restart: changes of one, and managed ones."""
+    """The names of backends to add and to drain, and what needs a restart: a changed backend, or a managed one."""
     before, after = ({backend.name: backend for backend in config.backends} for config in (old, new))
     added = [name for name in after if name not in before]
     removed = [name for name in before if name not in after]
@@ -125,7 +128,9 @@ def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]
 
 
 def _merged(old: Config, new: Config) -> Config:
-    """What is in force now: of the new file what needs no restart. Its other changes are reported again next time."""
+    """The configuration in force after a reload: what needs no restart from the new file, all else from the old one.
+    Other changes are reported again at the next reload.
+    """
     before = {backend.name: backend for backend in old.backends}
     kept = [
         before.get(backend.name, backend)
@@ -137,7 +142,7 @@ def _merged(old: Config, new: Config) -> Config:
 
 
 def _with_new(old: S, new: S, above: str = "") -> S:
-    """``old`` with the values of ``new`` that are in force at once."""
+    """``old`` with those values of ``new`` that take effect at once."""
     update = dict[str, Any]()
     for name in type(old).model_fields:
         before, after = getattr(old, name), getattr(new, name)

@@ -22,21 +22,23 @@ _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)
 
 
 class Uploads(Struct, frozen=True):
-    """``max_bytes`` of a decompressed body; ``timeout_s`` for it, and one second more for each 4 KiB."""
+    """The limits of request bodies. ``max_bytes`` of a decompressed body; ``timeout_s`` for it, and one second more
+    for each 4 KiB.
+    """
 
     max_bytes: int
     timeout_s: float
 
     async def whole(self, request: web.Request) -> bytes:
-        """The body. Raises BodyTooLarge as soon as it is known to be longer, TooSlow, and BadRequest if it cannot be
-        decompressed. Canceling is safe.
+        """Read the whole body. Raises BodyTooLarge as soon as it is known to be longer, TooSlow, and BadRequest if it
+        cannot be decompressed. Canceling is safe.
         """
         if (here := await self._here(request)) is not None:
             return here
         return b"".join([piece async for piece in self.pieces(request)])
 
     async def _here(self, request: web.Request) -> bytes | None:
-        """A body that has come with its headers, as short ones do, and is not compressed; None for any other: then
+        """The body if it has come with its headers, as short ones do, and is not compressed; None otherwise: then
         nothing is read.
         """
         content = request.content
@@ -51,7 +53,7 @@ class Uploads(Struct, frozen=True):
         return body
 
     async def pieces(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The decompressed body as it comes. Raises as ``whole`` does."""
+        """The decompressed body in pieces as they come. Raises as ``whole`` does."""
         if (request.content_length or 0) > self.max_bytes:
             raise self._too_large()
         unpacking, n_bytes = Unpacking(request.headers.get("Content-Encoding", "")), 0
@@ -105,7 +107,7 @@ class Upload:
 
 
 async def hold_back(request: web.Request) -> None:
-    """aiohttp's ``expect_handler``: send 100 Continue only when a handler reads the body. Other expectations are
+    """As aiohttp's ``expect_handler``: send 100 Continue only when a handler reads the body. Other expectations are
     ignored, as RFC 9110 allows.
     """
 
@@ -117,7 +119,8 @@ def is_held_back(request: web.Request) -> bool:
 
 
 def close_behind(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal ``on_response_prepare``: close a connection after the answer, if the next bytes on it could be anything.
+    """Handler of the signal ``on_response_prepare``: close a connection after the answer, if the next bytes on it
+    could be anything.
 
     1. The body was not requested from the client, which may or may not send it now.
     2. Only the end of the connection ends the answer.
@@ -133,7 +136,7 @@ def close_behind(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def speaks_http(request: web.Request) -> bool:
-    """Whether its HTTP version is supported: aiohttp reads others (0.9, 2.0) as if they were."""
+    """Whether the HTTP version of a request is supported: aiohttp reads others (0.9, 2.0) as if they were."""
     return request.version in (HttpVersion10, HttpVersion11)
 
 
@@ -156,10 +159,10 @@ _GZIP, _ZLIB, _RAW = 31, 15, -15  # ``wbits`` of zlib
 
 
 class Unpacking:
-    """One body with a ``Content-Encoding`` (https://www.rfc-editor.org/rfc/rfc9110#section-8.4.1)."""
+    """Decompresses one body with a ``Content-Encoding`` (https://www.rfc-editor.org/rfc/rfc9110#section-8.4.1)."""
 
     def __init__(self, packing: str) -> None:
-        """Raises Unpackable unless the encoding is identity, gzip or deflate."""
+        """``packing``: the Content-Encoding of the body. Raises Unpackable unless it is identity, gzip or deflate."""
         self._packing = packing.strip().lower()
         if self._packing not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise Unpackable(
@@ -221,7 +224,7 @@ _TOO_MANY = (
 
 
 class NoObject(BadRequest):
-    """A body that llama-server cannot parse either, whatever the route."""
+    """The body is no JSON object, and llama-server cannot parse it either, whatever the route."""
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -250,11 +253,12 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def written(new: Mapping[str, Any], body: Mapping[str, Any], raw: bytes) -> bytes:
-    """``new`` as JSON. ``raw``: the client's bytes, from which ``parse_object`` has made ``body``.
+    """``new``, a changed ``body``, as JSON. ``raw``: the client's bytes, from which ``parse_object`` has made
+    ``body``.
 
-    If ``new`` has all that is in ``body`` and new fields besides, these are put at the end of the client's own
-    bytes. If not, everything is written anew. Names that a client has sent twice stay so in its bytes: llama-server
-    takes the last one at every depth, as orjson does (measured; tests/real/test_bodies.py).
+    If ``new`` has all that is in ``body`` and new fields besides, these are put at the end of the client's own bytes.
+    If not, everything is written anew. Names that a client has sent twice stay so in its bytes: llama-server takes the
+    last one at every depth, as orjson does (measured; tests/real/test_bodies.py).
     """
     missing = object()
     added = {name: value for name, value in new.items() if body.get(name, missing) is not value}
@@ -269,7 +273,7 @@ def _n_brackets(raw: bytes) -> int:
 
 
 def _check_size(body: dict[str, Any]) -> None:
-    """Raises BadRequest if the body is nested too deeply, or the fields that llamaslot reads have too many items; to
+    """Raise BadRequest if the body is nested too deeply, or the fields that llamaslot reads have too many items; to
     look through these is most of the work for a body. A list of numbers (tokens) is one item.
 
     One walk, level by level: 0.05 ms for 46 messages of 270 kB. Counting brackets in the bytes takes 0.4 ms.

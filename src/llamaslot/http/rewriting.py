@@ -25,7 +25,7 @@ class SystemPrompts:
         self._told: set[str] = set()
 
     def apply(self, rules: Sequence[RewriteRule]) -> None:
-        """Use these from now on. Counters begin anew unless the rules are the same."""
+        """Use ``rules`` from now on. Counters begin anew unless the rules are the same."""
         if tuple(rules) != self._rewriting.rules:
             self._rewriting, self._told = Rewriting(tuple(rules)), set()
 
@@ -49,7 +49,7 @@ class SystemPrompts:
         return bool(fired)
 
     def report(self) -> list[dict[str, Any]]:
-        """For the status: each rule, in order, and its counters since the start."""
+        """Name and counters of each rule that rewrites system prompts, for the status page."""
         return [
             {"name": rewriter.rule.name, "n_fired": rewriter.n_fired, "n_given_up": rewriter.n_given_up}
             for rewriter in self._rewriting.rewriters
@@ -57,13 +57,13 @@ class SystemPrompts:
 
 
 def rewrote(request: web.Request) -> list[str]:
-    """The rules that have changed the body of this request."""
+    """The names of the rules that have changed the body of this request."""
     return list(request.get(_REWROTE, ()))
 
 
 def tell_rewrote(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal ``on_response_prepare``: add the header to every answer, errors included, because it answers the changed
-    body.
+    """Handler of the signal ``on_response_prepare``: name the rules that have changed the request's body in a header
+    of every answer, errors included.
     """
     if names := rewrote(request):
         response.headers["x-llamaslot-rewrote"] = ",".join(names)

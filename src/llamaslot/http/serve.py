@@ -47,7 +47,9 @@ _END_MIN_S = 1.0
 
 
 class Front:
-    """The port. Health checks are answered once it listens, everything else once the application is loaded."""
+    """The port on which llamaslot listens. Health checks are answered from the start, everything else once the
+    application is loaded.
+    """
 
     def __init__(
         self, config: Config, registry: Registry, path: Path | None, manager: ServiceManager
@@ -63,8 +65,9 @@ class Front:
         self._is_activated = False  # the service manager goes on listening
 
     async def listen(self) -> None:
-        """As aiohttp's ``TCPSite``, with llamaslot's own connections; on the sockets of the service manager if it has
-        some. Raises OSError for the port, ConfigError for such a socket that other machines reach without keys.
+        """Listen for clients, as aiohttp's ``TCPSite`` does, but with llamaslot's own connections; on the sockets of
+        the service manager if it has some. Raises OSError for the port, ConfigError for such a socket that other
+        machines reach without keys.
         """
         listen, context = self._config.listen, None
         if listen.tls is not None:
@@ -118,7 +121,7 @@ class Front:
         serve_with(self.connections, runner.server, ClientTimeouts(self._config.listen.read_timeout_s))
 
     async def close(self) -> None:
-        """Running answers get ``shutdown.drain_s`` seconds."""
+        """Stop listening; running answers get ``shutdown.drain_s`` seconds to end."""
         for listener in self._listeners:
             listener.close()
         if self._is_activated:
@@ -129,13 +132,13 @@ class Front:
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """As the kernel has bound them."""
+        """The addresses on which llamaslot listens, as the kernel has bound them."""
         bound = [sock.getsockname()[:2] for listener in self._listeners for sock in listener.sockets]
         return sorted({(str(host), int(port)) for host, port in bound})
 
 
 def _import_application() -> None:
-    """In a thread, so that health checks are answered meanwhile."""
+    """Import aiohttp and the application. Runs in a thread, so that health checks are answered meanwhile."""
     import_aiohttp()
     import llamaslot.http.app
     import llamaslot.http.client_connection  # noqa: F401
@@ -166,7 +169,7 @@ def handle_signals(stop: asyncio.Event, reload: Callable[[], object] | None = No
 
 
 def collect_seldom() -> None:
-    """Garbage collection for a process that serves from now on."""
+    """Tune Python's garbage collection for a process that serves from now on."""
     gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
     # A request leaves few cycles, and 32 of them have thousands of objects: by default every few requests cause a
     # collection.
@@ -257,7 +260,7 @@ def _address(host: str, port: int) -> str:
 
 
 def _greet(config: Config, bound: list[tuple[str, int]]) -> None:
-    """Log where it listens: the addresses bound by the kernel, and one to try on this machine."""
+    """Log where llamaslot listens: the addresses bound by the kernel, and one to try on this machine."""
     scheme = "https" if config.listen.tls is not None else "http"
     base = f"{scheme}://{_address(EVERY_ADDRESS.get(bound[0][0], bound[0][0]), bound[0][1])}"
     is_open = any(host in EVERY_ADDRESS for host, _ in bound)
@@ -279,15 +282,15 @@ def _greet(config: Config, bound: list[tuple[str, int]]) -> None:
 
 
 def drain_s(stop_s: float) -> float:
-    """``shutdown.drain_s`` of a llamaslot that has ``stop_s`` seconds to stop."""
+    """The part of ``stop_s``, the time to stop, in which running answers may end."""
     return stop_s * _DRAIN_SHARE
 
 
 async def serve_command(config: Config, server: ManagedServer, stop_s: float) -> int | None:
-    """Serve until SIGTERM or SIGINT, or until the llama-server ends by itself. Returns the exit code of the latter
-    (negative: minus the signal's number), None after a signal.
+    """Serve until SIGTERM or SIGINT, or until the llama-server of ``run`` ends by itself. Returns the exit code of
+    llama-server (negative: minus the number of a signal), None after a signal.
 
-    After a signal it has ``stop_s`` seconds: running answers end, slots are saved, llama-server ends. Raises
+    After a signal there are ``stop_s`` seconds: running answers end, slots are saved, llama-server ends. Raises
     LlamaslotError if the store cannot be used, OSError for the port.
     """
     raise_file_limit()

@@ -1,4 +1,4 @@
-"""What systemd tells a service, and what it wants to hear: readiness, watchdog, sockets that it listens on.
+"""The protocol between systemd and a service: readiness, watchdog, and the sockets on which systemd listens for it.
 
 The protocols are sd_notify(3) and sd_listen_fds(3): datagrams to a socket, and descriptors from number 3 on. Without
 systemd nothing is sent or taken.
@@ -16,8 +16,8 @@ _FIRST = 3  # SD_LISTEN_FDS_START
 
 
 class ServiceManager:
-    """The service manager that started this process, if any. Its variables are taken out of the environment: child
-    processes must not answer for this one.
+    """The service manager that started this process, if any. Its environment variables are removed, so that child
+    processes do not answer for this one.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ServiceManager:
         self._beat: asyncio.TimerHandle | None = None
 
     def sockets(self) -> list[socket.socket]:
-        """Those on which it listens for this service (a unit ``.socket``). To be called once."""
+        """The sockets on which the service manager listens for this service (a unit ``.socket``). Call this once."""
         found = []
         for fd in range(_FIRST, _FIRST + self._n_sockets):
             os.set_inheritable(fd, False)
@@ -38,17 +38,23 @@ class ServiceManager:
         return found
 
     def ready(self, status: str = "") -> None:
-        """Requests are served, from the start on or after a reload. Begins the watchdog's beats."""
+        """Tell the service manager that requests are served, at the start or after a reload, and begin the watchdog's
+        beats.
+        """
         self._tell("READY=1", *([f"STATUS={status}"] if status else []))
         if self._beat is None:
             self._go_on()
 
     def reloading(self) -> None:
-        """``ready`` must follow. The time is what ``Type=notify-reload`` asks for."""
+        """Tell the service manager that a reload has begun; ``ready`` must follow. The time is what
+        ``Type=notify-reload`` asks for.
+        """
         self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self) -> None:
-        """Running answers end, slots are saved. The beats go on meanwhile, and end with the event loop."""
+        """Tell the service manager that running answers end and slots are saved. The beats go on meanwhile, and end
+        with the event loop.
+        """
         self._tell("STOPPING=1")
 
     def close(self) -> None:
@@ -56,7 +62,7 @@ class ServiceManager:
             self._beat.cancel()
 
     def _go_on(self) -> None:
-        """A beat each half of WatchdogSec: the event loop runs."""
+        """Send a beat each half of WatchdogSec, which shows that the event loop runs."""
         if self._beat_s is not None:
             self._tell("WATCHDOG=1")
             self._beat = asyncio.get_running_loop().call_later(self._beat_s, self._go_on)

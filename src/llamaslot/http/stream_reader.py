@@ -1,5 +1,5 @@
-"""Reads llama-server's answer to one request, event by event: events to relay, and figures to record. Its numbers are
-corrected where llamaslot has computed a part of the prompt before.
+"""Reads llama-server's answer to one request, event by event: events to relay, and figures to record. Where llamaslot
+has computed a part of the prompt before, the numbers in the answer are corrected.
 """
 
 from __future__ import annotations
@@ -83,11 +83,10 @@ class Reading:
         self._events = b""  # whole ones, to be looked at
 
     async def next(self, put: Put | None = None) -> list[bytes] | None:
-        """The next events to relay, perhaps none; None at the end.
+        """The next events to relay, perhaps none; None at the end of the answer.
 
         After the first token, events of which nothing is noted or changed go to ``put`` as they come, without waking
         this task, which takes most of the time of an event; so do those of an assembled answer, except the last.
-
         Raises BackendDown if the connection breaks, and UpstreamError for an error in an assembled answer.
         """
         self._put = put
@@ -97,7 +96,9 @@ class Reading:
         return [passed for event in events_in(events) if (passed := self._event(event))]
 
     def _take(self, piece: bytes) -> bool:
-        """Send events that need no look straight to the client, and go on (True). Keep others for ``next``."""
+        """Send events in which nothing is read or corrected straight to the client (True: go on). Keep others for
+        ``next`` (False).
+        """
         events = self._splitter.whole(piece)
         if (put := self._put) is not None and self.has_token and not (self.is_over or self.has_failed):
             if not events:
@@ -121,7 +122,9 @@ class Reading:
 
     @property
     def n_reused(self) -> int | None:
-        """Tokens of its first prompt that llama-server has found, by the most reliable figure so far."""
+        """How many tokens of the first prompt llama-server has found in the slot, by the most reliable
+        figure so far.
+        """
         told = (self.timings or {}).get("cache_n"), self.n_found, self.n_cached
         return next((int(n) for n in told if n is not None), None)
 
@@ -136,7 +139,7 @@ class Reading:
         return b"" if self.assembly is not None else self._created + self._splitter.rest
 
     async def whole(self) -> bytes:
-        """The JSON answer, with corrected numbers."""
+        """The JSON answer to a request that was not streamed, with corrected numbers."""
         payload = await whole(self._upstream)
         try:
             answer = orjson.loads(payload)
@@ -145,7 +148,7 @@ class Reading:
         return orjson.dumps(answer) if self._answer(answer) else payload
 
     def assembled(self) -> bytes:
-        """The same for an assembled answer. Raises Incomplete."""
+        """The JSON answer assembled from a stream, with corrected numbers. Raises Incomplete."""
         assert self.assembly is not None
         answer = self.assembly.answer()
         self._answer(answer)
@@ -230,8 +233,8 @@ class Reading:
 
 
 def _has_text(payload: dict[str, Any]) -> bool:
-    """Text that a template or a client begins the answer with comes in a progress event (measured:
-    ``reasoning_format: none``, and a last message of the assistant's with ``echo``).
+    """Whether a progress event has text: a beginning of the answer given by the template or the client comes in one
+    (measured: ``reasoning_format: none``, and a last message of the assistant's with ``echo``).
     """
     choices = payload.get("choices") or [{}]
     delta = choices[0].get("delta") or {}
@@ -243,8 +246,8 @@ def _without_progress(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 class Corrections:
-    """Corrects the numbers of one answer in ``format_``. ``prefill_stats``: what was computed before its request was
-    sent.
+    """Corrects the numbers of one answer in ``format_``. ``prefill_stats``: what was computed of the prompt before the
+    request was sent.
     """
 
     def __init__(self, format_: Format, prefill_stats: PrefillStats) -> None:
@@ -275,7 +278,7 @@ class Corrections:
             timings |= {"prompt_per_token_ms": ms / computed, "prompt_per_second": computed / ms * 1000}
 
     def correct_event(self, event: bytes) -> bytes:
-        """The event with corrected numbers; the same bytes if it has none."""
+        """``event`` with corrected numbers; the same bytes if it has none."""
         if not any(mark in event for mark in _CORRECTED):
             return event
         payload = data_of(event)
@@ -285,7 +288,9 @@ class Corrections:
 
 
 def index_of(payload: Mapping[str, Any]) -> int:
-    """The index of the answer that it belongs to: ``n`` for each prompt, prompt by prompt. 0 if it has none."""
+    """The index of the answer to which an event belongs: ``n`` answers for each prompt, prompt by prompt. 0 if the
+    event has none.
+    """
     choices = payload.get("choices")
     part = choices[0] if isinstance(choices, list) and choices else payload
     index = part.get("index") if isinstance(part, dict) else None

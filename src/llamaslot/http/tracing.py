@@ -30,7 +30,7 @@ def _exporter(endpoint: str) -> SpanExporter:
 
 
 class Tracing:
-    """Makes a span of each completion. Spans are sent by a thread of OpenTelemetry's."""
+    """Makes an OpenTelemetry span of each completion. A thread of OpenTelemetry's sends them."""
 
     def __init__(self, endpoint: str, registry: Registry) -> None:
         from opentelemetry.propagate import get_global_textmap
@@ -46,8 +46,9 @@ class Tracing:
         self._tracer, self._map = provider.get_tracer("llamaslot"), get_global_textmap()
 
     def begin(self, request: web.Request) -> Callable[[int, web.StreamResponse | None], None]:
-        """Begin the span of a request, in the trace of its client, if that has one. Call the result at its end, with
-        the status and the response."""
+        """Begin the span of a request, in its client's trace if there is one. Call the result at the request's end,
+        with the status and the response.
+        """
         from opentelemetry import trace
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
@@ -67,11 +68,11 @@ class Tracing:
         return end
 
     async def close(self, app: web.Application) -> None:
-        """Send what is left; takes some seconds if the collector does not answer."""
+        """Send the spans that are left; takes some seconds if the collector does not answer."""
         await asyncio.to_thread(self._provider.shutdown)
 
     def _of_decision(self, id_: str) -> dict[str, Any]:
-        """What the journal has about a request, as attributes."""
+        """What the journal has about a request, as attributes of its span."""
         for pool in self._registry.pools:
             for decision in pool.journal.latest(_LOOKED_THROUGH):
                 if decision.id == id_:

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class Unassisted:
-    """Serves any route that takes a slot: completions by ``relay``, all others by ``serve``."""
+    """Serves any route that takes a slot while assist is off: completions by ``relay``, all others by ``serve``."""
 
     def __init__(self, rules: StreamRules) -> None:
         self._rules = rules
@@ -81,7 +81,7 @@ class Unassisted:
         raw: bytes,
         body: Mapping[str, Any],
     ) -> web.StreamResponse:
-        """Wait until llama-server has a slot for it, send it, and relay the answer: one of ``attempts``.
+        """Wait until llama-server has a slot for the completion, send it, and relay the answer: one of ``attempts``.
 
         Raises LlamaslotError; BackendRestarted, before it was sent, if assist is on again. Canceling (the client has
         gone) closes the connection to llama-server, and the next request may be sent.

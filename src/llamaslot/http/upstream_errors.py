@@ -122,7 +122,7 @@ async def ensure_body_accepted(
 
 
 async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lease) -> UpstreamError | None:
-    """llama-server's error for the request itself, in its slot; None if it begins to answer."""
+    """Send the client's request itself in its slot: llama-server's error, or None if it begins to answer."""
     may_reuse = lease.content is not None and lease.request.may_use(lease.content)
     body = {**client_request.body, "id_slot": lease.slot_id}
     if client_request.may_set("cache_prompt"):
@@ -141,6 +141,6 @@ async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lea
 
 
 async def _stopped(backend: Backend, lease: Lease) -> None:
-    """Wait until the closed request has stopped in the slot. Its content is not needed."""
+    """Wait until llama-server has stopped working on the closed request. The slot's content counts as unknown."""
     await wait_until_idle(backend.api, lease, NOTHING)
     lease.finish(None)

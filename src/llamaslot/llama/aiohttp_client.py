@@ -53,9 +53,8 @@ class AiohttpClient:
         silence_s: float | None,
         n_held_bytes: int,
     ) -> AsyncIterator[Response]:
-        """As ``PlainServer.send``; the response is closed with the context.
-
-        Raises ConnectionError, TimeoutError and SlotWedged, also while the body of the block reads the response.
+        """As ``PlainServer.send``; leaving the context closes the response. Raises ConnectionError, TimeoutError and
+        SlotWedged, also while the body of the block reads the response.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=REQUEST_CONNECT_S, sock_read=silence_s)
         merged = CIMultiDict(headers)

@@ -1,5 +1,5 @@
-"""Answers of llama-server: typed ones, and one whose body is still coming. That is taken piece by piece, as fast as its
-reader takes it.
+"""Answers of llama-server: typed ones, and ``Response``, whose body is still coming and is taken piece by piece, as
+fast as its reader takes it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 @dataclass(frozen=True, slots=True)
 class Props:
-    """``GET /props``, the parts that llamaslot needs. ``n_ctx``: the context of one slot, in tokens.
+    """The parts of ``GET /props`` that llamaslot needs.
 
-    ``n_slots`` is None if this is not a llama-server with one model. ``max_models``: of a router, how many models it
-    has loaded at a time, 0 for any number; None if it is none.
+    ``n_ctx``: the context of one slot, in tokens. ``n_slots`` is None if this is not a llama-server with one model.
+    ``max_models``: for a router, how many models it has loaded at a time, 0 for any number; None if it is no router.
     """
 
     n_slots: int | None
@@ -70,7 +70,7 @@ Take = Callable[[bytes], bool]
 
 
 class Response(Protocol):
-    """An answer of which the headers have come."""
+    """An answer whose headers have come, and whose body is read with ``pass_to``."""
 
     @property
     def status(self) -> int: ...
@@ -95,7 +95,7 @@ class Response(Protocol):
 
 
 async def next_piece(response: Response) -> bytes:
-    """The received part of an answer; empty at its end. Raises as ``pass_to`` does."""
+    """The next part of the body; empty at its end. Raises as ``pass_to`` does."""
     pieces: list[bytes] = []
 
     def take(piece: bytes) -> bool:
@@ -107,7 +107,7 @@ async def next_piece(response: Response) -> bytes:
 
 
 async def whole(response: Response) -> bytes:
-    """The body to its end. Raises as ``pass_to`` does."""
+    """The rest of the body, to its end. Raises as ``pass_to`` does."""
     pieces: list[bytes] = []
 
     def take(piece: bytes) -> bool:
@@ -129,6 +129,6 @@ def media_type_of(response: Response) -> str:
 
 
 def length_of(response: Response) -> int | None:
-    """The length of the body, if the headers tell."""
+    """The length of the body in bytes; None if the headers do not tell it."""
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isascii() and length.isdigit() else None

@@ -58,8 +58,8 @@ _REFUSED = (
 
 
 def as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Translate an answer of unexpected form to an error of ours: a task that watches a server must not end because
-    another program (a proxy's page, another build) has answered on its port.
+    """A decorator that raises NotUnderstood where reading an answer fails because its form is unexpected: a task that
+    watches a server must not end because another program (a proxy's page, another build) has answered on its port.
     """
 
     @functools.wraps(call)
@@ -120,12 +120,11 @@ class LlamaServer:
         is_watched: bool = False,
         is_relayed: bool = False,
     ) -> contextlib.AbstractAsyncContextManager[Response]:
-        """One request; the context yields its open response. ``path`` is sent unchanged, query included.
-
+        """Send one request; the context yields the open response. ``path`` is sent unchanged, query included.
         ``is_relayed``: the answer is read as fast as its consumer takes it, so buffers are small.
 
-        Raises BackendDown if llama-server cannot be reached or closes the connection, also while the body of the
-        block reads the response. Raises SlotWedged if ``is_watched`` and nothing comes for ``watchdog_s``.
+        Raises BackendDown if llama-server cannot be reached or closes the connection, also while the body of the block
+        reads the response. Raises SlotWedged if ``is_watched`` and nothing comes for ``watchdog_s``.
         """
         silence_s = self.watchdog_s if is_watched else None
         n_held_bytes = RELAYED_BYTES if is_relayed else _READ_BYTES
@@ -154,7 +153,7 @@ class LlamaServer:
     async def _question(
         self, method: str, path: str, data: bytes | None = None, timeout_s: float = QUICK_S
     ) -> Answer:
-        """A repeatable request, on a kept connection if possible. Raises BackendDown."""
+        """The answer to a request that may be repeated, sent on a kept connection if possible. Raises BackendDown."""
         if self._kept is not None:
             try:
                 return await self._kept.ask(method, path, data, timeout_s)
@@ -167,7 +166,7 @@ class LlamaServer:
             return Answer(response.status, content_type_of(response), await whole(response))
 
     async def _ask_json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
-        """The JSON answer to a repeatable request. Raises UpstreamError for an error answer, BackendDown."""
+        """The JSON answer to a request that may be repeated. Raises UpstreamError for an error answer, BackendDown."""
         data = None if body is None else orjson.dumps(body)
         return self._checked(await self._question(method, path, data, timeout_s))
 
@@ -229,15 +228,15 @@ class LlamaServer:
         return entry
 
     async def glimpse(self, path: str) -> str:
-        """What it answers to ``GET path``, for a log line. Raises BackendDown."""
+        """What the server answers to ``GET path``, in one line for the log. Raises BackendDown."""
         answer = await self._question("GET", path)
         begin = " ".join(answer.body[:200].decode("utf-8", "replace").split())[:60]
         return f"GET {path} {answer.status} {answer.content_type or 'without a type'} {begin!r}"
 
     @as_known
     async def slots(self) -> list[SlotInfo]:
-        """``GET /slots``. llama-server checks for clients that have left a second after the last call: while one is
-        expected to leave, call this at most every 1.25 s.
+        """``GET /slots``. llama-server looks for clients that have left one second after the last such call: so call
+        this at most every 1.25 s while a client is expected to leave.
         """
         return [
             SlotInfo(
@@ -251,7 +250,7 @@ class LlamaServer:
 
     @as_known
     async def lora_adapters(self) -> list[Any]:
-        """``GET /lora-adapters``: id, path and scale of each; empty if there are none or no such route."""
+        """``GET /lora-adapters``: id, path and scale of each adapter; empty if there are none, or no such route."""
         try:
             return list(await self._ask_json("GET", "/lora-adapters"))
         except UpstreamError:
@@ -278,12 +277,12 @@ class LlamaServer:
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
-        """``POST`` any route. Returns status and JSON, None if the answer is not JSON. Raises BackendDown only."""
+        """``POST`` to any route. Returns status and JSON (None if the answer is not JSON). Raises only BackendDown."""
         return await self._ask(path, body, timeout_s=timeout_s)
 
     async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """As ``ask``, for a body that should be refused. If it is accepted, the answer is not awaited. With
-        ``return_progress`` llama-server notices that within a batch.
+        """As ``ask``, for a body that should be refused. If it is accepted, the rest of the answer is not awaited;
+        with ``return_progress`` llama-server notices within a batch that its client has left.
         """
         return await self._ask(path, body, only_refusals=True)
 
@@ -332,8 +331,9 @@ class LlamaServer:
         """Compute the KV cache of exactly ``tokens`` in ``slot``; yields one Progress per batch. ``lora``: scales, as
         JSON.
 
-        With ``n_predict`` 0 and ``return_progress`` this step stops by itself and reports the reused tokens before
-        anything is computed. If closed early, it ends within one batch, and the computed tokens stay in the slot.
+        With ``n_predict`` 0 and ``return_progress`` llama-server stops by itself after the prompt, and reports the
+        reused tokens before it computes anything. If the iterator is closed early, llama-server ends within one batch,
+        and the computed tokens stay in the slot.
         """
         body: dict[str, Any] = {
             "prompt": unpack(tokens),
@@ -376,8 +376,8 @@ class LlamaServer:
 
     @as_known
     async def top_logprobs(self, slot: int, tokens: bytes, n_probs: int) -> dict[int, float]:
-        """Log-probabilities of the ``n_probs`` likeliest tokens after ``tokens``, computed without the cache in
-        ``slot``.
+        """The ``n_probs`` likeliest tokens after ``tokens``, each with its log-probability; computed in ``slot``
+        without its cache.
         """
         body = {
             "prompt": unpack(tokens),

@@ -1,4 +1,4 @@
-"""Opens connections to one host, whose address may be that of a URL."""
+"""Opens connections to one host and port, such as those of a URL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PlainTarget(NamedTuple):
 
     @classmethod
     def of(cls, url: str, api_key: str | None) -> PlainTarget | None:
-        """None if aiohttp must send to it: TLS, or characters that need encoding."""
+        """The target of a URL; None if only aiohttp can send to it (TLS, or characters that need encoding)."""
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or parts.username is not None:
             return None
@@ -49,17 +49,17 @@ class NotReached(ConnectionError):
 
 
 class Dial:
-    """Connects to the last address if it still accepts connections: resolving a name takes a thread."""
+    """Opens connections to one host. Tries the last address first, because resolving the name takes a thread."""
 
     def __init__(
         self, host: str, port: int, open_socket: Callable[[int, int, int], socket.socket] = socket.socket
     ) -> None:
-        """``open_socket``: takes family, kind and protocol."""
+        """``open_socket``: makes a socket from family, kind and protocol."""
         self._host, self._port, self._open_socket = host, port, open_socket
         self._last: tuple[int, Any] | None = None  # family and address
 
     async def connect(self, make: Callable[[], P], within_s: float) -> P | None:
-        """The protocol of a new connection, from ``make``; None if no address accepts one.
+        """The protocol (made by ``make``) of a new connection; None if no address accepts one.
 
         Raises TimeoutError if an address is silent for ``within_s``. Canceling closes the connection.
         """
@@ -97,10 +97,11 @@ class Dial:
 
 
 async def _connect_socket(sock: socket.socket, address: Any, within_s: float) -> None:
-    """Raises OSError, TimeoutError after ``within_s``. Canceling leaves the socket unconnected.
+    """Connect ``sock`` to ``address``. Raises OSError, and TimeoutError after ``within_s``. Canceling leaves the
+    socket unconnected.
 
-    The kernel decides whether it is late: of 1,000 requests at once, this process sees some connections only seconds
-    after they were open.
+    At the limit the kernel is asked whether the socket is connected after all: of 1,000 requests at once, this process
+    notices some connections only seconds after they were open.
     """
     # To the same machine it is connected when the call returns, which only a second call tells.
     for _ in range(2):

@@ -94,7 +94,7 @@ class DryRunServer(Protocol):
         ...
 
     async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """The same for a body that should be refused; if it is accepted, the answer is not awaited."""
+        """As ``ask``, for a body that should be refused; if it is accepted, the answer is not awaited."""
         ...
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
@@ -115,7 +115,7 @@ class DryRun(Struct, frozen=True):
 
     @property
     def ids(self) -> tuple[int, int] | None:
-        """The lowest and the highest id of ``tokens``."""
+        """The lowest and the highest token id in ``tokens``; None without tokens."""
         ids = unpack(self.tokens)
         return (min(ids), max(ids)) if ids else None
 
@@ -123,9 +123,11 @@ class DryRun(Struct, frozen=True):
 def dry_run(
     fields: Mapping[str, Any], *, is_chat: bool, tokens: bytes | None, n: int, path: str = _COMPLETION
 ) -> DryRun:
-    """``fields``: of a body, as the samplers receive them; with ``is_chat`` those of the chat body, or of the chat that
-    the body is converted to. ``tokens``: of a prompt that was sent as ids. ``n``: number of answers; a dry run sets it
-    to 1, because the others would take slots. ``path``: the route that accepts these fields with a prompt.
+    """The ``DryRun`` of a request.
+
+    ``fields``: of a body, as the samplers receive them; with ``is_chat`` those of the chat body, or of the chat that
+    the body is converted to. ``tokens``: the prompt, if it was sent as ids. ``n``: number of answers; a dry run sets
+    it to 1, because the others would take slots. ``path``: the route that accepts these fields with a prompt.
     """
     given = dict(fields)
     for name in _UNREAD:
@@ -142,7 +144,7 @@ def dry_run(
 
 
 def _with_grammar(chat: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of a chat whose answer must follow a grammar made by the template; else None."""
+    """The fields of a chat from which the template makes a grammar for the answer; None if it makes none."""
     wanted = chat.get("response_format")
     is_formed = isinstance(wanted, Mapping) and wanted.get("type") != "text"
     if not (chat.get("tools") or is_formed or chat.get("json_schema") is not None):
@@ -152,7 +154,7 @@ def _with_grammar(chat: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Verdict(enum.Enum):
-    """The result of a dry run."""
+    """What a dry run has shown about a request."""
 
     TAKEN = "taken"
     REFUSED = "refused"
@@ -162,7 +164,7 @@ class Verdict(enum.Enum):
 
 
 class DryRuns:
-    """The dry runs on one llama-server, and the requests it has accepted before, until ``forget``."""
+    """Makes dry runs on one llama-server, and remembers the requests that it has accepted, until ``forget``."""
 
     def __init__(self, server: DryRunServer) -> None:
         self._server = server
@@ -179,14 +181,15 @@ class DryRuns:
         self._stopped: object = None
 
     def note_accepted(self, run: DryRun) -> None:
-        """Record that llama-server has accepted such a request."""
+        """Record that llama-server has accepted a request like ``run``, so that no dry run is made for the next one."""
         self._learn(_key(run.path, run.fields))
         if run.chat is not None:
             self._learn(_key(_CHAT, run.chat))
 
     async def is_unreadable(self, run: DryRun) -> bool:
-        """Whether llama-server refuses a field for its type or value. It does that before it looks for a slot, so
-        this works while all slots are busy. A last field that it surely refuses prevents the request from running.
+        """Whether llama-server refuses a field of the request for its type or value. llama-server checks this before
+        it looks for a slot, so this works while all slots are busy. An invalid last field is added, which surely
+        prevents the request from running.
 
         Checked once for each kind of request. Raises BackendDown. Canceling is safe.
         """
@@ -199,7 +202,7 @@ class DryRuns:
         return is_wrong
 
     async def is_malformed(self, path: str, body: Mapping[str, Any]) -> bool:
-        """The same for a whole body, on a route that keeps all fields."""
+        """As ``is_unreadable``, for a whole body on a route that keeps all fields."""
         if self._stopped is None:
             self._stopped = await self._words(_COMPLETION, {"prompt": [[]]})
         if not self._stopped:
@@ -208,8 +211,8 @@ class DryRuns:
         return bool(said) and said != self._stopped
 
     async def _words(self, path: str, body: Mapping[str, Any]) -> object:
-        """The first error that llama-server finds; the invalid last field is the latest possible. False if it accepts
-        that field, None if it does not check it now.
+        """llama-server's first error for ``body``, to which an invalid last field is added. False if llama-server
+        accepts even that field, None if it cannot check requests now.
         """
         status, answer = await self._server.ask(path, {**body, **_STOPPER}, QUICK_S)
         return answer if status in _REFUSALS else None if status >= 400 else False
@@ -254,7 +257,7 @@ class DryRuns:
         return verdict
 
     async def _verdict(self, trial: _Trial) -> Verdict:
-        """TAKEN if the length of the prompt is the first fault that llama-server finds."""
+        """The verdict of one dry run: TAKEN if the length of the prompt is the first fault that llama-server finds."""
         body = {"cache_prompt": True, **_sent(trial.fields), **trial.ours}
         if trial.path != _CHAT and trial.ids is None:
             status, _ = await self._server.ask(trial.path, {**body, "prompt": [[]]}, QUICK_S)
@@ -313,7 +316,7 @@ def _refusal(status: int) -> Verdict:
 
 
 def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields without those whose values are set here."""
+    """``fields`` without those to which a dry run gives values of its own."""
     left_out = {"id_slot"}
     lora = fields.get("lora")
     if isinstance(lora, list) and all(isinstance(entry, Mapping) for entry in lora):
@@ -322,7 +325,9 @@ def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key(path: str, fields: Mapping[str, Any]) -> bytes | None:
-    """A key shared by requests that llama-server accepts or refuses alike; None if it surely accepts them."""
+    """The same key for requests that llama-server accepts or refuses alike; None for a request that it
+    surely accepts.
+    """
     doubtful = {name: value for name, value in fields.items() if not _is_sure(name, value)}
     if not doubtful:
         return None
@@ -332,7 +337,7 @@ def _key(path: str, fields: Mapping[str, Any]) -> bytes | None:
 
 
 def _is_sure(name: str, value: Any) -> bool:
-    """Whether every build accepts this field."""
+    """Whether every build of llama-server accepts this field with this value."""
     if value is None or name in ("model", "id_slot"):
         return True
     if name in _NUMBERS:
@@ -354,7 +359,9 @@ IS_NOT_OFFERED = (404, 501)
 
 
 class RouteAvailability:
-    """Which routes this run of the server has. An existing route answers an empty body with 400, and takes no slot."""
+    """Which routes the running llama-server has. A route that exists answers an empty body with 400, and takes no
+    slot.
+    """
 
     def __init__(self, server: LlamaServer) -> None:
         self._server = server
@@ -365,10 +372,8 @@ class RouteAvailability:
         self._known = {}
 
     async def has(self, path: str) -> bool:
-        """Whether the server has the route ``path``. Raises BackendDown, also if there is no answer: a refusal needs
-        no slot.
-
-        Checked once. While it is unknown (the server is loading) the result is True.
+        """Whether the server has the route ``path``; asked once. True while that is unknown, because the server is
+        loading. Raises BackendDown, also if there is no answer: a refusal needs no slot.
         """
         known = self._known
         if (found := known.get(path)) is None:

@@ -29,8 +29,8 @@ _META = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
 
 
 class Identity(Struct, frozen=True):
-    """``told``: what the server reports; ``behaviour``: token id to log-probability after the probe prompt; ``gguf``:
-    hash of the model file, if it can be read.
+    """What identifies a model. ``told``: what the server reports; ``behaviour``: token id to log-probability after the
+    probe prompt; ``gguf``: hash of the model file, None if it cannot be read.
     """
 
     told: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Identity(Struct, frozen=True):
     gguf: str | None = None
 
     def is_same(self, other: Identity) -> bool:
-        """Whether snapshots of ``other`` are valid for this model. In doubt they are not."""
+        """Whether snapshots of the model ``other`` are valid for this model. In doubt they are not."""
         if dict(self.told) != dict(other.told):
             return False
         if self.gguf is not None and other.gguf is not None and self.gguf != other.gguf:
@@ -49,7 +49,9 @@ class Identity(Struct, frozen=True):
         )
 
     def is_same_as(self, text: str) -> bool:
-        """As ``is_same``, of the model of a fingerprint; False if ``text`` is none."""
+        """As ``is_same``, for the model that the fingerprint ``text`` describes; False if ``text`` is
+        no fingerprint.
+        """
         other = Identity.from_text(text)
         return other is not None and self.is_same(other)
 
@@ -60,13 +62,17 @@ class Identity(Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """A name for files of this model. The same model may have another key where its GGUF cannot be read."""
+        """A short name for this model, used in file names. The same model may have another key where its GGUF cannot
+        be read.
+        """
         data = orjson.dumps([dict(self.told), self.gguf], option=orjson.OPT_SORT_KEYS)
         return xxhash.xxh3_64_hexdigest(data)
 
     @classmethod
     def from_text(cls, text: str) -> Identity | None:
-        """None if ``text`` has another form: snapshots with it are not used."""
+        """The identity written as ``text``; None if ``text`` has another form: snapshots with such a fingerprint are
+        not used.
+        """
         try:
             data = orjson.loads(text)
             behaviour = {int(id_): float(value) for id_, value in data["behaviour"].items()}
@@ -91,7 +97,7 @@ def probe_tokens(n_vocab: int) -> bytes:
 
 
 async def gguf_mark(path: Path) -> str | None:
-    """Size and a hash of samples from the whole file; None if it cannot be read."""
+    """Size of a GGUF file and a hash of samples from all of it; None if the file cannot be read."""
     return await asyncio.to_thread(_mark, path)
 
 
@@ -116,7 +122,7 @@ _MAX_KEYS = 10_000
 
 
 class Architecture(Struct, frozen=True):
-    """``window``: tokens of the sliding window, 0 if there is none."""
+    """What a GGUF file says of its model. ``window``: tokens of the sliding window, 0 if the model has none."""
 
     name: str
     cache_kind: CacheKind
@@ -124,7 +130,7 @@ class Architecture(Struct, frozen=True):
 
 
 async def architecture(path: Path) -> Architecture | None:
-    """None if the file cannot be read or is no GGUF of version 2 or 3."""
+    """The architecture in a GGUF file; None if the file cannot be read or is no GGUF of version 2 or 3."""
     return await asyncio.to_thread(_read, path)
 
 
@@ -167,7 +173,7 @@ def _string(file: BinaryIO) -> str:
 
 
 def _value(file: BinaryIO, kind: int) -> object:
-    """A value; None for an array, which is skipped."""
+    """Read one value of the GGUF's metadata; None for an array, which is skipped."""
     if kind == _STRING:
         return _string(file)
     if kind == _ARRAY:

@@ -46,8 +46,9 @@ _LENGTHS = (b"content-length", b"transfer-encoding")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``content_type`` as the server sent it; "" if it sent none. ``is_connected``: whether the connection on which
-    it came is still open. Then the process that sent it is alive, or whatever stands in front of it.
+    """The whole answer to a request. ``content_type`` as the server sent it; "" if it sent none. ``is_connected``:
+    whether the connection on which the answer came is still open. Then the process that sent it, or what stands in
+    front of that process, is alive.
     """
 
     status: int
@@ -68,7 +69,9 @@ class BadAnswer(ConnectionError):
 
 
 class _Gone(ConnectionError):
-    """The connection was closed. ``may_repeat``: it was a kept one, and no byte of the answer had come."""
+    """The server has closed the connection. ``may_repeat``: it was a kept connection, and no byte of the answer had
+    come, so the request is sent again on a new one.
+    """
 
     def __init__(self, *, may_repeat: bool) -> None:
         super().__init__("the connection was closed")
@@ -76,10 +79,10 @@ class _Gone(ConnectionError):
 
 
 class KeepAlivePool:
-    """Connections to one server. It belongs to one event loop; call ``close`` there."""
+    """Kept connections to one server. They belong to one event loop; call ``close`` there."""
 
     def __init__(self, target: PlainTarget, max_bytes: int) -> None:
-        """``max_bytes``: of one answer, its headers included."""
+        """``max_bytes``: the limit of one answer, headers included."""
         self._target, self._dial, self._max_bytes = target, Dial(target.host, target.port), max_bytes
         self._idle: list[_Connection] = []  # the most recently used last; it is reused first
         self._busy: set[_Connection] = set()
@@ -89,7 +92,7 @@ class KeepAlivePool:
 
     @classmethod
     def of(cls, url: str, api_key: str | None, *, max_bytes: int = _ANSWER_BYTES) -> KeepAlivePool | None:
-        """None if it does not support the URL: see ``PlainTarget.of``."""
+        """A pool for the server at a URL; None if the URL is not supported (see ``PlainTarget.of``)."""
         target = PlainTarget.of(url, api_key)
         return cls(target, max_bytes) if target is not None else None
 
@@ -126,7 +129,9 @@ class KeepAlivePool:
         return connection
 
     async def _next_free(self) -> _Connection | None:
-        """Wait for one of the busy connections; None if one of them is closed, or none becomes free for ``_WAIT_S``."""
+        """Wait for one of the busy connections to become free; None if one of them is closed, or none becomes free for
+        ``_WAIT_S``: then a new one may be opened.
+        """
         loop = asyncio.get_running_loop()
         free: asyncio.Future[_Connection | None] = loop.create_future()
         timers = list[asyncio.TimerHandle]()  # the one that runs
@@ -178,8 +183,8 @@ class KeepAlivePool:
         return answer
 
     def _keep(self, connection: _Connection) -> None:
-        """Give a connection to the first that waits for one, else keep it, if it can be used again. If not, the first
-        that waits may open another one.
+        """Take back a connection that can be used again: give it to the first request that waits, else keep it. One
+        that cannot be used again is closed, and the first request that waits may open another.
         """
         self._busy.discard(connection)
         if connection.is_reusable:
@@ -199,12 +204,12 @@ class KeepAlivePool:
             connection.abort()
 
     def _lost(self, connection: _Connection) -> None:
-        """The server has closed it."""
+        """Remove a connection that the server has closed."""
         if connection in self._idle:
             self._idle.remove(connection)
 
     def _sweep(self) -> None:
-        """Close connections that have been idle for too long; repeat while there are any."""
+        """Close connections that have been idle for too long; scheduled again while any is kept."""
         loop = asyncio.get_running_loop()
         now, spared = loop.time(), []
         for n_newer, connection in enumerate(reversed(self._idle)):
@@ -217,13 +222,15 @@ class KeepAlivePool:
         self._sweep_at = loop.call_later(_BURST_S, self._sweep) if spared else None
 
     def drop_idle(self) -> None:
-        """Close the idle connections."""
+        """Close the connections that no request uses."""
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.abort()
 
     def close(self) -> None:
-        """Close all; running requests raise ConnectionError. Idempotent; a later request opens a new connection."""
+        """Close all connections; running requests raise ConnectionError. Idempotent; a later request opens a new
+        connection.
+        """
         if self._sweep_at is not None:
             self._sweep_at.cancel()
             self._sweep_at = None
@@ -236,7 +243,7 @@ class KeepAlivePool:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, and the answer that arrives on it."""
+    """One connection to the server, and the answer that arrives on it."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, on_lost: Callable[[_Connection], None], max_bytes: int
@@ -271,11 +278,11 @@ class _Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether neither side has closed it."""
+        """Whether neither side has closed the connection."""
         return self._transport is not None and not (self._is_over or self._transport.is_closing())
 
     def abort(self) -> None:
-        """Close it at once. Idempotent."""
+        """Close the connection at once. Idempotent."""
         self.is_reusable = False
         if self._transport is not None:
             self._transport.abort()
@@ -315,7 +322,7 @@ class _Connection(asyncio.Protocol):
             self._fail(BadAnswer(f"headers of more than {_HEAD_BYTES} bytes"))
 
     def eof_received(self) -> None:
-        """The transport closes itself then."""
+        """The server has closed its side; asyncio then closes the transport."""
         self._is_over = True
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -17,7 +17,7 @@ _NOWHERE = "/nonexistent"
 
 
 def import_aiohttp() -> None:
-    """Import it, if that was not done before. The environment is as before afterwards."""
+    """Import aiohttp, unless that was done before. The environment variables are as before afterwards."""
     if "aiohttp" not in sys.modules:
         with environment(dict.fromkeys(_SOURCES, _NOWHERE)):
             import aiohttp  # noqa: F401
@@ -25,7 +25,9 @@ def import_aiohttp() -> None:
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables of this process for a moment. No child may be started meanwhile."""
+    """Within the ``with`` block, environment variables of this process have other values. No child may be started
+    meanwhile.
+    """
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,8 +1,9 @@
-"""llama-server in router mode: one address, and behind it a process for each model that is loaded.
+"""llama-server in router mode: one address, and behind it a process for each model that is loaded. Each request names
+its model: in the JSON of a POST, in the query of a GET.
 
-Each request names its model: in the JSON of a POST, in the query of a GET. It would load the model if that is not
-loaded, and unload another one for it. ``autoload=false`` in the query prevents that, and is part of everything that is
-sent here, so that only ``Router.load`` loads a model. (tools/server/server-models.cpp)
+The router would load a model that is not loaded for any request, and unload another one for it. ``autoload=false`` in
+the query prevents that, and is part of everything that is sent here, so that only ``ModelRouter.load`` loads a model.
+(tools/server/server-models.cpp)
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _SLEEP_FLAG = "--sleep-idle-seconds"
 
 class RouterModel(Struct, frozen=True):
     """A model of a router. ``state``: unloaded, loading, loaded, sleeping (its process runs without the model), or
-    another word. ``sleep_s``: idle time after which it falls asleep; None: never. ``entry``: all that is told.
+    another word. ``sleep_s``: idle seconds after which the model falls asleep; None: never. ``entry``: all that the
+    router tells of it.
     """
 
     name: str
@@ -40,14 +42,16 @@ class RouterModel(Struct, frozen=True):
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> RouterModel:
-        """``entry``: of ``GET /models``. Raises KeyError, TypeError and ValueError for anything else."""
+        """The model that an entry of ``GET /models`` describes. Raises KeyError, TypeError and ValueError for anything
+        else.
+        """
         status = entry["status"]
         aliases = tuple(str(alias) for alias in entry.get("aliases") or ())
         return cls(str(entry["id"]), aliases, str(status["value"]), _sleep_s(status.get("args") or []), entry)
 
 
 def _sleep_s(args: list[str]) -> float | None:
-    """From the command line of its process."""
+    """The idle seconds after which a model falls asleep, from the arguments of its process; None: never."""
     if _SLEEP_FLAG not in args[:-1]:
         return None
     seconds = float(args[args.index(_SLEEP_FLAG) + 1])
@@ -74,7 +78,7 @@ class ModelRouter(LlamaServer):
                 raise UpstreamError(response.status, await whole(response), content_type_of(response))
 
     def server_of(self, model: str) -> ModelServer:
-        """A client of one model."""
+        """A client for requests to one model of the router."""
         name = f"{self.name}/{model}"
         return ModelServer(self.url, self.api_key, self.watchdog_s, name=name, model=model)
 
@@ -95,8 +99,10 @@ class ModelRouter(LlamaServer):
 
 
 class ModelServer(LlamaServer):
-    """One model of a router. If it is not loaded, every coroutine raises BackendRestarted, and ``on_unloaded`` is
-    called: nothing that is sent here loads it.
+    """A client for one model of a router.
+
+    If the model is not loaded, every coroutine raises BackendRestarted, and ``on_unloaded`` is called: nothing that is
+    sent here loads it.
     """
 
     health_path = "/props"  # the router's own /health tells nothing of the model
@@ -139,14 +145,14 @@ class ModelServer(LlamaServer):
         return dict(next(entry for entry in entries if entry["id"] == self.model))
 
     def _path(self, path: str) -> str:
-        """With the model in the query, instead of any other. The router reads the last of two parameters."""
+        """``path`` with this model in the query, instead of any other. The router reads the last of two parameters."""
         route, _, query = path.partition("?")
         kept = [part for part in query.split("&") if part and not _is_ours(part)]
         return f"{route}?{'&'.join([*kept, self._query])}"
 
     def _body(self, data: Any) -> Any:
-        """With the model in the JSON: behind the rest, as llama-server uses the last of two equal keys. A form stays as
-        it is.
+        """``data`` with this model in the JSON: behind the rest, as llama-server uses the last of two equal keys. A
+        form stays as it is.
         """
         if not isinstance(data, bytes) or not data.lstrip().startswith(b"{"):
             return data
@@ -167,7 +173,7 @@ def _is_ours(parameter: str) -> bool:
 
 
 class _IfLoaded(contextlib.AbstractAsyncContextManager[Response]):
-    """A request of which the answer is looked at first if it may say that the model is not loaded."""
+    """A request whose answer, if its status is 400, is read first: it may say that the model is not loaded."""
 
     def __init__(
         self,
@@ -195,7 +201,7 @@ class _IfLoaded(contextlib.AbstractAsyncContextManager[Response]):
 
 
 class _Read:
-    """A ``Response`` whose body was read."""
+    """A ``Response`` whose body was read already."""
 
     def __init__(self, response: Response, body: bytes) -> None:
         self.status, self.reason, self.headers = response.status, response.reason, response.headers
@@ -206,6 +212,6 @@ class _Read:
         return not self._body
 
     async def pass_to(self, take: Take) -> bool:
-        """As ``Response`` says."""
+        """As ``Response.pass_to``; the whole body is one piece."""
         body, self._body = self._body, b""
         return bool(body) and not take(body)

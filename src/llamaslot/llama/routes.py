@@ -157,7 +157,7 @@ def classify(method: str, target: str, allow: Collection[str] = ()) -> Route:
 
 @functools.lru_cache(maxsize=256)
 def _classified(method: str, target: str) -> Route:
-    """50 us unless it was asked for before."""
+    """As ``classify``, without gates. Cached, as it takes 50 us."""
     path = server_path(target)
     found = None if method in _INERT else _refused(method, _mended(path)) or _find(method, path)
     return found or Route(method, path, "passthrough")
@@ -175,7 +175,9 @@ def _find(method: str, path: str) -> Route | None:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """``/*`` matches anything below. ``/:id`` matches up to the next slash, also nothing; a slash may follow it."""
+    """Whether ``path`` matches a pattern: ``/*`` matches anything below. ``/:id`` matches up to the next slash, also
+    nothing; a slash may follow it.
+    """
     if pattern.endswith("/*"):
         return path.startswith(pattern[:-1])
     prefix = pattern.removesuffix(":id")
@@ -183,8 +185,8 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def _refused(method: str, path: str) -> Route | None:
-    """The forbidden or gated line that a normalized path names; any method counts, but reading methods only if the
-    line allows them.
+    """The forbidden or gated route that a normalized path names, with any method; GET and HEAD only where the route's
+    line has them.
     """
     for route in _REFUSED:
         if route.method == "POST" and method in ("GET", "HEAD"):

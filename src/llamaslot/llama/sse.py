@@ -15,17 +15,17 @@ _OVERLAP = max(map(len, _ENDS)) - 1  # bytes before a chunk that may belong to a
 
 
 class EventSplitter:
-    """Cuts a byte stream into whole events. Each event ends with its blank line."""
+    """Cuts a stream of bytes into whole events, each with the blank line that ends it."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The events that are whole with these bytes."""
+        """The events that ``chunk`` completes, as a list."""
         return events_in(self.whole(chunk))
 
     def whole(self, chunk: bytes) -> bytes:
-        """As ``feed``, in one piece."""
+        """The events that ``chunk`` completes, as one piece of bytes."""
         if not self._rest and chunk.endswith(_ENDS) and not chunk.endswith(_MORE_THAN_ENDS):
             return chunk
         # Search only new bytes, or an event of 4 MB in many chunks takes seconds.
@@ -50,7 +50,7 @@ def _end(mark: bytes, at: int) -> int:
 
 
 def events_in(data: bytes) -> list[bytes]:
-    """Whole events, one by one."""
+    """Split bytes that are whole events into single events."""
     if b"\r\n\r\n" not in data:
         return [part + b"\n\n" for part in data.split(b"\n\n")[:-1]]
     events: list[bytes] = []
@@ -65,12 +65,12 @@ def events_in(data: bytes) -> list[bytes]:
 
 
 def last_of(events: bytes) -> bytes:
-    """The last one of whole events that end in LF."""
+    """The last event of ``events``, which are whole and end in LF."""
     return events[_end(b"\n\n", events.rfind(b"\n\n", 0, -2)) :]
 
 
 def n_whole(data: bytes) -> int:
-    """The bytes up to the end of the last whole event in ``data``; 0 if there is none."""
+    """The number of bytes up to the end of the last whole event in ``data``; 0 if it has none."""
     return max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in _ENDS)
 
 
@@ -91,7 +91,7 @@ def data_of(event: bytes) -> Any:
 
 
 def event_of(payload: Any, of: bytes = b"") -> bytes:
-    """An event with this JSON, and with the event name of ``of``, if it has one."""
+    """An event with the JSON ``payload``, and with the event name of the event ``of``, if that has one."""
     name = of.split(b"\n", 1)[0] + b"\n" if of.startswith(b"event:") else b""
     return name + b"data: " + orjson.dumps(payload) + b"\n\n"
 
@@ -104,7 +104,7 @@ def comment(text: str) -> bytes:
 
 
 def n_commented(data: bytes) -> int:
-    """The bytes of the comments at the beginning of ``data``, which stands between two events."""
+    """The number of bytes of the comments at the beginning of ``data``, which starts between two events."""
     n = 0
     while data.startswith(b":", n) and (end := data.find(b"\n", n)) >= 0:
         n = end + 1
@@ -115,5 +115,5 @@ _COMMENT_EVENT = re.compile(rb"(?:\A|(?<=\n\n))((?::[^\n]*\n)+)\n")
 
 
 def without_empty_events(events: bytes) -> bytes:
-    """Whole events, without the blank line after lone comments such as llama-server's pings."""
+    """``events`` without the blank lines after lone comments such as llama-server's pings."""
     return _COMMENT_EVENT.sub(rb"\1", events) if events.startswith(b":") or b"\n\n:" in events else events

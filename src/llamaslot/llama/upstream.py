@@ -40,11 +40,11 @@ _ODD_IN_HEADERS = re.compile(r"[^\t -~]")  # line ends above all
 
 
 def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
-    """A socket with a small receive buffer, so that little of an unread answer is held in the kernel, and little at a
-    time in the loop: uvloop reads up to 256 kB at once.
+    """A new socket with a small receive buffer, so that little of an unread answer is held in the kernel, and little
+    at a time in the loop: uvloop reads up to 256 kB at once.
 
-    Set before it connects: Linux drops data in flight when the window of a connection shrinks, and large answers
-    stalled for minutes.
+    The size is set before the socket connects: Linux drops data in flight when the window of a connection shrinks, and
+    large answers stalled for minutes.
     """
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
@@ -52,7 +52,7 @@ def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
 
 
 class PlainServer:
-    """Sends requests to one server."""
+    """Sends requests to one server over plain HTTP."""
 
     def __init__(self, url: str, target: PlainTarget) -> None:
         self._url, self._target = url, target
@@ -60,13 +60,13 @@ class PlainServer:
 
     @classmethod
     def of(cls, url: str, api_key: str | None) -> PlainServer | None:
-        """None if it does not support the URL: see ``PlainTarget.of``."""
+        """A sender to the server at a URL; None if the URL is not supported (see ``PlainTarget.of``)."""
         target = PlainTarget.of(url, api_key)
         return cls(url, target) if target is not None else None
 
     def _head(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> bytes | None:
-        """The head of a request, as aiohttp writes it; None if a part of it needs care. ``headers`` have no Host, no
-        Authorization, and nothing about lengths and connections.
+        """The request line and headers of a request, as aiohttp writes them; None if a part of it needs care.
+        ``headers`` have no Host, no Authorization, and nothing about lengths and connections.
         """
         items = headers.items()
         is_odd = _ODD_IN_HEADERS.search("".join([part for item in items for part in item]))
@@ -92,14 +92,12 @@ class PlainServer:
         silence_s: float | None = None,
         n_held_bytes: int = RELAYED_BYTES,
     ) -> PlainResponse | None:
-        """Send a request, and wait for the headers of its answer. Close the response at last. None if nothing was sent:
-        the request needs care, or there is no connection; aiohttp sends it, or says why it cannot.
+        """Send a request, and wait for the headers of its answer. The caller closes the response. None if nothing was
+        sent, because the request needs care or there is no connection: then aiohttp sends it, or says why it cannot.
 
-        ``timeout_s`` is for the whole answer, ``silence_s`` for each part of it; ``n_held_bytes`` of it are held while
-        nothing takes them.
-
-        Raises TimeoutError, SlotWedged, and ConnectionError if the connection breaks (BadAnswer for an invalid answer).
-        Canceling closes the connection.
+        ``timeout_s`` is for the whole answer, ``silence_s`` for each part of it; ``n_held_bytes``: how much of it is
+        held while nothing reads it. Raises TimeoutError, SlotWedged, and ConnectionError if the connection breaks
+        (BadAnswer for an invalid answer). Canceling closes the connection.
         """
         if (head := self._head(method, path, headers, body)) is None:
             return None
@@ -116,7 +114,7 @@ class PlainServer:
 
 
 class Sending(contextlib.AbstractAsyncContextManager[Response]):
-    """One request while it is open: see ``LlamaServer.request``. A class, as a generator takes 10 us more."""
+    """A context manager for one request (see ``LlamaServer.request``). A class, as a generator takes 10 us more."""
 
     __slots__ = ("_is_down", "_otherwise", "_over_aiohttp", "_plain", "_response")
 
@@ -126,7 +124,7 @@ class Sending(contextlib.AbstractAsyncContextManager[Response]):
         otherwise: Callable[[], contextlib.AbstractAsyncContextManager[Response]],
         is_down: Callable[[BaseException], BackendDown],
     ) -> None:
-        """``plain``: sends it, and returns None if it cannot; ``otherwise``: then this does."""
+        """``plain`` sends the request, and returns None if it cannot; then ``otherwise`` sends it."""
         self._plain, self._otherwise, self._is_down = plain, otherwise, is_down
         self._response: PlainResponse | None = None
         self._over_aiohttp: contextlib.AbstractAsyncContextManager[Response] | None = None
@@ -156,7 +154,7 @@ class Sending(contextlib.AbstractAsyncContextManager[Response]):
 
 
 class PlainResponse(asyncio.Protocol):
-    """One connection, and the answer that arrives on it."""
+    """One connection to llama-server, and the answer that arrives on it."""
 
     def __init__(self, url: str, n_held_bytes: int, silence_s: float | None, timeout_s: float | None) -> None:
         self.status, self.reason = 0, ""
@@ -191,7 +189,7 @@ class PlainResponse(asyncio.Protocol):
         return self._is_over and not self._held
 
     async def pass_to(self, take: Take) -> bool:
-        """As ``Response`` says."""
+        """As ``Response.pass_to``."""
         while self._held:
             held = self._held
             piece = held[0] if len(held) == 1 else b"".join(held)
@@ -202,7 +200,9 @@ class PlainResponse(asyncio.Protocol):
         return await self._wait(take)
 
     async def _wait(self, take: Take | None) -> bool:
-        """Until ``take`` returns False, or without it, until the headers have come. Returns False at the end."""
+        """Wait until ``take`` returns False; if it is None, until the headers have come. Returns False at the end of
+        the answer.
+        """
         if take is None and self._is_head_over:
             return True
         if self._error is not None:
@@ -236,7 +236,9 @@ class PlainResponse(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _watch(self) -> None:
-        """Look again when too long a silence may be over. Nothing is expected while reading is paused."""
+        """Fail if nothing was received for ``silence_s``, else look again when that may be so. While reading is paused
+        nothing is expected.
+        """
         if (silence_s := self._silence_s) is None:
             return
         now = self._loop.time()
@@ -253,7 +255,7 @@ class PlainResponse(asyncio.Protocol):
             self._waiter.set_result(goes_on)
 
     def _fail(self, error: Exception) -> None:
-        """Raise ``error`` after what has come before."""
+        """Close the connection; readers get ``error`` once they have read what came before."""
         if self._error is None and not self._is_over:
             self._error = error
             if self._waiter is not None and not self._waiter.done():
@@ -289,7 +291,7 @@ class PlainResponse(asyncio.Protocol):
             self._wake(False)
 
     def _deliver(self) -> None:
-        """Pass on what was read of the body."""
+        """Pass the part of the body that was read to its taker, or hold it until there is one."""
         if not self._read:
             return
         piece = self._read[0] if len(self._read) == 1 else b"".join(self._read)
@@ -323,7 +325,9 @@ class PlainResponse(asyncio.Protocol):
             self._fail(self._broken(ConnectionError("the connection was closed")))
 
     def _broken(self, error: ConnectionError) -> Exception:
-        """An error in the headers is the sender's to translate; one in the body is for whatever reads that."""
+        """The error to raise for a broken connection: within the headers ``error`` itself, which the sender
+        translates; within the body BackendDown.
+        """
         if not self._is_head_over:
             return error
         down = BackendDown(BROKEN_OFF)

@@ -1,5 +1,5 @@
-"""One request that has ended, as the page, its history and ``/llamaslot/activity`` tell of it. Numbers and names only,
-never a text of a prompt, except where ``log.prompts`` lets the journal quote it.
+"""The record of one request that has ended, for the page, its history and ``/llamaslot/activity``. Numbers and names
+only, never a text of a prompt, except where ``log.prompts`` lets the journal quote it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LOOK_AGAIN = 64  # requests for which a figure of the same rate holds
 
 
 class Outcome(enum.StrEnum):
-    """How a request ended."""
+    """How a request ended: answered, cancelled, refused, or failed."""
 
     DONE = "done"
     LEFT = "left"  # its client went away
@@ -27,8 +27,8 @@ class Outcome(enum.StrEnum):
 
 
 class Stage(Struct, frozen=True):
-    """One step of a request: it began ``begin_s`` after the request's arrival and took ``seconds``. ``note`` says in
-    words what it was about; ``is_done`` is false if it failed.
+    """One step of a request: it began ``begin_s`` after the request's arrival and took ``seconds``. ``note``: details
+    in words; ``is_done`` is false if the step failed.
     """
 
     name: str
@@ -78,25 +78,25 @@ class Activity(Struct, kw_only=True):
     serial: int = 0  # ascending; unique within this process and its history
 
     def row(self) -> dict[str, Any]:
-        """What a table shows of it: without its stages."""
+        """The fields that a table shows of the request: all but its stages."""
         told = asdict(self)
         del told["stages"], told["diverged"]
         return told
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """All fields of the request."""
         return {**self.row(), "stages": [asdict(stage) for stage in self.stages], "diverged": self.diverged}
 
 
 class Savings:
-    """The savings of one backend by its learned rate of prefill."""
+    """Computes what reuse has saved on one backend, by its learned rate of prefill."""
 
     def __init__(self) -> None:
         self._error, self._n_left = 0.0, 0
 
     def of(self, rate: PrefillRate, n_reused: int) -> tuple[float, float]:
-        """The seconds that ``n_reused`` tokens at the beginning of a prompt would have taken, and how far off that may
-        be. Nothing is claimed while no prefill was seen.
+        """The seconds that ``n_reused`` tokens at the beginning of a prompt would have taken, and the possible error
+        of that. 0 while no prefill was observed.
         """
         if not n_reused or not rate.known:
             return 0.0, 0.0
@@ -109,7 +109,7 @@ class Savings:
 
 def error_share(rate: PrefillRate) -> float:
     """The mean distance of the observed prefills from the line fitted to them, as a share, weighted by tokens. Errors
-    of single prefills are taken as all in the same direction: that of a sum is no smaller.
+    of single prefills are assumed to have the same direction: then a sum has the same share.
     """
     off = n_tokens = 0.0
     for start, end, seconds, _ in rate.to_json()["samples"]:

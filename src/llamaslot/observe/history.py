@@ -46,7 +46,7 @@ _NOT_KEPT = "history: %s cannot be used (%s): the page's history ends at a resta
 
 
 class WrongVersion(Exception):
-    """The file was written by a later llamaslot."""
+    """The history file was written by a later llamaslot."""
 
 
 class History:
@@ -70,7 +70,7 @@ class History:
         self.is_loaded = path is None
 
     def add(self, activity: Activity) -> None:
-        """A request has ended. Costs some microseconds; it is written later."""
+        """Add a request that has ended. Costs some microseconds; the file is written later."""
         self._serial += 1
         activity.serial = self._serial
         self.latest.append(activity)
@@ -79,28 +79,28 @@ class History:
         self._write_soon()
 
     def own(self, snapshot: str, user: str) -> None:
-        """A snapshot holds a conversation of that user."""
+        """Record that a snapshot holds a conversation of that user."""
         self.owners[snapshot] = self._new_owners[snapshot] = user
         if len(self.owners) > KEPT_OWNERS:
             del self.owners[next(iter(self.owners))]
 
     def stored(self, size_bytes: int) -> None:
-        """So many bytes of snapshots are on disk now."""
+        """Record how many bytes of snapshots are on disk now."""
         self.series.stored(self._clock(), size_bytes)
 
     @property
     def is_kept(self) -> bool:
-        """Whether it survives a restart, as far as is known."""
+        """Whether the history survives a restart, as far as is known."""
         return self._file is not None and not self._is_told
 
     def activity(self, id_: str) -> Activity | None:
-        """The latest request of that id."""
+        """The latest request with that id."""
         return next((one for one in reversed(self.latest) if one.id == id_), None)
 
     # -- the file ------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Read the file. A file that cannot be read is said once, and left alone. Canceling is safe."""
+        """Read the file. A file that cannot be read is reported once, and left alone. Canceling is safe."""
         if self._file is None or (found := await self._in_thread(self._file.read)) is None:
             return
         requests, sums, owners, began = found
@@ -123,7 +123,7 @@ class History:
         self._tasks.spawn(self.write(), "write the history")
 
     async def write(self) -> None:
-        """Write what is new. What fails is tried again with the next write. Canceling is safe."""
+        """Write what is new to the file. What fails is tried again with the next write. Canceling is safe."""
         async with self._writes:
             if not self.is_loaded:
                 await self.load()
@@ -144,7 +144,7 @@ class History:
                 self.series.dirty |= {key for key, _ in sums}
 
     async def _in_thread(self, call: Callable[[], T]) -> T | None:
-        """The result of ``call``; None if the file cannot be used, which is said once."""
+        """The result of ``call``, run in the file's thread; None if the file cannot be used, which is logged once."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "history")
         try:
@@ -170,7 +170,9 @@ class History:
 
 
 def _without_texts(activity: Activity) -> Activity:
-    """Prompts that ``log.prompts`` lets the journal quote are not kept on disk."""
+    """``activity`` without texts of prompts: ``log.prompts`` lets the journal quote them, but they are not kept on
+    disk.
+    """
     if activity.diverged is None or "text" not in activity.diverged:
         return activity
     told = {name: value for name, value in activity.diverged.items() if name != "text"}
@@ -192,14 +194,16 @@ def _remedy(error: Exception) -> str:
 
 
 class _File:
-    """The file, used by one thread only. Every method blocks, and raises sqlite3.Error and WrongVersion."""
+    """The SQLite file, used by one thread only. Every method blocks, and raises sqlite3.Error and WrongVersion."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db: sqlite3.Connection | None = None
 
     def read(self) -> tuple[list[Activity], list[tuple[Key, Sums]], dict[str, str], float]:
-        """Requests, oldest first, sums, owners of snapshots, and the time of the first request."""
+        """Read all of the file: requests, oldest first, sums, owners of snapshots, and the time of the
+        first request.
+        """
         if not self._path.exists():
             return [], [], {}, time.time()
         with self._open() as db:
@@ -221,7 +225,7 @@ class _File:
         began: float,
         now: float,
     ) -> bool:
-        """One transaction: all of it, or nothing."""
+        """Write everything new in one transaction: all of it, or nothing."""
         with self._open() as db:
             db.executemany("INSERT OR REPLACE INTO requests VALUES (?, ?, ?)", requests)
             db.executemany(

@@ -25,7 +25,7 @@ KEPT = 1000
 
 
 class Option(Struct, frozen=True):
-    """A place that was considered. ``terms``: estimated seconds by purpose, without those that are 0."""
+    """A place that a decision considered. ``terms``: estimated seconds by purpose, without those that are 0."""
 
     slot: SlotKey
     source: str
@@ -55,8 +55,8 @@ class Waited(Struct):
 
 
 class Act(Struct, frozen=True):
-    """A step that was taken. ``n_tokens``: saved, restored or computed. ``waited_s``: seconds spent waiting for its
-    turn, of these ``paused_s`` for running streams. ``n_interruptions``: how often it stopped for another request.
+    """A step that was performed. ``n_tokens``: saved, restored or computed. ``waited_s``: seconds spent waiting for
+    its turn, of these ``paused_s`` for running streams. ``n_interruptions``: how often it stopped for another request.
     """
 
     step: str
@@ -147,7 +147,7 @@ class Journal:
         self._decisions: deque[Decision] = deque(maxlen=KEPT)
 
     def begin(self, id_: str, n_tokens: int, user: str = "") -> Decision:
-        """A new entry; the caller fills it in."""
+        """Add a new entry, which the caller fills in."""
         decision = Decision(id_, self._clock(), n_tokens, user=user)
         self._decisions.append(decision)
         return decision
@@ -157,7 +157,7 @@ class Journal:
         return map(Decision.resolved, islice(reversed(self._decisions), n))
 
     def since(self, at: float) -> Iterator[Decision]:
-        """The decisions that began after ``at``, newest first, as they stand."""
+        """The decisions that began after ``at``, newest first, each as far as it has come."""
         return takewhile(lambda decision: decision.at > at, reversed(self._decisions))
 
     def __len__(self) -> int:
@@ -165,7 +165,7 @@ class Journal:
 
 
 def explain(decision: Decision) -> str:
-    """The decision so far, in one line."""
+    """A decision in one line, as far as it has come."""
     who = f"{decision.id} {decision.n_tokens:,} tok"
     if not decision.is_assisted:
         return f"{decision.id} -> llama-server chooses the slot"
@@ -215,7 +215,7 @@ def _seconds(seconds: float) -> str:
 
 
 class DecisionRecorder:
-    """Writes the journal of one request. There is no entry before its first decision."""
+    """Writes the journal entry of one request. There is no entry before the request's first decision."""
 
     def __init__(self, journal: Journal, request: Request, now: Callable[[], float]) -> None:
         self._journal, self._request, self._now = journal, request, now
@@ -223,8 +223,8 @@ class DecisionRecorder:
         self.decision: Decision | None = None
 
     def record_wait(self, wait: Wait, expected_s: float | None = None) -> None:
-        """Record that it waits for a specific place. A repeated call changes nothing. ``expected_s``: if the wait may
-        be longer than its share of the cost (for a prefix that is being computed).
+        """Record that the request waits for a specific place. A repeated call changes nothing. ``expected_s``: given
+        if the wait may be longer than its share of the cost (for a prefix that is being computed).
         """
         if wait.place is None or wait.for_s is None:
             return
@@ -270,16 +270,16 @@ class DecisionRecorder:
         decision.n_expected, decision.n_reused = n_expected, n_reused
 
     def rewrote(self, rules: list[str]) -> None:
-        """Record that rules have changed its system prompt; called first."""
+        """Record the rules that have changed the request's system prompt; called first."""
         if rules:
             self._begun().rewrote = rules
 
     def diverged(self, told: dict[str, object]) -> None:
-        """Record why much was recomputed."""
+        """Record why much of the prompt was computed again."""
         self._begun().diverged = told
 
     def ended(self) -> None:
-        """Record that it waits no longer, served or not. Idempotent."""
+        """Record that the request waits no longer, served or not. Idempotent."""
         if self.decision is not None and self.decision.waits:
             self._end_wait(self.decision.waits[-1])
 

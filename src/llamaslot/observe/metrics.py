@@ -91,14 +91,14 @@ class Metrics:
         return self._family(Histogram, name, text, labels, buckets=_SECONDS)
 
     def _family(self, kind: type[T], name: str, text: str, labels: Sequence[str], **more: Any) -> T:
-        """The family of this name, created by the first backend that uses it."""
+        """The metric family of this name, created by the first backend that uses it."""
         if name not in self._families:
             self._families[name] = kind(f"llamaslot_{name}", text, labels, registry=self.registry, **more)
         family: T = self._families[name]
         return family
 
     def with_model(self) -> list[Any]:
-        """The families whose only labels are ``backend`` and ``model``."""
+        """The metric families whose only labels are ``backend`` and ``model``."""
         return [family for family in self._families.values() if family._labelnames == ("backend", "model")]
 
     def of_backend(self, name: str) -> BackendMetrics:
@@ -123,9 +123,8 @@ class CounterBy:
 
 
 class BackendMetrics:
-    """Counters and histograms of one backend, by the model that it serves.
-
-    Before its first model is known there are none but the gauges ``is_up`` and ``assist``.
+    """Counters and histograms of one backend, by the model that it serves. Before its first model is known there are
+    only the gauges ``is_up`` and ``assist``.
     """
 
     def __init__(self, metrics: Metrics, backend: str) -> None:
@@ -137,7 +136,7 @@ class BackendMetrics:
         self._bind()
 
     def serves(self, model: str) -> None:
-        """Count for this model from now on."""
+        """Count for the model ``name`` from now on."""
         if model != self._model:
             if not self._model:
                 self._forget()
@@ -269,7 +268,9 @@ class BackendMetrics:
         self.restore_s.observe(seconds)
 
     def reused(self, source: str, n_reused: int, n_prompt: int, saved_s: float = 0.0) -> None:
-        """``saved_s``: what computing the ``n_reused`` tokens would have taken."""
+        """Count the tokens of a prompt of which ``n_reused`` were reused. ``saved_s``: seconds that computing those
+        would have taken.
+        """
         self.placed.labels(source).inc()
         self.tokens_reused.labels(source).inc(n_reused)
         self.tokens_prompt.inc(n_prompt)
@@ -290,7 +291,7 @@ class UntokenizedRequests:
         self._told: set[Reason] = set()
 
     def count(self, format_: str, reason: Reason) -> None:
-        """Count one more request of ``format_``, the name of a format."""
+        """Count one more request of the format named ``format_``, and log ``reason`` if it is new."""
         self._metrics.untokenized.labels(format_, reason.value).inc()
         if reason not in self._told:
             self._told.add(reason)

@@ -1,5 +1,5 @@
-"""Faults that come again with each request, as on a full disk: one log line when they begin, one each ten minutes while
-they last, one when there was none for a minute.
+"""Logs faults that come again with each request, as on a full disk: one line when they begin, one each ten minutes
+while they last, one when there was none for a minute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Said(Struct):
 
 
 class Recurring:
-    """The failures of one kind of work, which go to ``log``. ``over``: the line when nothing fails any more."""
+    """The failures of one kind of work, which go to ``log``. ``over``: the log line when nothing fails any more."""
 
     def __init__(self, log: logging.Logger, over: str, *, now: Callable[[], float] = time.monotonic) -> None:
         self._log, self._over, self._now = log, over, now
@@ -32,8 +32,8 @@ class Recurring:
         self._failed_at = -math.inf
 
     def failed(self, reason: object, text: str, *values: object) -> None:
-        """Warn with ``text``, unless a failure of the same kind was told less than ten minutes ago: then at level
-        debug. Reasons are of one kind if they differ in numbers and ids only.
+        """Log a failure with ``text``: as a warning, unless one of the same kind was logged less than ten minutes ago:
+        then at level debug. Reasons are of one kind if they differ in numbers and ids only.
         """
         kind, now = _PARTICULARS.sub("", str(reason)), self._now()
         self._failed_at = now
@@ -50,8 +50,8 @@ class Recurring:
         self._kinds[kind] = _Said(now)
 
     def succeeded(self) -> None:
-        """Say so if failures were told, and the last was a minute ago: until then others may fail all the same, as
-        large files where small ones still fit.
+        """Log that nothing fails any more, if failures were logged and the last was a minute ago: until then others
+        may fail all the same, as large files do where small ones still fit.
         """
         if self._kinds and self._now() >= self._failed_at + OVER_S:
             self._kinds.clear()

@@ -22,7 +22,7 @@ _LEAST_S = 0.001
 
 
 class Key(NamedTuple):
-    """``at``: the beginning, in seconds since 1970, of a period of ``step`` seconds."""
+    """The key of one period. ``at``: its beginning, in seconds since 1970; it lasts ``step`` seconds."""
 
     step: int
     at: int
@@ -31,7 +31,9 @@ class Key(NamedTuple):
 
 
 class Sums(Struct):
-    """Sums of one period. ``first``: the number of requests by class of seconds to the first token (``class_of``)."""
+    """The sums of one period. ``first``: the number of requests by class of seconds to the first token
+    (``class_of``).
+    """
 
     n: int = 0
     n_faults: int = 0  # llamaslot's own
@@ -67,7 +69,9 @@ class Sums(Struct):
             self.first[class_] = self.first.get(class_, 0) + 1
 
     def add(self, other: Sums) -> None:
-        """Field by field: a loop over names takes five times as long, and a day of minutes is thousands of sums."""
+        """Add other sums, field by field: a loop over names takes five times as long, and a day of minutes is
+        thousands of sums.
+        """
         self.n += other.n
         self.n_faults += other.n_faults
         self.n_unserved += other.n_unserved
@@ -85,7 +89,9 @@ class Sums(Struct):
             self.first[class_] = self.first.get(class_, 0) + n
 
     def first_s(self, share: float) -> float | None:
-        """The seconds within which that share of the requests had a first token, within 7 %; None of none."""
+        """The seconds, within 7 %, in which that share of the requests had its first token; None if no request had
+        one.
+        """
         left = share * sum(self.first.values())
         for class_ in sorted(self.first):
             left -= self.first[class_]
@@ -143,7 +149,7 @@ class Series:
             self._of(step, at, activity.backend or "", activity.model).count(activity)
 
     def stored(self, at: float, size_bytes: int) -> None:
-        """So many bytes of snapshots were on disk at that time."""
+        """Record how many bytes of snapshots were on disk at that time."""
         for step in (MINUTE, HOUR):
             sums = self._of(step, at, "", "")
             sums.disk_bytes = size_bytes or _EMPTY
@@ -157,7 +163,7 @@ class Series:
         return sums
 
     def load(self, rows: Iterable[tuple[Key, Sums]]) -> None:
-        """Add sums of an earlier process."""
+        """Add the sums that an earlier process has written."""
         for key, sums in rows:
             period = self._sums[key.step].setdefault(key.at, {})
             if (mine := period.get((key.backend, key.model))) is not None:
@@ -167,13 +173,13 @@ class Series:
                 period[key.backend, key.model] = sums
 
     def take_dirty(self) -> list[tuple[Key, Sums]]:
-        """What is to be written now: it counts as written."""
+        """The sums that have changed since the last call, which are to be written now."""
         keys, self.dirty = self.dirty, set()
         found = ((key, self._sums[key.step].get(key.at, {}).get((key.backend, key.model))) for key in keys)
         return [(key, sums) for key, sums in found if sums is not None]
 
     def sweep(self, now: float) -> None:
-        """Forget what is too old, at most once an hour."""
+        """Forget sums that are too old, at most once an hour."""
         if now - self._swept_at < HOUR:
             return
         self._swept_at = now
@@ -184,8 +190,8 @@ class Series:
     # -- questions -----------------------------------------------------------------------------------------------
 
     def since(self, at: float) -> Sums:
-        """All from the minute of ``at`` on: minutes up to the next full hour, then hours. A whole day in minutes, of
-        three backends, took 34 ms at each look; this takes 2.
+        """The sum of everything from the minute of ``at`` on: minutes up to the next full hour, then hours. A whole
+        day in minutes, of three backends, took 34 ms at each look; this takes 2.
         """
         hour = math.ceil(at / HOUR) * HOUR
         minutes = [its for began, its in self._sums[MINUTE].items() if at - MINUTE < began < hour]
@@ -197,13 +203,13 @@ class Series:
         return total(self._sums[EVER].get(0, {}).values())
 
     def names(self) -> tuple[list[str], list[str]]:
-        """The backends and the models that anything is known of."""
+        """The names of backends and models for which there are any sums."""
         keys = self._sums[EVER].get(0, {})
         return sorted({backend for backend, _ in keys} - {""}), sorted({model for _, model in keys} - {""})
 
     def points(self, span: str, now: float, backend: str = "", model: str = "") -> Iterator[tuple[int, Sums]]:
-        """The periods of a span up to now that have anything, oldest first; of one backend or model, or of all. Each
-        is computed when it is asked for: a day takes 30 ms in all.
+        """The periods of a time span up to now that have any sums, oldest first; of one backend or model, or of all.
+        Each is computed when it is asked for: a day takes 30 ms in all.
         """
         back_s, step = SPANS[span]
         periods = self._sums[MINUTE if step < HOUR else HOUR]

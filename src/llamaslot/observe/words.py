@@ -15,7 +15,7 @@ _TOLD_S = 0.05  # shorter steps are no reason why a request was slow
 
 
 def seconds(value: float) -> str:
-    """``4 ms``, ``0.62 s``, ``71 s``, ``12 min``, ``3.4 h``."""
+    """A time span in words: ``4 ms``, ``0.62 s``, ``71 s``, ``12 min``, ``3.4 h``."""
     if value < 0.1:
         return f"{value * 1000:.0f} ms"
     if value < 10:
@@ -26,13 +26,13 @@ def seconds(value: float) -> str:
 
 
 def decision(activity: Activity, acts: list[Act]) -> str:
-    """Why its prompt cost what it did. There are seven cases:
+    """Why a request's prompt cost what it did, in words. There are seven cases:
 
     1. llama-server chose the slot.
-    2. It had none.
-    3. It differs from cached text early, and that was expensive.
+    2. The request had no slot.
+    3. The prompt differs from cached text early, and that was expensive.
     4. A snapshot was restored.
-    5. Its slot held its beginning.
+    5. The slot held a prefix of the prompt.
     6. Nothing was cached.
     7. llama-server has not told what it reused.
     """
@@ -61,7 +61,7 @@ def decision(activity: Activity, acts: list[Act]) -> str:
 
 
 def differs(diverged: Mapping[str, Any]) -> str:
-    """Where a prompt left the cached text: ``differs at token 16,276, in the system message: …``."""
+    """Where a prompt differs from the cached text: ``differs at token 16,276, in the system message: …``."""
     lost = diverged.get("n_lost") or 0
     again = f": {lost:,} tokens behind it computed again" if lost else ""
     match diverged.get("why"):
@@ -89,8 +89,8 @@ def _place(diverged: Mapping[str, Any]) -> str:
 def stages(
     decisions: list[Decision], began: float, sent_at: float | None, first_s: float | None, total_s: float
 ) -> list[Stage]:
-    """The timeline of a request that arrived at ``began`` of the decisions' clock. Its last lease sent it at
-    ``sent_at``. Steps of no time are left out.
+    """The timeline of a request that arrived at ``began``, by the clock of the decisions, and was sent in its last
+    slot at ``sent_at``. Steps without duration are left out.
     """
     found: list[Stage] = []
 

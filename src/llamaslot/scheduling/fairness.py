@@ -93,7 +93,9 @@ class Charge(Struct, frozen=True):
 
 
 class Shares:
-    """For each user, what it has received less than its share, in seconds of a slot; 0 for an unknown user."""
+    """The deficit of each user: what it has received less than its share, in seconds of a slot; 0 for
+    an unknown user.
+    """
 
     def __init__(self) -> None:
         self._deficits: dict[str, float] = {}

@@ -12,10 +12,9 @@ from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
 
 
 class User(Struct, frozen=True):
-    """``id``: ``key:<name>`` of an API key, else ``named:<x-llamaslot-user>``, else ``at:<address>``.
-
-    ``max_running``, ``max_waiting``: limits of requests in slots and in the queue; None: as configured. ``is_admin``:
-    it may use llamaslot's own endpoints.
+    """The user of a request. ``id``: ``key:<name>`` of an API key, else ``named:<x-llamaslot-user>``, else
+    ``at:<address>``. ``max_running``, ``max_waiting``: limits of requests in slots and in the queue; None: as
+    configured. ``is_admin``: it may use llamaslot's own endpoints.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Makes a slot file that llama-server has written a snapshot, if its content is as expected."""
+"""Makes a slot file that llama-server has written into a snapshot, if its content is as expected."""
 
 from __future__ import annotations
 
@@ -40,12 +40,11 @@ class Reservation(Struct, frozen=True):
 
 
 class SavedSlot(Struct, frozen=True, kw_only=True):
-    """A slot that llama-server has saved, to be made a snapshot.
-
-    ``n_saved`` (tokens) and ``n_written`` (bytes): its answer. ``tokens_expected``: the file must begin with these.
-    ``idle_s``: seconds since their last use. ``find_base(tokens)``: the snapshot that shares most with the file;
-    without, it is kept whole. ``marks``: token counts to which a later request may go back. ``on_checked(tokens)`` is
-    called once the file is known to hold what it must. The other fields are those of the ``Snapshot``.
+    """A slot file that llama-server has saved, to be made a snapshot. ``n_saved`` (tokens) and ``n_written`` (bytes):
+    llama-server's answer. ``tokens_expected``: the file must begin with these. ``idle_s``: seconds since the last use
+    of the slot. ``find_base(tokens)``: the snapshot that shares most with the file; without it, the file is kept
+    whole. ``marks``: token counts to which a later request may rewind. ``on_checked(tokens)`` is called once the file
+    is known to hold what it must. The other fields are those of the ``Snapshot``.
     """
 
     tokens_expected: bytes
@@ -63,7 +62,7 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     on_checked: Callable[[bytes], None] = lambda tokens: None
 
     def noted(self, id_: str, created_at: float) -> Noted:
-        """Its sidecar, before its file was read."""
+        """The sidecar of the new snapshot, as far as it is known before the file was read."""
         return Noted(
             id=id_,
             n_tokens=self.n_saved,
@@ -81,8 +80,11 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
 
 class ReservationState(Struct):
     """The account of a reservation: its bytes and those on disk, the snapshots protected from its eviction, and its
-    commit once that has begun. ``has_landed``: llama-server's file is not in the store. ``spare``: may be evicted to
-    save it, but not to write less. ``base``: the pin of a snapshot whose files the new one needs, until it is listed.
+    commit once that has begun.
+
+    ``has_landed``: llama-server's file is in the landing place, not in the store. ``spare``: may be evicted to save
+    the file, but not to write less of it. ``base``: the pin of a snapshot whose files the new one needs, until the new
+    one is listed.
     """
 
     size_bytes: int
@@ -99,8 +101,8 @@ class ReservationState(Struct):
 
 
 class Acceptance:
-    """For one directory. ``evict(short, keep)`` evicts at least what is short, or nothing; ``lost(id)`` is called if
-    the disk has lost data of that snapshot.
+    """Accepts slot files in one directory. ``evict(short, keep)`` evicts at least what is short, or nothing;
+    ``lost(id)`` is called if the disk has lost data of that snapshot.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class Acceptance:
         self.added_bytes = 0  # to the store, by all saves
 
     async def accept(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
-        """Verify the part file of a reservation, and give it its name. Raises SnapshotInvalid and QuotaExceeded."""
+        """Verify the part file of a reservation, and make it a snapshot's. Raises SnapshotInvalid and QuotaExceeded."""
         part = self._landing.path(noted.id) if state.has_landed else self._directory / (noted.id + PART)
         file = await read_slot_file(part)
         self._landing.written(noted.id)
@@ -141,7 +143,9 @@ class Acceptance:
         return taken.snapshot(taken.digest).with_tokens(file.tokens)
 
     async def _has_written(self, state: ReservationState, size_bytes: int) -> None:
-        """llama-server's file is in the store. Raises QuotaExceeded if it is too large."""
+        """Account for llama-server's file, which is in the store with ``size_bytes``. Raises QuotaExceeded if it is
+        too large.
+        """
         if (extra := size_bytes - state.size_bytes) > 0:
             # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
             self._book(state, extra)
@@ -155,7 +159,7 @@ class Acceptance:
         state.size_bytes += size_bytes
 
     async def _make_room(self, state: ReservationState, size_bytes: int, keep: frozenset[str]) -> None:
-        """Book so many bytes in all, without more files: those were counted before. Raises QuotaExceeded."""
+        """Raise the reservation to ``size_bytes`` in all; its files were counted before. Raises QuotaExceeded."""
         if (more := size_bytes - state.size_bytes) > 0:
             await self._quota.make_available(more, lambda short: self._evict(short, keep), n_files=0)
             self._book(state, more)
@@ -174,7 +178,7 @@ class Acceptance:
         return noted
 
     def _publish(self, part: Path, noted: Noted) -> FileId:
-        """Rename the data first. Without the sidecar, which is written last, a scan ignores the .kv file."""
+        """Rename the slot file, then write the sidecar: without a sidecar a scan ignores the .kv file."""
         os.rename(part, kv := self._directory / (noted.id + KV))
         sidecar.write(self._directory, noted, noted.created_at)
         return FileId.of(os.lstat(kv))
@@ -182,7 +186,9 @@ class Acceptance:
     async def _take_in(
         self, state: ReservationState, part: Path, noted: Noted, saved: SavedSlot, tokens: bytes
     ) -> Noted | None:
-        """Keep only what the store does not have of it. None if that is not possible: then it is kept whole."""
+        """Write only those rows and states of the slot file that the store does not have yet. None if that is not
+        possible: then the file is kept whole.
+        """
         if saved.find_base is None:
             return None
         new: list[str] = []
@@ -212,7 +218,9 @@ class Acceptance:
     async def _write(
         self, state: ReservationState, part: Path, noted: Noted, intake: Intake, new: list[str]
     ) -> Noted:
-        """Raises SnapshotInvalid, OSError and QuotaExceeded; then files of the ids in ``new`` may be left."""
+        """Write the new files, then header and sidecar of the snapshot. Raises SnapshotInvalid, OSError and
+        QuotaExceeded; then files of the ids in ``new`` may be left.
+        """
         there = 0 if state.has_landed else state.size_bytes
         await self._make_room(state, there + intake.size_bytes, state.keep | state.spare)
 
@@ -235,7 +243,7 @@ class Acceptance:
         return noted
 
     def _say(self, noted: Noted, error: Exception) -> None:
-        """Why a file is kept whole; once, if that is so with all of this server."""
+        """Log why a slot file is kept whole; only once, if that is so with all files of this server."""
         if isinstance(error, LayoutUnknown):
             reason = str(error).partition(": ")[2]
             if (kind := re.sub(r"\d+", "", reason)) not in self._said:

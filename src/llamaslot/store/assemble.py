@@ -48,11 +48,11 @@ from llamaslot.store.slot_file import (
 
 
 class DoesNotFit(SnapshotInvalid):
-    """The files may be whole, but do not make up the slot file that is asked for."""
+    """The files may be whole, but their parts do not make up the requested slot file."""
 
 
 class StateAt(Struct, frozen=True):
-    """The state after ``n_tokens`` tokens, which the extent in ``path`` has."""
+    """The model's state after ``n_tokens`` tokens, which is in the extent ``path``."""
 
     path: Path
     n_tokens: int
@@ -64,14 +64,13 @@ def assemble(
     earlier: Sequence[StateAt],
     target: Path,
 ) -> int:
-    """Write a slot file with the tokens of ``pieces`` to ``target``; its size in bytes.
+    """Write a slot file with the tokens of ``pieces`` to ``target``. Returns its size in bytes.
 
-    ``pieces``: from 0 to p without a gap. ``state``: after p tokens, None on a dense model; ``earlier``: the states
-    to go back to, by number of tokens. Parts that are used whole are checked against their checksum; a slot
-    file with a checksum, and an extent of which fewer rows are used, is read whole before that, once in this process.
-
-    Raises SnapshotInvalid, which names the file, if an extent is damaged or gone; DoesNotFit; OSError (no space).
-    Nothing is left in ``target`` then. The file is not synced.
+    ``pieces``: from 0 to p without a gap. ``state``: after p tokens, None on a dense model; ``earlier``: the states to
+    rewind to, by number of tokens. Parts that are used whole are checked against their checksum; a slot file with a
+    checksum, and an extent of which fewer rows are used, is read whole before that, once in this process. Raises
+    SnapshotInvalid, which names the file, if an extent is damaged or gone; DoesNotFit; OSError (no space). Nothing is
+    left in ``target`` then. The file is not synced.
     """
     with contextlib.ExitStack() as stack:
         sources: dict[Path, tuple[Source, Extent]] = {}
@@ -105,7 +104,9 @@ def _common_shape(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Ext
 
 
 def _check(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Extent]]) -> None:
-    """Raises SnapshotInvalid if rows have changed where ``_Writer`` cannot tell: it reads only what is used."""
+    """Raise SnapshotInvalid if rows have changed where ``_Writer`` cannot detect that, because it reads only what is
+    used.
+    """
     for piece in pieces:
         extent = sources[piece.path][1]
         is_whole = (piece.start, piece.end) == (extent.start, extent.end)
@@ -197,7 +198,7 @@ class _Writer:
         self._part(path, section, 1, 0, section.size)
 
     def _part(self, path: Path, section: Section, width: int, start: int, end: int) -> None:
-        """Items [start, end), of ``width`` bytes each, of a section."""
+        """Append the items [start, end), of ``width`` bytes each, of a section."""
         checksum = xxhash.xxh3_64()
         self._copier.copy(
             self._sources[path][0].fd, section.at + start * width, (end - start) * width, checksum

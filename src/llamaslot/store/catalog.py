@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 
 class Catalog:
-    """The snapshots on disk. Those of models that no backend serves (``serve``) are evicted first, then by ``order``
-    (default: by value).
+    """The snapshots in one directory. Those of models that no backend serves (``serve``) are evicted first, then by
+    ``order`` (default: by value).
 
     ``on_drop`` is called in the event loop at the moment when a snapshot leaves ``snapshots``, for any reason; its
     file may still exist for a moment. It is not called for what ``open`` removes.
@@ -53,7 +53,7 @@ class Catalog:
         landing: Path | None = None,
         landing_bytes: int = 0,
     ) -> None:
-        """``landing``: where llama-server writes and reads, if elsewhere; ``landing_bytes`` may stay there."""
+        """``landing``: where llama-server writes and reads, if elsewhere; at most ``landing_bytes`` stay there."""
         self.directory, self.slot_files = directory, landing or directory
         self._now, self._on_drop = now, on_drop
         self._lock = DirectoryLock(directory)
@@ -88,11 +88,11 @@ class Catalog:
 
     @property
     def fingerprints(self) -> frozenset[str]:
-        """The models that are served, or were when their backends were last connected."""
+        """Fingerprints of the models that are served, or were when their backends were last connected."""
         return self._table.fingerprints
 
     def serve(self, backend: str, fingerprint: str) -> None:
-        """``backend`` serves the model of that fingerprint from now on."""
+        """Record that ``backend`` serves the model with that fingerprint from now on."""
         self._served[backend] = fingerprint
         self._table.fingerprints = frozenset(self._served.values())
         self._upkeep.rank_all()
@@ -103,23 +103,23 @@ class Catalog:
         return self._quota.size_bytes
 
     def last_used(self, id_: str) -> float:
-        """The time of the last use, in seconds of ``now``. Raises KeyError."""
+        """The time of a snapshot's last use, in seconds of ``now``. Raises KeyError."""
         return self._table.stats[id_].last_used
 
     def n_hits(self, id_: str) -> int:
-        """The number of hits, also from before a restart. Raises KeyError."""
+        """The number of a snapshot's hits, also from before a restart. Raises KeyError."""
         return self._table.stats[id_].n_hits
 
     def own_bytes(self, id_: str) -> int:
-        """The bytes that no other snapshot needs. Raises KeyError."""
+        """The bytes of a snapshot that no other snapshot needs. Raises KeyError."""
         return self._table.stats[id_].size_bytes
 
     def share_bytes(self, id_: str) -> int:
-        """Its share of the files that others need too. Raises KeyError."""
+        """A snapshot's share of the files that other snapshots need too. Raises KeyError."""
         return self._table.files.share_bytes(self.snapshots[id_])
 
     async def open(self) -> list[Snapshot]:
-        """Lock the directory, scan it, repair it, enforce the quota. Returns the valid snapshots.
+        """Lock the directory, scan and repair it, enforce the quota. Returns the valid snapshots.
 
         Raises DirectoryUnusable if another llamaslot uses the directory or it cannot be used. Canceling is safe: the
         lock is released, and the next opening repairs.
@@ -172,8 +172,8 @@ class Catalog:
         await self._upkeep.write_manifest()
 
     def close(self) -> None:
-        """Release the lock. Idempotent. Without ``settle`` before, unfinished removals, commits and times of use may
-        be lost.
+        """Release the lock of the directory. Idempotent. Without ``settle`` before, unfinished removals, commits and
+        times of use may be lost.
         """
         self.landing.close()
         self._lock.release()
@@ -182,12 +182,12 @@ class Catalog:
 
     @property
     def limits(self) -> Limits:
-        """Those in force."""
+        """The limits in force."""
         return self._quota.limits
 
     def take_limits(self, limits: Limits) -> None:
-        """Keep to these from now on. What is too much is evicted in the background; in a shared store, where that
-        takes a turn, for the next reservation.
+        """Use other limits from now on. What is too much is evicted in the background; in a shared store, which needs
+        a turn for that, at the next reservation.
         """
         if limits == self._quota.limits:
             return
@@ -204,8 +204,8 @@ class Catalog:
             log.info("snapshots: %d evicted for the new limits", len(over))
 
     def _beyond_limits(self, now: float) -> list[Snapshot]:
-        """What must go though nothing is to be saved. None goes for a disk that others have filled so far that
-        without all of them it would still be too full.
+        """The snapshots that must be evicted although nothing is to be saved. None is evicted for a disk that other
+        programs have filled so far that it would be too full without any snapshot.
         """
         short = self._quota.short()
         victims = self._table.victims(*short, (), now)
@@ -221,11 +221,11 @@ class Catalog:
         new_bytes: int | None = None,
     ) -> Reservation:
         """Reserve ``size_bytes``, evicting snapshots that are neither pinned nor in ``keep``. If llama-server writes
-        elsewhere, and ``new_bytes`` is given, only these.
+        elsewhere, and ``new_bytes`` is given, only those are reserved. Snapshots in ``spare`` are evicted only if
+        there are no others. When this returns, the evicted files are gone from the disk.
 
-        Those in ``spare`` are evicted only if there are no others. When this returns, the evicted files are gone from
-        the disk. Raises QuotaExceeded, and evicts nothing, if not enough may be evicted. Canceling is safe: the space
-        is released, evictions that have begun are completed.
+        Raises QuotaExceeded, and evicts nothing, if not enough may be evicted. Canceling is safe: the space is
+        released, evictions that have begun are completed.
         """
         id_ = sidecar.new_id()
         has_landed = await self.landing.book(id_, size_bytes)
@@ -246,7 +246,7 @@ class Catalog:
         return Reservation(id_, id_ + PART, size_bytes)
 
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
-        """Evict at least what is ``short``, or nothing."""
+        """Evict at least what is ``short``, or nothing. Returns whether that was possible."""
         victims = self._table.victims(*short, keep, self._now())
         if not short.is_met_by(self._table.files.freed_bytes(victims), len(victims)):
             return False
@@ -296,8 +296,8 @@ class Catalog:
         return snapshot
 
     async def abandon(self, reservation: Reservation, *, is_refused: bool = False) -> None:
-        """Remove the part file and release the space. ``is_refused``: llama-server could not write it. Idempotent; no
-        effect on a committed reservation. Canceling is safe: the file is removed all the same.
+        """Remove the part file and release the space. ``is_refused``: llama-server could not write the file.
+        Idempotent; no effect on a committed reservation. Canceling is safe: the file is removed all the same.
         """
         if is_refused:
             self.landing.was_refused(reservation.id)
@@ -318,7 +318,9 @@ class Catalog:
     # -- one snapshot ---------------------------------------------------------------------------------------------
 
     def pin(self, id_: str) -> Pin:
-        """Keep the snapshot's file until the context exits. Raises KeyError immediately if the snapshot is gone."""
+        """Keep the snapshot's file until the returned context exits. Raises KeyError immediately if the snapshot is
+        gone.
+        """
         return Pin(self._table.pin(id_), self._unpin)
 
     def _unpin(self, id_: str) -> None:
@@ -326,15 +328,13 @@ class Catalog:
             self._remove(pending_delete)
 
     def touch(self, id_: str) -> None:
-        """Record a hit now. An unknown id is ignored. Written to disk a moment later, several at once."""
+        """Record a hit of a snapshot now; written to disk a moment later. An unknown id is ignored."""
         if id_ in self.snapshots:
             self._table.hit(id_, self._now())
             self._upkeep.date(id_)
 
     def branched(self, id_: str) -> None:
-        """Record that its conversation went on from an earlier point, so a hit is unlikely. An unknown id is
-        ignored.
-        """
+        """Record that a snapshot's conversation has left it, so a hit is unlikely. An unknown id is ignored."""
         if id_ in self.snapshots and not self._table.stats[id_].is_branched:
             self._table.branch(id_, self._now())
             self._upkeep.date(id_)
@@ -346,16 +346,16 @@ class Catalog:
             self._upkeep.date(id_)
 
     async def change_kind(self, id_: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:
-        """Change its kind and its pin, at once in memory and then on disk. Raises KeyError. Canceling is safe."""
+        """Change a snapshot's kind and pin, in memory and on disk. Raises KeyError. Canceling is safe."""
         with self.pin(id_):
             return await self._upkeep.change_kind(self._table.change_kind(id_, kind, is_pinned))
 
     async def verify(self, id_: str) -> WithTokens:
-        """Check that its file exists, has the recorded size, and has its tokens in the header. Returns it with the
-        tokens.
+        """Check that the snapshot's file exists, has the recorded size, and has its tokens in the header. Returns the
+        snapshot with its tokens.
 
-        Raises SnapshotInvalid otherwise. The snapshots that need the file are then dropped, unless they only could
-        not be read now (open files, memory, permission). Canceling is safe.
+        Raises SnapshotInvalid otherwise. The snapshots that need the file are then dropped, unless they only could not
+        be read now (open files, memory, permission). Canceling is safe.
         """
         if (pinned := self._table.pending_delete.get(id_)) is not None:
             # Superseded since it was chosen, and still pinned by the one that asks.
@@ -372,7 +372,7 @@ class Catalog:
                 raise
 
     async def verify_some(self, ids: Collection[str]) -> list[WithTokens]:
-        """As ``verify``, several in one call of a thread. Those that are gone or invalid are left out."""
+        """As ``verify``, for several in one call of a thread. Those that are gone or invalid are left out."""
         with contextlib.ExitStack() as stack:
             listed = [stack.enter_context(self.pin(id_)) for id_ in ids if id_ in self.snapshots]
             read = await asyncio.to_thread(scan.agree_each, self.directory, listed)
@@ -382,7 +382,7 @@ class Catalog:
             return [result for result in read if not isinstance(result, SnapshotInvalid)]
 
     def _is_invalid(self, id_: str, error: SnapshotInvalid) -> None:
-        """Drop it, and all that need the same damaged file: else each would cost a request its restore."""
+        """Drop an invalid snapshot, and all that need the same damaged file: each would cost a restore."""
         if is_passing(error):
             return
         ids = {id_}
@@ -396,7 +396,7 @@ class Catalog:
             self._drop(each)
 
     async def drop(self, id_: str) -> None:
-        """Unlist the snapshot at once, and remove its file, if it is pinned at the last unpin. Idempotent. Canceling
+        """Unlist the snapshot at once, and remove its file; if it is pinned, at the last unpin. Idempotent. Canceling
         is safe: the file is removed all the same.
         """
         if id_ in self.snapshots:
@@ -406,7 +406,7 @@ class Catalog:
     # -- without an await ------------------------------------------------------------------------------------------
 
     def _take(self, id_: str) -> Snapshot:
-        """Move it from listed to leaving, or to pending_delete: it can no longer be chosen, pinned or restored."""
+        """Unlist a snapshot, so that no request can use it; its files go now, or when it is not pinned any more."""
         snapshot = self.snapshots[id_]
         if self._table.take(id_, self._now()):
             self._remove(snapshot)
@@ -416,7 +416,7 @@ class Catalog:
         self._on_drop(self._take(id_))
 
     def _remove(self, snapshot: Snapshot) -> None:
-        """Remove its sidecar, and those of its files that no other snapshot needs."""
+        """Remove the sidecar of an unlisted snapshot, and those of its files that no other snapshot needs."""
         self.landing.forget(snapshot.id)
         freed = self._table.release(snapshot)
         if (own := snapshot.id + KV) not in freed:
@@ -425,6 +425,6 @@ class Catalog:
             self._quota.remove(name[: name.index(".")], size_bytes)
 
     def check(self) -> None:
-        """Raises AssertionError with the name of the account that is not the sum of its parts."""
+        """Raise AssertionError with the name of the account that is not the sum of its parts."""
         self._table.check()
         self._quota.check(sum(state.size_bytes for state in self._reservations.values()))

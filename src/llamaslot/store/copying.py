@@ -22,12 +22,12 @@ _MODE = 0o660  # llama-server and llamaslot may be two users of one group; the u
 
 
 class Copier:
-    """Writes the file ``target``, from its beginning to its end. A context manager: closes it, and unlinks it if an
-    error comes. ``at``: its length so far.
+    """Writes the file ``target``, from its beginning to its end. A context manager that closes the file, and unlinks
+    it after an error. ``at``: its length so far.
     """
 
     def __init__(self, target: Path) -> None:
-        """What was there is overwritten. Raises OSError."""
+        """Open ``target``, whose old content is overwritten. Raises OSError."""
         self.target = target
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self.fd = os.open(target, flags, _MODE)
@@ -74,7 +74,9 @@ class Copier:
 
 
 def checksum_of(fd: int, at: int, size: int, buffer: memoryview) -> int:
-    """The checksum of ``size`` bytes from ``at`` on. Raises SnapshotInvalid if the file is too short, OSError."""
+    """The checksum of ``size`` bytes of a file from ``at`` on. Raises SnapshotInvalid if the file is too short,
+    OSError.
+    """
     checksum, end = xxhash.xxh3_64(), at + size
     while at < end:
         block = buffer[: min(len(buffer), end - at)]

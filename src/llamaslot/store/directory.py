@@ -1,5 +1,5 @@
-"""The directory that llama-server and llamaslot share: a lock against other llamaslots, and a check that it is
-shared.
+"""The directory that llama-server and llamaslot share: a lock against other llamaslots, and a check that llama-server
+uses the same directory.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class DirectoryLock:
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Release the lock. Idempotent."""
+        """Release the lock of the snapshot directory. Idempotent."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -126,7 +126,9 @@ async def prove_shared(
 
 
 def _explain(error: SnapshotInvalid, probe: Path, fix: str) -> None:
-    """Raise NotShared for a probe that is missing or not readable. A strange format is left to the caller."""
+    """Raise NotShared, with the remedy, for a probe that is missing or not readable. A strange format is left to the
+    caller.
+    """
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
         raise NotShared(

@@ -49,11 +49,13 @@ _LENGTH = struct.Struct("<I")
 
 
 class GenerationUnusable(LlamaslotError):
-    """The generation on disk is incomplete, not ours, or of another format. Its content is never used."""
+    """The generation on disk is incomplete, not llamaslot's, or of another format. Its content is never used."""
 
 
 class Generation(Struct, frozen=True):
-    """An opened generation. ``size_bytes``: of its files together. ``namespace``: what its sequences are valid for."""
+    """A generation whose files are open. ``size_bytes``: of all its files. ``namespace``: what its sequences are valid
+    for.
+    """
 
     id: str
     namespace: str
@@ -70,7 +72,7 @@ class Recipe(Struct, frozen=True):
 
 
 def new_id() -> str:
-    """A unique name: ``gen-`` and 16 hexadecimal digits."""
+    """A unique name for a generation: ``gen-`` and 16 hexadecimal digits."""
     return "gen-" + secrets.token_hex(8)
 
 
@@ -80,9 +82,10 @@ def new_id() -> str:
 def open_generation(
     directory: Path, is_wanted: Callable[[str], bool], manifest_name: str = MANIFEST
 ) -> Generation | None:
-    """The valid generation, mapped; None if there never was one. Blocking: reads all of it once, 20 ms for 44 MiB.
+    """Open the valid generation; None if there never was one. Blocking: reads all of it once, 20 ms for 44 MiB.
+    ``is_wanted(namespace)`` tells whether to use it.
 
-    ``is_wanted(namespace)`` tells whether to use it. Raises GenerationUnusable.
+    Raises GenerationUnusable.
     """
     try:
         manifest = _read_manifest(directory / manifest_name)
@@ -142,7 +145,7 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 
 def _proof(path: Path) -> list[int | str]:
-    """Size and checksum of a file."""
+    """The size and the checksum of a file, as the manifest has them."""
     hashed, size = xxh3_128(), 0
     with open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 20):
@@ -167,10 +170,7 @@ def _map_columns(path: Path, counts: list[int]) -> Columns:
 
 
 def write_generation(directory: Path, id_: str, namespace: str, index: DiskIndex) -> None:
-    """Write the files, sync them, then write a manifest that is not valid yet.
-
-    Blocking; raises OSError.
-    """
+    """Write and sync the files of a generation, then a manifest that is not valid yet. Blocking; raises OSError."""
     numbers = [column if isinstance(column, array) else array("i", column) for column in index.columns]
     lines = "".join(f"{name}\n" for name in index.names)
     contents = {
@@ -195,7 +195,7 @@ def write_generation(directory: Path, id_: str, namespace: str, index: DiskIndex
 
 
 def write(path: Path, content: Iterable[bytes]) -> None:
-    """Write a new file and sync it. Raises OSError, also if it exists."""
+    """Write a new file and sync it. Raises OSError, also if the file exists."""
     with create(path) as file:
         file.writelines(content)
         file.flush()
@@ -203,15 +203,13 @@ def write(path: Path, content: Iterable[bytes]) -> None:
 
 
 def create(path: Path) -> BinaryIO:
-    """Create a file that only our user may read. Raises OSError, also if it exists."""
+    """Create a file that only llamaslot's user may read. Raises OSError, also if the file exists."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
 
 
 def sweep(directory: Path, id_: str | None) -> None:
-    """Remove every file of ours that does not belong to generation ``id_``. Blocking; files that cannot be removed
-    stay.
-
-    A mapped file stays readable until it is unmapped.
+    """Remove every file of llamaslot's that does not belong to generation ``id_``. Blocking; files that cannot be
+    removed stay. A mapped file stays readable until it is unmapped.
     """
     with suppress(OSError):
         for path in list(directory.iterdir()):
@@ -225,14 +223,14 @@ def sweep(directory: Path, id_: str | None) -> None:
 
 
 def encode_recipe(recipe: Recipe) -> bytes:
-    """The header of an input."""
+    """A recipe as bytes, which begin the input of a new generation."""
     fields = {"version": VERSION, "namespace": recipe.namespace, "base": recipe.base, "gone": recipe.gone}
     data = orjson.dumps(fields)
     return _LENGTH.pack(len(data)) + data
 
 
 def encode_branch(branch: Branch[str]) -> list[bytes]:
-    """A branch as ``sequences`` reads it; in pieces, so that the edge is not copied."""
+    """A branch of the tree as bytes that ``sequences`` reads; in pieces, so that the edge is not copied."""
     pieces = [_BRANCH.pack(branch.n_above, len(branch.edge), len(branch.holders))]
     for holder in branch.holders:
         name = holder.encode()
@@ -249,7 +247,7 @@ def _read(file: BinaryIO, n: int) -> bytes:
 
 
 def decode_recipe(file: BinaryIO) -> Recipe:
-    """Read what ``encode_recipe`` wrote."""
+    """Read from ``file`` what ``encode_recipe`` wrote."""
     fields = orjson.loads(_read(file, *_LENGTH.unpack(_read(file, _LENGTH.size))))
     if fields["version"] != VERSION:
         raise GenerationUnusable(f"the input is of version {fields['version']}")
@@ -257,7 +255,7 @@ def decode_recipe(file: BinaryIO) -> Recipe:
 
 
 def sequences(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Each holder in the branches that follow, and its tokens."""
+    """Read the branches in ``file``, and yield each holder with its tokens."""
     path = b""
     while head := file.read(_BRANCH.size):
         n_above, n_edge, n_holders = _BRANCH.unpack(head)

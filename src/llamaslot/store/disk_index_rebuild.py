@@ -24,10 +24,11 @@ _AT_ONCE = 64  # branches prepared while the writing thread holds the GIL: 0.1 m
 
 
 class DiskIndexRebuild:
-    """The generations in ``directory``, which is created if needed and used for nothing else.
+    """Makes the generations in ``directory``, which is created if needed and used for nothing else. One event loop
+    owns it.
 
-    ``namespace``: what the token sequences are valid for, such as a model's fingerprint. If the generation on disk
-    has a namespace with other text for which ``is_same`` is true, that text is kept. One event loop owns it.
+    ``namespace``: what the token sequences are valid for, such as a model's fingerprint. If the generation on disk has
+    a namespace with other text for which ``is_same`` is true, that text is kept.
     """
 
     def __init__(
@@ -48,9 +49,8 @@ class DiskIndexRebuild:
         self._failed_at: int | None = None  # number of holders at the last failure
 
     async def open(self) -> DiskIndex | None:
-        """The generation on disk. None if there is none, or if it cannot be used, which is logged.
-
-        Canceling is safe.
+        """Open the generation on disk. None if there is none, or if it cannot be used, which is logged. Canceling is
+        safe.
         """
         try:
             found = await asyncio.to_thread(self._open)
@@ -89,7 +89,7 @@ class DiskIndexRebuild:
         self._running = None
 
     async def end(self) -> None:
-        """Begin no more generations, and end the one being made. Canceling is safe: it ends all the same."""
+        """Begin no more generations, and end the one being made. Canceling is safe: that one ends all the same."""
         self._is_ended = True
         if (running := self._running) is not None:
             running.cancel()
@@ -133,8 +133,8 @@ class DiskIndexRebuild:
         return True
 
     async def _grow(self, id_: str) -> None:
-        """Run the process that makes the generation. Raises GenerationUnusable with its last line of output. Kills it
-        if cancelled.
+        """Run the process that makes the generation, and kill it if cancelled. Raises GenerationUnusable with the last
+        line of its output.
         """
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "llamaslot.store.disk_index_files", str(self._directory), id_),

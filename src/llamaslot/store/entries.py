@@ -21,8 +21,8 @@ from llamaslot.store.sidecar import EXT, KV, Snapshot
 
 
 class SharedFiles:
-    """``sizes``: bytes by file name; ``size_bytes``: of all; ``users``: by file name the ids of the snapshots that need
-    it, and up to which of their tokens.
+    """The files of all snapshots, and which snapshots need each. ``sizes``: bytes by file name; ``size_bytes``: of
+    all; ``users``: by file name the ids of the snapshots that need it, and up to which of their tokens.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,9 @@ class SharedFiles:
         self.size_bytes = 0
 
     def add(self, snapshot: Snapshot) -> set[str]:
-        """Returns the ids of those that were the only users of a file that it needs too: they own less now."""
+        """Add the files of a snapshot. Returns the ids of snapshots that were the only users of one of these files:
+        they own less now.
+        """
         if not snapshot.parts and (name := snapshot.file_name) not in self.users:
             # As most are: in a third of the time.
             self.users[name], self.sizes[name] = {snapshot.id: snapshot.n_tokens}, snapshot.size_bytes
@@ -48,8 +50,8 @@ class SharedFiles:
         return touched - {snapshot.id}
 
     def drop(self, snapshot: Snapshot) -> tuple[dict[str, int], set[str]]:
-        """Returns the files that no snapshot needs any more, with their bytes, and the ids of those that are the only
-        users of a file now: they own more.
+        """Remove a snapshot. Returns the files that no snapshot needs any more, with their bytes, and the ids of
+        snapshots that are the only users of a file now: they own more.
         """
         freed, touched = dict[str, int](), set[str]()
         for name in snapshot.files:
@@ -64,13 +66,15 @@ class SharedFiles:
         return freed, touched
 
     def own_bytes(self, snapshot: Snapshot) -> int:
-        """The bytes that would be free if it were dropped."""
+        """The bytes that would be free if this snapshot alone were dropped."""
         if not snapshot.parts:
             return snapshot.size_bytes if len(self.users[snapshot.file_name]) == 1 else 0
         return sum(self.sizes[name] for name in snapshot.files if len(self.users[name]) == 1)
 
     def share_bytes(self, snapshot: Snapshot) -> int:
-        """Its share of the files that others need too, each divided equally: what all own and share is all there is."""
+        """A snapshot's share of the files that others need too, each divided equally: the sum of what all own and
+        share is all there is.
+        """
         users = ((name, len(self.users[name])) for name in snapshot.files)
         return round(sum(self.sizes[name] / n for name, n in users if n > 1))
 
@@ -96,24 +100,24 @@ class SharedFiles:
         return 0
 
     def freed_bytes(self, snapshots: Iterable[Snapshot]) -> int:
-        """The bytes that would be free if all these were dropped."""
+        """The bytes that would be free if all these snapshots were dropped."""
         departure = Departure(self)
         return sum(departure.add(snapshot) for snapshot in snapshots)
 
     def ids(self) -> Iterator[str]:
-        """The ids in the names of all files."""
+        """The ids that occur in the names of all files."""
         return (name[: name.index(".")] for name in self.sizes)
 
 
 class Departure:
-    """What is freed by dropping some snapshots one after the other, before any of them is."""
+    """Computes what is freed by dropping some snapshots one after the other, before any of them is dropped."""
 
     def __init__(self, files: SharedFiles) -> None:
         self._files = files
         self._n_gone: dict[str, int] = {}
 
     def add(self, snapshot: Snapshot) -> int:
-        """The bytes that are freed if it goes too."""
+        """The bytes that are freed if this snapshot is dropped too."""
         freed_bytes = 0
         for name in snapshot.files:
             n_gone = self._n_gone[name] = self._n_gone.get(name, 0) + 1
@@ -122,7 +126,7 @@ class Departure:
         return freed_bytes
 
     def needed_for(self, snapshot: Snapshot) -> int:
-        """The bytes that would not be freed if one of those that were added stayed."""
+        """The bytes that would not be freed if this snapshot, one of those that were added, stayed."""
         return sum(
             self._files.sizes[name]
             for name in snapshot.files
@@ -130,7 +134,7 @@ class Departure:
         )
 
     def take_back(self, snapshot: Snapshot) -> None:
-        """One of those that were added stays."""
+        """One of the snapshots that were added stays after all."""
         for name in snapshot.files:
             self._n_gone[name] -= 1
 
@@ -160,11 +164,12 @@ class Pin(AbstractContextManager[Snapshot]):
 
 
 class SnapshotTable:
-    """``snapshots`` can be found, pinned and restored; ``pending_delete`` ones are dropped but still pinned.
+    """The snapshots of one directory in memory. ``snapshots`` can be found, pinned and restored; ``pending_delete``
+    ones are dropped but still pinned.
 
-    ``stats``: usage by id of listed snapshots. ``order`` decides who is evicted first and learns from hits; only
-    from snapshots of the models that are served, by their ``fingerprints``, once any is known. ``files``: of both kinds
-    of snapshots, until ``release``.
+    ``stats``: usage by id of listed snapshots. ``order`` decides which is evicted first and learns from hits; only
+    from snapshots of the models that are served, by their ``fingerprints``, once any is known. ``files``: of both
+    kinds of snapshots, until ``release``.
     """
 
     def __init__(self, order: Order | None = None) -> None:
@@ -195,7 +200,7 @@ class SnapshotTable:
     def add(
         self, snapshot: Snapshot, now: float, *, last_used: float | None = None, hits: Hits = NEVER
     ) -> None:
-        """List it. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``."""
+        """List a snapshot. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``."""
         self._now = now
         self.snapshots[snapshot.id] = snapshot
         last_used = now if last_used is None else last_used
@@ -214,7 +219,9 @@ class SnapshotTable:
         hits: Mapping[str, Hits],
         now: float,
     ) -> None:
-        """List those of a whole directory. They are ranked by ``rank_some``, or before the next choice: 20 us each."""
+        """List the snapshots of a whole directory. They are ranked by ``rank_some``, or before the next choice: 20 us
+        each.
+        """
         self._now, stats = now, self.stats
         listed = {snapshot.id: snapshot for snapshot in snapshots}
         self.snapshots |= listed
@@ -232,7 +239,7 @@ class SnapshotTable:
         return self._ranking.rank_some(n)
 
     def hit(self, id_: str, now: float) -> None:
-        """Record a hit now. Raises KeyError for an unlisted id."""
+        """Record a hit of a snapshot now. Raises KeyError for an unlisted id."""
         stats = self.stats[id_]
         if self._is_valid(id_):
             self.order.hit(stats, now)
@@ -242,7 +249,7 @@ class SnapshotTable:
         self._rank_again(id_, now)
 
     def branch(self, id_: str, now: float) -> None:
-        """Record that its conversation went on without it, from an earlier point. Raises KeyError for an
+        """Record that a snapshot's conversation went on without it, from an earlier point. Raises KeyError for an
         unlisted id.
         """
         stats = self.stats[id_]
@@ -257,8 +264,8 @@ class SnapshotTable:
         self._rank_again(id_, now)
 
     def take(self, id_: str, now: float) -> bool:
-        """Unlist it. True if its files may be removed now, after ``release``; False if a pin holds them until ``unpin``
-        returns it.
+        """Unlist a snapshot. True if its files may be removed now, after ``release``; False if a pin holds them until
+        ``unpin`` returns the snapshot.
         """
         if self._is_valid(id_):
             self.order.gone(self.stats[id_], now)
@@ -271,13 +278,13 @@ class SnapshotTable:
         return True
 
     def release(self, snapshot: Snapshot) -> dict[str, int]:
-        """It needs its files no more. Returns those that no other snapshot needs, with their bytes."""
+        """A snapshot needs its files no more. Returns those files that no other snapshot needs, with their bytes."""
         freed, touched = self.files.drop(snapshot)
         self._weigh(touched)
         return freed
 
     def checksum_of(self, name: str) -> int | None:
-        """That of a slot file, if a snapshot that needs it has noted one."""
+        """The checksum of a whole slot file, if a snapshot that needs the file has recorded one."""
         for id_ in self.files.users.get(name, ()):
             snapshot = self.snapshots.get(id_) or self.pending_delete.get(id_)
             for part in snapshot.parts if snapshot is not None else ():
@@ -286,21 +293,21 @@ class SnapshotTable:
         return None
 
     def _weigh(self, ids: Iterable[str]) -> None:
-        """These own more or less bytes than before."""
+        """Rank snapshots anew that own more or fewer bytes than before."""
         for id_ in ids:
             if (stats := self.stats.get(id_)) is not None:
                 stats.size_bytes = self.files.own_bytes(self.snapshots[id_])
                 self._ranking.put(id_)
 
     def change_kind(self, id_: str, kind: SnapshotKind, is_pinned: bool) -> Snapshot:
-        """Change its kind and pin. Raises KeyError for an unlisted id."""
+        """Change a snapshot's kind and pin. Raises KeyError for an unlisted id."""
         self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, is_pinned=is_pinned)
         self.stats[id_].kind = kind
         self._ranking.put(id_)
         return self.snapshots[id_]
 
     def pin(self, id_: str) -> Snapshot:
-        """Count a pin. Raises KeyError for an unlisted id."""
+        """Count a pin of a snapshot. Raises KeyError for an unlisted id."""
         snapshot = self.snapshots[id_]
         self._pins[id_] += 1
         return snapshot
@@ -379,12 +386,12 @@ class SnapshotTable:
         self._ranking.put(id_)
 
     def is_known(self, id_: str) -> bool:
-        """Whether files of that id are booked here."""
+        """Whether the table has files of that id."""
         is_listed = id_ in self.snapshots or id_ in self.pending_delete
         return is_listed or id_ + KV in self.files.sizes or id_ + EXT in self.files.sizes
 
     def check(self) -> None:
-        """Raises AssertionError with the name of the invariant that does not hold."""
+        """Raise AssertionError with the name of the invariant that does not hold."""
         assert self.stats.keys() == self.snapshots.keys(), "stats and snapshots differ"
         assert len(self._ranking) == len(self.snapshots), "not everything is ranked"
         assert self.pending_delete.keys() <= self._pins.keys(), "pending deletion without a pin"

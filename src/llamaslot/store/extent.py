@@ -44,14 +44,16 @@ UNCHECKED = -1
 
 
 class Section(Struct, frozen=True, array_like=True):
-    """``size`` bytes from ``at`` on, and their xxh3_64; UNCHECKED in a slot file, which has no checksums."""
+    """A section of a file: ``size`` bytes from ``at`` on, and their xxh3_64; UNCHECKED in a slot file, which has no
+    checksums.
+    """
 
     at: int
     size: int
     checksum: int
 
     def is_as(self, checksum: int) -> bool:
-        """Whether these may be bytes with that checksum."""
+        """Whether the section's bytes may have that checksum."""
         return self.checksum in (checksum, UNCHECKED)
 
 
@@ -76,8 +78,8 @@ class KeptState(Struct, frozen=True):
 
 
 class Extent(Struct, frozen=True):
-    """The footer. ``start``, ``end``: its tokens in the whole path; ``n_streams``: as the save had it; ``rows``: one
-    section per tensor of ``shape``; ``size_bytes``: of the parts before the footer.
+    """The footer of an extent. ``start``, ``end``: its tokens in the whole path; ``n_streams``: as in the saved slot
+    file; ``rows``: one section per tensor of ``shape``; ``size_bytes``: of the parts before the footer.
     """
 
     version: int
@@ -91,7 +93,7 @@ class Extent(Struct, frozen=True):
     size_bytes: int
 
     def state_at(self, n_tokens: int) -> KeptState:
-        """Raises KeyError."""
+        """The state after ``n_tokens`` tokens. Raises KeyError if there is none."""
         for state in self.states:
             if state.n_tokens == n_tokens:
                 return state
@@ -106,8 +108,8 @@ class Extent(Struct, frozen=True):
 
 
 class Piece(Struct, frozen=True):
-    """The tokens [start, end) of the path, which the extent in ``path`` has. ``checksum``: of the whole file, if it is
-    a slot file and its checksum is known.
+    """The tokens [start, end) of a path, whose rows are in the extent ``path``. ``checksum``: of the whole file, if it
+    is a slot file and its checksum is known.
     """
 
     path: Path
@@ -152,7 +154,7 @@ def write_extent(
 
 
 def verify(path: Path) -> Extent:
-    """Read all of the extent and compare the checksums. Raises SnapshotInvalid with the reason in one line."""
+    """Read all of an extent and compare the checksums. Raises SnapshotInvalid with the reason in one line."""
     with _open(path) as source:
         extent = source.extent()
         buffer = memoryview(mmap.mmap(-1, BLOCK))
@@ -165,9 +167,11 @@ def verify(path: Path) -> Extent:
 def differing_tokens(
     landing: Path, layout: SlotLayout, pieces: Iterable[Piece], n_tokens: int = 32, seed: int | None = None
 ) -> int:
-    """Compare the rows of ``n_tokens`` random tokens of ``pieces``, in all tensors (two of them if there are more than
-    16: any of them differs if a layer before it does), with those in the slot file ``landing``: of how many tokens any
-    differs. The same path and shape is the caller's care. Raises SnapshotInvalid, OSError.
+    """The number of tokens, out of ``n_tokens`` random ones of ``pieces``, whose rows differ from those in the slot
+    file ``landing``.
+
+    All tensors are compared, but only two of them if there are more than 16: any of them differs if a layer before it
+    does. The caller knows that path and shape are the same. Raises SnapshotInvalid, OSError.
     """
     pieces = [piece for piece in pieces if piece.start < piece.end]
     if not pieces or not layout.shape.tensors:
@@ -198,10 +202,10 @@ def _some_tensors(shape: Shape, rng: random.Random) -> Collection[int]:
 
 
 class Source:
-    """A file that is read. A context manager."""
+    """An extent or slot file opened for reading. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Raises SnapshotInvalid if it cannot be opened."""
+        """Open the file. Raises SnapshotInvalid if that fails."""
         self.path = path
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -216,21 +220,21 @@ class Source:
         os.close(self.fd)
 
     def read(self, at: int, size: int) -> bytes:
-        """Raises SnapshotInvalid if there are fewer bytes."""
+        """Read ``size`` bytes at ``at``. Raises SnapshotInvalid if there are fewer."""
         data = os.pread(self.fd, size, at)
         if len(data) != size:
             raise SnapshotInvalid(f"{self.path.name}: ends at {at + len(data)}, not at {at + size}")
         return data
 
     def tokens(self, extent: Extent) -> bytes:
-        """Raises SnapshotInvalid."""
+        """Read the extent's tokens, and compare their checksum. Raises SnapshotInvalid."""
         data = self.read(extent.tokens.at, extent.tokens.size)
         if not extent.tokens.is_as(xxhash.xxh3_64_intdigest(data)):
             raise SnapshotInvalid(f"{self.path.name}: its tokens have changed")
         return data
 
     def extent(self) -> Extent:
-        """Its footer; what it would be, if this is a slot file. Raises SnapshotInvalid."""
+        """Read the file's footer; of a slot file, what that would be. Raises SnapshotInvalid."""
         name, size = self.path.name, self.size_bytes
         if self.read(0, min(size, 4)) == U32.pack(MAGIC):
             return extent_of(read_layout(self.path), name)
@@ -282,7 +286,7 @@ def extent_of(layout: SlotLayout, name: str) -> Extent:
 
 
 def _fault(extent: Extent, size: int) -> str:
-    """What does not add up; "" if all does."""
+    """Which sizes of an extent do not add up, in words; "" if all do."""
     n = extent.end - extent.start
     if not 0 <= extent.start <= extent.end or extent.tokens.size != n * WIDTH:
         return f"{extent.tokens.size} bytes for the tokens [{extent.start}, {extent.end})"
@@ -305,7 +309,7 @@ def _open(path: Path, size_bytes: int | None = None) -> Source:
 
 
 class _Writer:
-    """Writes an extent beside ``target``. A context manager; an error leaves nothing."""
+    """Writes an extent beside ``target``. A context manager; after an error nothing is left."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -341,7 +345,7 @@ class _Writer:
         return Section(at, self._copier.at - at, checksum.intdigest())
 
     def finish(self, extent: Extent) -> Extent:
-        """Write the footer; sync; give it its name; sync that."""
+        """Write the footer, sync the file, give it its name, and sync the directory."""
         footer = msgspec.json.encode(extent)
         self._copier.write(footer)
         self._copier.write(_END.pack(xxhash.xxh3_64_intdigest(footer), len(footer), TAIL))
@@ -356,7 +360,7 @@ _REMEMBERED = 8192  # files
 
 
 def check_extent(path: Path) -> None:
-    """Raises SnapshotInvalid, with the reason in one line, unless all of the extent is as it was written."""
+    """Raise SnapshotInvalid, with the reason in one line, unless all of the extent is as it was written."""
     _verified(path, _file_id(path))
 
 
@@ -366,13 +370,13 @@ def _verified(path: Path, file_id: FileId) -> None:
 
 
 def check_file(path: Path, checksum: int) -> None:
-    """Raises SnapshotInvalid, with the reason in one line, unless the whole file has that checksum; OSError."""
+    """Raise SnapshotInvalid, with the reason in one line, unless the whole file has that checksum; OSError."""
     if checksum_of_file(path) != checksum:
         raise SnapshotInvalid(f"{path.name}: has changed since other snapshots began to need it")
 
 
 def checksum_of_file(path: Path) -> int:
-    """The xxh3_64 of all of it: a second or more for several GB. Raises SnapshotInvalid, OSError."""
+    """The xxh3_64 of a whole file: a second or more for several GB. Raises SnapshotInvalid, OSError."""
     return _computed(path, _file_id(path))
 
 

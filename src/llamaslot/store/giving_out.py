@@ -30,8 +30,8 @@ _MORE_BYTES = 2048  # of a file, besides rows, cells and states
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether what kept a snapshot from being given out may be over soon, its files whole: no room, no right, too many
-    open files, a disk that does not answer.
+    """Whether the reason why a snapshot could not be given out may be over soon, while its files are whole: no room,
+    no permission, too many open files, a disk that does not answer.
     """
     cause = error.__cause__
     is_refused = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
@@ -39,7 +39,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 class Given(Struct, frozen=True):
-    """A slot file for a restore."""
+    """A slot file that llama-server can restore now."""
 
     name: str
     size_bytes: int
@@ -47,13 +47,15 @@ class Given(Struct, frozen=True):
 
 
 class Outgoing(Struct, frozen=True):
-    """A slot file to put together from ``rows``, and ``states`` by position: the last one is after the last token."""
+    """A slot file to be put together from ``rows``, and from ``states`` by position: the last state is after the last
+    token.
+    """
 
     rows: tuple[Part, ...]
     states: tuple[Part, ...]
 
     def size_bytes(self, directory: Path) -> int:
-        """At most its bytes. Blocking; raises SnapshotInvalid, DoesNotFit."""
+        """An upper bound of the file's bytes. Blocking; raises SnapshotInvalid, DoesNotFit."""
         with Source(directory / self.rows[-1].file) as source:
             extent = source.extent()
         if extent.shape.has_states is not bool(self.states):  # before room is made for it
@@ -67,16 +69,15 @@ class Outgoing(Struct, frozen=True):
         return size_bytes + sum(states) + sum(states[-1:])  # the last is there twice
 
     def write(self, directory: Path, target: Path) -> int:
-        """Write it to ``target``; its size in bytes. Blocking; raises SnapshotInvalid and OSError."""
+        """Write the file to ``target``. Returns its size in bytes. Blocking; raises SnapshotInvalid and OSError."""
         pieces = [Piece(directory / part.file, part.start, part.end, part.checksum) for part in self.rows]
         states = [StateAt(directory / part.file, part.end) for part in self.states]
         return assemble(pieces, states[-1] if states else None, states[:-1], target)
 
 
 def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
-    """What to put together for its first ``n_tokens``; None if its own file is given.
-
-    A model that cannot rewind needs a state there: then the snapshot has parts, and a state after as many tokens.
+    """What to put together for the first ``n_tokens`` of a snapshot; None if its own file is given. For a model that
+    cannot rewind, the snapshot has parts, and a state after as many tokens.
     """
     parts = snapshot.parts
     if not parts:
@@ -93,8 +94,10 @@ def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
 
 
 class Copies:
-    """Those in ``directory``. ``reserve`` and ``abandon``: the catalog's. ``on_damage(id, error)`` is called if files
-    of that snapshot are damaged or gone; the error names them. ``checksum_of(name)``: of a whole slot file, if known.
+    """Gives out slot files, and makes the copies in ``directory`` that are needed for that.
+
+    ``reserve`` and ``abandon``: the catalog's. ``on_damage(id, error)`` is called if files of that snapshot are
+    damaged or gone; the error names them. ``checksum_of(name)``: of a whole slot file, if known.
     """
 
     def __init__(
@@ -114,8 +117,8 @@ class Copies:
     async def given_out(
         self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
     ) -> AsyncIterator[Given]:
-        """A slot file of its first ``n_tokens``, or of all, until the context exits. The snapshot must be pinned. On
-        a model that cannot rewind there must be a state after ``n_tokens``. ``spare``: as in ``Catalog.reserve``.
+        """A slot file of the first ``n_tokens`` of a pinned snapshot, or of all, until the context exits. For a model
+        that cannot rewind there must be a state after ``n_tokens``. ``spare``: as in ``Catalog.reserve``.
 
         Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe: it waits for the
         copy and removes it.
@@ -147,7 +150,7 @@ class Copies:
 
     @asynccontextmanager
     async def _whole(self, snapshot: Snapshot) -> AsyncIterator[str]:
-        """The name of its own file, where llama-server finds it. Raises SnapshotInvalid and QuotaExceeded."""
+        """The name of a snapshot's own file, where llama-server finds it. Raises SnapshotInvalid and QuotaExceeded."""
         if not self._landing.is_separate:
             yield snapshot.file_name
             return
@@ -170,8 +173,8 @@ class Copies:
             await self._landing.drop(id_)
 
     async def _check_whole(self, snapshot: Snapshot) -> None:
-        """Compare a slot file whose checksum others have noted: read once in this process, a second or more for several
-        GB. Raises SnapshotInvalid.
+        """Compare the checksum of a snapshot's own slot file, if other snapshots have recorded one: read once in this
+        process, a second or more for several GB. Raises SnapshotInvalid.
         """
         name = snapshot.file_name
         if snapshot.parts or (checksum := self._checksum_of(name)) is None:
@@ -185,7 +188,7 @@ class Copies:
             raise
 
     async def _copy(self, snapshot: Snapshot, order: Outgoing, spare: Collection[str]) -> Reservation | None:
-        """None if its own file will do as well."""
+        """Put a copy together in reserved space; None if that failed and the snapshot's own file will do as well."""
         try:
             size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)
             copy = await self._reserve(size_bytes, (snapshot.id,), spare, 0)

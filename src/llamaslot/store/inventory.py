@@ -35,7 +35,7 @@ class FileState(enum.StrEnum):
 
 
 class Item(Struct, frozen=True):
-    """A snapshot, or the files of an id that is none. ``size_bytes``: those that no other snapshot needs;
+    """A snapshot, or the files of an id that is no snapshot. ``size_bytes``: those that no other snapshot needs;
     ``shared_bytes``: the rest. ``noted``: its sidecar, None if that cannot be read; ``last_used``: seconds since the
     epoch; ``why``: its fault; ``bad_files``: parts that are broken.
     """
@@ -52,8 +52,8 @@ class Item(Struct, frozen=True):
 
 
 class Stock(Struct, frozen=True):
-    """Items by id, the number of other files, and the files of all snapshots. ``unreadable``: ids of sidecars that
-    cannot be read now; which files those need is not known.
+    """All that is in a directory: items by id, the number of other files, and the files of all snapshots.
+    ``unreadable``: ids of sidecars that cannot be read now; which files these need is not known.
     """
 
     items: dict[str, Item]
@@ -63,7 +63,7 @@ class Stock(Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        """Of all items together."""
+        """The bytes of all items together."""
         rest = (item.size_bytes for item in self.items.values() if item.noted is None)
         return self.files.size_bytes + sum(rest)
 
@@ -72,7 +72,7 @@ class Stock(Struct, frozen=True):
 
 
 def take_stock(directory: Path) -> Stock:
-    """Names, sizes and sidecars; no header is read. Blocking. Raises DirectoryUnusable."""
+    """Look at names, sizes and sidecars in a directory; no header is read. Blocking. Raises DirectoryUnusable."""
     try:
         listing = scan.list_own(directory)
     except OSError as error:
@@ -124,7 +124,9 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
 
 
 def _broken(item: Item, error: SnapshotInvalid) -> Item:
-    """In our list the file name in the error is redundant."""
+    """``item`` marked as broken or unreadable, with the reason from ``error``; the file name in it is left out, as a
+    list of items has it already.
+    """
     why = re.sub(rf"^{item.id}(\.kv|\.json)?: ", "", str(error))
     cause = error.__cause__
     is_read = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
@@ -132,7 +134,7 @@ def _broken(item: Item, error: SnapshotInvalid) -> Item:
 
 
 def _with_bad_files(item: Item, bad: Iterable[str], how: str) -> Item:
-    """``how``: what is wrong with them, and what it takes."""
+    """``item`` marked as broken because of the files ``bad``. ``how``: what is wrong with them."""
     names = tuple(sorted(bad))
     why = f"{', '.join(names)} is {how}the next start keeps what is before it"
     return replace(item, state=FileState.BROKEN, why=why, bad_files=names)
@@ -150,8 +152,8 @@ def _dated(directory: Path, id_: str, suffixes: set[str]) -> float:
 async def read_headers(
     directory: Path, items: Collection[Item], *, with_checksums: bool = False
 ) -> list[Item]:
-    """The items, with those marked broken whose file does not match the sidecar, and unreadable whose cannot be read.
-    ``with_checksums``: all parts are read, each once. Canceling is safe.
+    """The items, of which those are marked broken whose file does not match the sidecar, and those unreadable whose
+    file cannot be read. ``with_checksums``: all parts are read, each once. Canceling is safe.
     """
     gate = asyncio.Semaphore(_AT_ONCE)
     bad = set[str]()
@@ -185,8 +187,8 @@ async def read_headers(
 
 
 def _is_good(path: Path, checksums: Collection[int]) -> bool:
-    """Whether the rows and states in a file are those that were written; of a slot file without ``checksums``, whether
-    they can be told.
+    """Whether the rows and states in a file are those that were written; for a slot file without ``checksums``, only
+    whether its layout is understood.
     """
     try:
         if path.suffix == KV:

@@ -1,11 +1,11 @@
-"""Where llama-server writes and reads slot files, if that is not the directory of the snapshots: best in memory.
+"""The directory where llama-server writes and reads slot files, if that is not the directory of the snapshots: best in
+memory.
 
 llama-server, and all its streams, stand still while it writes or reads a slot file, so it should have a fast place for
 that; copying between there and the store is work of threads. A file is there from the booking of its space until it is
-taken in or restored. Within ``quota_bytes`` it stays for the next restore, and the one used longest ago goes first.
-
-What does not fit goes through a symbolic link to the store, as if there were no landing place; so does all if both are
-on one file system.
+taken into the store or restored. Within ``quota_bytes`` it stays for the next restore, and the one used longest ago
+goes first. What does not fit goes through a symbolic link to the store, as if there were no landing place; so does all
+if both are on one file system.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ _CGROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class NoLanding(QuotaExceeded):
-    """llama-server can neither write nor read a file now. Why, and what mends it, was said when that began."""
+    """llama-server can neither write nor read a file now. The reason and the remedy were logged when that began."""
 
 
 class _File(Struct):
-    """``size_bytes``: still to be written."""
+    """A booked file. ``size_bytes``: what is still to be written."""
 
     size_bytes: int
     is_link: bool = False
 
 
 class Kept(Struct):
-    """A slot file of the first ``n_tokens`` of a snapshot, which stays. ``n_users``: restores that use it now."""
+    """A slot file with the first ``n_tokens`` of a snapshot, which stays for the next restore. ``n_users``: restores
+    that use it now.
+    """
 
     id: str
     size_bytes: int
@@ -59,9 +61,8 @@ class Kept(Struct):
 
 
 class Landing:
-    """``directory``: llama-server's; ``store``: the snapshots'. If both are the same, all methods do nothing.
-
-    Of ``tasks`` are removals. An event loop owns it.
+    """The landing place. ``directory``: llama-server's; ``store``: the snapshots'. If both are the same, all methods
+    do nothing. Removals run in ``tasks``. An event loop owns it.
     """
 
     def __init__(self, directory: Path, store: Path, tasks: TaskOwner, quota_bytes: int = 0) -> None:
@@ -80,11 +81,13 @@ class Landing:
         return sum(kept.size_bytes for kept in self._kept.values())
 
     def path(self, id_: str) -> Path:
-        """Of a file that was booked."""
+        """The path of a booked file."""
         return self.directory / (id_ + PART)
 
     async def open(self) -> None:
-        """Lock it and remove what was left there. Raises DirectoryUnusable. Canceling is safe: ``close`` unlocks."""
+        """Lock the directory and remove what was left there. Raises DirectoryUnusable. Canceling is safe: ``close``
+        unlocks.
+        """
         if self.is_separate:
             await in_thread(self._open)
 
@@ -106,7 +109,7 @@ class Landing:
             ) from error
 
     def _unlink_links(self) -> None:
-        """``scan`` takes links for foreign."""
+        """Remove links to the store that an earlier run has left: ``scan`` takes links for foreign files."""
         with os.scandir(self.directory) as entries:
             for entry in entries:
                 if entry.name.endswith(PART) and entry.is_symlink():
@@ -116,7 +119,7 @@ class Landing:
                             os.unlink(entry.path)
 
     def close(self) -> None:
-        """Remove what stayed, and unlock it. Idempotent. Blocking."""
+        """Remove the files that have stayed, and unlock the directory. Idempotent. Blocking."""
         for kept in self._kept.values():
             _unlink_quietly(self.path(kept.id))
         self._kept.clear()
@@ -125,8 +128,8 @@ class Landing:
     # -- files of a moment -----------------------------------------------------------------------------------------
 
     async def book(self, id_: str, size_bytes: int, target: str | None = None) -> bool:
-        """Make room for a file of that id. False if it is a link to ``target`` in the store, by default to its part
-        file.
+        """Make room for a file with that id. True if the file will be in the landing place; False if there is a link
+        to ``target`` in the store instead, by default to the id's part file.
 
         Raises NoLanding, and books nothing. Canceling is safe: nothing is booked.
         """
@@ -168,7 +171,7 @@ class Landing:
             raise FileNotFoundError(2, "it is not the directory that it was: unmounted or removed?")
 
     def _free_bytes(self) -> int:
-        """Raises OSError."""
+        """The bytes that can be written to the landing place. Raises OSError."""
         self._check()
         found = os.statvfs(self.directory)
         if found.f_flag & os.ST_RDONLY or not os.access(self.directory, os.W_OK | os.X_OK):
@@ -192,12 +195,12 @@ class Landing:
             log.warning("landing place: " + text, *values)
 
     def written(self, id_: str) -> None:
-        """It is whole, so its bytes are no longer free."""
+        """A booked file is written whole, so its bytes need not be kept free any more."""
         if (file := self._files.get(id_)) is not None:
             file.size_bytes = 0
 
     def was_refused(self, id_: str) -> bool:
-        """llama-server could not write or read it. True if that is because of a link."""
+        """Record that llama-server could not write or read a file. True if that is because of a link."""
         is_link = (file := self._files.get(id_)) is not None and file.is_link
         if is_link and not self._links_work:
             self._links_from = asyncio.get_running_loop().time() + _TRY_LINKS_S
@@ -212,13 +215,13 @@ class Landing:
         return False
 
     async def drop(self, id_: str) -> None:
-        """Remove a booked file. Idempotent. Canceling is safe: it is removed all the same."""
+        """Remove a booked file. Idempotent. Canceling is safe: the file is removed all the same."""
         if self._files.pop(id_, None) is not None:
             await asyncio.shield(self._unlinked(id_))
 
     async def settle(self, id_: str, snapshot: str, n_tokens: int, size_bytes: int) -> None:
-        """Keep a file with the first ``n_tokens`` of ``snapshot``, if there is room for it, or remove it. Canceling is
-        safe.
+        """A booked file has the first ``n_tokens`` of ``snapshot``: keep it for the next restore if there is room,
+        else remove it. Canceling is safe.
         """
         if (file := self._files.get(id_)) is None:
             return
@@ -235,20 +238,20 @@ class Landing:
             await asyncio.wait(removals)
 
     async def _sweep(self) -> None:
-        """Remove what llama-server has written after its file was dropped."""
+        """Remove files that llama-server has written after they were dropped."""
         try:
             found = await asyncio.to_thread(scan.list_own, self.directory)
         except OSError:
             return  # ``book`` says so
         known = self._files.keys() | {kept.id for kept in self._kept.values()}
-        for id_ in found.holders(PART) - known:
+        for id_ in found.ids_with(PART) - known:
             await self._unlinked(id_)
 
     # -- files that stay -------------------------------------------------------------------------------------------
 
     def take(self, snapshot: str, n_tokens: int, *, or_more: int) -> Kept | None:
-        """A kept file of the first ``n_tokens`` of a snapshot, or of more but at most ``or_more``. It stays until
-        ``give_back``.
+        """A kept file with the first ``n_tokens`` of a snapshot, or with more but at most ``or_more``; None if there
+        is none. It stays until ``give_back``.
         """
         for key, kept in self._kept.items():
             if key[0] == snapshot and n_tokens <= key[1] <= max(or_more, n_tokens):
@@ -261,7 +264,7 @@ class Landing:
         kept.n_users -= 1
 
     def forget(self, snapshot: str) -> None:
-        """That snapshot is gone."""
+        """Remove the kept files of a snapshot that is gone."""
         for key in [key for key in self._kept if key[0] == snapshot]:
             self._removal(key)
 
@@ -278,7 +281,9 @@ class Landing:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Blocking; raises SnapshotInvalid and OSError, and leaves nothing in ``target`` then. It is not synced."""
+    """Copy a file. Blocking; raises SnapshotInvalid and OSError, and leaves nothing in ``target`` then. The copy is
+    not synced.
+    """
     with Source(source) as opened, Copier(target) as copier:
         copier.copy(opened.fd, 0, opened.size_bytes)
 
@@ -293,7 +298,7 @@ def _are_apart(one: Path, other: Path) -> bool:
 
 
 def is_in_memory(directory: Path) -> bool:
-    """Whether it is on a tmpfs. Blocking; raises OSError."""
+    """Whether a directory is on a tmpfs. Blocking; raises OSError."""
     device = os.stat(directory).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError):
@@ -321,7 +326,7 @@ def available_memory() -> int:
 
 
 def _free_in(group: Path) -> int:
-    """Bytes until a control group (v2) has all it may have; the page cache counts as free. Raises ValueError,
+    """How many bytes a control group (v2) can take until its limit; the page cache counts as free. Raises ValueError,
     KeyError.
     """
     free = 1 << 62

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class LearnedFile:
-    """``name``: of the backend or the store, for the log."""
+    """A JSON file of learned numbers. ``name``: of the backend or the store, for the log."""
 
     def __init__(self, name: str, path: Path) -> None:
         self._name, self.path = name, path
@@ -63,7 +63,9 @@ _SPARE_LINES = 1_000  # the file is rewritten when it has more outdated lines th
 
 
 class Hits(NamedTuple):
-    """Of one snapshot. ``is_branched``: its conversation went on from an earlier point, and there was no hit since."""
+    """The hits of one snapshot. ``is_branched``: its conversation went on from an earlier point, and there was no hit
+    since.
+    """
 
     n_hits: int = 0
     is_branched: bool = False
@@ -73,8 +75,8 @@ NEVER = Hits()
 
 
 class HitLog:
-    """The file of one directory. All methods block on the disk, must be called by one thread at a time, and never
-    raise: the counts only improve the order of eviction.
+    """The file of hits in one directory. All methods block on the disk, must be called by one thread at a time, and
+    never raise: the counts only improve the order of eviction.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -101,7 +103,7 @@ class HitLog:
         return self._n_lines > 2 * n_listed + _SPARE_LINES
 
     def append(self, changed: Mapping[str, Hits]) -> None:
-        """Append the changes since the last call."""
+        """Append ``changed``, the hits that have changed since the last call."""
         try:
             self._write(self._path, os.O_APPEND, changed)
             self._failures.succeeded()
@@ -110,7 +112,7 @@ class HitLog:
         self._n_lines += len(changed)
 
     def rewrite(self, listed: Mapping[str, Hits]) -> None:
-        """Write the file anew with listed ids only."""
+        """Write the file anew with only the hits in ``listed``."""
         new = self._path.with_name(HITS_NAME + ".new")
         try:
             self._write(new, os.O_TRUNC, listed)

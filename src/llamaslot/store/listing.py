@@ -20,8 +20,8 @@ _HASH = 8  # bytes
 
 
 class Listing:
-    """The listing of one store. Nothing is computed until it is asked for; what a snapshot begins with is hashed
-    once.
+    """The list of a store's snapshots for the page. Nothing is computed until it is asked for; the beginning of a
+    snapshot is hashed once.
     """
 
     def __init__(self, store: SnapshotStore) -> None:
@@ -29,8 +29,8 @@ class Listing:
         self._beginnings: dict[str, bytes] = {}
 
     async def rows(self) -> list[dict[str, Any]]:
-        """The ``MOST`` largest snapshots, those with the same beginning next to each other: ``n_common`` is the number
-        of tokens, to a block of 64, that a snapshot shares with the one before it. Canceling is safe.
+        """The ``MOST`` largest snapshots, those with the same beginning next to each other. ``n_common``: how many
+        tokens, rounded to a block of 64, a snapshot shares with the one before it. Canceling is safe.
         """
         catalog = self._store.catalog
         every = sorted(catalog.snapshots.values(), key=lambda its: -catalog.own_bytes(its.id))[:MOST]
@@ -52,7 +52,7 @@ class Listing:
                 self._beginnings[its.id] = b"".join(_hashes(tokens))
 
     def _tokens(self, id_: str) -> bytes:
-        """Empty for a snapshot of a model that is not served now."""
+        """The tokens of a snapshot; empty if its model is not served now."""
         for library in self._store.libraries:
             with contextlib.suppress(KeyError):
                 return library.in_namespaces.tokens(id_)

@@ -37,8 +37,8 @@ Mark = tuple[int, int, int, int]  # a FileId, which takes longer to make
 
 
 class Known(NamedTuple):
-    """Snapshots that are durably on disk, the times of their last use, and the identities of their two files at that
-    time, by id.
+    """What a manifest tells: snapshots that are durably on disk, the times of their last use, and the ids of their two
+    files at that time, by id.
     """
 
     snapshots: dict[str, Snapshot]
@@ -52,9 +52,9 @@ class Known(NamedTuple):
 
 
 class Manifest:
-    """The file ``path`` about the snapshots in ``directory``. Without a path nothing is read or written.
-
-    ``file_ids``: identities of the .kv files when their headers were read; ``durable``: ids known to be on disk.
+    """A copy of the sidecars of the snapshots in ``directory``, in the file ``path``. Without a path nothing is read
+    or written. ``file_ids``: ids of the .kv files when their headers were read; ``durable``: ids of snapshots known to
+    be on disk.
     """
 
     def __init__(self, path: Path | None, directory: Path) -> None:
@@ -64,7 +64,7 @@ class Manifest:
         self._writing = threading.Lock()
 
     async def read(self) -> Known:
-        """Its content; nothing, with a log line, if the file cannot be used. Canceling is safe."""
+        """Read the manifest; nothing, with a log line, if the file cannot be used. Canceling is safe."""
         return await asyncio.to_thread(self._read)
 
     def _read(self) -> Known:
@@ -113,8 +113,9 @@ class Manifest:
     def _entries(
         self, known: list[tuple[Snapshot, Mark, float]]
     ) -> Iterator[tuple[Snapshot, float, Mark, Mark]]:
-        """The mark of a .kv file is that of when it was read: if the file has changed since, it will not match. A
-        sidecar whose date is not the one we set is left out: another program has changed it.
+        """The entries to write. The id of a .kv file is that of when it was read: if the file has changed since, the
+        entry will not match. A sidecar whose date is not the one that llamaslot set is left out: another program has
+        changed it.
         """
         directory = os.path.join(self._directory, "")
         for snapshot, file_id, last_used in known:
@@ -143,7 +144,7 @@ def _encode(entries: list[tuple[Snapshot, float, Mark, Mark]]) -> bytes:
 
 
 def _decode(data: bytes) -> Known:
-    """Raises _Unusable unless ``_encode`` has made ``data``."""
+    """Parse a manifest. Raises _Unusable unless ``_encode`` has made ``data``."""
     head, _, body = data.partition(b"\n")
     if head != f"{_HEAD} {VERSION} {xxh3_128_hexdigest(body)}".encode():
         raise _Unusable("it is damaged, or of another version")
@@ -168,7 +169,7 @@ def _decode(data: bytes) -> Known:
 
 
 def _snapshots(columns: Mapping[str, Iterable[Any]]) -> list[Snapshot]:
-    """Snapshots from the values of each field. Raises ValueError unless all fields have as many."""
+    """Make snapshots from a list of values for each field. Raises ValueError unless all lists are equally long."""
     return [Snapshot(*values) for values in zip(*(columns[name] for name in _FIELDS), strict=True)]
 
 

@@ -34,10 +34,9 @@ _N_NEAREST = 8  # snapshots compared with one, the longest common prefixes first
 
 @dataclass(frozen=True, slots=True)
 class PendingSave:
-    """Content being saved by ``backend``: neither in a slot nor a snapshot until the save is committed.
-
-    ``slot``: for a shared prefix that is still to be computed, the slot of the request that computes it; ``users``:
-    those that wait for it.
+    """Content being saved by ``backend``: neither in a slot nor a snapshot until the save is committed. ``slot``: for
+    a shared prefix that is still to be computed, the slot of the request that computes it; ``users``: those whose
+    requests wait for it.
     """
 
     holder: str
@@ -49,8 +48,8 @@ class PendingSave:
 
 
 class PendingSnapshots:
-    """All pending saves of one model, by whichever backend. ``index`` has the tokens of each by its holder, behind the
-    mark of its namespace.
+    """The pending saves of one model, by all backends. ``index`` has the tokens of each by its holder, behind the mark
+    of its namespace.
     """
 
     def __init__(self) -> None:
@@ -66,7 +65,7 @@ class PendingSnapshots:
         return self._entries.get(holder)
 
     def namespace_of(self, holder: str) -> Namespace:
-        """Raises KeyError for an unknown holder."""
+        """The namespace of a pending save. Raises KeyError for an unknown holder."""
         return self._entries[holder].content.namespace
 
     @property
@@ -84,18 +83,20 @@ class PendingSnapshots:
         return entry
 
     def end(self, entry: PendingSave) -> None:
-        """It is a snapshot now, or has failed. Idempotent."""
+        """A pending save is a snapshot now, or has failed. Idempotent."""
         if self._entries.pop(entry.holder, None) is not None:
             self.index.drop(entry.holder)
             self.changes.note(marker(entry.content.namespace) + entry.content.tokens)
 
     def end_of(self, backend: str) -> None:
-        """The process of ``backend`` is gone, or may hang: none of its saves is waited for any more."""
+        """End all pending saves of ``backend``, whose process is gone or may hang: no request waits
+        for them any more.
+        """
         for entry in [entry for entry in self._entries.values() if entry.backend == backend]:
             self.end(entry)
 
     def trunks_of(self, slot: SlotKey) -> list[PendingSave]:
-        """The shared prefixes to come from ``slot``."""
+        """The shared prefixes that the request in ``slot`` is going to save."""
         return [entry for entry in self._entries.values() if entry.slot == slot]
 
     def check(self) -> None:
@@ -105,7 +106,7 @@ class PendingSnapshots:
 
 
 def content_of(snapshot: WithTokens) -> Content:
-    """The content of a slot that was just saved as ``snapshot``, or restored from it."""
+    """The content of a slot that was just saved as ``snapshot``, or into which it was restored."""
     namespace = Namespace.of_text(snapshot.namespace)
     return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id, namespace=namespace)
 
@@ -122,9 +123,9 @@ def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
 
 
 class ModelSnapshots:
-    """The snapshots of one model, those being saved, and their index. ``on_change`` is called after each change.
+    """The snapshots of one model, the pending saves, and their index. ``on_change`` is called after each change.
 
-    ``set_aside``: until when a snapshot is offered to no request, by id: it could not be given out, for a reason that
+    ``set_aside``: by id, until when a snapshot is offered to no request: it could not be given out, for a reason that
     may pass. The clock is that of the placements.
     """
 
@@ -142,7 +143,7 @@ class ModelSnapshots:
         return f"<ModelSnapshots {len(self.snapshots)} snapshots, {self.index!r}>"
 
     def namespace_of(self, snapshot_id: str) -> Namespace:
-        """Raises KeyError for an unknown id."""
+        """The namespace of a snapshot. Raises KeyError for an unknown id."""
         return Namespace.of_text(self.snapshots[snapshot_id].namespace)
 
     def snapshot_at(self, tokens: bytes, namespace: Namespace) -> Snapshot | None:
@@ -181,12 +182,14 @@ class ModelSnapshots:
         return nearest.id if nearest is not None and is_own and goes_on else None
 
     def add(self, snapshot: WithTokens) -> None:
-        """Add one snapshot. Idempotent."""
+        """Add one snapshot to the index. Idempotent."""
         self.put(snapshot.listed, snapshot.tokens)
         self.changed()
 
     def put(self, snapshot: Snapshot, tokens: bytes) -> None:
-        """Add one of many: ``changed`` must follow, so that no generation is made of the first few only."""
+        """Add one of many snapshots. ``changed`` must follow the last, so that no generation is made of the first few
+        only.
+        """
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
             marked = marker(self.namespace_of(snapshot.id)) + tokens
@@ -194,12 +197,12 @@ class ModelSnapshots:
             self.changes.note(marked)
 
     def drop(self, snapshot_id: str) -> None:
-        """Remove one snapshot. Idempotent."""
+        """Remove one snapshot from the index. Idempotent."""
         self.remove(snapshot_id)
         self.changed()
 
     def remove(self, snapshot_id: str) -> None:
-        """Remove one of many: ``changed`` must follow. Idempotent."""
+        """Remove one of many snapshots. ``changed`` must follow the last. Idempotent."""
         marked = marker(self.namespace_of(snapshot_id)) if snapshot_id in self.snapshots else b""
         tokens = self.in_namespaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         self.snapshots.pop(snapshot_id, None)
@@ -217,7 +220,9 @@ class ModelSnapshots:
 
 
 class _Library(Struct, eq=False):
-    """The library of one model, the process that renews its index, and the task that reads snapshots into it."""
+    """The snapshots of one model, the process that renews their index on disk, and the task that reads snapshots into
+    it.
+    """
 
     identity: Identity
     snapshots: ModelSnapshots
@@ -248,7 +253,7 @@ class Libraries:
         self._opening = asyncio.Lock()
 
     def __iter__(self) -> Iterator[ModelSnapshots]:
-        """Each library once."""
+        """Iterate over the libraries, each once."""
         return (library.snapshots for library in dict.fromkeys(self._by_backend.values()))
 
     def current(self, backend: str) -> ModelSnapshots | None:
@@ -260,8 +265,8 @@ class Libraries:
         self, backend: str, identity: Identity, is_usable: Callable[[Snapshot], bool]
     ) -> ModelSnapshots:
         """The library of the model that ``backend`` runs now, with the snapshots of the catalog that ``is_usable``
-        accepts. If any backend has the same model, or this one had it before, the library is that. Canceling is safe:
-        the next call goes on where this one ended.
+        accepts. If any backend has the same model, or this one had it before, that library is used again. Canceling is
+        safe: the next call goes on where this one ended.
 
         Many snapshots that are not in the index on disk (after a crash, or without its files) are read afterwards:
         await ``complete`` before a request is placed.
@@ -288,7 +293,7 @@ class Libraries:
             return library
 
     async def _read(self, library: ModelSnapshots, ids: list[str]) -> None:
-        """Add snapshots with the tokens of their files. Canceling is safe."""
+        """Add snapshots with the tokens that are in their files. Canceling is safe."""
         try:
             for at in range(0, len(ids), _READ_AT_ONCE):
                 # Broken ones are dropped, or we lacked open files: not offered then.
@@ -322,7 +327,7 @@ class Libraries:
         return library
 
     async def _open(self, identity: Identity) -> _Library:
-        """Start with the generation on disk, if it is of this model."""
+        """Begin a library with the generation on disk, if that is of this model."""
 
         texts = {snapshot.fingerprint for snapshot in self._catalog.snapshots.values()}
         await asyncio.to_thread(self._sweep, texts, identity.key)
@@ -345,7 +350,7 @@ class Libraries:
         return _Library(identity, library, renewal, directory)
 
     def _sweep(self, fingerprints: Collection[str], kept: str) -> None:
-        """Remove the generations of models without a snapshot of any of these ``fingerprints``. Blocking."""
+        """Remove the generations of models that have no snapshot with any of these ``fingerprints``. Blocking."""
         if not self._directory.is_dir():
             return
         known = (Identity.from_text(text) for text in fingerprints)
@@ -355,7 +360,7 @@ class Libraries:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def drop(self, snapshot_id: str) -> None:
-        """Remove the dropped snapshot. Idempotent."""
+        """Remove a dropped snapshot from the index of its model. Idempotent."""
         for library in self:
             if snapshot_id in library.snapshots or snapshot_id in library.index:
                 library.drop(snapshot_id)

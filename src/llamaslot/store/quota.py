@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 
 
 class QuotaExceeded(LlamaslotError):
-    """There is no space for a snapshot, and nothing may be evicted for it."""
+    """There is no space for a snapshot, and nothing that may be evicted for it."""
 
 
 class Limits(Struct, frozen=True):
-    """``quota_bytes`` and ``max_files`` limit our files; ``min_free_bytes`` of the disk stay free for other
-    programs. With 0 too, snapshots are evicted when the disk is full.
+    """The limits of one directory. ``quota_bytes`` and ``max_files`` limit llamaslot's files; ``min_free_bytes`` of
+    the disk stay free for other programs. With 0 too, snapshots are evicted when the disk is full.
     """
 
     quota_bytes: int
@@ -44,7 +44,9 @@ class Limits(Struct, frozen=True):
 
 
 def free_bytes_of(directory: Path) -> int | None:
-    """Free bytes of its file system; None if that tells no sizes, as some of the network. Blocking. Raises OSError."""
+    """The free bytes of the file system of a directory; None if it reports no sizes, as some network file systems.
+    Blocking. Raises OSError.
+    """
     found = os.statvfs(directory)
     return found.f_bavail * found.f_frsize if found.f_blocks else None
 
@@ -70,7 +72,7 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
 
 
 class Deficit(NamedTuple):
-    """What must be evicted; a negative number is still free."""
+    """How many bytes and files must be evicted; a negative number is still free."""
 
     size_bytes: int
     n_files: int
@@ -121,12 +123,12 @@ class Quota:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk or reserved."""
+        """The number of bytes on disk or reserved."""
         return self.committed + self.granted + self.leaving + self.left
 
     @property
     def n_files(self) -> int:
-        """Files on disk or reserved, sidecars not counted."""
+        """The number of files on disk or reserved, sidecars not counted."""
         return self._n_held() + len(self.removing) + len(self.leftovers)
 
     def short(self, size_bytes: int = 0, n_files: int = 0) -> Deficit:
@@ -147,7 +149,7 @@ class Quota:
         return Deficit(short, n_short)
 
     def _short_of_free(self, wanted: int, coming: int) -> int:
-        """Bytes missing on the file system for reservations, perhaps half-written, and for ``wanted`` bytes."""
+        """The bytes missing on the file system for reservations, perhaps half-written, and for ``wanted`` bytes."""
         if self._free is None:
             return -sys.maxsize
         return self.limits.min_free_bytes + self.granted - self.landed + wanted - self._free - coming
@@ -169,14 +171,16 @@ class Quota:
         self.end_grant(size_bytes, landed_bytes)
 
     def land(self, size_bytes: int) -> None:
-        """So much of ``granted`` is on disk: the file system does not count it as free any more."""
+        """Record that ``size_bytes`` of ``granted`` are on disk: the file system does not count them
+        as free any more.
+        """
         self.landed += size_bytes
         self.n_commits += 1
         if self._free is not None:  # it may be from before
             self._free -= size_bytes
 
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """No other llamaslot of a shared store removes files of this directory within the block. Not within
+        """Within the block no other llamaslot of a shared store removes files of this directory. Do not use it within
         ``make_available``, which has a turn of its own. Canceling is safe.
         """
         return self._neighbours.turn() if self._neighbours is not None else nullcontext()
@@ -195,11 +199,11 @@ class Quota:
     async def make_available(
         self, size_bytes: int, evict: Callable[[Deficit], bool], *, n_files: int = 1
     ) -> None:
-        """Wait until ``n_files`` more of ``size_bytes`` fit. The caller must book them without an await in between.
+        """Wait until ``n_files`` more files of ``size_bytes`` together fit. The caller must book them without an await
+        in between. With 0 bytes: for a file that has grown and is on disk already.
 
-        With 0 bytes: for a file that has grown and is on disk already. ``evict(short)`` evicts at least ``short`` at
-        once, or nothing and returns False. Raises QuotaExceeded. Canceling is safe: removals that have begun are
-        completed.
+        ``evict(short)`` evicts at least ``short`` at once, or nothing and returns False. Raises QuotaExceeded.
+        Canceling is safe: removals that have begun are completed.
         """
         n_files = min(size_bytes, n_files)
         self.waiting += size_bytes
@@ -275,7 +279,9 @@ class Quota:
         return f"no room for {readable_size(size_bytes)}: {quota}. Raise store.quota, or unpin something"
 
     def remove(self, id_: str, size_bytes: int, *, keeps_data: bool = False) -> asyncio.Task[None]:
-        """Start to unlink the files of an id; its bytes count until that is done. ``keeps_data``: only the sidecar."""
+        """Start to unlink the files of an id; their bytes count until that is done. ``keeps_data``:
+        only the sidecar.
+        """
         self.leaving += size_bytes
         name = id_ + JSON if keeps_data else id_
         task = self._tasks.spawn(self._unlink(name, id_, size_bytes, keeps_data), f"remove {name}")
@@ -299,11 +305,11 @@ class Quota:
                 self.leave(id_, n_left)
 
     def is_known(self, id_: str) -> bool:
-        """Whether files of that id are booked here."""
+        """Whether the accounts have files of that id."""
         return id_ in self.removing or id_ in self.leftovers or id_ in self.writing
 
     async def removed(self, id_: str) -> None:
-        """Wait until the files of the id are gone or left over. Canceling is safe."""
+        """Wait until the files of the id are gone, or known to be left over. Canceling is safe."""
         for name in (id_, id_ + JSON):
             if (removal := self.removing.get(name)) is not None:
                 await asyncio.shield(removal[1])
@@ -313,7 +319,7 @@ class Quota:
         await asyncio.wait([task for _, task in self.removing.values()], return_when=asyncio.FIRST_COMPLETED)
 
     def leave(self, id_: str, size_bytes: int) -> None:
-        """Book files that could not be removed."""
+        """Account for files that could not be removed."""
         self.leftovers[id_] = size_bytes
         self.left += size_bytes
 
@@ -323,7 +329,7 @@ class Quota:
         return size_bytes
 
     def check(self, granted: int) -> None:
-        """Raises AssertionError with the name of the account that is not the sum of its parts."""
+        """Raise AssertionError with the name of the account that is not the sum of its parts."""
         assert self.granted == granted, "granted is not the reservations"
         assert 0 <= self.landed <= granted, "landed is part of granted"
         assert self.leaving == sum(size for size, _ in self.removing.values()), (

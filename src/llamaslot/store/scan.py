@@ -37,14 +37,14 @@ SUFFIXES = (*_DATA, PROBE, NEW, JSON)  # the order of removal: the largest first
 
 
 class Listing(Struct, frozen=True):
-    """Our files in the directory: suffixes by id. And the number of foreign entries."""
+    """llamaslot's files in a directory, as suffixes by id, and the number of foreign entries."""
 
     suffixes: dict[str, set[str]]
     n_foreign: int
     has_lock: bool
 
-    def holders(self, suffix: str) -> set[str]:
-        """The ids that have a file with this suffix."""
+    def ids_with(self, suffix: str) -> set[str]:
+        """The snapshot ids that have a file with this suffix."""
         return {id_ for id_, suffixes in self.suffixes.items() if suffix in suffixes}
 
     def unfinished(self) -> set[str]:
@@ -58,7 +58,7 @@ class Listing(Struct, frozen=True):
 
 class Found(Struct):
     """The result of a scan. ``last_used``: seconds since the epoch, by id; ``leftovers``: bytes, by id; ``file_ids``:
-    of the .kv files that were read; ``durable``: ids whose data is known to be on disk.
+    of the .kv files that were read; ``durable``: ids of snapshots whose data is known to be on disk.
     """
 
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Found(Struct):
     n_foreign: int = 0
 
     def take(self, known: Known, ids: set[str]) -> None:
-        """Add these of what is ``known``, which is used up."""
+        """Add the snapshots in ``known`` that have these ``ids``; ``known`` is used up."""
         for id_ in known.snapshots.keys() - ids:
             del known.snapshots[id_], known.last_used[id_], known.kv[id_]
         self.snapshots += known.snapshots.values()
@@ -82,7 +82,9 @@ class Found(Struct):
 
 
 def list_own(directory: Path) -> Listing:
-    """Our files by name and type, without a stat of each. Blocking; raises OSError for an unreadable directory."""
+    """llamaslot's files in a directory by name and type, without a stat of each. Blocking; raises OSError for an
+    unreadable directory.
+    """
     with os.scandir(directory) as entries:
         return _listing(entries)
 
@@ -104,20 +106,21 @@ def _listing(entries: Iterable[os.DirEntry[str]]) -> Listing:
 
 
 def size_bytes(directory: Path, id_: str) -> int:
-    """The bytes of an id that count for the quota. Blocking."""
+    """The bytes of the files of an id that count for the quota. Blocking."""
     return sum(_size(directory / (id_ + suffix)) for suffix in _DATA)
 
 
 def missing(directory: Path, names: set[str]) -> set[str]:
-    """Those of these files that do not exist. Blocking."""
+    """Those of the given files that do not exist. Blocking."""
     return {name for name in names if not os.path.lexists(directory / name)}
 
 
 def remove(directory: Path, id_: str, *, keeps_data: bool = False) -> tuple[int, OSError | None]:
-    """Unlink every file of the id. Blocking; errors of the file system are returned, not raised.
+    """Unlink every file of the id. Blocking; errors of the file system are returned, not raised. Returns the bytes
+    that are still there, and the first error.
 
-    Returns the bytes that are still there, and the first error. The data go first: they are the largest, and a sidecar
-    without its file is removed by the next scan. ``keeps_data``: other snapshots need them.
+    The data go first: they are the largest, and a sidecar without its file is removed by the next scan.
+    ``keeps_data``: the data stay, because other snapshots need them.
     """
     n_left, first = 0, None
     for suffix in (NEW, JSON) if keeps_data else SUFFIXES:
@@ -141,7 +144,7 @@ def _size(path: Path) -> int:
 
 
 def agree(noted: Noted, file: SlotFile) -> None:
-    """Raises SnapshotInvalid unless the slot file is the one that the sidecar was written for."""
+    """Raise SnapshotInvalid unless the slot file is the one for which the sidecar was written."""
     name = noted.id + KV
     if file.size_bytes != noted.size_bytes:
         raise SnapshotInvalid(f"{name}: has {file.size_bytes} bytes, {noted.size_bytes} were written")
@@ -154,7 +157,7 @@ def agree(noted: Noted, file: SlotFile) -> None:
 
 
 def agree_each(directory: Path, snapshots: Iterable[Snapshot]) -> list[WithTokens | SnapshotInvalid]:
-    """``agree_still`` of each, or its error. Blocking."""
+    """The result of ``agree_still`` for each snapshot, or its error. Blocking."""
     results = list[WithTokens | SnapshotInvalid]()
     for snapshot in snapshots:
         try:
@@ -165,7 +168,9 @@ def agree_each(directory: Path, snapshots: Iterable[Snapshot]) -> list[WithToken
 
 
 def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
-    """The tokens from its header. Blocking; raises SnapshotInvalid unless its files are those that were listed."""
+    """The snapshot with the tokens from its file's header. Blocking; raises SnapshotInvalid unless its files are those
+    that were listed.
+    """
     file = read_slot_file_now(directory / snapshot.file_name)
     if file.size_bytes != snapshot.size_bytes:
         raise SnapshotInvalid(
@@ -179,15 +184,16 @@ def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
 
 
 async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitable[None]]) -> Found:
-    """Read the directory and remove our files that are no snapshot. Raises OSError if the directory cannot be read.
+    """Read the directory, and remove those of llamaslot's files that are no snapshot. Raises OSError if the directory
+    cannot be read.
 
     A snapshot whose files are unchanged since they became ``known`` is not opened. ``on_some`` is awaited with what
-    was found so far each time that many were. Canceling is safe: the next scan repairs the rest.
+    was found so far, each time that many snapshots were read. Canceling is safe: the next scan repairs the rest.
     """
     listing, unchanged = await asyncio.to_thread(_look, directory, known)
     found = Found(n_foreign=listing.n_foreign)
     found.take(known, unchanged)
-    unread = iter(sorted((listing.holders(KV) & listing.holders(JSON)) - unchanged))
+    unread = iter(sorted((listing.ids_with(KV) & listing.ids_with(JSON)) - unchanged))
     loaded = dict[str, Loaded | SnapshotInvalid]()
     useless, unreadable = list[str](), list[str]()
     for id_, suffixes in sorted(listing.suffixes.items()):
@@ -235,8 +241,11 @@ async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitab
 async def _clear(
     directory: Path, listing: Listing, found: Found, useless: list[str], unreadable: list[str]
 ) -> None:
-    """Remove the files of ``useless`` ids, and count those that cannot be removed or read, apart from what the
-    snapshots need. What the ``unreadable`` ones need is not known, so then data without a sidecar stay, and count.
+    """Remove the files of ``useless`` ids that no snapshot needs, and count as leftovers those that cannot be removed
+    or read.
+
+    What the ``unreadable`` snapshots need is not known, so while there are any, data without a sidecar stay, and
+    count.
     """
     if not useless and not unreadable:
         return
@@ -257,8 +266,8 @@ async def _clear(
 
 
 def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
-    """The ids of known snapshots whose files are unchanged, and the files of all others. Those of an unchanged one are
-    listed too if there are more of them than its two. Blocking; raises OSError.
+    """List the directory: the files of all snapshots but the known ones that are unchanged, and the ids of the latter.
+    Of an unchanged snapshot any files besides its own two are listed too. Blocking; raises OSError.
     """
     # Of 10,000 snapshots each step here is done 20,000 times: of 0.2 s half was that of making names.
     known_of, same = {KV: known.kv, JSON: known.json}, {KV: set[str](), JSON: set[str]()}
@@ -302,13 +311,13 @@ def _bad_files(parts: Iterable[Part], size_of: Callable[[str], int | None]) -> s
 
 
 def bad_files(directory: Path, of: Snapshot | Noted) -> set[str]:
-    """The files of its parts that are missing or have another size. Blocking."""
+    """The files of a snapshot's parts that are missing or have another size. Blocking."""
     return _bad_files(of.parts, lambda name: _size(directory / name))
 
 
 class Loaded(NamedTuple):
-    """A snapshot, its last use, the mark of its .kv file, and whether its data are known to be on disk. ``fault``: why
-    it was shortened, and has another id.
+    """A snapshot that was read, its last use, the id of its .kv file, and whether its data are known to be on disk.
+    ``fault``: why it was shortened, and so has another id.
     """
 
     snapshot: Snapshot
@@ -319,7 +328,7 @@ class Loaded(NamedTuple):
 
 
 def _load_some(directory: Path, ids: Iterable[str]) -> dict[str, Loaded | SnapshotInvalid]:
-    """``_load`` of several, or its error. Blocking."""
+    """The result of ``_load`` for each id, or its error. Blocking."""
     loaded = dict[str, Loaded | SnapshotInvalid]()
     for id_ in ids:
         try:
@@ -330,7 +339,7 @@ def _load_some(directory: Path, ids: Iterable[str]) -> dict[str, Loaded | Snapsh
 
 
 def _load(directory: Path, id_: str) -> Loaded:
-    """Blocking; raises SnapshotInvalid."""
+    """Read one snapshot. Blocking; raises SnapshotInvalid."""
     path = directory / (id_ + JSON)
     try:
         data, dated = path.read_bytes(), path.stat().st_mtime
@@ -351,8 +360,8 @@ def _load(directory: Path, id_: str) -> Loaded:
 def _shortened(
     directory: Path, noted: Noted, tokens: bytes, bad: set[str], last_used: float, fault: str
 ) -> Loaded:
-    """Write a snapshot of the longest beginning that is left without the ``bad`` files. Raises SnapshotInvalid with
-    ``fault`` if none is.
+    """Write a snapshot of the longest beginning that does not need the ``bad`` files. Raises SnapshotInvalid with
+    ``fault`` if there is none.
     """
     rows = [part for part in noted.parts if not part.is_state]
     good = list(takewhile(lambda part: part.file not in bad, rows))

@@ -48,7 +48,7 @@ class StoreUnusable(LlamaslotError):
 
 
 class StorePart(Struct):
-    """A model's part of a shared store, claimed by this process until ``release``. ``taken``: process ids of others
+    """A model's part of a shared store, claimed by this process until ``release``. ``taken``: ids of other processes
     that hold the model's earlier parts.
     """
 
@@ -63,13 +63,15 @@ class StorePart(Struct):
 
 
 def name_of(model: str) -> str:
-    """The name of a model's part: legible, and different for each ``model`` (a path, or where it is loaded from)."""
+    """The name of a model's part of the store: legible, and different for each ``model`` (a path, or where the model
+    is loaded from).
+    """
     legible = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name.removesuffix(".gguf")).strip("-.") or "model"
     return f"{legible[:48]}-{hashlib.sha256(model.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def claim(root: Path, model: str) -> StorePart:
-    """The first free part of a model. A second llamaslot with the same model gets a part of its own: two in one
+    """Claim the first free part of a model. A second llamaslot with the same model gets a part of its own: two in one
     directory would remove each other's files. Blocking. Raises StoreUnusable.
     """
     try:
@@ -99,16 +101,14 @@ def _first_free(root: Path, first: str) -> StorePart:
 
 
 def _try_claim(meta_dir: Path) -> int | None:
-    """The open file of a claim; None if another process has it. Only while the quota is locked: a llamaslot that
-    starts must not meet a claim that was only tried. Blocking; raises OSError.
+    """The open file of a claim; None if another process has that claim. Only while the quota is locked: a llamaslot
+    that starts must not meet a claim that was only tried. Blocking; raises OSError.
     """
     return try_lock(meta_dir / CLAIM)
 
 
 def try_lock(path: Path) -> int | None:
-    """The open file that is locked until it is closed; None if another process has it locked. Blocking; raises
-    OSError.
-    """
+    """The open file, locked until it is closed; None if another process has it locked. Blocking; raises OSError."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,8 +141,8 @@ def _names(first: str) -> Iterator[str]:
 
 
 class _Seen(Struct, frozen=True, order=True):
-    """A snapshot on disk, least recently used first. ``size_bytes``: what is free without it and all that were used
-    longer ago.
+    """A snapshot of any part, in a list by time of last use. ``size_bytes``: what is freed by dropping it, after all
+    that were used longer ago.
     """
 
     last_used: float
@@ -152,7 +152,9 @@ class _Seen(Struct, frozen=True, order=True):
 
 
 class Neighbours:
-    """``directory``: the own part. ``others``: bytes of all others, as of the last ``look``."""
+    """The other parts of a shared store. ``directory``: the own part. ``others``: bytes of all other parts, as of the
+    last ``look``.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._meta = directory, directory.parent / META
@@ -164,13 +166,13 @@ class Neighbours:
 
     @classmethod
     def of(cls, directory: Path) -> Neighbours | None:
-        """None if the directory is no part of a shared store."""
+        """The other parts of the store that ``directory`` belongs to; None if it is no part of a shared store."""
         is_part = (directory.parent / META / QUOTA_LOCK).exists()
         return cls(directory) if is_part and (directory.parent / META / directory.name).is_dir() else None
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """No other process reserves space or claims a part within the block. Canceling is safe."""
+        """Within the block no other process reserves space or claims a part. Canceling is safe."""
         while (lock := try_lock(self._meta / QUOTA_LOCK)) is None:  # noqa: ASYNC110 - of another process
             await asyncio.sleep(_POLL_S)
         try:
@@ -180,12 +182,14 @@ class Neighbours:
             os.close(lock)
 
     def reserve(self, size_bytes: int) -> None:
-        """Tell the others how much this part has reserved in all. Blocking, for microseconds."""
+        """Tell the other processes how much this part has reserved in all. Blocking, for microseconds."""
         with contextlib.suppress(OSError):  # then the quota is exceeded by it, until it is on disk
             (self._meta / self._directory.name / RESERVED).write_text(f"{size_bytes}\n")
 
     async def look(self) -> None:
-        """Look at all parts. Within ``turn``. Canceling is safe. A part that cannot be read does not count."""
+        """Look at the files of all parts; only within ``turn``. A part that cannot be read does not count. Canceling
+        is safe.
+        """
         self.others, self._seen = await in_thread(self._look)
 
     def _look(self) -> tuple[int, list[_Seen]]:
@@ -214,8 +218,8 @@ class Neighbours:
         return lock is None
 
     def share_of_others(self, short_bytes: int, *, is_all_theirs: bool = False) -> list[_Seen]:
-        """What to remove in other parts so that ``short_bytes`` become free together with what the own part evicts
-        then; ``is_all_theirs``: the own part can evict nothing.
+        """The snapshots to remove in other parts so that ``short_bytes`` become free, together with what the own part
+        evicts then. ``is_all_theirs``: the own part can evict nothing.
         """
         theirs, left = list[_Seen](), short_bytes
         for one in self._seen:
@@ -229,14 +233,14 @@ class Neighbours:
         return theirs if left <= 0 else []
 
     async def remove(self, snapshots: list[_Seen]) -> None:
-        """Remove snapshots of other parts. Those that must stay are not offered again in this turn. Canceling is
+        """Remove snapshots of other parts. Snapshots that must stay are not offered again in this turn. Canceling is
         safe.
         """
         self._kept |= await in_thread(_remove, snapshots)
 
     def _files(self, directory: Path, *, with_parts: bool) -> tuple[int, list[_Seen]]:
-        """Bytes of slot files, and the snapshots. What is being written is counted by its reservation, unless
-        ``with_parts``.
+        """The bytes of slot files in a part, and its snapshots. Files being written are counted by their reservation,
+        unless ``with_parts``.
         """
         sizes, used, n_parts = dict[str, int](), dict[str, float](), 0
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
@@ -265,7 +269,7 @@ class Neighbours:
         return sum(sizes.values()) + n_parts, seen
 
     def _snapshot(self, directory: Path, id_: str, size_bytes: int, has_parts: bool) -> Snapshot:
-        """With the files that it needs; only those count."""
+        """A snapshot of another part, with only the fields that tell which files it needs."""
         parts: tuple[Part, ...] = ()
         if has_parts:
             if (known := self._parts_before.get(id_)) is not None:
@@ -279,8 +283,8 @@ class Neighbours:
 
 
 def _remove(snapshots: list[_Seen]) -> set[str]:
-    """Remove snapshots, and their files that no other of their part needs. Returns the ids of those that stay. Each
-    part is read once: 0.7 s of CPU with 2,000 snapshots.
+    """Remove snapshots of other parts, and those of their files that no other snapshot of the part needs. Returns the
+    ids of those that stay. Each part is read once: 0.7 s of CPU with 2,000 snapshots.
     """
     stocks, kept = dict[Path, inventory.Stock](), set[str]()
     for one in snapshots:
@@ -303,7 +307,7 @@ def _remove(snapshots: list[_Seen]) -> set[str]:
 
 
 def _must_stay(one: _Seen) -> bool:
-    """Whether it is pinned, or was used since it was seen."""
+    """Whether a snapshot of another part is pinned, or was used since it was seen."""
     path = one.directory / (one.id + JSON)
     try:
         return path.stat().st_mtime != one.last_used or sidecar.parse(path.name, path.read_bytes()).is_pinned

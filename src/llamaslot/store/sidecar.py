@@ -43,10 +43,10 @@ _MODE = 0o660  # llama-server and llamaslot may be two users of one group; the u
 
 
 class Part(NamedTuple):
-    """The rows of tokens ``start`` to ``end`` in ``file``, or, if both are equal, the state of the model there.
-
-    ``size_bytes``: of the whole file, which may hold more than the part. ``checksum``: of the whole file, xxh3_64, if
-    it is a slot file, which has none in it; None if a llamaslot of before named it.
+    """A part of a snapshot: the rows of tokens ``start`` to ``end`` in ``file``, or, if both are equal, the state of
+    the model there. ``size_bytes``: of the whole file, which may hold more than the part. ``checksum``: of the whole
+    file, xxh3_64, if it is a slot file, which has none in it; None if an earlier version of llamaslot wrote the
+    sidecar.
     """
 
     file: str
@@ -89,11 +89,11 @@ class Snapshot(Struct, frozen=True):
 
     @property
     def files(self) -> dict[str, int]:
-        """All its files but the sidecar, and their bytes. Others may need them too."""
+        """All files of the snapshot but the sidecar, and their bytes. Other snapshots may need them too."""
         return {self.id + KV: self.size_bytes, **{part.file: part.size_bytes for part in self.parts}}
 
     def restored_bytes(self, n_tokens: int | None = None) -> int:
-        """The approximate bytes that llama-server reads to restore it, or its first ``n_tokens``."""
+        """The approximate bytes that llama-server reads to restore the snapshot, or its first ``n_tokens``."""
         n = self.n_tokens if n_tokens is None else n_tokens
         if not self.parts:
             return self.size_bytes if n >= self.n_tokens else self.size_bytes * n // self.n_tokens
@@ -102,16 +102,16 @@ class Snapshot(Struct, frozen=True):
 
     @property
     def read_size(self) -> tuple[int, int]:
-        """Its tokens, and the bytes of a slot file of them."""
+        """The snapshot's number of tokens, and the bytes of a slot file of them."""
         return self.n_tokens, self.restored_bytes()
 
     def with_tokens(self, tokens: bytes) -> WithTokens:
-        """Add its ``tokens``, which must be its own."""
+        """The same snapshot with its ``tokens``, which must be its own."""
         return WithTokens(**{**asdict(self), "tokens": tokens})
 
     @property
     def file_name(self) -> str:
-        """The file name for llama-server's restore."""
+        """The name of the snapshot's .kv file."""
         return self.id + KV
 
     def __repr__(self) -> str:
@@ -123,9 +123,8 @@ class Snapshot(Struct, frozen=True):
 
 
 class WithTokens(Snapshot, frozen=True):
-    """A snapshot with its ``tokens``: little-endian int32 bytes.
-
-    Do not store these: ten thousand contexts are more than the index of them, and more than fits into memory.
+    """A snapshot with its ``tokens``: little-endian int32 bytes. Do not keep such objects: the tokens of ten thousand
+    contexts are more than their index, and more than fits into memory.
     """
 
     tokens: bytes = b""
@@ -136,7 +135,7 @@ class WithTokens(Snapshot, frozen=True):
         return cls(tokens=tokens, n_tokens=len(tokens) // WIDTH, digest=digest_of(tokens), **fields)
 
     def cut(self, n_tokens: int) -> WithTokens:
-        """As if it ended there; with the id of the whole."""
+        """The snapshot as if it ended after ``n_tokens``, with the id of the whole."""
         if n_tokens == self.n_tokens:
             return self
         checkpoints = tuple(at for at in self.checkpoints if at <= n_tokens)
@@ -146,7 +145,7 @@ class WithTokens(Snapshot, frozen=True):
 
     @property
     def listed(self) -> Snapshot:
-        """The same without tokens."""
+        """The same snapshot without tokens."""
         fields = asdict(self)
         del fields["tokens"]
         return Snapshot(**fields)
@@ -158,7 +157,9 @@ def digest_of(tokens: bytes) -> str:
 
 
 class Noted(Struct, frozen=True):
-    """The content of a sidecar. ``digest``: of the tokens; "" in an older one, and until a save is read."""
+    """The content of a sidecar. ``digest``: of the tokens; "" in a sidecar of an older version, and until the saved
+    file is read.
+    """
 
     id: str
     n_tokens: int
@@ -178,7 +179,7 @@ class Noted(Struct, frozen=True):
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
-        """The sidecar of a snapshot that was saved in this boot and may not be on disk yet."""
+        """The sidecar of a snapshot that was saved since this boot and may not be on disk yet."""
         names = set(cls.__struct_fields__) - {"boot"}
         return cls(**{name: getattr(snapshot, name) for name in names}, boot=boot_id())
 
@@ -189,12 +190,12 @@ class Noted(Struct, frozen=True):
 
 
 def new_id() -> str:
-    """A unique name: ``ls-`` and 16 hexadecimal digits."""
+    """A unique id for a snapshot: ``ls-`` and 16 hexadecimal digits."""
     return "ls-" + secrets.token_hex(8)
 
 
 def own_name(name: str) -> tuple[str, str] | None:
-    """The id and suffix of a file that is ours by its name; None for other files."""
+    """The id and suffix of a file whose name is one of llamaslot's; None for other files."""
     match = _OURS.fullmatch(name)
     return (match[1], match[2]) if match else None
 
@@ -270,7 +271,7 @@ def _field(name: str, fields: dict[str, Any], key: str, *types: type) -> Any:
 
 @functools.cache
 def boot_id() -> str:
-    """The kernel's id of this boot, the same inside containers; "" if there is none, which then never changes."""
+    """The kernel's id of this boot, the same inside containers; always "" where the kernel has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -278,9 +279,8 @@ def boot_id() -> str:
 
 
 def write(directory: Path, noted: Noted, last_used: float) -> None:
-    """Write the sidecar under another name, sync it, set its date, rename it. Blocking; raises OSError.
-
-    The directory is not synced: a name lost in a power cut is a snapshot that does not exist.
+    """Write a sidecar under another name, sync it, set its date, rename it. Blocking; raises OSError. The directory is
+    not synced: a name lost in a power cut is a snapshot that does not exist.
     """
     version = VERSION if noted.parts else 2 if noted.namespace else 1
     fields = {"version": version, **asdict(noted)}
@@ -300,7 +300,7 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
 
 
 def write_data(path: Path, data: bytes, *, is_durable: bool = False) -> None:
-    """Write a new file of ours. Blocking; raises OSError, also if it exists."""
+    """Write a new file of llamaslot's. Blocking; raises OSError, also if the file exists."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE), "wb") as file:
         file.write(data)
         if is_durable:
@@ -309,7 +309,7 @@ def write_data(path: Path, data: bytes, *, is_durable: bool = False) -> None:
 
 
 def sync_data(path: Path) -> None:
-    """Blocking, for seconds; raises OSError."""
+    """Sync a data file to disk. Blocking, for seconds; raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fdatasync(fd)
@@ -318,14 +318,14 @@ def sync_data(path: Path) -> None:
 
 
 def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
-    """Sync its files and record that in the sidecar. Blocking, for seconds; raises OSError."""
+    """Sync a snapshot's files and record that in its sidecar. Blocking, for seconds; raises OSError."""
     for name in dict.fromkeys([*(part.file for part in noted.parts), noted.id + KV]):
         sync_data(directory / name)
     write(directory, replace(noted, boot=None), last_used)
 
 
 def change_kind(directory: Path, snapshot: Snapshot) -> None:
-    """Write kind and pin of the snapshot into its sidecar; leave the rest. Blocking; raises OSError and
+    """Write kind and pin of the snapshot into its sidecar, and leave the rest. Blocking; raises OSError and
     SnapshotInvalid.
     """
     path = directory / (snapshot.id + JSON)
@@ -335,7 +335,9 @@ def change_kind(directory: Path, snapshot: Snapshot) -> None:
 
 
 def date(directory: Path, last_used: dict[str, float]) -> None:
-    """Write the times of last use, by id. Blocking; a snapshot that is gone or not ours to date is skipped."""
+    """Write the times of last use, by id, as the dates of sidecars. Blocking; a snapshot that is gone or not
+    llamaslot's to date is skipped.
+    """
     for id_, at in last_used.items():
         with contextlib.suppress(OSError):
             os.utime(directory / (id_ + JSON), (at, at))

@@ -80,7 +80,7 @@ class Rows(Struct, frozen=True):
 
 
 class CacheShape(Struct, frozen=True):
-    """An attention cache: K and V of each layer. ``cell_words``: 32-bit words per cell, more with M-RoPE;
+    """The shape of an attention cache: K and V of each layer. ``cell_words``: 32-bit words per cell, more with M-RoPE;
     ``rotation``: of K and V, as the server writes it.
     """
 
@@ -106,7 +106,7 @@ class Shape(Struct, frozen=True):
 
     @property
     def has_states(self) -> bool:
-        """Whether a slot can only be resumed at a state. Else it can at any token."""
+        """Whether a slot can only be resumed at a state. Otherwise at any token."""
         return self.window is not None or bool(self.recurrent)
 
     @property
@@ -116,19 +116,21 @@ class Shape(Struct, frozen=True):
 
     @property
     def bytes_per_token(self) -> int:
-        """Of rows. 0 on a purely recurrent model."""
+        """The bytes of all rows of one token. 0 on a purely recurrent model."""
         return sum(tensor.row_bytes for tensor in self.tensors)
 
     @property
     def kind(self) -> str:
-        """dense, window, recurrent or hybrid."""
+        """The kind of the model, as a word: dense, window, recurrent or hybrid."""
         if self.recurrent:
             return "recurrent" if self.attention is None else "hybrid"
         return "dense" if self.window is None else "window"
 
 
 class NoCells(Exception):
-    """The words are no cells that llamaslot knows. The text says why. ``is_width``: they are not of this width."""
+    """The words in a file are no cells that llamaslot knows; the text says why. ``is_width``: only the number of words
+    per cell is wrong.
+    """
 
     def __init__(self, reason: str, is_width: bool = False) -> None:
         super().__init__(reason)
@@ -144,7 +146,7 @@ class Run(Struct, frozen=True):
 
 
 class Cells(Struct, frozen=True):
-    """``width``: words per cell. ``runs``: in order of position."""
+    """The cells of a cache. ``width``: words per cell. ``runs``: in order of position."""
 
     width: int
     runs: tuple[Run, ...]
@@ -164,8 +166,10 @@ class Cells(Struct, frozen=True):
 
 
 def read_cells(read: Callable[[int, int], bytes], n: int, tokens: array[int]) -> Cells:
-    """Read ``n`` cells by ``read(offset, size)``, which raises NoCells if there are no such bytes. ``tokens``: of the
-    slot; no position may be beyond them. Raises NoCells.
+    """Read ``n`` cells with ``read(offset, size)``, which raises NoCells if there are no such bytes. ``tokens``: of
+    the slot; no position may be beyond them.
+
+    Raises NoCells.
     """
     faults = []
     for width in (PLAIN, MROPE, OLDER_MROPE):
@@ -206,7 +210,7 @@ def _runs(read: Callable[[int, int], bytes], n: int, width: int, tokens: array[i
 
 
 def _run_length(positions: array[int], cell: int) -> int:
-    """How many positions from ``cell`` on count up by one."""
+    """The number of positions from ``cell`` on that count up by one."""
     first, rest = positions[cell], len(positions) - cell
     if positions[-1] == first + rest - 1 and positions[cell:] == array("I", range(first, first + rest)):
         return rest
@@ -234,7 +238,7 @@ def make_cells(tokens: bytes, width: int) -> Iterator[bytes]:
 
 
 def to_words(data: bytes) -> array[int]:
-    """Little-endian u32 as an array."""
+    """Little-endian 32-bit words as an array."""
     words = array("I")
     words.frombytes(data)
     if sys.byteorder == "big":
@@ -267,7 +271,7 @@ async def read_slot_file(path: Path) -> SlotFile:
 
 
 def read_slot_file_now(path: Path) -> SlotFile:
-    """As ``read_slot_file``. Blocking."""
+    """As ``read_slot_file``, but blocking."""
     try:
         with open(path, "rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
@@ -322,7 +326,7 @@ def _n_words(name: str, start: bytes, size_bytes: int) -> int:
 
 
 def _n_tokens(name: str, start: bytes, n_words: int) -> tuple[int, bool]:
-    """The number of tokens that follow, and whether they are in the packed form."""
+    """The number of tokens that follow in the file, and whether they are in the packed form."""
     is_packed = n_words > 0 and start.startswith(_NULL, _START.size)
     n_tokens = n_words
     if is_packed:

@@ -47,12 +47,14 @@ Span: TypeAlias = tuple[int, int]  # offset and size in bytes
 
 
 class LayoutUnknown(SnapshotInvalid):
-    """A slot file whose rows cannot be told apart: damaged, cut short, or of a kind that llamaslot does not know."""
+    """The rows in a slot file cannot be told apart: the file is damaged, cut short, or of a kind that llamaslot does
+    not know.
+    """
 
 
 class StateParts(Struct, frozen=True):
-    """Where the parts of a state lie. ``window``: from n_cells to the last row of V; ``recurrent``: all of it;
-    ``draft`` and ``speculation`` belong to a draft model. A part that there is not has size 0.
+    """Where the parts of a state lie in a file. ``window``: from n_cells to the last row of V; ``recurrent``: all of
+    it; ``draft`` and ``speculation`` belong to a draft model. A part that does not exist has size 0.
     """
 
     window: Span = (0, 0)
@@ -78,11 +80,10 @@ class State(Struct, frozen=True):
 
 
 class SlotLayout(Struct, frozen=True):
-    """A slot file that was understood to the last byte.
-
-    ``tokens``: little-endian int32 bytes. ``n_streams``: as the server wrote it. ``rows_at``: for each of
-    ``shape.tensors`` the offset of its first row; ``runs``: in which row a token is, in order of positions.
-    ``checkpoints``: from the appendix, the first first. ``end``: the state after all tokens, None on a dense model.
+    """The layout of a slot file that was understood to the last byte. ``tokens``: little-endian int32 bytes.
+    ``n_streams``: as the server wrote it. ``rows_at``: for each of ``shape.tensors`` the offset of its first row;
+    ``runs``: in which row a token is, in order of positions. ``checkpoints``: from the appendix, in its order.
+    ``end``: the state after all tokens, None on a dense model.
     """
 
     tokens: bytes
@@ -100,13 +101,13 @@ class SlotLayout(Struct, frozen=True):
 
     @property
     def states(self) -> tuple[State, ...]:
-        """One per number of tokens, in order: the checkpoints, and the end unless a checkpoint is there."""
+        """All states, one per number of tokens, in order: the checkpoints, and the end unless a checkpoint is there."""
         states = {} if self.end is None else {self.end.n_tokens: self.end}
         states |= {state.n_tokens: state for state in self.checkpoints}
         return tuple(states[n] for n in sorted(states))
 
     def row_spans(self, tensor: int, start: int, end: int) -> Iterator[Span]:
-        """Where the rows of the tokens [start, end) lie in the file, for the tensor of that index in ``shape``."""
+        """Where the rows of the tokens [start, end) lie in the file, for the tensor with this index in ``shape``."""
         row_bytes, first = self.shape.tensors[tensor].row_bytes, self.rows_at[tensor]
         for run in self.runs:
             low, high = max(start, run.pos), min(end, run.pos + run.n)
@@ -138,11 +139,11 @@ def read_layout(path: Path) -> SlotLayout:
 
 
 class _Misfit(Exception):
-    """What is read is not what was expected there. The text says why."""
+    """What is read is not what was expected at that position. The text says why."""
 
 
 class _Cache(Struct, frozen=True):
-    """A cache as found: ``core`` is what a state keeps of it."""
+    """An attention cache as found in the file. ``core``: the part of it that a state keeps."""
 
     shape: CacheShape
     n_streams: int
@@ -158,7 +159,9 @@ class _Recurrent(Struct, frozen=True):
 
 
 class _Parser:
-    """Parses one file. The kind of model is not in it, so each order of blocks is tried; exactly one may fit."""
+    """Parses one slot file. The file does not tell the kind of model, so each order of blocks is tried; exactly one
+    may fit.
+    """
 
     def __init__(self, name: str, fd: int, tokens: bytes, size: int) -> None:
         self._name, self._fd, self._tokens, self._size = name, fd, tokens, size
@@ -193,7 +196,7 @@ class _Parser:
         return int(12 + n_words * 4)
 
     def _as(self, kinds: str, at: int) -> SlotLayout:
-        """Parse blocks of these kinds: c a cache, m one without V, r a recurrent state. Raises _Misfit."""
+        """Parse the file as blocks of these kinds: c a cache, m one without V, r a recurrent state. Raises _Misfit."""
         attention: _Cache | None = None
         window: _Cache | None = None
         recurrent: _Recurrent | None = None
@@ -234,7 +237,7 @@ class _Parser:
     def _check_end(
         self, at: int, attention: _Cache | None, window: _Cache | None, recurrent: _Recurrent | None
     ) -> None:
-        """Whether the blocks up to ``at`` are those of all tokens."""
+        """Raise _Misfit unless the blocks up to ``at`` hold all tokens of the slot."""
         n, last = self._n_tokens, self._n_tokens - 1
         if attention is not None:
             cells = attention.cells
@@ -368,7 +371,7 @@ class _Parser:
         return tuple(states)
 
     def _blob(self, at: int, size: int, shape: Shape, n_tokens: int) -> tuple[Span, Span]:
-        """Window and recurrent state of a checkpoint."""
+        """Where window and recurrent state of a checkpoint lie. Raises _Misfit."""
         limit = at + size
         magic, sequence = BLOB_HEAD.unpack(self._within(at, BLOB_HEAD.size, limit))
         if magic != BLOB_MAGIC or sequence >= _MAX_STREAMS:

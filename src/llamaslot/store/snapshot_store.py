@@ -18,8 +18,8 @@ from llamaslot.tasks import TaskOwner
 
 
 class SnapshotStore:
-    """``name``: of its files in ``meta_dir``. ``on_drop`` is called for a snapshot that is gone; ``saves_s`` returns
-    the seconds that each hit of a snapshot saves.
+    """A snapshot directory and what belongs to it. ``name``: of its files in ``meta_dir``. ``on_drop`` is called for a
+    snapshot that is gone; ``saves_s`` returns the seconds that each hit of a snapshot saves.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SnapshotStore:
 
     @property
     def hit_rates(self) -> HitRateModel:
-        """The learned hit rates."""
+        """The learned hit rates of this directory's snapshots."""
         return self._order.hit_rates
 
     def _dropped(self, snapshot: Snapshot) -> None:

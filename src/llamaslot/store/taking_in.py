@@ -41,11 +41,11 @@ _FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # of an extent, at most: in its footer
 
 
 class RowsDiffer(SnapshotInvalid):
-    """The rows of a save are not those that the same slot had before: none of them is trusted as known."""
+    """The rows of a save are not those that the same slot had before: none of them counts as known."""
 
 
 class DataLost(SnapshotInvalid):
-    """The disk has lost data of ``file``, which the kernel says once."""
+    """The disk has lost data of ``file``; the kernel reports that only once."""
 
     def __init__(self, file: str) -> None:
         super().__init__(f"the disk has lost data of {file}")
@@ -53,8 +53,9 @@ class DataLost(SnapshotInvalid):
 
 
 class Base(Struct, frozen=True):
-    """A snapshot that begins with the same ``n_shared`` tokens. ``is_lineage``: the slot was restored from it, or saved
-    as it, so its rows are equal bit for bit. ``checksum``: of its slot file, if others have noted it.
+    """A snapshot that begins with the same ``n_shared`` tokens as a new one. ``is_lineage``: the slot was restored
+    from it, or saved as it, so its rows are equal bit for bit. ``checksum``: of its slot file, if others have recorded
+    it.
     """
 
     snapshot: Snapshot
@@ -64,8 +65,8 @@ class Base(Struct, frozen=True):
 
 
 class Intake(Struct, frozen=True):
-    """What is to be written. ``known``: parts that are there; ``start``: the first token whose rows are not;
-    ``states``: token counts of the states to write; ``own_from``: as in ``Snapshot``.
+    """What is to be written of a slot file. ``known``: parts that are in the store; ``start``: the first token whose
+    rows are not; ``states``: token counts of the states to write; ``own_from``: as in ``Snapshot``.
     """
 
     layout: SlotLayout
@@ -88,8 +89,8 @@ class Intake(Struct, frozen=True):
 
 
 def look(directory: Path, landing: Path, base: Base | None, marks: Collection[int]) -> Intake | None:
-    """What to write of the slot file ``landing``; None if it is kept whole. ``marks``: token counts to which a later
-    request may go back.
+    """Find out what to write of the slot file ``landing``; None if it is kept whole. ``marks``: token counts to which
+    a later request may rewind.
 
     Raises LayoutUnknown if its rows cannot be told apart, RowsDiffer, and SnapshotInvalid if a file of ``base`` is
     gone.
@@ -157,15 +158,12 @@ def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list
 def take_in(
     directory: Path, landing: Path, intake: Intake, noted: Noted, new_file: Callable[[], str]
 ) -> Noted:
-    """Write what ``landing`` has more, then the header and the sidecar of the snapshot. Returns the snapshot with its
-    parts; it is durable, and ``let_go`` tells whether it is whole. ``new_file()`` is an id for a file that no snapshot
-    names yet.
+    """Write what ``landing`` has more than the store, then the header and the sidecar of the snapshot. Returns the
+    snapshot with its parts; it is durable, and ``let_go`` checks that it is whole.
 
-    A slot file that gives its rows to others for the first time is read whole for its checksum: a second or more for
-    several GB, once.
-
-    Raises SnapshotInvalid (DataLost) and OSError: then there is no snapshot, but there may be files of ids from
-    ``new_file``.
+    ``new_file()`` gives an id for a file that no snapshot names yet. A slot file that gives its rows to others for the
+    first time is read whole for its checksum: a second or more for several GB, once. Raises SnapshotInvalid (DataLost)
+    and OSError: then there is no snapshot, but there may be files of ids from ``new_file``.
     """
     layout, known = intake.layout, list(intake.known)
     rows = [part for part in known if not part.is_state]
@@ -207,9 +205,10 @@ def take_in(
 
 
 def let_go(directory: Path, landing: Path | None, noted: Noted) -> FileId:
-    """Remove ``landing``, if given, of which ``take_in`` has made ``noted``. Returns the mark of its .kv file.
+    """Check that all files of the new snapshot ``noted`` exist, and remove ``landing``, if given, from which it was
+    made. Returns the id of its .kv file.
 
-    Another llamaslot of a shared store may have evicted what it goes on from. Within ``Quota.turn`` such an
+    Another llamaslot of a shared store may have evicted a file that the snapshot needs. Within ``Quota.turn`` such an
     eviction either has been, and is found here, or comes later, and spares what the sidecar names. Raises
     SnapshotInvalid and OSError: then ``landing`` is still there.
     """

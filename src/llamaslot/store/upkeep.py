@@ -30,9 +30,8 @@ _CHANGES_MAX = 256  # sidecars that are not as in the manifest: reading them tak
 
 
 class Upkeep:
-    """Background tasks on the sidecars of what is on ``table``; ``lost(id)`` is called if the disk lost the data.
-
-    ``hits`` is the file of hits: only one thread at a time may write to it.
+    """Background tasks on the sidecars of the snapshots in ``table``; ``lost(id)`` is called if the disk lost the
+    data. ``hits`` is the file of hits: only one thread at a time may write to it.
     """
 
     def __init__(
@@ -53,26 +52,28 @@ class Upkeep:
         self._syncing = asyncio.Lock()
 
     def changed(self, n: int) -> None:
-        """``n`` sidecars are not as in the manifest: write it anew if these are many."""
+        """Record that ``n`` sidecars are not as in the manifest; if these are many, write it anew."""
         self._n_changed += n
         if self._n_changed > _CHANGES_MAX:
             self._n_changed = 0
             self._tasks.spawn(self.write_manifest(), "write the manifest")
 
     async def write_manifest(self) -> None:
-        """Write the manifest. Canceling is safe: it is written to its end all the same."""
+        """Write the manifest. Canceling is safe: the file is written to its end all the same."""
         self._n_changed, stats = 0, self._table.stats
         await self._manifest.write(self._table.snapshots, {id_: its.last_used for id_, its in stats.items()})
 
     async def note(self, found: scan.Found) -> None:
-        """Write the manifest while many files are read for the first time: a start that is killed is not repeated
-        from the beginning.
+        """While many files are read for the first time, write the manifest now and then: a start that is killed does
+        not begin all over again.
         """
         self._manifest.file_ids, self._manifest.durable = found.file_ids.copy(), found.durable.copy()
         await self._manifest.write({one.id: one for one in found.snapshots}, found.last_used)
 
     def rank_all(self) -> None:
-        """Rank the snapshots of a large directory before the first choice needs that: 0.2 s of 10,000."""
+        """Rank the snapshots of a large directory in the background, before the first choice needs that: 0.2 s for
+        10,000.
+        """
         if self._table.rank_some(_RANKED_AT_ONCE):
             self._tasks.spawn(self._rank(), "rank snapshots")
 
@@ -81,7 +82,7 @@ class Upkeep:
             await asyncio.sleep(_RANK_PAUSE_S)
 
     def date(self, id_: str) -> None:
-        """Write the time of the last use soon. Several at once are one call of a thread."""
+        """Soon write the time of a snapshot's last use to disk. Several at once are one call of a thread."""
         self._undated[id_] = self._table.stats[id_].last_used
         if not self._is_dating:
             self._is_dating = True
@@ -110,7 +111,7 @@ class Upkeep:
         self._tasks.spawn(self._sync(noted), f"sync {noted.id}")
 
     async def change_kind(self, snapshot: Snapshot) -> Snapshot:
-        """Write kind and pin into its sidecar. Canceling is safe: it is written all the same."""
+        """Write a snapshot's kind and pin into its sidecar. Canceling is safe: they are written all the same."""
         await asyncio.shield(self._tasks.spawn(self._change_kind(snapshot), f"mark {snapshot.id}"))
         return snapshot
 
@@ -155,8 +156,8 @@ class Upkeep:
 
 
 class Sweep:
-    """The sweep of one directory. ``reservations``: ids being written; ``drop(id)`` is called for a snapshot whose file
-    vanished.
+    """Compares one directory with the accounts. ``reservations``: ids being written; ``drop(id)`` is called for a
+    snapshot whose file vanished.
     """
 
     def __init__(
@@ -175,8 +176,8 @@ class Sweep:
     async def run(self) -> None:
         """Drop snapshots whose file vanished, and remove unknown files. Canceling is safe.
 
-        llama-server completes a save even if its client has gone: its part file can appear after an ``abandon``, or
-        after our own restart. An unknown pair of .kv and .json is left for the next opening.
+        llama-server completes a save even if its client has left: its part file can appear after an ``abandon``, or
+        after a restart of llamaslot. An unknown pair of .kv and .json is left for the next opening.
         """
         before = set(self._table.files.sizes)
         try:
@@ -217,8 +218,8 @@ class Sweep:
 
 
 def _compare(directory: Path, known: set[str]) -> tuple[set[str], list[str]] | None:
-    """The ``known`` files that are missing, and the ids without a whole pair whose files are not among them. None
-    without our lock file. Blocking; raises OSError.
+    """The ``known`` files that are missing, and the ids that have files which are not ``known``, but no whole pair.
+    None without llamaslot's lock file. Blocking; raises OSError.
     """
     listing = scan.list_own(directory)
     if not listing.has_lock:

@@ -27,7 +27,9 @@ def has_media(body: Mapping[str, Any]) -> bool:
 
 
 def kinds(body: Mapping[str, Any]) -> set[str]:
-    """Which of ``KINDS`` a chat has. Raises PromptNotTokenizable for a part that is neither of these nor a text."""
+    """The kinds of media (``KINDS``) in a chat. Raises PromptNotTokenizable for a part that is neither of these nor
+    text.
+    """
     found = {str(part.get("type")) for _, _, part in _media(body)}
     if unknown := found - KINDS.keys():
         raise PromptNotTokenizable(f"parts of type {', '.join(sorted(unknown))}")
@@ -35,7 +37,7 @@ def kinds(body: Mapping[str, Any]) -> set[str]:
 
 
 def up_to_medium(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat with media, cut at its first medium; ``PLACE`` stands there."""
+    """``body``, a chat with media, cut at its first medium, where the text ``PLACE`` stands instead."""
     number, at, _ = next(_media(body))
     message = body["messages"][number]
     content = [*message["content"][:at], {"type": "text", "text": PLACE}]
@@ -45,11 +47,11 @@ def up_to_medium(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_before(rendered: str, body: Mapping[str, Any]) -> str:
-    """The rendered text before the medium of a chat that was cut by ``up_to_medium``. Raises PromptNotTokenizable if it
-    is empty.
+    """The part of the rendered ``text`` before the medium, for a chat that ``up_to_medium`` has cut. Raises
+    PromptNotTokenizable if there is none.
 
-    A template without support for parts gets texts joined by a line break, and a medium without one before it: so
-    that break does not belong to the text.
+    A template without support for parts gets texts joined by a line break, and a medium without one before it: so that
+    break does not belong to the text.
     """
     text, found, _ = rendered.partition(PLACE)
     if not found:
@@ -66,8 +68,8 @@ def text_before(rendered: str, body: Mapping[str, Any]) -> str:
 def before_marker(prompt: Any, marker: str) -> str | None:
     """The text before the first medium of a completion's prompt with ``multimodal_data``; None for other prompts.
 
-    ``marker``: ``media_marker`` of ``/props``; builds without it have a fixed one. Raises PromptNotTokenizable if it is
-    not found.
+    ``marker``: ``media_marker`` of ``/props``; builds without that have a fixed one. Raises PromptNotTokenizable if
+    the prompt does not contain the marker.
     """
     if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
         return None
@@ -79,7 +81,9 @@ def before_marker(prompt: Any, marker: str) -> str | None:
 
 
 def _media(body: Mapping[str, Any]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-    """Each part that is not text: the index of its message, its index there, and the part."""
+    """Each part of a chat that is not text: the index of its message, the index of the part in the message, and the
+    part.
+    """
     messages = body.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         parts = message.get("content") if isinstance(message, dict) else None

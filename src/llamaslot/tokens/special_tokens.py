@@ -35,7 +35,9 @@ _USERS_MAX = 256  # users whose special tokens are remembered separately
 
 
 class TokenizeRoute(Protocol):
-    """``POST /tokenize``: packed tokens. With ``parse_special`` false, special tokens are read as plain text."""
+    """The function ``POST /tokenize``, which returns packed tokens. With ``parse_special`` false, special tokens are
+    read as plain text.
+    """
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
 
@@ -82,13 +84,15 @@ class SpecialTokens:
     def find(self, text: str, begin: int = 0) -> list[TokenSpan]:
         """The known special tokens in a text from left to right, the longest at each position, without overlap.
 
-        ``begin``: where to start; the start of a special token finds the same from there on as the whole text does.
-        1.2 ms for 300 kB of chat and code with 300 of them.
+        ``begin``: where to start. If a special token starts there, the same tokens are found behind it as in the whole
+        text. 1.2 ms for 300 kB of chat and code with 300 of them.
         """
         return list(self._spans(text, begin))
 
     def first(self, text: str, begin: int, distance: int) -> TokenSpan | None:
-        """The first of ``find`` that starts at least ``distance`` characters after ``begin``."""
+        """The first special token in ``text`` that starts at least ``distance`` characters after ``begin``; None if
+        there is none.
+        """
         return next((span for span in self._spans(text, begin) if span.start - begin >= distance), None)
 
     def _spans(self, text: str, position: int) -> Iterator[TokenSpan]:
@@ -103,12 +107,12 @@ class SpecialTokens:
                 position += 1
 
     def id_of(self, special: str) -> int:
-        """Raises KeyError unless it is known."""
+        """The id of a special token. Raises KeyError for an unknown one."""
         return self._ids[special]
 
     def stands_alone(self, special: str) -> bool:
-        """Whether this is a special token in every text that has it where another text has it as one: it is known,
-        and no longer one contains it and goes on behind it.
+        """Whether the string is a known special token that cannot be the beginning or the middle of a longer one: then
+        it is that token in every text where it stands.
         """
         if (answer := self._alone.get(special)) is None:
             is_inside = any(special in each[:-1] for each in self._ids)
@@ -116,9 +120,8 @@ class SpecialTokens:
         return answer
 
     def locate(self, marks: Sequence[TokenSpan], tokens: bytes, *, may_add: bool) -> list[int] | None:
-        """The token index of each mark; None unless text and tokens have the same special tokens in the same order.
-
-        With ``may_add`` the tokens may begin with one more: BOS, which is in no text.
+        """The index in ``tokens`` of each mark; None unless text and tokens have the same special tokens in the same
+        order. With ``may_add`` the tokens may begin with one more: BOS, which is in no text.
         """
         known, ids = self._known_ids, unpack(tokens)
         where = [i for i, token in enumerate(ids) if token in known]
@@ -127,7 +130,9 @@ class SpecialTokens:
         return where if [ids[i] for i in where] == [mark.id for mark in marks] else None
 
     def drop(self, special: str) -> bool:
-        """Never cut at this one again, and do not learn it again. False if that was so already."""
+        """Forget a special token, and do not learn it again: texts are no longer cut at it. False if
+        it was not known.
+        """
         if self._ids.pop(special, None) is None:
             return False
         self._dropped.add(special)
@@ -136,11 +141,11 @@ class SpecialTokens:
         return True
 
     async def learn(self, text: str) -> None:
-        """Ask the server about strings in the text that look like special tokens and were not judged yet.
-
-        A string is special if it is one token with ``parse_special`` and several without. Usually this sends no
-        request; else a pair for each likely candidate and a pair for all others together, all at once. Canceling is
+        """Ask the server about strings in the text that look like special tokens and were not judged yet. Canceling is
         safe: nothing is learned.
+
+        A string is special if it is one token with ``parse_special`` and several without. Usually there is nothing to
+        ask; else two requests for each likely candidate, and two for all others together, are sent at once.
         """
         candidates = list(dict.fromkeys(c for c in re.findall(_CANDIDATE, text) if c not in self._judged))
         if not candidates:
@@ -161,8 +166,8 @@ class SpecialTokens:
             self._rebuild()
 
     async def _judge(self, group: list[str]) -> dict[str, int]:
-        """The special ones of the group, with ids. The group is judged at once: without a special token, both
-        readings are equal.
+        """The strings of the group that are special tokens, with their ids. The group is judged at once: if it has
+        none, both readings are equal.
         """
         if not group:
             return {}
@@ -180,7 +185,7 @@ class SpecialTokens:
         return left | right
 
     async def prove(self, text: str, mark: TokenSpan) -> bool:
-        """Whether cutting at this special token gives the tokens of the whole; verified on the text around it.
+        """Whether a text cut at this special token has the same tokens as the whole; tried on the text around the cut.
 
         Finds cases that the reasoning above does not cover: a model that appends EOS, a tokenizer with a state. Costs
         three requests of at most 3,000 characters, once per special token.
@@ -196,8 +201,8 @@ class SpecialTokens:
 
 
 class SpecialTokensOfEach:
-    """The special tokens, learned separately for each user: the requests to the server would reveal what words others
-    use.
+    """The known special tokens of each user. They are learned separately, because the requests to the server would
+    reveal to one user what words others use.
     """
 
     def __init__(self, server: TokenizeRoute) -> None:
@@ -205,7 +210,7 @@ class SpecialTokensOfEach:
         self._known: dict[str, SpecialTokens] = {}  # the most recently used last
 
     def of(self, whose: str) -> SpecialTokens:
-        """The special tokens of one user; "" for the shared ones."""
+        """The special tokens that are known in the namespace ``whose``; "" is the shared one."""
         if (specials := self._known.pop(whose, None)) is None:
             specials = SpecialTokens(self._server)
         self._known[whose] = specials

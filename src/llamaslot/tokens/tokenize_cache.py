@@ -27,8 +27,8 @@ _FEW = 4  # children that are compared one by one
 
 
 class _Piece:
-    """``key``: the characters from this piece's special token to the end of the next one, ``special``, which belongs
-    to the next piece.
+    """A piece of text and its tokens, as a node of a tree. ``key``: the characters from this piece's special token to
+    the end of the next one, ``special``, which belongs to the next piece.
     """
 
     __slots__ = ("children", "key", "parent", "special", "tokens")
@@ -46,7 +46,9 @@ _NO_PIECE = _Piece("", "", b"", None)
 
 
 class Known(Struct, frozen=True):
-    """The beginning of a text whose tokens are known: those before ``begin``, where the last of its pieces ends."""
+    """The beginning of a text whose tokens are known: the characters before ``begin``, where the last piece of
+    ``path`` ends.
+    """
 
     path: tuple[_Piece, ...]
     begin: int
@@ -58,12 +60,14 @@ class Known(Struct, frozen=True):
 
     @property
     def special(self) -> str:
-        """The special token at ``begin``. Only if something is known."""
+        """The special token that starts at ``begin``. Fails if nothing is known."""
         return self.path[-1].special
 
 
 class TokenizeCache:
-    """At most ``limit_bytes`` of texts and tokens; the ends of the least recently used texts are dropped first."""
+    """A cache of at most ``limit_bytes`` of texts and tokens; the ends of the least recently used texts are dropped
+    first.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -92,8 +96,10 @@ class TokenizeCache:
         tokens: bytes,
         whose: str = "",
     ) -> None:
-        """Store the text up to its last cut as most recently used. ``known``: what ``find`` returned for it; ``cuts``:
-        those after that; ``ends[i]`` tokens lie before ``cuts[i]``.
+        """Store the text up to its last cut, as most recently used.
+
+        ``known``: what ``find`` returned for the text. ``cuts``: the cuts after that; ``ends[i]`` tokens lie before
+        ``cuts[i]``.
         """
         if not (known.path or cuts):
             return
@@ -132,7 +138,7 @@ class TokenizeCache:
         self.size_bytes -= leaf.size_bytes
 
     def check(self) -> None:
-        """Raises AssertionError with the name of the invariant that does not hold."""
+        """Raise AssertionError with the name of the invariant that does not hold."""
         found: list[_Piece] = []
         rest = list(self._roots.values())
         while rest:
@@ -152,10 +158,10 @@ class TokenizeCache:
 
 
 def _next(piece: _Piece, text: str, begin: int, specials: SpecialTokens) -> _Piece | None:
-    """The piece that follows in the text, which goes on from ``begin``.
+    """The child of ``piece`` with which ``text`` goes on at ``begin``; None if there is none.
 
-    1. Of a conversation that grows, a piece has one child or a few: these are compared.
-    2. If there are many, or if the special token that ends the child may be part of a longer one in this text: the
+    1. In a conversation that grows, a piece has one child or a few: these are compared with the text.
+    2. If there are many, or if the special token that ends the child may be part of a longer one in this text, the
        text is searched for its next cut.
     """
     if len(piece.children) <= _FEW:
@@ -171,8 +177,8 @@ def _next(piece: _Piece, text: str, begin: int, specials: SpecialTokens) -> _Pie
 
 
 def spaced(marks: Iterable[TokenSpan], last: int = 0) -> list[TokenSpan]:
-    """The marks worth cutting at: each at least SPACING characters after ``last`` (the start of the text, or a cut) or
-    the previous one.
+    """Of ``marks``, those worth cutting at: each at least SPACING characters after the previous one, or after ``last``
+    (the start of the text, or a cut).
 
     Decided from left to right, so texts with a common beginning have the same cuts there, and a text from one of its
     cuts on has the same cuts as the whole.
@@ -190,7 +196,9 @@ _ENTRY_BYTES = 200  # bytes of an entry besides its tokens, roughly
 
 
 class SystemPromptCache:
-    """A least-recently-used cache. Keys are stored as hashes: a wrong hit would only cut a prompt elsewhere."""
+    """A least-recently-used cache of the tokens of system prompts. Keys are stored as hashes: a wrong hit would only
+    cut a prompt elsewhere.
+    """
 
     def __init__(self, limit_bytes: int = _LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
@@ -201,7 +209,7 @@ class SystemPromptCache:
         return len(self._known)
 
     def find(self, made_from: bytes) -> bytes | None:
-        """Its tokens, or None."""
+        """The tokens stored for the key ``made_from``; None if there are none."""
         if (tokens := self._known.pop(key := _key(made_from), None)) is not None:
             self._known[key] = tokens
         return tokens

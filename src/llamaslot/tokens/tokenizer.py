@@ -1,4 +1,6 @@
-"""Converts a request body to the exact tokens that llama-server will use for it."""
+"""Renders and tokenizes prompts exactly as llama-server does. ``formats/`` converts the bodies of the client APIs to
+chats before that.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,12 @@ _HEADER_END_TOKENS = 3
 
 
 def listed(prompt: Any) -> list[Any]:
-    """The prompts in ``body["prompt"]``: a list with an id in it is one prompt."""
+    """The prompts in ``body["prompt"]``, as a list. A list with an id in it is one prompt."""
     return prompt if isinstance(prompt, list) and int not in set(map(type, prompt)) else [prompt]
 
 
 def n_texts(prompt: Any) -> int:
-    """The number of texts to tokenize for one prompt, or for a list of them."""
+    """The number of texts to tokenize for ``prompt``, which is one prompt or a list of prompts."""
     if isinstance(prompt, Mapping):
         prompt = prompt.get("prompt_string")
     if isinstance(prompt, list) and not set(map(type, prompt)) <= {int}:
@@ -55,7 +57,7 @@ def n_texts(prompt: Any) -> int:
 
 
 class NoPrompt(BadRequest):
-    """llama-server does not accept this as a prompt."""
+    """llama-server does not accept this value as a prompt."""
 
 
 class PromptServer(Protocol):
@@ -98,7 +100,9 @@ class Boundaries(NamedTuple):
 
 
 class _Split(Struct, frozen=True):
-    """A text: the tokens known already, and behind them its special tokens and those worth cutting at."""
+    """A text in two parts: the beginning whose tokens are ``known``; and behind it the special tokens (``marks``), of
+    which ``cuts`` are worth cutting at.
+    """
 
     whose: str
     specials: SpecialTokens
@@ -109,7 +113,7 @@ class _Split(Struct, frozen=True):
 
 
 class _Model:
-    """What is known of the tokenizer. Discarded as a whole when a cut was wrong."""
+    """All that was learned about the model's tokenizer. Replaced as a whole when a cut gave wrong tokens."""
 
     def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
         self.specials = SpecialTokensOfEach(server)
@@ -144,8 +148,9 @@ class Tokenizer:
         self.has_miscounted = False
 
     async def chat(self, body: Mapping[str, Any], whose: str = "", raw: bytes | None = None) -> Prompt:
-        """The tokens of a chat body. ``raw``: the same as JSON, if that is at hand. Raises PromptNotTokenizable for
-        media, UpstreamError if the template refuses it.
+        """The tokens of the prompt that a chat body is rendered to. ``raw``: the body as JSON, if that is at hand.
+
+        Raises PromptNotTokenizable for media, UpstreamError if the template refuses the body.
         """
         if has_media(body):
             raise PromptNotTokenizable("the messages hold media", Reason.MEDIA)
@@ -192,7 +197,8 @@ class Tokenizer:
         raise NoPrompt(_BAD_PROMPT)
 
     async def _mixed(self, elements: list[Any]) -> Prompt:
-        """Strings are tokenized one by one; only the first element gets BOS (and EOS), if the model wants them.
+        """The tokens of a list of strings and ids. Strings are tokenized one by one; only the first element gets BOS
+        (and EOS), if the model wants them.
 
         Anything else is read as an int32, as the server's JSON library converts it: true is 1, 2.7 is 2.
         """
@@ -207,7 +213,7 @@ class Tokenizer:
         return Prompt(b"".join(parts))
 
     async def _of_text(self, text: str, whose: str) -> Prompt:
-        """The tokens of a text, with BOS if the model wants it."""
+        """The tokens of a text, with BOS if the model wants that."""
         while True:
             model = self._model
             prompt = await self._tokenize(model, text, whose)
@@ -234,7 +240,7 @@ class Tokenizer:
         return Prompt(tokens, text, whole=not known.n_cuts, whose=whose)
 
     async def _tail(self, specials: SpecialTokens, text: str, cut: TokenSpan) -> bytes | None:
-        """The tokens from the cut on; None if this special token turns out to change them."""
+        """The tokens of ``text`` from ``cut`` on; None if cutting there turns out to change the tokens."""
         if cut.id in specials.proved or await specials.prove(text, cut):
             specials.proved.add(cut.id)
             tail = await self._server.tokenize(text[cut.start :], add_special=False)
@@ -248,9 +254,8 @@ class Tokenizer:
         return None
 
     async def _remember(self, model: _Model, text: str, tokens: bytes, split: _Split) -> None:
-        """Store the text and its tokens for texts that continue it; learn special tokens from the new part.
-
-        A failure to learn does not fail the request: its tokens are there.
+        """Store the text and its tokens for texts that continue it, and learn special tokens from its new part. A
+        failure to learn does not fail the request, whose tokens are known.
         """
         with contextlib.suppress(LlamaslotError):
             await split.specials.learn(text[split.known.begin :])
@@ -286,7 +291,9 @@ class Tokenizer:
         return False
 
     def check(self) -> int:
-        """The number of stored pieces. Raises AssertionError with the name of the invariant that does not hold."""
+        """The number of stored pieces of text. Raises AssertionError with the name of the invariant that does not
+        hold.
+        """
         self._model.pieces.check()
         return len(self._model.pieces)
 
@@ -309,7 +316,9 @@ class Tokenizer:
         return Boundaries(n_system if n_system in stops else 0, stops)
 
     def _question_ends(self, body: Mapping[str, Any], prompt: Prompt) -> list[Coroutine[Any, Any, int]]:
-        """Requests for the end of the last user message: as the next turn has it, and as this one has it."""
+        """Coroutines that find the end of the last user message in the prompt: as the next turn will have it, and as
+        this turn has it.
+        """
         variants = variants_of(body)[1:]
         if not variants:
             return []
@@ -329,8 +338,8 @@ class Tokenizer:
     async def _question_end(
         self, variant: Mapping[str, Any], prompt: Prompt, made_from: bytes, tail_from: bytes | None
     ) -> int:
-        """The tokens that the prompt shares with that of the variant: requested once for each question, however many
-        tools are called to answer it.
+        """The number of tokens that the prompt shares with the prompt of ``variant``: requested once for each
+        question, however many tools are called to answer it.
 
         After a final question templates always write the same few tokens. ``tail_from`` is what these depend on. Once
         they are known, such a prompt costs no request; the header that ends the prompt must end with the same tokens.
@@ -365,17 +374,19 @@ class Tokenizer:
         return common(tokens, prompt.tokens)
 
     async def opening(self, body: Mapping[str, Any]) -> tuple[Prompt, int]:
-        """A prompt that begins like all conversations with this system part and these tools, and the length of that
-        beginning.
+        """A prompt that begins like all conversations with this system part and these tools, and the number of tokens
+        in that beginning.
 
-        Without either, it is the whole of ``body``. Raises PromptNotTokenizable for media, UpstreamError if the
-        template refuses it.
+        If ``body`` has neither, the beginning is all of it. Raises PromptNotTokenizable for media, UpstreamError if
+        the template refuses the body.
         """
         prompt, other = await gather(*(self.chat(variant) for variant in openings(body)))
         return prompt, common(prompt.tokens, other.tokens)
 
     async def _shared(self, variant: Mapping[str, Any], prompt: Prompt) -> int:
-        """The tokens that the prompt shares with that of the variant, 0 if the template refuses it."""
+        """The number of tokens that the prompt shares with the prompt of ``variant``; 0 if the template refuses the
+        variant.
+        """
         try:
             text = await self._server.apply_template(variant)
         except UpstreamError:

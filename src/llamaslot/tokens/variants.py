@@ -1,4 +1,6 @@
-"""Variants of a body. What their prompts have in common with the body's prompt shows where its parts end."""
+"""Makes variants of a body: the common prefix of a variant's prompt with the body's prompt shows where a part of the
+body ends.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from typing import Any
 
 
 def system_variant(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first of ``variants_of``; None if there are none."""
+    """``body`` with another question right after its system part, as the first of ``variants_of``; None if the
+    messages have an unknown form.
+    """
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return None
@@ -48,7 +52,7 @@ def openings(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _n_system(messages: list[Any]) -> int:
-    """The number of messages before the first that is not the system's."""
+    """The number of messages before the first one that is not of the system."""
     n = 0
     while n < len(messages) and messages[n].get("role") in ("system", "developer"):
         n += 1
@@ -56,13 +60,15 @@ def _n_system(messages: list[Any]) -> int:
 
 
 def _with(body: Mapping[str, Any], messages: list[Any]) -> dict[str, Any]:
-    """``body`` with other messages. The option to continue the last message cannot stay: it is another one now."""
+    """``body`` with other messages. Without the option to continue the last message, which is another one now."""
     fields = {name: value for name, value in body.items() if name != "continue_final_message"}
     return {**fields, "messages": messages}
 
 
 def _other(messages: list[Any]) -> str:
-    """One character that the first message does not begin with, so that no part of it seems common."""
+    """A text of one character with which the first of ``messages`` does not begin, so that no part of that message
+    seems common.
+    """
     content = messages[0].get("content") if messages else None
     if isinstance(content, list):
         content = content[0].get("text") if content and isinstance(content[0], Mapping) else None

@@ -27,7 +27,9 @@ _PORTS = (8080, 9931)  # of a llama-server without --port: newer builds have the
 
 
 def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Finding]:
-    """``budget_s``: for filling a slot of a llama-server to its end; None: as long as it takes. Raises ConfigError."""
+    """All findings about a configuration. ``budget_s``: for filling a slot of a llama-server to its end; None: as long
+    as it takes. Raises ConfigError.
+    """
     yield from of_check(check(path))
     yield from of_machine(config)
     status, said = _status(config)
@@ -72,7 +74,7 @@ def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
 
 
 def _tried(settings: BackendConfig, budget_s: float | None, *, is_served: bool = True) -> Iterator[Finding]:
-    """What trying a llama-server shows."""
+    """Findings from trying a llama-server without a running llamaslot."""
     directory = settings.slot_save_path
     if settings.url is None:
         yield Finding(
@@ -93,7 +95,7 @@ def _tried(settings: BackendConfig, budget_s: float | None, *, is_served: bool =
 
 
 async def probed(settings: BackendConfig, budget_s: float | None) -> list[Finding]:
-    """Raises BackendDown if it does not answer at all."""
+    """Findings from probes of a llama-server. Raises BackendDown if it does not answer at all."""
     assert settings.url is not None, "a server of its own"
     api = LlamaServer(settings.url, settings.resolve_api_key(), 60.0, name=settings.name)
     probes = ServerProbes(settings, api, budget_s)

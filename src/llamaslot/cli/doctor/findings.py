@@ -35,7 +35,9 @@ class Finding(Struct, frozen=True):
 
 
 def lines(findings: Sequence[Finding], columns: int | None = None) -> list[str]:
-    """One line per check, its remedy below it, and a last line that counts. ``columns``: texts are broken there."""
+    """The report: one line per check, its remedy below it, and a last line that counts. ``columns``: the width at
+    which texts are broken.
+    """
     width = max(len(finding.check) for finding in findings)
     said = []
     for finding in findings:
@@ -49,7 +51,7 @@ def lines(findings: Sequence[Finding], columns: int | None = None) -> list[str]:
 
 
 def _broken(heading: str, text: str, columns: int | None) -> list[str]:
-    """The text behind its heading, broken between words; a path or a command is not broken at its hyphens."""
+    """A text behind its heading, broken into lines between words; a path or a command is not broken at its hyphens."""
     if columns is None or columns - len(heading) < _NARROWEST:
         return [heading + text]
     return textwrap.wrap(

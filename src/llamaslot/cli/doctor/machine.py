@@ -56,7 +56,7 @@ def holder(directory: Path) -> int | None:
 
 
 def _open_files(config: Config) -> Finding:
-    """The limit of the running llamaslot if there is one, else that of this process."""
+    """A finding about the limit of open files: of the running llamaslot if there is one, else of this process."""
     check, directory = "open files", config.backend.slot_save_path
     pid = holder(directory) if directory is not None else None
     whose, limit = "this shell's limit", resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -82,7 +82,7 @@ def _limit_of(pid: int) -> int | None:
 
 
 def _clock(directories: list[Path]) -> Finding:
-    """The clock of this machine, and that of the file systems with snapshots."""
+    """Findings about the clock of this machine, compared with those of the file systems with snapshots."""
     check, now = "clock", time.time()
     cost = "snapshots are evicted by the time of their last use, so the wrong ones go"
     if now < _BUILT:
@@ -106,7 +106,9 @@ def _clock(directories: list[Path]) -> Finding:
 
 
 def _ahead_s(directory: Path) -> float:
-    """By how much the time of a new file is ahead of this machine's clock. The next scan removes a file left behind."""
+    """The seconds by which the time of a new file is ahead of this machine's clock. The next scan of the store removes
+    a file left behind.
+    """
     probe = directory / (new_id() + PROBE)
     before = time.time()
     try:

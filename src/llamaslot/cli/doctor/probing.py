@@ -32,7 +32,7 @@ _MANY_CHECKPOINTS = 8
 
 
 class ServerProbes:
-    """The findings about one llama-server. ``budget_s``: for filling a slot to its end; None: as long as it takes."""
+    """Probes one llama-server. ``budget_s``: for filling a slot to its end; None: as long as it takes."""
 
     def __init__(self, settings: BackendConfig, api: LlamaServer, budget_s: float | None) -> None:
         self._name, self._api, self._budget_s = settings.name, api, budget_s
@@ -44,7 +44,9 @@ class ServerProbes:
         self.findings: list[Finding] = []
 
     async def examine(self) -> None:
-        """Fill ``findings``. Raises BackendDown. Canceling gives the slots back first."""
+        """Make all probes and add their results to ``findings``. Raises BackendDown. Canceling gives the slots back
+        first.
+        """
         try:
             props = await self._api.props()
             if props.n_slots is None:
@@ -120,7 +122,7 @@ class ServerProbes:
     # -- slot files --------------------------------------------------------------------------------------------------
 
     async def _can_save(self, slot: int) -> bool:
-        """Save a few tokens, and look where the file appears; rename and remove it."""
+        """Whether slots can be saved: save a few tokens, look where the file appears, rename and remove it."""
         async with asyncio.timeout(_STEP_S):
             can_save = await self._probes.can_save(slot, 0)
         if can_save:
@@ -144,7 +146,9 @@ class ServerProbes:
         return False
 
     async def _files(self, slot: int, props: Props, *, is_quiet: bool) -> None:
-        """Of a model that cannot rewind: whether files can be used, and whether checkpoints fill them."""
+        """For a model that cannot rewind to any token: whether its slot files can be used, and whether checkpoints
+        make them large.
+        """
         kind = await self._step(lambda: self._probes.cache_kind(slot, props))
         if kind is None or kind is CacheKind.DENSE:
             return
@@ -158,7 +162,9 @@ class ServerProbes:
             await self._step(lambda: self._checkpoints(slot, props))
 
     async def _checkpoints(self, slot: int, props: Props) -> None:
-        """Each task leaves two, up to --ctx-checkpoints: compare the bytes of files after one, two and many tasks."""
+        """How much larger checkpoints make slot files: each task leaves two, up to --ctx-checkpoints, so the bytes of
+        files after one, two and many tasks are compared.
+        """
         n_each, n_first = 8, min(props.n_ctx // 2, 512)
         tokens = meaningless_tokens(n_first + n_each * (_MORE_TASKS + 1))
         await self._api.erase(slot)
@@ -200,7 +206,9 @@ class ServerProbes:
     # -- slots -------------------------------------------------------------------------------------------------------
 
     async def _ram_cache(self, slot: int, *, is_alone: bool) -> None:
-        """``is_alone``: no slot holds anything, so llama-server may choose."""
+        """Whether llama-server has a RAM cache. ``is_alone``: no slot holds anything, so llama-server
+        may choose one.
+        """
         has = await self._step(lambda: self._probes.has_ram_cache(None if is_alone else slot))
         if has:
             self._say(
@@ -236,7 +244,7 @@ class ServerProbes:
     # -- speed -------------------------------------------------------------------------------------------------------
 
     async def _filled(self, slot: int, props: Props) -> Filled:
-        """Fill the slot to its end if that is quick: batch, context shift."""
+        """Fill the slot to its end if that is quick, and report the batch size and the context shift."""
         filled = await fill(self._api, slot, props.n_ctx - 5, self._budget_s)
         if filled.batch is not None:
             text = f"{filled.batch:,} tokens in {filled.batch_s:.2f} s: so long streams stand still beside a prompt"
@@ -304,7 +312,7 @@ class ServerProbes:
                 pass
 
     async def _step(self, probe: Callable[[], Awaitable[Any]]) -> Any:
-        """The result of a small probe; None, and a finding, if it is refused or takes too long."""
+        """The result of a small probe; None, and a finding, if llama-server refuses it or takes too long."""
         try:
             async with asyncio.timeout(_STEP_S):
                 return await probe()

@@ -18,7 +18,7 @@ _LONG_PAUSE_S = 2.0
 
 
 def of_backend(backend: Json) -> Iterator[Finding]:
-    """Health, assist and warnings of one backend, as llamaslot found them out when it connected."""
+    """Findings about health, assist and warnings of one backend, as llamaslot found them out when it connected."""
     name, assist = backend["name"], backend["assist"]
     if backend["health"] not in ("up", "asleep"):
         why = backend.get("why_down") or f"llama-server is {backend['health']}"
@@ -38,7 +38,9 @@ def of_backend(backend: Json) -> Iterator[Finding]:
 
 
 def of_journal(status: Json, decisions: Sequence[Json]) -> Iterator[Finding]:
-    """Enough slots, slots of a sufficient size, contexts found where they were left, speed of saves and restores."""
+    """Findings from the journal: enough slots, slots of a sufficient size, contexts found where they were left, speed
+    of saves and restores.
+    """
     yield _slots(status, decisions)
     yield _context(status)
     yield _found_again(decisions)
@@ -83,7 +85,9 @@ def _context(status: Json) -> Finding:
 
 
 def _found_again(decisions: Sequence[Json]) -> Finding:
-    """Whether contexts are where llamaslot left them: other clients, a RAM cache and context shift take them away."""
+    """A finding: whether contexts are where llamaslot left them. Other clients, a RAM cache and context shift take
+    them away.
+    """
     check = "contexts found again"
     told = [
         decision

@@ -20,7 +20,9 @@ _ROOM = 1.2  # of the bytes that a probe is expected to need
 
 
 class ProbeFiles:
-    """Files of probes, as ``probes.SlotFiles``: removed at once, and by llamaslot's next start after a crash."""
+    """Files of probes, with the interface ``probes.SlotFiles``: removed at once, and by llamaslot's next start after a
+    crash.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -45,7 +47,7 @@ class ProbeFiles:
 
 
 async def until_idle(api: LlamaServer, slot: int) -> bool:
-    """Wait until a slot is idle; False if it works for too long."""
+    """Wait until a slot is idle; False if llama-server works there for too long."""
     for _ in range(_POLLS):
         if not any(info.id == slot and info.is_processing for info in await api.slots()):
             return True
@@ -58,8 +60,8 @@ class CannotTake(LlamaslotError):
 
 
 class TakenSlots:
-    """Takes idle slots. What one held is saved first, and restored at the end, unless another client works there for a
-    minute. ``directory``: where llama-server saves, as seen from here; None if that is not known.
+    """Takes idle slots for probes. What a slot held is saved first, and restored at the end, unless another client
+    works there for a minute. ``directory``: where llama-server saves, as seen from here; None if that is not known.
     """
 
     def __init__(self, api: LlamaServer, directory: Path | None) -> None:
@@ -70,14 +72,16 @@ class TakenSlots:
 
     @contextlib.asynccontextmanager
     async def given_back(self) -> AsyncIterator[TakenSlots]:
-        """Canceling gives the slots back first."""
+        """Within the block slots may be taken; at its end they are given back. Canceling gives them back first."""
         try:
             yield self
         finally:
             await self._give_back()
 
     async def take(self, info: SlotInfo) -> int:
-        """Raises CannotTake; SlotActionFailed with status 501 if llama-server has no ``--slot-save-path``."""
+        """Take an idle slot. Raises CannotTake; SlotActionFailed with status 501 if llama-server has no
+        ``--slot-save-path``.
+        """
         if not info.n_tokens:
             return info.id
         name = new_id() + PROBE

@@ -25,8 +25,8 @@ _WAIT_S = 30.0
 
 
 class Filled(Struct):
-    """A slot after a prefill of ``n_tokens`` in ``seconds``. ``batch``: tokens computed at a time, in ``batch_s``; None
-    if the prompt was shorter than two. ``rest_s``: estimated, for what was left out.
+    """The result of filling a slot: a prefill of ``n_tokens`` in ``seconds``. ``batch``: tokens computed at a time, in
+    ``batch_s``; None if the prompt was shorter than two batches. ``rest_s``: estimated, for what was left out.
     """
 
     n_tokens: int
@@ -66,7 +66,9 @@ def _batch(seen: list[Progress]) -> tuple[int | None, float]:
 
 
 class Trip(Struct):
-    """A slot was saved, emptied and restored. ``pause_s``: the longest gap in a stream beside it; None without one."""
+    """The times of saving, emptying and restoring a slot. ``pause_s``: the longest gap in a stream beside it; None
+    without a stream.
+    """
 
     n_saved: int
     n_restored: int
@@ -83,7 +85,9 @@ class Trip(Struct):
 
 
 async def round_trip(api: LlamaServer, slot: int, other: int | None, name: str, owner: TaskOwner) -> Trip:
-    """Save ``slot`` as ``name``, empty and restore it, beside a stream in ``other``. Raises SlotActionFailed."""
+    """Save ``slot`` as ``name``, empty and restore it, beside a stream in ``other``. Returns the times. Raises
+    SlotActionFailed.
+    """
     stream = _Stream()
     if other is not None:
         owner.spawn(stream.run(api, other), "doctor: a stream")
@@ -126,7 +130,7 @@ class _Stream:
                     self.is_running.set()
 
     def longest_gap_s(self, began: float, ended: float) -> float | None:
-        """The longest gap that overlaps that time; None if the stream did not run then."""
+        """The longest gap between pieces of the stream that overlaps a time; None if the stream did not run then."""
         gaps = [
             after - before
             for before, after in itertools.pairwise(self._times)

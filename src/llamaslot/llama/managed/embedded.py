@@ -38,7 +38,7 @@ def die_with_parent() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags, named as in llama-server."""
+    """The parser of the command line, with flags named as in llama-server."""
     p = argparse.ArgumentParser(
         prog="python -m llamaslot.llama.managed.embedded",
         description="llama.cpp's server out of the xllamacpp wheel; ends with its standard input.",
@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _default_threads() -> int:
-    """All cores but one, which llamaslot and the clients need: one thread too many made prefill 4 times slower."""
+    """The number of threads by default: all cores but one, which llamaslot and the clients need. One thread too many
+    made prefill 4 times slower.
+    """
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
@@ -182,7 +184,9 @@ def _redirect(log_file: Path) -> None:
 
 
 def _why(flags: argparse.Namespace, error: Exception) -> str:
-    """llama.cpp has one message for every cause; only a taken port can be detected afterwards."""
+    """Why the server could not start, as well as that can be told: llama.cpp has one message for every cause, and only
+    a taken port can be detected afterwards.
+    """
     if flags.port:
         try:
             with socket.create_server((flags.host, flags.port)):

@@ -26,8 +26,8 @@ class UnusableCommand(LlamaslotError):
 
 
 class ServerFlag(NamedTuple):
-    """A flag of llama-server: its names, those of its opposite, its variable. ``has_value``: the next word is its
-    value.
+    """A flag of llama-server: its names, those of its opposite, and its environment variable. ``has_value``: the next
+    word is the flag's value.
     """
 
     names: tuple[str, ...]
@@ -67,7 +67,7 @@ _RECOMMENDED = (UNIFIED, CACHE_RAM, IDLE_SLOTS, METRICS, JINJA, BATCH, UBATCH)
 
 
 def _said_on_line(option: ServerFlag, words: Sequence[str]) -> str | None:
-    """The value of the option's last occurrence; "on" or "off" for one without."""
+    """The value of an option on the command line, at its last occurrence; "on" or "off" for an option without value."""
     said = None
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -91,13 +91,13 @@ def _said_in(option: ServerFlag, environment: Mapping[str, str]) -> str | None:
 
 
 def is_contained(command: Sequence[str] | None) -> bool:
-    """Whether the program of a command, or what a wrapper starts, is that of a container."""
+    """Whether a command runs a container: its program, or what a wrapper starts, is that of a container engine."""
     return any(Path(word).name in _CONTAINERS for word in command or ())
 
 
 @dataclass(frozen=True)
 class GivenCommand:
-    """As ``process.Launch``. ``line``: the whole command. Raises UnusableCommand."""
+    """A user's whole command line (``line``), with the interface of ``process.Launch``. Raises UnusableCommand."""
 
     line: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
@@ -131,7 +131,7 @@ class GivenCommand:
             raise UnusableCommand(f"the model file {file} {fault}")
 
     def said(self, option: ServerFlag) -> str | None:
-        """The value of a flag, "on" or "off" for one without value; None if it is not set."""
+        """The value that the user gives a flag, "on" or "off" for a flag without value; None if it is not set."""
         on_line = _said_on_line(option, self._flags)
         return on_line if on_line is not None else _said_in(option, self.environment)
 
@@ -149,7 +149,7 @@ class GivenCommand:
 
     @property
     def model(self) -> str:
-        """What names the model: the file's real path, or where it is loaded from; empty if nothing does."""
+        """What names the model: the real path of its file, or where it is loaded from; empty if nothing names it."""
         if file := self.said(FILE):
             return os.path.realpath(file)
         sources = (self.said(option) for option in (REPOSITORY, MODEL_URL, DOCKER_REPOSITORY))
@@ -175,7 +175,7 @@ class GivenCommand:
 
     @property
     def args(self) -> tuple[str, ...]:
-        """Its flags without host and port, which are llamaslot's."""
+        """The command's flags without host and port, which llamaslot sets."""
         kept, words = list[str](), iter(self._flags)
         for word in words:
             if word.partition("=")[0] not in (*HOST.names, *PORT.names):
@@ -203,7 +203,7 @@ class GivenCommand:
         return [flag for flag in recommended_flags(tuple(said)) if not flag.names & said]
 
     def costs(self) -> Iterator[str]:
-        """What flags of the user cost behind llamaslot, a line each."""
+        """One line for each flag of the user's that makes llamaslot work worse, with what it costs."""
         if self.said(SLOTS) is None:
             yield (
                 "-np is not set: one slot with the whole context is used, and one request runs at a time; "

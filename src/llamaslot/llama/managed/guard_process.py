@@ -60,7 +60,7 @@ def _pass_on(*_: object) -> None:
 
 
 def _wait(ended: int, timeout_s: float | None, *, input_too: bool = True) -> bool:
-    """True if the command has ended; False at the end of standard input or after ``timeout_s``."""
+    """Wait until the command has ended (True), or until standard input ends or ``timeout_s`` have passed (False)."""
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     if input_too:
@@ -81,7 +81,7 @@ def _read() -> bytes:
 
 
 def _end_as(code: int) -> NoReturn:
-    """End with the exit ``code`` of subprocess: negative is minus the signal's number."""
+    """End this process with ``code``, an exit code of subprocess: a negative one is minus the number of a signal."""
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has written its own core file already
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -35,7 +35,9 @@ LOG_BYTES = 20 * 1024**2
 
 
 class Backoff(NamedTuple):
-    """Seconds between a death and the next start: doubled each time, reset after a period of service."""
+    """The pause between a server's death and its next start: doubled with each death, reset after a
+    period of service.
+    """
 
     first_s: float = 1.0
     most_s: float = 60.0
@@ -75,8 +77,8 @@ class Flag(NamedTuple):
 
 
 class Launch(Protocol):
-    """What is started. ``command``: the program and what precedes its flags, None for the embedded engine; ``args``:
-    the operator's flags; ``port``: None for a free one.
+    """The llama-server that is started. ``command``: the program and what precedes its flags, None for the embedded
+    engine; ``args``: the operator's flags; ``port``: None for a free one.
     """
 
     @property
@@ -86,11 +88,11 @@ class Launch(Protocol):
     @property
     def port(self) -> int | None: ...
     def needed(self, port: int, slot_save_path: Path) -> list[Flag]:
-        """Flags that are always passed. Raises LlamaslotError if it cannot be started."""
+        """The flags that are always passed. Raises LlamaslotError if the server cannot be started."""
         ...
 
     def recommended(self) -> list[Flag]:
-        """Flags that are passed if the build knows them."""
+        """The flags that are passed if the build knows them."""
         ...
 
 
@@ -127,7 +129,7 @@ class ManagedConfig(BaseModel):
 
     @property
     def model_name(self) -> str:
-        """The name that llama-server tells for it: the first of ``--alias``, else the path."""
+        """The name that llama-server tells for the model: the first of ``--alias``, else the path."""
         alias = ""
         for word, value in pairwise((*self.args, "")):
             name, equals, said = word.partition("=")
@@ -146,14 +148,16 @@ class ManagedConfig(BaseModel):
 
 
 def smollm2_file() -> Path:
-    """Where the GGUF of the small chat model is, or is to be put."""
+    """The path at which the GGUF of the small chat model is, or will be once it is fetched."""
     named = os.environ.get("LLAMASLOT_SMOLLM2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(named) if named else cache / "llamaslot" / SMOLLM2_FILE
 
 
 def smollm2_path() -> Path:
-    """The GGUF of the small chat model. Raises LlamaslotError with the command to run if it has not been fetched."""
+    """The path of the GGUF of the small chat model. Raises LlamaslotError with the command to run if it has not been
+    fetched.
+    """
     path = smollm2_file()
     if not path.is_file():
         raise LlamaslotError(
@@ -205,8 +209,8 @@ def recommended_flags(args: Sequence[str]) -> list[Flag]:
 
 
 def own_words(launch: Launch, needed: Sequence[Flag], known: Collection[str] | None) -> list[str]:
-    """llamaslot's words of the command line: needed flags, and the recommended ones that are ``known`` (None: all);
-    without those that the operator has set.
+    """The words that llamaslot adds to the command line: needed flags, and recommended ones that the build knows
+    (``known``; None: all of them), without those that the operator has set.
     """
     recommended = [flag for flag in launch.recommended() if known is None or flag.name in known]
     said = _named(launch.args)
@@ -255,7 +259,7 @@ class ManagedServer:
         return f"<ManagedServer {self.name} {self.url} {state}, started {self.n_starts} times>"
 
     async def run(self) -> None:
-        """Start it, and restart it with backoff whenever it ends, until cancelled.
+        """Start the server, and restart it with backoff whenever it ends, until cancelled.
 
         Canceling ends the server: SIGTERM, then SIGKILL after ``stop_s``; a second cancellation kills it at once. A
         server that cannot be started is retried too: what it lacks (a file, memory, the port) may become available.
@@ -278,8 +282,9 @@ class ManagedServer:
             await self._sleep(delay_s)
 
     async def run_once(self) -> int:
-        """Run the server once. Returns its exit code; negative: minus the signal's number. Raises OSError if it cannot
-        be started. Canceling ends it, as in ``run``.
+        """Run the server once. Returns its exit code; a negative one is minus the number of a signal.
+
+        Raises OSError if the server cannot be started. Canceling ends it, as in ``run``.
         """
         command, added = await self._command()
         begin = partial(_open_log, self.log_path, self.slot_save_path, shlex.join(command))
@@ -296,7 +301,7 @@ class ManagedServer:
                 self.pid = None
 
     async def _command(self) -> tuple[list[str], list[str]]:
-        """The command line, and those of its words that are llamaslot's flags."""
+        """The command line to start, and those of its words that llamaslot has added."""
         launch, known = self.launch, None
         guarded = [sys.executable, "-m", "llamaslot.llama.managed.embedded"]
         if launch.command is not None:
@@ -328,8 +333,8 @@ class ManagedServer:
         return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", text))
 
     def _environment(self) -> dict[str, str]:
-        """Our environment, without LLAMA_API_KEY unless it is configured: a key only in our environment would make
-        the server refuse us.
+        """The environment of the server: llamaslot's own, without LLAMA_API_KEY unless a key is configured. A key that
+        only this environment has would make the server refuse llamaslot.
         """
         environment = {name: value for name, value in os.environ.items() if name != "LLAMA_API_KEY"}
         return environment | ({"LLAMA_API_KEY": self._api_key} if self._api_key else {})
@@ -423,7 +428,7 @@ def _open_log(path: Path | None, slot_save_path: Path, command: str) -> int:
 
 
 def _last_line(path: Path | None) -> str:
-    """The last line that is not empty, at most 300 characters; "nothing" if there is none."""
+    """The last line of the log that is not empty, at most 300 characters of it; "nothing" if there is none."""
     lines: list[str] = []
     if path is not None:
         with suppress(OSError), path.open("rb") as file:
@@ -433,7 +438,7 @@ def _last_line(path: Path | None) -> str:
 
 
 def in_words(code: int) -> str:
-    """An exit code of asyncio's in words: negative is minus the signal's number."""
+    """An exit code of asyncio's in words; a negative one is minus the number of a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
     with suppress(ValueError):
