@@ -107,7 +107,7 @@ class Forbidden(LlamaslotError):
 
 
 class Unavailable(LlamaslotError):
-    """It cannot be served just now: the client may try again after ``retry_after_s``."""
+    """The request cannot be served just now: the client may try again after ``retry_after_s``."""
 
     status = 503
     type = "unavailable_error"

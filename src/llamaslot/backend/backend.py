@@ -67,7 +67,7 @@ class Members(Protocol):
         ...
 
     async def replace_by_models(self, backend: Backend, max_models: int) -> None:
-        """It is a router: put its models in the place of ``backend``. Raises BackendDown if it has none."""
+        """``backend`` is a router: put its models in its place. Raises BackendDown if it has none."""
         ...
 
     def check_process(self, backend: Backend, props: Props) -> None:

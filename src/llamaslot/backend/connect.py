@@ -78,7 +78,9 @@ _NO_ISOLATION = (
 
 
 class RouterMode(Struct, frozen=True):
-    """The result if what answers has no model of its own, but is a router. ``max_models``: as ``Props`` has it."""
+    """Returned instead of a session if the server is a router, which has no model of its own. ``max_models``: as
+    ``Props`` has it.
+    """
 
     max_models: int
 
@@ -137,7 +139,9 @@ class Handshake:
         self._reservations = contextlib.AsyncExitStack()
 
     async def run(self, now: float, *, is_retry: bool = False) -> ServerSession | RouterMode:
-        """``is_retry``: there was no slot for the probes before, and one is idle now: do not wait for the others."""
+        """Connect. ``is_retry``: the last attempt found no slot for the probes, and one is idle now: do not wait for
+        the others.
+        """
         async with self._reservations:
             props = None
             try:

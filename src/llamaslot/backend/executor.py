@@ -287,7 +287,7 @@ class PlanExecutor:
     def _not_restored(self, lease: Lease, snapshot_id: str, error: Exception) -> None:
         """Offer the snapshot to this llama-server no more; for a while only, if the reason passes."""
         if is_passing(error):
-            if not isinstance(error, NoLanding):  # that was said
+            if not isinstance(error, NoLanding):  # the landing place has logged why
                 self._failures.failed(error, _NOT_RESTORED, lease.request.id, snapshot_id, error)
             lease.table.model_snapshots.set_aside[snapshot_id] = self.now() + _SET_ASIDE_S
         else:

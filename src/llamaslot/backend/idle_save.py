@@ -56,7 +56,7 @@ class IdleSave:
         return n_saved
 
     async def save_before_stop(self, save_s: float) -> None:
-        """As ``save_all``, for at most ``save_s`` seconds."""
+        """As ``save_all``, for at most ``save_s`` seconds: what is not saved by then is logged."""
         try:
             async with asyncio.timeout(save_s):
                 n_saved = await self.save_all()
@@ -66,7 +66,7 @@ class IdleSave:
             )  # fmt: skip
         except TimeoutError:
             log.warning(
-                "%s: not every slot was saved within %g s: the other contexts are in llama-server only",
+                "%s: not every slot was saved within %g s: the other contexts are lost when llama-server stops",
                 self._leases.backend, save_s,
             )  # fmt: skip
 

@@ -145,8 +145,8 @@ MAX_REPLANS = 2  # for a slot that holds less than expected
 
 
 class EarlierPlaces(Struct):
-    """The places that a request has lost. ``prefill_stats``: what was done for it at all of them; ``preempted``: its
-    last preemption; ``is_back``: it lost its last place for another reason.
+    """The places that a request has had and lost. ``prefill_stats``: what was done for the request at all of them;
+    ``preempted``: its last preemption; ``is_back``: it lost its last place for another reason.
     """
 
     prefill_stats: PrefillStats | None = None
@@ -156,11 +156,13 @@ class EarlierPlaces(Struct):
 
     @property
     def may_replan(self) -> bool:
-        """Whether it may lose the next one, too, if that is not as expected."""
+        """Whether the request may lose its next place too, if that is not as expected."""
         return self.n_replans < MAX_REPLANS
 
     def lost(self, prefill_stats: PrefillStats | None, preempted: Preempted | None = None) -> None:
-        """It has lost another one, where ``prefill_stats`` was done for it; ``preempted``: if that was the reason."""
+        """Record that the request has lost another place, where ``prefill_stats`` was done for it. ``preempted``:
+        given if that was the reason.
+        """
         if self.prefill_stats is not None and prefill_stats is not None:
             prefill_stats = self.prefill_stats.then(prefill_stats)
         self.prefill_stats = prefill_stats or self.prefill_stats

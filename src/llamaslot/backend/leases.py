@@ -66,7 +66,7 @@ class Leases:
         self.exclusive: Request | None = None  # the one exclusive request, if any
         self.is_gate_shut = False  # no other request may begin its first step
         self.is_exclusive_wanted = False  # the exclusive request waits for others to finish
-        self.down: BackendDown | None = None  # llama-server is, and why
+        self.down: BackendDown | None = None  # set while llama-server is down: why
         self.is_drained = False  # by the operator: no request begins here
         self.is_leaving = False  # its model is being unloaded: requests wait until it is loaded again
         self.is_asleep = False  # llama-server has unloaded its model by itself: any use loads it again

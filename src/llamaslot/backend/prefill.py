@@ -298,9 +298,8 @@ class ChunkedPrefill(Struct):
             return long.target
         rate, begin = self.rates.prefill, long.at
         if not long.has_begun and long.lease.forecast.n_whole is not None:
-            begin = max(
-                begin, long.lease.forecast.n_whole
-            )  # an end within the answer that the slot holds would truncate that
+            # A chunk that ended within the answer that the slot holds would truncate that answer.
+            begin = max(begin, long.lease.forecast.n_whole)
         reached = rate.reached(begin, _sharing(long).chunk_s) if rate.known else begin + GRAIN
         return chunk_end(begin, long.target, reached)
 
@@ -327,6 +326,7 @@ class ChunkedPrefill(Struct):
                         is_far = not long.has_begun and is_far_off(lease, lease.forecast.n_expected, n_found)
                         is_misplaced = is_far and long.may_replan
                         if long.has_begun and n_found < long.at - NEGLIGIBLE_TOKENS:
+                            # The last interruption has lost tokens: the next one comes at twice as many.
                             long.no_stop_before = 2 * long.at
                             long.at = n_found
                         if is_misplaced:
@@ -381,9 +381,8 @@ class ChunkedPrefill(Struct):
         is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
             return None
-        soonest = long.since + (
-            2 * sharing.chunk_s if long.is_cut else 0.0
-        )  # a chunk that ends by itself is not interrupted
+        # A chunk that ends by itself is interrupted only if it takes twice as long as it should.
+        soonest = long.since + (2 * sharing.chunk_s if long.is_cut else 0.0)
         by_right = long.since + sharing.chunk_s if long.is_by_right else soonest
         if long.lease.is_preempted:
             return max(now, soonest)

@@ -348,7 +348,7 @@ class Saving:
 
     def _not_saved(self, lease: Lease, kind: SnapshotKind, error: Exception, seconds: float = 0.0) -> None:
         lease.recorder.record_step(lease.slot_key, Act(_step(kind), seconds, is_done=False))
-        if not isinstance(error, NoLanding):  # that was said
+        if not isinstance(error, NoLanding):  # the landing place has logged why
             self.say_failed(lease, error, "slot" if kind is SnapshotKind.LEAF else "shared prefix in slot")
 
     def say_failed(self, lease: Lease, error: Exception, what: str = "slot") -> None:

@@ -205,7 +205,9 @@ def remarks(found: Json) -> list[str]:
 
 
 def _drawn(running: Running, width: int = 80) -> RenderableType:
-    """``width``: of the terminal; a narrow one shows less beside what each request does, and why."""
+    """The whole table for the terminal. ``width``: of the terminal; a narrow one shows less beside what each request
+    does, and why.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -225,7 +227,7 @@ def _drawn(running: Running, width: int = 80) -> RenderableType:
 
 
 def _table(headings: Sequence[str], width: int) -> Table:
-    """Without those that a narrow terminal has no room for; the last column gets what the others leave."""
+    """A table with those headings for which the terminal has room; the last column gets what the others leave."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold")

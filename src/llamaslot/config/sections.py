@@ -74,7 +74,7 @@ class ListenConfig(Section):
     max_body: Annotated[Size, Field(gt=0)] = 64 * MIB
     # Seconds for the header to arrive, and again for the body, which gets one more per 4 KiB; then 408.
     read_timeout_s: Annotated[Seconds, Field(gt=0)] = 30.0
-    # Of clients; one more is answered 503. None: the limit of open files, less 2048, or half of it.
+    # Connections of clients; one more is answered 503. None: the limit of open files, less 2048, or half of it.
     max_connections: Annotated[Count, Field(gt=0)] | None = None
     tls: TlsConfig | None = None
     # Origins whose web pages may call llamaslot from a browser; "*": all.
@@ -133,7 +133,7 @@ ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 class BackendConfig(Section):
     """One llama-server: its address (``url``) or how to run it (``managed``)."""
 
-    # In log, metrics and headers; of several each has its own.
+    # The backend's name in log, metrics and headers; of several each has its own.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "llama"
     # Root of a running llama-server, without /v1.
     url: Annotated[str, AfterValidator(server_url)] | None = None
@@ -252,16 +252,16 @@ class ModelsConfig(Section):
 
 
 class TimeoutsConfig(Section):
-    # From arrival to the first token, then 504. None: no limit.
+    # Seconds from arrival to the first token, then 504. None: no limit.
     first_token_s: Annotated[Seconds, Field(gt=0)] | None = None
-    # From arrival to the end of the answer, then 504. None: no limit.
+    # Seconds from arrival to the end of the answer, then 504. None: no limit.
     total_s: Annotated[Seconds, Field(gt=0)] | None = None
     # A slot without progress for so long is stuck: its request ends, and it is erased.
     watchdog_s: Annotated[Seconds, Field(gt=0)] | None = 300.0
 
 
 class StreamConfig(Section):
-    # Between two comments to a waiting stream.
+    # Seconds between two comments to a waiting stream.
     keepalive_s: Annotated[Seconds, Field(gt=0)] = 10.0
     # False: none, for clients that cannot read SSE comments.
     comments: bool = True
@@ -273,9 +273,9 @@ class PassthroughConfig(Section):
 
 
 class ShutdownConfig(Section):
-    # To save unsaved slots, after draining.
+    # Seconds to save unsaved slots, after draining.
     save_s: Seconds = 60.0
-    # For running answers to end after SIGTERM, and again to close their connections.
+    # Seconds for running answers to end after SIGTERM, and again to close their connections.
     drain_s: Seconds = 30.0
 
 

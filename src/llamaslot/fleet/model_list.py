@@ -1,4 +1,4 @@
-"""The models as in ``/v1/models``, with their states."""
+"""Makes the list of models, in the form of ``/v1/models``, with their states."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def model_list(
     expected: Mapping[str, str],
     aliases: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """The entries. ``known``: the pools whose models are known; ``expected``: names that will be told once their models
-    are loaded, and the backends of these; ``aliases``: configured names, and their targets.
+    """The entries of the list. ``known``: the pools whose models are known; ``expected``: names that will be told once
+    their models are loaded, and the backends of these; ``aliases``: configured names, and their targets.
     """
     entries: dict[str, dict[str, Any]] = {}
     for pool in known:
@@ -52,7 +52,7 @@ def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _state(backends: Sequence[Backend]) -> str:
-    """In the words of llama-server's router mode."""
+    """The state of a model with these backends, in the words of llama-server's router mode."""
     backends = [backend for backend in backends if not backend.leases.is_drained]
     states = {backend.health for backend in backends}
     if Health.UP in states:

@@ -178,7 +178,7 @@ class Pool:
 
     @property
     def sessions(self) -> list[ServerSession]:
-        """The last sessions of those that are known to serve its model."""
+        """The last sessions of the backends that are known to serve the pool's model."""
         return [each.last_session for each in self.backends.values() if each.last_session is not None]
 
     def _members(self) -> list[Backend]:

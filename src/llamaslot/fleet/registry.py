@@ -232,7 +232,7 @@ class Registry:
             raise NotReady(_SAME_PROCESS % other)
 
     async def replace_by_models(self, backend: Backend, max_models: int) -> None:
-        """As ``Members.replace_by_models``. Canceling is safe."""
+        """As ``Members.replace_by_models``: the models of a router become backends. Canceling is safe."""
         api = backend.api
         router = ModelRouter(api.url, api.api_key, api.watchdog_s, name=backend.name)
         models = await router.models()

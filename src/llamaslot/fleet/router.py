@@ -165,7 +165,7 @@ class Router:
                 )  # fmt: skip
 
     def listed(self) -> list[dict[str, Any]]:
-        """As ``model_list``."""
+        """The models in the form of ``/v1/models``, with their states: see ``model_list``."""
         return model_list(self._known(), self._backends, self.expected, self._settings.aliases)
 
 

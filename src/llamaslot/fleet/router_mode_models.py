@@ -30,7 +30,7 @@ _END_S = 30.0  # of a model's process; llama-server kills it after 10 s (stop-ti
 
 
 class RouterModeModel(ServedOnDemand):
-    """One of them, as ``on_demand.Loadable``."""
+    """One model of a router, which the router loads and unloads on llamaslot's request."""
 
     def __init__(self, backend: Backend, router: ModelRouter, model: RouterModel, save_s: float) -> None:
         super().__init__(backend, save_s)
@@ -39,12 +39,14 @@ class RouterModeModel(ServedOnDemand):
 
     @property
     def is_loaded(self) -> bool:
-        """One that was asleep before llamaslot came is not: connecting to it would wake it."""
+        """Whether the model is loaded. A model that was asleep before llamaslot came does not count: connecting to it
+        would wake it.
+        """
         is_asleep = self._state == "sleeping"
         return self._state == "loaded" or (is_asleep and self._backend.session is not None)
 
     async def load(self) -> None:
-        """As ``Loadable.load``."""
+        """Have the router load the model, and wait until it serves; see ``Loadable.load``."""
         try:
             await self._router.load(self._model)
         except LlamaslotError as error:
@@ -58,7 +60,7 @@ class RouterModeModel(ServedOnDemand):
         log.info("%s: loaded: a request needs it", self.name)
 
     async def unload(self) -> None:
-        """As ``Loadable.unload``."""
+        """Save the slots, and have the router unload the model; see ``Loadable.unload``."""
         leases = self._backend.leases
         leases.is_leaving = True
         try:
@@ -79,7 +81,9 @@ class RouterModeModel(ServedOnDemand):
             leases.is_leaving = False
 
     def note(self, state: str, sleep_s: float | None) -> None:
-        """The router has told this state, and after how many idle seconds the model falls asleep."""
+        """Record the state that the router tells for this model, and after how many idle seconds the model falls
+        asleep.
+        """
         if sleep_s is not None:  # everything is saved before that
             self._backend.idle_save.idle_save_s = min(self._idle_save_s, sleep_s / 4)
         # A model that wakes is loading too (measured); and an answer may be older than what ``load`` has found.
@@ -94,19 +98,20 @@ class RouterModeModel(ServedOnDemand):
         self.changes.notify()
 
     def gone(self, why: str) -> None:
-        """The router does not answer."""
+        """The router does not answer, so the model's state is unknown."""
         self._state = "unknown"
         self._backend.sleep(why)
         self.changes.notify()
 
     def back(self) -> None:
-        """The router answers again."""
+        """The router answers again; the state of this model follows."""
         self._backend.sleep()
 
 
 class RouterModeModels:
-    """They take the place of ``backend``, of which nothing but the name is used any more. ``add`` makes a backend of a
-    model that the router has named for the first time, ``open_`` reads what was learned of it.
+    """The models of a router, as backends that take the place of ``backend``, of which only the name is used any more.
+    ``add`` makes a backend of a model that the router has named for the first time, ``open_`` reads what was learned
+    of it.
     """
 
     def __init__(
@@ -121,24 +126,24 @@ class RouterModeModels:
         self._has_events = self._is_gone = False
 
     def start(self) -> None:
-        """Follow what the router does. ``note`` was called before."""
+        """Follow what the router does from now on. ``note`` was called before."""
         self._loading.spawn(self.on_demand.run(), f"{self.name}: load on demand")
         self._tasks.spawn(self._look_on(), f"{self.name}: list of models")
         self._tasks.spawn(self._listen(), f"{self.name}: events")
 
     async def stop_loading(self) -> None:
-        """Load and unload nothing any more; what is being unloaded is seen to its end."""
+        """From now on load and unload no model; wait for those that are being unloaded."""
         await self._loading.close()
         await self.on_demand.close()
 
     async def close(self) -> None:
-        """End all tasks: the slots of the models have been saved."""
+        """End all tasks. The slots of the models have been saved before."""
         await self._tasks.close()
         await self._router.close()
         await self._backend.close()
 
     async def note(self, models: Sequence[RouterModel]) -> None:
-        """The router's list."""
+        """Take over the router's list of models: new ones become backends, and each gets its state."""
         new = [self._included(model) for model in models if model.name not in self._models]
         for backend in new:
             await self._open(backend)

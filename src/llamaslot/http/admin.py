@@ -182,7 +182,9 @@ def _slot_status(every: Leases, table: SlotTable) -> list[dict[str, Any]]:
 
 
 def _held(content: Content, lease: Lease | None) -> tuple[int, bool]:
-    """The known tokens of a slot, and whether a snapshot lacks some. A leased slot's own content is that of before."""
+    """How many tokens of a slot are known, and whether a snapshot lacks some of them. For a leased slot, of the
+    content before the lease.
+    """
     if lease is None:
         return content.n_tokens, content.is_dirty
     if lease.is_running and lease.request.n_tokens:

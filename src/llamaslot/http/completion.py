@@ -292,7 +292,7 @@ class _Exchange:
     # -- a slot --------------------------------------------------------------------------------------------------
 
     async def _serve(self, parsed: ParsedRequest, context: ModelContext) -> web.StreamResponse:
-        """Serve it, repeated until a place was as expected."""
+        """Serve the request in a slot; repeated until the slot that it got was as expected."""
         earlier = EarlierPlaces()
         while True:
             try:
@@ -319,7 +319,7 @@ class _Exchange:
     async def _serve_at_a_place(
         self, parsed: ParsedRequest, context: ModelContext, earlier: EarlierPlaces
     ) -> web.StreamResponse | RetryNonStreamed:
-        """Serve it at one place. Raises RetryPlacement."""
+        """Serve the request in one slot. Raises RetryPlacement if that is not as expected, or needed otherwise."""
         if self.client_request.wants_progress and self._format.has_progress_events:
             self.down.progress = partial(self._progress, context, earlier.prefill_stats)
         async with contextlib.AsyncExitStack() as stack:
@@ -347,8 +347,8 @@ class _Exchange:
         context: ModelContext,
         earlier: EarlierPlaces,
     ) -> Lease:
-        """Wait for a slot, to be released by ``stack``. Raises LlamaslotError, also if llama-server will refuse the
-        request.
+        """Wait for a slot, which ``stack`` releases at its end. Raises LlamaslotError, also if llama-server will
+        refuse the request.
         """
         queued = time.monotonic()
         lease = stack.enter_context(
@@ -380,8 +380,8 @@ class _Exchange:
         context: ModelContext,
         earlier: EarlierPlaces,
     ) -> Answering:
-        """Perform the steps of its plan, and wait for its turn if llama-server chooses its slots, which ``stack`` ends.
-        Raises RetryPlacement.
+        """Perform the steps of the plan; if llama-server chooses the slots, wait for the request's turn, which
+        ``stack`` ends. Raises RetryPlacement.
         """
         backend, say = self.backend, self.down.say
         here = await backend.executor.prepare(lease, say, may_replan=earlier.may_replan, can_stop=True)

@@ -161,7 +161,7 @@ class Requests:
         self.last_users: dict[SlotKey, str] = {}  # of what slots hold
         self._held_since: dict[SlotKey, float] = {}  # since that user's request was sent
         self._looked_at = 0.0
-        self.has_changed = asyncio.Event()  # for those who watch
+        self.has_changed = asyncio.Event()  # the operator page should look again
 
     def begin(self, request: web.Request, route: Route) -> InFlight:
         flight = InFlight(

@@ -47,7 +47,7 @@ IDLE = frozenset({SlotState.FREE, SlotState.HOT, SlotState.SUSPECT})
 
 
 class IllegalTransition(Exception):
-    """An event that the table does not allow in this state: a bug in llamaslot."""
+    """An event that the table of states does not allow in this state: a bug in llamaslot."""
 
 
 class SlotKey(NamedTuple):

@@ -79,9 +79,9 @@ class SharedFiles:
         return round(sum(self.sizes[name] / n for name, n in users if n > 1))
 
     def n_covered(self, snapshot: Snapshot) -> int:
-        """Tokens from its beginning that are there without it too: rows that another snapshot needs, on a model with
-        states up to the last one that another keeps. 0 for a shared prefix: those that need it are larger, and go
-        before it.
+        """How many of the snapshot's first tokens could be reused without it: those whose rows another snapshot needs
+        too; on a model with states, up to the last state that another one keeps. 0 for a shared prefix: the snapshots
+        that need it are larger, and go before it.
         """
         if snapshot.kind is SnapshotKind.TRUNK:
             return 0

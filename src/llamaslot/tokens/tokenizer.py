@@ -119,7 +119,7 @@ class _Model:
         self.specials = SpecialTokensOfEach(server)
         self.pieces = TokenizeCache(cache_bytes)
         self.systems = SystemPromptCache()
-        self.questions, self.tails = SystemPromptCache(), SystemPromptCache()  # see Prompts._question_end
+        self.questions, self.tails = SystemPromptCache(), SystemPromptCache()  # see Tokenizer._question_end
         self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
 
     def split(self, text: str, whose: str) -> _Split:
@@ -269,10 +269,10 @@ class Tokenizer:
             model.pieces.keep(text, split.known, split.cuts, ends, tokens, split.whose)
 
     def confirm(self, prompt: Prompt, n_server: int) -> bool:
-        """Whether the server counted as many tokens in the prompt as we did.
+        """Whether the server counted as many tokens in the prompt as this tokenizer did.
 
-        If not, and the prompt was tokenized in pieces, all texts are tokenized as a whole from then on. The first is
-        logged. (The server compares tokens itself, so no answer was wrong.)
+        If not, and the prompt was tokenized in pieces, all texts are tokenized as a whole from then on. The first time
+        is logged. (The server compares tokens itself, so no answer was wrong.)
         """
         if n_server == prompt.n_tokens:
             return True

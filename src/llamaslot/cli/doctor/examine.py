@@ -56,9 +56,7 @@ def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Fin
 
 
 def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """The status of the running llamaslot, None without one, empty if it does not tell; and what is to be said about
-    it.
-    """
+    """The status of the running llamaslot, None if none runs, empty if it does not tell; and a finding about that."""
     check = "llamaslot"
     running = Running.with_config(config)
     try:
