@@ -61,28 +61,24 @@ def house(request: pytest.FixtureRequest) -> Iterator[House]:
     house.close()
 
 
-def test_the_first_conversation_pays_for_no_other(house: House) -> None:
-    """It saves nothing on its way."""
+def test_the_first_conversation_saves_the_system_part_on_its_way(house: House) -> None:
+    """After ten turns without a pause its slot could not go back there. Nothing is computed twice for it."""
     house.loop.run(house.ask(opening(1)))
-    assert not house.catalog.snapshots
+    (trunk,) = trunks(house)
+    assert house.server.files[trunk.file_name] == SYSTEM
     assert house.server.n_computed <= N + 300 + 2  # the first token after a stop is asked for by the next
 
 
-def test_the_next_conversation_begins_with_what_the_first_has_in_its_slot(house: House) -> None:
-    """All of it but what a sliding window needs again; what the first has more is saved before."""
-    house.loop.run(house.ask(opening(1)))
-    assert house.loop.run(house.ask(opening(2))) >= N - 5
-    assert is_kept(house, opening(1))
-    assert trunks(house) == []
-
-
-def test_the_next_conversation_begins_with_what_the_first_has_on_disk(house: House) -> None:
-    """In another slot: the first keeps its own."""
-    house.loop.run(house.ask(opening(1)))
-    house.loop.run(house.idle_save.save_all())
-    assert house.loop.run(house.ask(opening(2))) >= N - 5
+def test_the_next_conversation_begins_with_it(house: House) -> None:
+    """All of it but what a sliding window needs again; in another slot, and it is not saved again."""
+    for user in (1, 2):
+        reused = house.loop.run(house.ask(opening(user)))
+    assert reused >= N - 5
     held = {slot.content.tokens for slot in table_of(house).slots}
     assert held >= {opening(user).tokens for user in (1, 2)}
+    for user in (3, 4):
+        house.loop.run(house.ask(opening(user)))
+    assert len(trunks(house)) == 1
 
 
 def test_two_that_arrive_together_make_one(house: House) -> None:
@@ -157,6 +153,19 @@ def test_each_conversation_begins_with_what_another_one_has_computed(dense: Hous
     assert reused[0] == 0
     assert min(reused[1:]) >= N
     assert trunks(dense) == []
+
+
+def test_one_that_computes_what_a_busy_slot_has_saves_it_for_the_next(dense: House) -> None:
+    """While the first is answered, others can neither go on in its slot nor read it. With what is on disk none is
+    saved."""
+    dense.server.pace = lambda op: 60.0 if op.kind == "answer" else 0.01
+    asked = []
+    for user in (1, 2, 3, 4):
+        asked.append(dense.start(dense.ask(plain(user)), f"user {user}"))
+        dense.loop.pass_time(5.0)
+        assert len(trunks(dense)) == (user > 1)
+    dense.finish()
+    assert [task.result() >= N for task in asked] == [False, False, True, True]
 
 
 def test_of_five_that_arrive_together_one_computes_what_they_share(dense: House) -> None:

@@ -31,7 +31,7 @@ from llamaslot.scheduling.placement import (
     is_other_conversation,
     return_likelihood,
 )
-from llamaslot.scheduling.plan import Plan, Save
+from llamaslot.scheduling.plan import Plan, PrefillTo, Save
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import Snapshot, WithTokens
@@ -299,6 +299,8 @@ class SlotTable:
         leaving = None
         if plan is not None and any(isinstance(step, Save) for step in plan.steps):
             leaving = self._pending.add(old, now + self.save_s(old), self.backend)
+        if plan is not None and self.can_save and any(isinstance(step, PrefillTo) for step in plan.steps):
+            self._share(request, plan, now)
         slot.become(SlotEvent.LEASE)
         slot.leased_by = request.id
         will_hold, namespace = (
@@ -313,6 +315,21 @@ class SlotTable:
     def end_pending_save(self, leaving: PendingSave) -> None:
         """The save of ``leaving`` has ended, successful or not. Idempotent."""
         self._pending.end(leaving)
+
+    def _share(self, request: Request, plan: Plan, now: float) -> None:
+        """Have ``request`` save on its way what others, which begin so too, could meanwhile only compute again:
+
+        1. on a model that cannot rewind, the system part: after ten turns without a pause the slot has no checkpoint
+           there any more;
+        2. else what a conversation in another slot begins with too, which is busy, or the plan would go on there.
+        """
+        n = 0 if self.rewind_model.is_rewindable else request.n_system
+        if not n:
+            hits = self.residents.match(request.tokens, request.reads, 2)
+            others = (hit for hit in hits if hit.holder != plan.slot.id)
+            n = next((hit.n_shared for hit in others if hit.n_tokens > hit.n_shared + NEGLIGIBLE_TOKENS), 0)
+        if self._candidates.is_worth_sharing(request, n, plan.n_reused):
+            self.expect_trunk(request, n, plan.slot.id, now + self.rates.prefill.seconds(plan.n_reused, n))
 
     def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
         """``request``, computed in ``slot``, will save its first ``n_tokens`` as a shared prefix, at about ``due_at``:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count
+from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count, head
 from llamaslot.cache.layered_index import Joined
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import Shared
@@ -178,6 +178,19 @@ class SnapshotCandidates:
             hit for hit in self._candidates(tokens, (namespace,), N_COVERING) if hit.holder not in to_come
         )
         return max((self._usable(hit, count(tokens) + 1) for hit in hits), default=0)
+
+    def is_worth_sharing(self, request: Request, n_tokens: int, n_reused: int) -> bool:
+        """Whether the first ``n_tokens`` of ``request``, which resumes from ``n_reused``, should be saved on its way:
+        they are not on disk, and computing them costs more than saving and restoring.
+        """
+        n_most = request.n_tokens - NEGLIGIBLE_TOKENS
+        if request.no_cache or request.is_prewarm or not MIN_SHARED_TOKENS <= n_tokens < n_most:
+            return False
+        cost_s = self._rates.save_s(n_tokens) + self._rates.restore_s(n_tokens)
+        if self._rates.prefill.seconds(n_reused, n_tokens) <= cost_s:
+            return False
+        n_there = self.on_disk(head(request.tokens, n_tokens), request.namespace)
+        return n_there < n_tokens - NEGLIGIBLE_TOKENS
 
     def branch(
         self, residents: Iterable[tuple[int, Callable[[], bytes]]], found: Iterable[Shared[str]]
