@@ -161,7 +161,7 @@ def test_one_that_computes_what_a_busy_slot_has_saves_it_for_the_next(dense: Hou
     dense.server.pace = lambda op: 60.0 if op.kind == "answer" else 0.01
     asked = []
     for user in (1, 2, 3, 4):
-        asked.append(dense.start(dense.ask(plain(user)), f"user {user}"))
+        asked.append(dense.start(dense.ask(opening(user)), f"user {user}"))
         dense.loop.pass_time(5.0)
         assert len(trunks(dense)) == (user > 1)
     dense.finish()

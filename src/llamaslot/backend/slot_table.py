@@ -317,19 +317,20 @@ class SlotTable:
         self._pending.end(leaving)
 
     def _share(self, request: Request, plan: Plan, now: float) -> None:
-        """Have ``request`` save on its way what others, which begin so too, could meanwhile only compute again:
+        """Have ``request`` save its system part on its way where others, which begin so too, could meanwhile only compute
+        it again:
 
-        1. on a model that cannot rewind, the system part: after ten turns without a pause the slot has no checkpoint
-           there any more;
-        2. else what a conversation in another slot begins with too, which is busy, or the plan would go on there.
+        1. on a model that cannot rewind: after ten turns without a pause the slot has no checkpoint there any more;
+        2. on others if another slot has it, which is busy: else the plan would go on there.
         """
-        n = 0 if self.rewind_model.is_rewindable else request.n_system
-        if not n:
+        n = request.n_system
+        if not self._candidates.is_worth_sharing(request, n, plan.n_reused):
+            return
+        if self.rewind_model.is_rewindable:
             hits = self.residents.match(request.tokens, request.reads, 2)
-            others = (hit for hit in hits if hit.holder != plan.slot.id)
-            n = next((hit.n_shared for hit in others if hit.n_tokens > hit.n_shared + NEGLIGIBLE_TOKENS), 0)
-        if self._candidates.is_worth_sharing(request, n, plan.n_reused):
-            self.expect_trunk(request, n, plan.slot.id, now + self.rates.prefill.seconds(plan.n_reused, n))
+            if not any(hit.holder != plan.slot.id and hit.n_shared >= n for hit in hits):
+                return
+        self.expect_trunk(request, n, plan.slot.id, now + self.rates.prefill.seconds(plan.n_reused, n))
 
     def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
         """``request``, computed in ``slot``, will save its first ``n_tokens`` as a shared prefix, at about ``due_at``:
