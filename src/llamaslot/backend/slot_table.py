@@ -317,8 +317,8 @@ class SlotTable:
         self._pending.end(leaving)
 
     def _share(self, request: Request, plan: Plan, now: float) -> None:
-        """Have ``request`` save its system part on its way where others, which begin so too, could meanwhile only compute
-        it again:
+        """Have ``request`` save its system part on its way where others, which begin so too, could meanwhile only
+        compute it again:
 
         1. on a model that cannot rewind: after ten turns without a pause the slot has no checkpoint there any more;
         2. on others if another slot has it, which is busy: else the plan would go on there.
