@@ -169,9 +169,9 @@ async def test_an_exchanged_model_never_answers_from_the_old_ones_snapshots(
     shutil.copyfile(models.dense(tmp_path), path)
     other = models.dense(tmp_path, seed=2)
     async with Stack(path, tmp_path) as stack, RealServer(other, tmp_path / "cold") as cold:
-        result = await exchange_model(stack, path, other, cold, n_users=5, n_context=1200)
+        result = await exchange_model(stack, path, other, cold, n_users=3, n_context=1200)
     figure(result)
-    assert result.n_all == 10
+    assert result.n_all == 6
     assert result.are_right
 
 

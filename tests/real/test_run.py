@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
-from tests.support.forked import forked
+from tests.support.forked import LLAMASLOT, forked
 from tests.support.inprocess import letters
 from tests.support.leftovers import nothing_left
 from tests.support.supervised import CHAT, ENGINE, Supervised, tagged
@@ -168,7 +168,7 @@ async def test_a_wrong_command_line_is_one_clear_message(
         out, err = tmp_path / "out", tmp_path / "err"
         words = ("run", *(word.format(**known) for word in words))
         state = {"XDG_STATE_HOME": str(tmp_path), "STATE_DIRECTORY": str(tmp_path)}
-        status = await forked(words, out=out, err=err, **state).wait()
+        status = await forked(LLAMASLOT, words, out=out, err=err, **state).wait()
     said = said.format(**known)
     told = err.read_text()
     lines = [line for line in told.splitlines() if " INFO " not in line and line and "sage: " not in line]

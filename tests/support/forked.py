@@ -1,7 +1,8 @@
-"""``llamaslot`` without its imports, which take 0.7 s of CPU: a process that has made them forks itself.
+"""``llamaslot`` and the embedded llama.cpp without their imports, which take 0.7 and 0.1 s of CPU: a process that has
+made them forks itself.
 
-For tests of what a running llamaslot does. Its start as a program is tested with the program itself
-(``tests/web/test_service.py``, ``tests/real/test_run.py``, ``tests/unit/test_cli.py``).
+For tests of what they do while they run. Their start as programs is tested with the programs themselves
+(``tests/web/test_service.py``, ``tests/real/test_run.py``, ``test_embedded.py``, ``tests/unit/test_cli.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
+
+LLAMASLOT, ENGINE = "llamaslot.cli", "llamaslot.llama.managed.embedded"
+#: What is called in the child, after the command line's words.
+_OPTIONS: dict[str, dict[str, str]] = {LLAMASLOT: {"prog_name": "llamaslot"}, ENGINE: {}}
 
 _forker: Forker | None = None
 
@@ -49,6 +54,9 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         signal.pidfd_send_signal(self._descriptor, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -100,13 +108,13 @@ def is_forking() -> bool:
     return _forker is not None
 
 
-def forked(words: Sequence[str], *, out: Path, err: Path, **environment: str) -> Forked:
-    """``llamaslot`` with these words, and with ``environment`` besides that of this process. What it says is added to
-    the two files.
+def forked(module: str, words: Sequence[str], *, out: Path, err: Path, **environment: str) -> Forked:
+    """``LLAMASLOT`` or ``ENGINE`` with these words, and with ``environment`` besides that of this process. What it says
+    is added to the two files; its standard input never ends.
     """
     assert _forker is not None, "only while forking"
-    what = {"words": words, "outputs": [str(out), str(err)], "environment": {**os.environ, **environment}}
-    return Forked(_forker, _forker.ask(what))
+    what = {"module": module, "words": words, "outputs": [str(out), str(err)]}
+    return Forked(_forker, _forker.ask({**what, "environment": {**os.environ, **environment}}))
 
 
 def main() -> None:
@@ -114,7 +122,7 @@ def main() -> None:
     die_with_parent()
     gc.disable()
     import_module("llamaslot.llama.quick_import").import_aiohttp()  # as a start does, without certificates
-    for name in ("llamaslot.cli", "llamaslot.http.serve", "llamaslot.http.app"):
+    for name in (LLAMASLOT, "llamaslot.http.serve", "llamaslot.http.app", ENGINE, "xllamacpp"):
         import_module(name)
     gc.freeze()
     for line in sys.stdin:
@@ -122,19 +130,21 @@ def main() -> None:
         if "status" in what:
             answer = os.waitstatus_to_exitcode(os.waitpid(what["status"], 0)[1])
         elif (answer := os.fork()) == 0:
-            _become(what["words"], what["outputs"], what["environment"])
+            _become(**what)
         print(json.dumps(answer), flush=True)
 
 
-def _become(words: Sequence[str], outputs: Sequence[str], environment: dict[str, str]) -> NoReturn:
+def _become(
+    module: str, words: Sequence[str], outputs: Sequence[str], environment: dict[str, str]
+) -> NoReturn:
     die_with_parent()
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.pipe()[0], 0)
     for descriptor, output in enumerate(outputs, 1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), descriptor)
     gc.enable()
-    import_module("llamaslot.cli").main(words, prog_name="llamaslot")
+    import_module(module).main(words, **_OPTIONS[module])
     raise AssertionError("a command ends the process")
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import aiohttp
 
+from tests.support.forked import ENGINE, Forked, forked, is_forking
+
 START_TIMEOUT_S = 60.0
 
 
@@ -65,7 +67,7 @@ class RealServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._logs = tempfile.TemporaryDirectory(prefix="llamaslot-real-")
         self.log_path = Path(self._logs.name) / "llama.log"
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | Forked | None = None
         self._env = env or {}
         self._flags = [
             *("--port", str(self.port), "-np", str(slots), "-c", str(slots * context), "-t", "1"),
@@ -102,19 +104,23 @@ class RealServer:
         """Start it and wait until it serves. RuntimeError with the end of its log if it does not."""
         assert self._process is None, "runs already"
         self.save_dir.mkdir(parents=True, exist_ok=True)
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "llamaslot.llama.managed.embedded", "-m", str(self.model), *self._flags),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            env={**os.environ, **self._env},
-        )
+        words = ("-m", str(self.model), *self._flags)
+        if is_forking():
+            self._process = forked(ENGINE, words, out=self.log_path, err=self.log_path, **self._env)
+        else:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", ENGINE, *words),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                env={**os.environ, **self._env},
+            )
         try:
             await self._until_healthy(self._process)
         except BaseException:
             await self.kill()
             raise
 
-    async def _until_healthy(self, process: asyncio.subprocess.Process) -> None:
+    async def _until_healthy(self, process: asyncio.subprocess.Process | Forked) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             # A fresh connection each time: a process that used the port before may have left a stale one.
@@ -143,7 +149,7 @@ class RealServer:
     async def _reap(self) -> None:
         if self._process is not None:
             process, self._process = self._process, None
-            if process.stdin is not None:
+            if not isinstance(process, Forked) and process.stdin is not None:
                 process.stdin.close()
             await process.wait()
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 import aiohttp
 import yaml
 
-from tests.support.forked import Forked, die_with_parent, forked, is_forking
+from tests.support.forked import LLAMASLOT, Forked, die_with_parent, forked, is_forking
 from tests.support.real import RealServer, free_port
 
 START_S = 60.0  # for a process to answer, on a busy machine
@@ -81,7 +81,7 @@ class Proxy:
         assert self._process is None, "llamaslot runs already"
         words = ("serve", "--config", str(self.config_path))
         if is_forking():
-            self._process = forked(words, out=self.log_path, err=self.log_path)
+            self._process = forked(LLAMASLOT, words, out=self.log_path, err=self.log_path)
         else:
             self._process = await self._program(words)
         if wait:
