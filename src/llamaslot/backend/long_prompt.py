@@ -33,6 +33,19 @@ def no_report(_: object) -> None:
     """A ``Report`` that ignores its argument."""
 
 
+class Chunk(Struct, eq=False):
+    """The part of a prompt that llama-server computes now, up to ``end`` tokens. ``is_cut``: it is sent as a part of
+    the prompt, so it ends by itself. ``is_by_right``: the prompt has been postponed for too long, so requests with a
+    short prefill no longer delay it. ``limit``: once it may be interrupted.
+    """
+
+    end: int
+    is_cut: bool
+    is_by_right: bool
+    since: float
+    limit: asyncio.Timeout | None = None
+
+
 class LongPrompt(Struct, eq=False):
     """A prefill in progress. ``at``: tokens that are present; ``stops``: where to stop on the way, and finally.
     ``report``: called on progress; ``may_replan``: it may be given up for a better place.
@@ -46,15 +59,9 @@ class LongPrompt(Struct, eq=False):
     came_at: float
     has_begun: bool = False
     n_reused: int = 0  # found by the first chunk
-    end: int = 0  # of the present chunk
-    is_cut: bool = False  # that chunk is sent as a part of the prompt, so it ends by itself
-    limit: asyncio.Timeout | None = None  # of that chunk, once it may be interrupted
-    since: float = 0.0  # its beginning
+    chunk: Chunk | None = None
     # No interruption before that many tokens: a sliding window that is stopped before it is full keeps nothing.
     no_stop_before: int = 0
-    is_by_right: bool = (
-        False  # it has been postponed for too long: requests with a short prefill no longer delay it
-    )
     seconds: float = 0.0  # of computing
     counted_s: float = 0.0  # of these, seconds while other users waited
     is_keeping: bool = False  # it is having a shared prefix saved, and does not wait for a turn

@@ -18,14 +18,13 @@ import enum
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from msgspec import Struct, field
 from msgspec.structs import replace
 
 from llamaslot.backend.feedback import Feedback
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.long_prompt import LongPrompt, Prefilling, Report
+from llamaslot.backend.long_prompt import Chunk, LongPrompt, Prefilling, Report
 from llamaslot.backend.slot_content import is_far_off, is_untouched, prefilled, wait_until_idle
 from llamaslot.cache.content import NOTHING
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
@@ -60,24 +59,24 @@ class _Why(enum.Enum):
     """Why a long prefill does not go on now."""
 
     OTHER_PREFILL = "another prompt"
-    FIRST = "a request that answers soon"
+    SHORT_PREFILL = "a request that answers soon"
     STREAMS = "running answers"
 
 
-class ChunkedPrefill(Struct):
+class ChunkedPrefill:
     """Computes the long prefills of one backend in chunks."""
 
-    api: LlamaServer
-    rates: Rates
-    metrics: BackendMetrics
-    leases: Leases
-    feedback: Feedback
-    _longs: list[LongPrompt] = field(default_factory=list)
-    _current: LongPrompt | None = None  # whose chunk is running now
-    _last: LongPrompt | None = None  # whose chunk ran last
-    _stopped_at: float = float("-inf")
-    _pause_s: float = 0.0  # still owed to streams for the last chunk
-    _time: ServerTime = field(default_factory=ServerTime)
+    def __init__(
+        self, api: LlamaServer, rates: Rates, metrics: BackendMetrics, leases: Leases, feedback: Feedback
+    ) -> None:
+        self.api, self.rates, self.metrics = api, rates, metrics
+        self.leases, self.feedback = leases, feedback
+        self._longs: list[LongPrompt] = []
+        self._current: LongPrompt | None = None  # whose chunk is running now
+        self._last: LongPrompt | None = None  # whose chunk ran last
+        self._stopped_at = float("-inf")
+        self._pause_s = 0.0  # still owed to streams for the last chunk
+        self._time = ServerTime()
 
     @property
     def _changes(self) -> ChangeEvent:
@@ -141,15 +140,14 @@ class ChunkedPrefill(Struct):
     async def _until_next(self, long: LongPrompt) -> None:
         """Wait for the turn of this prefill."""
         lease, began = long.lease, self.now()
-        long.is_by_right = False
         while (waits := self._waits(long)) is not None:
             why, seconds = waits
             long.gives_way_to = why.value
             if why is not _Why.STREAMS and not long.has_begun:
                 long.report(Comment.WAITING_TO_PREFILL.format(n_tokens=lease.request.n_tokens))
-            since, first = self.now(), self._first(long) if why is _Why.FIRST else []
+            since, ahead = self.now(), self._users_ahead(long) if why is _Why.SHORT_PREFILL else []
             await self._changes.wait(seconds)
-            self._time.took(first, self.now() - since, self._users_waiting())
+            self._time.took(ahead, self.now() - since, self._users_waiting())
             lease.raise_if_preempted(long.so_far)
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.check_current()
@@ -158,7 +156,6 @@ class ChunkedPrefill(Struct):
         # No await from here to the chunk.
         self._current, long.gives_way_to = long, ""
         lease.take_prefill_turn()
-        long.is_by_right = self._has_priority_requests(long)
         long.waited_s += self.now() - began
 
     def _waits(self, long: LongPrompt) -> tuple[_Why, float | None] | None:
@@ -169,8 +166,8 @@ class ChunkedPrefill(Struct):
         # Not longer than its own time, so that a prefill of a tenth of a second is not postponed for two.
         whole_s = long.seconds + self.rates.prefill.seconds(long.at, long.last)
         held_s = max(self._stopped_at, long.came_at) + min(sharing.max_yield_s, whole_s) - now
-        if held_s > 0 and self._has_priority_requests(long):
-            return _Why.FIRST, min(held_s, _LOOK_AGAIN_S)
+        if held_s > 0 and self._users_ahead(long):
+            return _Why.SHORT_PREFILL, min(held_s, _LOOK_AGAIN_S)
         pause_s = self._stopped_at + self._pause_s - now
         if pause_s > 0 and self._n_streams(long):
             return _Why.STREAMS, pause_s
@@ -201,21 +198,18 @@ class ChunkedPrefill(Struct):
         """The prefill as the policy compares it: if requests wait for a shared prefix, the work up to there counts."""
         shared = [at for at in long.lease.table.expected_trunks(long.lease.slot_id) if at > long.at]
         left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
-        computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
+        computed_s = long.seconds + (now - long.chunk.since if long.chunk is not None else 0.0)
         return Pending(left_s, max(now - long.came_at - computed_s, 0.0), long.came_at)
 
     def _others(self, long: LongPrompt) -> list[Lease]:
         leases = self.leases.leases
         return [lease for lease in leases if lease.table is long.lease.table and lease is not long.lease]
 
-    def _has_priority_requests(self, long: LongPrompt) -> bool:
-        return bool(self._first(long))
-
-    def _first(self, long: LongPrompt) -> list[str]:
+    def _users_ahead(self, long: LongPrompt) -> list[str]:
         """The users of requests with a short prefill that may postpone ``long``."""
         may, grace_s = self._time.may_hold_back, _sharing(long).chunk_s
-        first = (lease.request.user.id for lease in self._others(long) if lease.is_latency_sensitive)
-        return sorted({user for user in first if may(user, long.user, grace_s)})
+        users = {lease.request.user.id for lease in self._others(long) if lease.is_latency_sensitive}
+        return sorted(user for user in users if may(user, long.user, grace_s))
 
     def _users_waiting(self) -> set[str]:
         """The users of long prompts, of requests with a short prefill, and of those that wait for a shared prefix."""
@@ -243,15 +237,13 @@ class ChunkedPrefill(Struct):
         """
         lease = long.lease
         before = lease.content
+        chunk = long.chunk = self._next_chunk(long)
         self.leases.prefill_began()
         try:
-            long.is_cut = self._is_cut(long)
-            long.end = self._end_of(long)
-            long.since = self.now()
             lease.set_progress(long.at)
             lease.begin_prefill()
             with self._changes.subscribed(self._reconsider):
-                is_misplaced = await self._compute(long)
+                is_misplaced = await self._compute(long, chunk)
         except UpstreamError as error:
             log.warning("%s: prefill in slot %s failed: %s", lease.request.id, lease.slot_name, error)
             is_kept = not lease.is_confirmed and await is_untouched(self.api, lease, before)
@@ -259,7 +251,7 @@ class ChunkedPrefill(Struct):
             lease.clear_restored()
             return False
         finally:
-            took_s = self.now() - long.since
+            took_s, long.chunk = self.now() - chunk.since, None
             long.seconds += took_s
             self.leases.prefill_ended()
             if self._current is long:
@@ -271,12 +263,17 @@ class ChunkedPrefill(Struct):
 
     def _ended(self, long: LongPrompt, took_s: float) -> None:
         """The chunk of ``long`` is over: another prefill may be next."""
-        long.limit, self._current, self._last = None, None, long
+        self._current, self._last = None, long
         if self._time.took([long.user], took_s, self._users_waiting()):
             long.counted_s += took_s
         self._stopped_at = self.now()
         self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
         self._changes.notify()
+
+    def _next_chunk(self, long: LongPrompt) -> Chunk:
+        is_cut = self._is_cut(long)
+        end = self._cut_end(long) if is_cut else long.target
+        return Chunk(end, is_cut, long.lease.is_long and bool(self._users_ahead(long)), self.now())
 
     def _is_cut(self, long: LongPrompt) -> bool:
         """Whether the chunk is sent as a part of the prompt, so that it ends by itself. Otherwise it runs until it is
@@ -292,10 +289,8 @@ class ChunkedPrefill(Struct):
         batches_s = 2 * self.rates.prefill.seconds(max(end - n_batch, 0), end)
         return not n_batch or batches_s > _sharing(long).chunk_s
 
-    def _end_of(self, long: LongPrompt) -> int:
-        """The token up to which the next chunk of ``long`` is sent."""
-        if not long.is_cut:
-            return long.target
+    def _cut_end(self, long: LongPrompt) -> int:
+        """The token up to which the next chunk of ``long`` is sent, as a part of the prompt."""
         rate, begin = self.rates.prefill, long.at
         if not long.has_begun and long.lease.forecast.n_whole is not None:
             # A chunk that ended within the answer that the slot holds would truncate that answer.
@@ -303,12 +298,12 @@ class ChunkedPrefill(Struct):
         reached = rate.reached(begin, _sharing(long).chunk_s) if rate.known else begin + GRAIN
         return chunk_end(begin, long.target, reached)
 
-    async def _compute(self, long: LongPrompt) -> bool:
+    async def _compute(self, long: LongPrompt, chunk: Chunk) -> bool:
         """Have the chunk computed. The slot's content is known at its end, however it ends. True if it was stopped
         because the slot had much less than expected.
         """
         lease = long.lease
-        tokens, before = head(lease.request.tokens, long.end), lease.content or NOTHING
+        tokens, before = head(lease.request.tokens, chunk.end), lease.content or NOTHING
         last: Progress | None = None
         n_found, is_over, is_misplaced = 0, False, False
         limit = asyncio.timeout(None)
@@ -323,20 +318,14 @@ class ChunkedPrefill(Struct):
                     if last is None:
                         n_found = event.cache
                         lease.confirm(replace(prefilled(before, tokens, n_found), is_exact=False))
-                        is_far = not long.has_begun and is_far_off(lease, lease.forecast.n_expected, n_found)
-                        is_misplaced = is_far and long.may_replan
-                        if long.has_begun and n_found < long.at - NEGLIGIBLE_TOKENS:
-                            # The last interruption has lost tokens: the next one comes at twice as many.
-                            long.no_stop_before = 2 * long.at
-                            long.at = n_found
-                        if is_misplaced:
+                        if is_misplaced := self._is_misplaced(long, n_found):
                             break
                     else:
-                        self.feedback.progressed(lease.table, last, event, long.end)
+                        self.feedback.progressed(lease.table, last, event, chunk.end)
                     last = event
                     lease.set_progress(event.processed)
                     long.report(self._progress(long, n_found, event))
-                    long.limit = limit
+                    chunk.limit = limit
                     self._reconsider()
                 else:
                     is_over = True
@@ -348,7 +337,7 @@ class ChunkedPrefill(Struct):
         if not is_over:
             content = await wait_until_idle(self.api, lease, content)
         elif last is not None:
-            more_s = self.now() - long.since - last.seconds
+            more_s = self.now() - chunk.since - last.seconds
             self.feedback.piece_ended(lease.table, more_s, is_alone=not self._others(long))
         lease.finish(content)
         if not long.has_begun:
@@ -358,6 +347,17 @@ class ChunkedPrefill(Struct):
         if is_misplaced:
             self.feedback.misplaced(lease, n_found)
         return is_misplaced
+
+    @staticmethod
+    def _is_misplaced(long: LongPrompt, n_found: int) -> bool:
+        """Whether the slot turns out to hold so much less than expected that the request is placed again."""
+        if not long.has_begun:
+            return is_far_off(long.lease, long.lease.forecast.n_expected, n_found) and long.may_replan
+        if n_found < long.at - NEGLIGIBLE_TOKENS:
+            # The interruption has lost something, and so may the next one: only with twice as much before it the
+            # prefill is sure to get on.
+            long.no_stop_before, long.at = 2 * long.at, n_found
+        return False
 
     def _progress(self, long: LongPrompt, n_found: int, event: Progress) -> Prefilling:
         n_reused = long.n_reused if long.has_begun else n_found
@@ -370,40 +370,42 @@ class ChunkedPrefill(Struct):
     def _reconsider(self) -> None:
         """Something has changed: compute anew when the running chunk must be interrupted."""
         long = self._current
-        if long is not None and long.limit is not None and not long.limit.expired():
-            loop = asyncio.get_running_loop()
-            when = self._must_stop_at(long)
-            long.limit.reschedule(None if when is None else max(when - self.now(), 0.0) + loop.time())
+        chunk = long.chunk if long is not None else None
+        if long is None or chunk is None or chunk.limit is None or chunk.limit.expired():
+            return
+        when, loop = self._must_stop_at(long, chunk), asyncio.get_running_loop()
+        chunk.limit.reschedule(None if when is None else max(when - self.now(), 0.0) + loop.time())
 
-    def _must_stop_at(self, long: LongPrompt) -> float | None:
-        """When the running chunk must be interrupted; None: never, or it ends as soon by itself."""
+    def _must_stop_at(self, long: LongPrompt, chunk: Chunk) -> float | None:
+        """When ``chunk``, which is running, must be interrupted; None: never, or it ends as soon by itself."""
         sharing, now, n_done = _sharing(long), self.now(), long.lease.n_done
-        is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
+        is_nearly_through = self.rates.prefill.seconds(n_done, chunk.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
             return None
         # A chunk that ends by itself is interrupted only if it takes twice as long as it should.
-        soonest = long.since + (2 * sharing.chunk_s if long.is_cut else 0.0)
-        by_right = long.since + sharing.chunk_s if long.is_by_right else soonest
+        soonest = chunk.since + (2 * sharing.chunk_s if chunk.is_cut else 0.0)
+        by_right = chunk.since + sharing.chunk_s if chunk.is_by_right else soonest
         if long.lease.is_preempted:
             return max(now, soonest)
-        if self._has_priority_requests(long):
+        if self._users_ahead(long):
             return max(by_right, soonest)
-        if self._next() is not long or self._is_trunk_ahead(long):
+        if self._next() is not long or self._is_trunk_ahead(long, chunk):
             return max(now, soonest)
         if (
             self.leases.is_exclusive_waiting(long.lease)
             and self.rates.prefill.seconds(n_done, long.last) > sharing.max_yield_s
         ):
-            return max(long.since + max(_SURELY_S - long.seconds, 0.0), soonest)
+            return max(chunk.since + max(_SURELY_S - long.seconds, 0.0), soonest)
         if self._n_streams(long) and sharing.decode_share > 0:
-            return max(long.since + sharing.chunk_s, soonest)
+            return max(chunk.since + sharing.chunk_s, soonest)
         return None
 
-    def _is_trunk_ahead(self, long: LongPrompt) -> bool:
+    @staticmethod
+    def _is_trunk_ahead(long: LongPrompt, chunk: Chunk) -> bool:
         """Whether other requests wait for a prefix whose end the chunk reaches before it ends by itself. A prefix that
         was passed can only be saved if the model can rewind to it.
         """
-        if long.is_cut or long.target >= long.end:
+        if chunk.is_cut or long.target >= chunk.end:
             return False
         return long.lease.n_done < long.target or long.lease.table.rewind_model.is_rewindable
 
