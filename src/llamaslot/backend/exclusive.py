@@ -175,16 +175,7 @@ class ExclusiveSection:
                 self._leases.has_waited(lease)
             if self._leases.table is not lease.table:
                 raise BackendRestarted
-            fresh = self._leases.lease_idle(lease.request, lease.request.n_children or None)
-            while fresh:
-                others += fresh
-                for other in fresh:
-                    await self._save_if_worth(other)
-                    if lease.request.placement is Placement.SERVER_CHOSEN and not _may_land_in(
-                        other, lease.request
-                    ):
-                        await self._empty(other, lease.request)
-                fresh = self._leases.lease_idle(lease.request)  # slots whose answers have ended meanwhile
+            await self._take_idle(lease.request, others)
             before = {info.id: info for info in await self._api.slots()}
             lease.check_current()  # a request sent now would run in slots that the new table considers idle
             lease.end_wait()
@@ -207,6 +198,17 @@ class ExclusiveSection:
                 for other in others:
                     other.release()
             self._leases.end_exclusive(lease)
+
+    async def _take_idle(self, request: Request, others: list[Lease]) -> None:
+        """Lease the slots that the request may take to ``others``, save them, and empty those of other namespaces."""
+        fresh = self._leases.lease_idle(request, request.n_children or None)
+        while fresh:
+            others += fresh
+            for other in fresh:
+                await self._save_if_worth(other)
+                if request.placement is Placement.SERVER_CHOSEN and not _may_land_in(other, request):
+                    await self._empty(other, request)
+            fresh = self._leases.lease_idle(request)  # slots whose answers have ended meanwhile
 
     async def _until_quiet(self, lease: Lease) -> None:
         """Wait until no other request is between two steps and no foreign request runs, then shut the gate.
