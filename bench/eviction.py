@@ -21,7 +21,7 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import ByValue
 from llamaslot.scheduling.placement import Rules
 from llamaslot.store import WithTokens
-from llamaslot.store.entries import SnapshotTable
+from llamaslot.store.snapshot_table import SnapshotTable
 
 MODEL = "model"
 BYTES_PER_TOKEN = 56_000

@@ -19,9 +19,9 @@ from llamaslot.cache.ids import MIN_SHARED_TOKENS, head
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.scheduling.eviction import ByValue
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
-from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.giving_out import Given, outgoing
 from llamaslot.store.sidecar import EXT, KV, PART, Part, digest_of
+from llamaslot.store.snapshot_table import Pin, SnapshotTable
 from llamaslot.store.taking_in import Base
 
 FINGERPRINT = "simulated"

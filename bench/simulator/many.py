@@ -29,7 +29,7 @@ from llamaslot.backend.lease_states import Preempted
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.scheduling.eviction import ByValue
 from llamaslot.scheduling.request import Request
-from llamaslot.store.entries import SnapshotTable
+from llamaslot.store.snapshot_table import SnapshotTable
 from llamaslot.tasks import TaskOwner
 
 

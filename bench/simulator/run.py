@@ -21,7 +21,7 @@ from bench.simulator.users import Foresight, Users
 from bench.virtual import VirtualLoop
 from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.placement import Rules
-from llamaslot.store.entries import SnapshotTable
+from llamaslot.store.snapshot_table import SnapshotTable
 from llamaslot.tasks import TaskOwner
 
 

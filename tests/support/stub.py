@@ -31,9 +31,9 @@ from llamaslot.errors import (
 from llamaslot.llama.answers import Progress, Props, SlotAction, SlotInfo
 from llamaslot.scheduling.request import Request
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
-from llamaslot.store.entries import Pin
 from llamaslot.store.giving_out import Given
 from llamaslot.store.sidecar import digest_of
+from llamaslot.store.snapshot_table import Pin
 
 BYTES_PER_TOKEN = 1000
 MODEL = "model"

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from bench.simulator.orders import ByUse
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import QuotaExceeded, Reservation
-from llamaslot.store.entries import Pin
+from llamaslot.store.snapshot_table import Pin
 from tests.support.snapshots import Shelter, some_tokens
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count
 from llamaslot.llama.answers import Progress
 from llamaslot.scheduling.placement import Rules
-from llamaslot.store.entries import SnapshotTable
+from llamaslot.store.snapshot_table import SnapshotTable
 
 # A batch takes half a second at any depth; to send a request takes 0.1 s and no more for a longer one.
 FLAT = Hardware(

@@ -38,7 +38,7 @@ from llamaslot.scheduling.plan import Plan, PrefillStats, Step
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import IllegalTransition, Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import Snapshot, WithTokens
-from llamaslot.store.entries import Pin
+from llamaslot.store.snapshot_table import Pin
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.plan import Plan
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot, SlotState
-from llamaslot.store.entries import Pin
+from llamaslot.store.snapshot_table import Pin
 from llamaslot.tasks import ChangeEvent
 
 

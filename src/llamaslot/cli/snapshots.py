@@ -31,9 +31,9 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
 from llamaslot.sizes import readable_size
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
-from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.inventory import FileState, Item, Stock, read_headers, remove, take_stock
 from llamaslot.store.quota import Limits, free_bytes_of
+from llamaslot.store.snapshot_table import SnapshotTable
 
 EXIT_BROKEN = 1
 

@@ -17,13 +17,13 @@ from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
-from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.landing import Landing, copy_file
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Quota, QuotaExceeded
 from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
 from llamaslot.store.slot_file import read_slot_file
 from llamaslot.store.slot_layout import LayoutUnknown
+from llamaslot.store.snapshot_table import Pin, SnapshotTable
 from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, let_go, look, take_in
 
 log = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ from llamaslot.sizes import readable_size
 from llamaslot.store import scan, sidecar
 from llamaslot.store.acceptance import Acceptance, Reservation, ReservationState, SavedSlot
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
-from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.giving_out import Copies, is_passing
 from llamaslot.store.landing import Landing
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens
+from llamaslot.store.snapshot_table import Pin, SnapshotTable
 from llamaslot.store.upkeep import Sweep, Upkeep
 from llamaslot.tasks import TaskOwner, in_thread, outcome
 

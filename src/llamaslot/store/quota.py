@@ -21,9 +21,9 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.observe.recurring import Recurring
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan
-from llamaslot.store.entries import SharedFiles
 from llamaslot.store.shared_store import Neighbours
 from llamaslot.store.sidecar import JSON
+from llamaslot.store.snapshot_table import SharedFiles
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)

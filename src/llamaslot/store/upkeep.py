@@ -16,11 +16,11 @@ from msgspec.structs import replace
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
-from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.learned import HitLog, Hits
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Quota
 from llamaslot.store.sidecar import EXT, KV, Noted, Snapshot
+from llamaslot.store.snapshot_table import SnapshotTable
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)

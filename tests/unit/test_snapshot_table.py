@@ -14,8 +14,8 @@ from bench.simulator.orders import ByUse
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.eviction import ByValue, ReuseClass
 from llamaslot.store import Snapshot
-from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.sidecar import Part
+from llamaslot.store.snapshot_table import SnapshotTable
 
 OURS, OTHERS = "model-a", "model-b"
 
