@@ -294,10 +294,8 @@ class Handshake:
     async def _erased(self, slot: int) -> bool:
         try:
             await self.api.erase(slot)
-        except SlotActionFailed as error:
-            log.debug(
-                "%s: slot %d was not erased: %s", self.name, slot, error
-            )  # 501 without --slot-save-path
+        except SlotActionFailed as error:  # 501 without --slot-save-path
+            log.debug("%s: slot %d was not erased: %s", self.name, slot, error)
             return False
         return True
 
@@ -309,9 +307,8 @@ class Handshake:
         reservation = None
         try:
             reservation = await self.catalog.reserve(self.rates.size_bytes(info.n_tokens or 0))
-            self._reservations.push_async_callback(
-                self.catalog.abandon, reservation
-            )  # no effect on a committed reservation
+            # No effect on a committed reservation.
+            self._reservations.push_async_callback(self.catalog.abandon, reservation)
             saved = await self.api.save(info.id, reservation.part_name)
         except (QuotaExceeded, SnapshotInvalid, SlotActionFailed) as error:
             log.info("%s: slot %d is not adopted, its context is lost: %s", self.name, info.id, error)

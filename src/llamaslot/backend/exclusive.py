@@ -29,9 +29,8 @@ from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot
 from llamaslot.tasks import TaskOwner
 
-_CONFIRM_EVERY_S = (
-    1.5  # as for draining slots: more frequent polls keep requests of clients that have left alive
-)
+# As for draining slots: more frequent polls keep requests of clients that have left alive.
+_CONFIRM_EVERY_S = 1.5
 # How long it waits for long prefills and foreign answers with the gate open: while the gate is shut, every request
 # would wait for the last one.
 _TIMEOUT_S = 60.0

@@ -49,15 +49,11 @@ NEXT: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
     (LeaseState.PREPARING, LeaseEvent.PREFILL): LeaseState.PREFILLING,
     (LeaseState.PREPARING, LeaseEvent.WAIT): LeaseState.WAITING_EXCLUSIVE,
     (LeaseState.PREPARING, LeaseEvent.SEND): LeaseState.SENT,
-    (
-        LeaseState.PREPARING,
-        LeaseEvent.SETTLE,
-    ): LeaseState.SETTLED,  # a slot that llama-server could have chosen, but did not
+    # A slot that llama-server could have chosen, but did not.
+    (LeaseState.PREPARING, LeaseEvent.SETTLE): LeaseState.SETTLED,
     (LeaseState.PREPARING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
-    (
-        LeaseState.PREPARING,
-        LeaseEvent.LEAVE,
-    ): LeaseState.DRAINING,  # a save has failed while it rewound the slot
+    # A save has failed while it rewound the slot.
+    (LeaseState.PREPARING, LeaseEvent.LEAVE): LeaseState.DRAINING,
     (LeaseState.ACTING, LeaseEvent.ACTED): LeaseState.PREPARING,
     (LeaseState.ACTING, LeaseEvent.RELEASE): LeaseState.RELEASE_PENDING,
     (LeaseState.PREFILLING, LeaseEvent.PREFILLED): LeaseState.PREPARING,
@@ -66,10 +62,8 @@ NEXT: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
     (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
     (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.LEAVE): LeaseState.DRAINING,
     (LeaseState.SENT, LeaseEvent.CONFIRM): LeaseState.PROCESSING,
-    (
-        LeaseState.SENT,
-        LeaseEvent.TOKEN,
-    ): LeaseState.DECODING,  # without a slot of its own it is seen running only later
+    # Without a slot of its own it is seen running only later.
+    (LeaseState.SENT, LeaseEvent.TOKEN): LeaseState.DECODING,
     (LeaseState.SENT, LeaseEvent.SETTLE): LeaseState.SETTLED,  # refused
     (LeaseState.SENT, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,  # without a slot of its own
     (LeaseState.SENT, LeaseEvent.LEAVE): LeaseState.DRAINING,

@@ -141,9 +141,8 @@ class Probes:
         room = await self._quota(self.rates.size_bytes(n_tokens)) if n_tokens else None
         try:
             # Not in a slot that holds a context: a restore that fails would lose it.
-            name = (
-                room.part_name if room is not None else None
-            )  # through a link, if that is where there is room
+            # Through a link, if that is where there is room.
+            name = room.part_name if room is not None else None
             can_lose = self.has_others_files and not n_tokens
             await prove_shared(directory, save, restore if can_lose else None, name)
         except SlotActionFailed as error:

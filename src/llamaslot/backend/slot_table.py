@@ -129,12 +129,8 @@ class SlotTable:
         found = self._candidates.found(request, now) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
-        residents = [
-            (hit.n_shared, partial(self.residents.tokens, hit.holder))
-            for hit in takewhile(
-                lambda hit: hit.n_shared >= MIN_SHARED_TOKENS, near.hits
-            )  # the longest come first
-        ]
+        long = takewhile(lambda hit: hit.n_shared >= MIN_SHARED_TOKENS, near.hits)  # the longest come first
+        residents = [(hit.n_shared, partial(self.residents.tokens, hit.holder)) for hit in long]
         branch = self._candidates.branch(residents, found)
         n_alike = max(branch, request.n_system, self._candidates.trunk(found))
         looked_at = self.worth.looked_at(near, now, reserved)

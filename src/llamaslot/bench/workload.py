@@ -196,9 +196,8 @@ _PROBE_CHARS = 3000
 async def chars_per_token(target: Target, texts: Texts, salt: str) -> float:
     """How many characters of these texts are a token. Asks for one token. Raises BenchError if it is not answered."""
     lengths = []
-    for number, n_chars in enumerate(
-        (_PROBE_CHARS // 6, _PROBE_CHARS)
-    ):  # the template's own tokens cancel out
+    # The template's own tokens cancel out.
+    for number, n_chars in enumerate((_PROBE_CHARS // 6, _PROBE_CHARS)):
         text = texts.take(n_chars, random.Random(f"{salt} {number}"))
         for _ in range(2):
             request = Request("probe", 1, 0.0)

@@ -28,9 +28,8 @@ from llamaslot.errors import ConfigError
 if TYPE_CHECKING:
     from llamaslot.config.load import Config
 
-_NO_PLUGINS = {
-    "PYDANTIC_DISABLE_PLUGINS": "__all__"
-}  # it would look for some in every installed package: 15 ms
+# It would look for some in every installed package: 15 ms.
+_NO_PLUGINS = {"PYDANTIC_DISABLE_PLUGINS": "__all__"}
 
 _MONITORING = {
     "dashboard": "grafana-dashboard.json",

@@ -43,11 +43,8 @@ from llamaslot.config.values import FilePath, Section, chat_file
 from llamaslot.errors import ConfigError
 from llamaslot.formats.rewrite import RewriteRule, distinct, in_force, is_ready, ready
 
-_NOTHING: dict[str, Any] = {
-    "prewarm": (),
-    "rewrite": (),
-    "rewrite_off": (),
-}  # lists, where all others are mappings
+# Lists, where all others are mappings.
+_NOTHING: dict[str, Any] = {"prewarm": (), "rewrite": (), "rewrite_off": ()}
 _NO_PATH = "path_type", "no path"
 
 

@@ -68,10 +68,8 @@ class InfillPrompts:
         the slot is released, and the probe is repeated later.
         """
         with await self._dispatcher.lease(Request("infill: how is it put together")) as lease:
-            if not self._is_current():
-                raise PromptNotTokenizable(
-                    "llama-server has restarted", Reason.INFILL
-                )  # and may be probed anew
+            if not self._is_current():  # it may be probed anew
+                raise PromptNotTokenizable("llama-server has restarted", Reason.INFILL)
             executor = self._executor_of(lease)
             await executor.prepare(lease, no_report)
             lease.begin_request()

@@ -64,9 +64,7 @@ def _with_own_version(
     if message.method == "CONNECT":
         # Its address is no path, so aiohttp finds no route for it, and takes what follows for the tunnel's.
         message = message._replace(url=URL("/"), should_close=True, upgrade=False)
-    elif (
-        message.url.absolute and message.url.raw_path == "/"
-    ):  # ``http://host`` too, without a slash at its end
+    elif message.url.absolute and message.url.raw_path == "/":  # also without a slash at its end
         url = URL.build(path="/", query_string=message.url.raw_query_string, encoded=True)
         message = message._replace(url=url, path=str(url))
     own = Writer(protocol, asyncio.get_running_loop())

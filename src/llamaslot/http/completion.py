@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -322,7 +323,7 @@ class _Exchange:
         """Serve the request in one slot. Raises RetryPlacement if that is not as expected, or needed otherwise."""
         if self.client_request.wants_progress and self._format.has_progress_events:
             self.down.progress = partial(self._progress, context, earlier.prefill_stats)
-        async with contextlib.AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
             async with self.down.waiting():
                 lease = await self._lease(stack, parsed, context, earlier)
                 answering = await self._prepare(stack, lease, parsed, context, earlier)
@@ -341,11 +342,7 @@ class _Exchange:
                 raise
 
     async def _lease(
-        self,
-        stack: contextlib.AsyncExitStack,
-        parsed: ParsedRequest,
-        context: ModelContext,
-        earlier: EarlierPlaces,
+        self, stack: AsyncExitStack, parsed: ParsedRequest, context: ModelContext, earlier: EarlierPlaces
     ) -> Lease:
         """Wait for a slot, which ``stack`` releases at its end. Raises LlamaslotError, also if llama-server will
         refuse the request.
@@ -374,7 +371,7 @@ class _Exchange:
 
     async def _prepare(
         self,
-        stack: contextlib.AsyncExitStack,
+        stack: AsyncExitStack,
         lease: Lease,
         parsed: ParsedRequest,
         context: ModelContext,

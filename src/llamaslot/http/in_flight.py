@@ -325,9 +325,8 @@ def _fill_in(flight: InFlight, acts: list[Act]) -> None:
     """Fill in what was computed for a request whose answer has not come to its end, as far as llama-server told."""
     lease = flight.lease
     flight.n_prompt = flight.n_prompt or (lease.request.n_tokens if lease is not None else 0)
-    flight.n_prompt = max(
-        flight.n_prompt, (flight.n_reused or 0) + flight.n_computed
-    )  # of a list of prompts: all
+    # Of a list of prompts: all.
+    flight.n_prompt = max(flight.n_prompt, (flight.n_reused or 0) + flight.n_computed)
     if flight.n_reused is not None or flight.n_computed or lease is None:
         return
     prefills = [act for act in acts if act.step == "prefill"]

@@ -6,10 +6,10 @@ answer has about its prompt go to the journal and the metrics.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -88,7 +88,7 @@ class Unassisted:
         """
         began, request = time.monotonic(), down.request
         await down.write(down.add_headers(ASSIST_OFF))
-        async with contextlib.AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
             async with down.waiting():
                 lease = await self._lease(stack, attempts, down, body)
                 backend = attempts.backend
@@ -121,11 +121,7 @@ class Unassisted:
             )
 
     async def _lease(
-        self,
-        stack: contextlib.AsyncExitStack,
-        attempts: Attempts,
-        down: Downstream,
-        body: Mapping[str, Any],
+        self, stack: AsyncExitStack, attempts: Attempts, down: Downstream, body: Mapping[str, Any]
     ) -> Lease:
         """Wait for the right to send it, which ``stack`` gives back. Raises LlamaslotError, as ``relay`` does."""
         slot_request = Request(

@@ -36,9 +36,8 @@ _SLOW_S = 4.0  # llama-server may close the connection after an answer that took
 _N_IDLE = 2  # kept for _IDLE_S
 # In a burst more are kept, for this many seconds: as many as llama-server has threads beyond those of its slots.
 _N_BURST, _BURST_S = 4, 0.05
-_WAIT_S = (
-    0.05  # for one of these to become free; it costs a quarter of a new connection, but may be busy for long
-)
+# For one of these to become free; it costs a quarter of a new connection, but may be busy for long.
+_WAIT_S = 0.05
 _HEAD_BYTES = 1 << 16  # of the headers of an answer
 _ANSWER_BYTES = 1 << 30
 _LENGTHS = (b"content-length", b"transfer-encoding")

@@ -252,9 +252,8 @@ class _File:
         if self._db is None:
             db = sqlite3.connect(self._path, timeout=_BUSY_S)
             try:
-                db.execute(
-                    "PRAGMA journal_mode = WAL"
-                )  # a write costs no fsync, and a power cut loses no file
+                # A write costs no fsync, and a power cut loses no file.
+                db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = NORMAL")
                 (version,) = db.execute("PRAGMA user_version").fetchone()
                 if version > VERSION:

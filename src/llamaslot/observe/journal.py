@@ -97,9 +97,8 @@ class Decision(Struct):
     is_assisted: bool = True
     since: float = 0.0  # when it began to wait for a place, by the clock of the requests
     act_ends: list[float] = field(default_factory=list)  # of each step, by the same clock
-    plan: Plan | None = (
-        None  # ``chosen`` and ``next_best`` are made of it when the journal is read: few entries are
-    )
+    # ``chosen`` and ``next_best`` are made of it when the journal is read: few entries are.
+    plan: Plan | None = None
 
     def resolved(self) -> Decision:
         if (plan := self.plan) is not None:

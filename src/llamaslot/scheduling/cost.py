@@ -39,9 +39,8 @@ class PrefillRate:
     PRIOR_S = 1 / 1000  # per token, before the first sample
     MIN_TOKENS = 32  # fewer are computed as slowly as by decode, and say nothing about a long prefill
     KEPT = 12  # samples for each doubling of depth
-    FITTED_EACH = (
-        8  # fits take 0.05 ms: after as many samples as are kept of one depth, only one of so many is made
-    )
+    # Fits take 0.05 ms: after as many samples as are kept of one depth, only one of so many is made.
+    FITTED_EACH = 8
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[_Sample]] = {}
