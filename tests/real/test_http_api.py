@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import aiohttp
 import pytest
 import pytest_asyncio
 
-from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Route, RouteKind, classify
+from llamaslot.llama.routes import ROUTES, Gate, Route, RouteKind, classify
 from tests.support import models
 from tests.support.client_shapes import SHAPES
 from tests.support.http_api import TABLE, UNKNOWN, Ask, ReportedCounts, tell
@@ -58,7 +59,7 @@ async def both(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Both]:
         ]
         direct, behind = servers
         front = await stack.enter_async_context(_front(directory, behind, {}))
-        gates = {"passthrough": {"allow": list(KNOWN_GATES)}}
+        gates = {"passthrough": {"allow": list(get_args(Gate))}}
         is_open = await stack.enter_async_context(_front(directory, direct, gates))
         connector = aiohttp.TCPConnector(force_close=True)
         session = aiohttp.ClientSession(connector=connector, auto_decompress=False)

@@ -259,7 +259,7 @@ class House:
         assert current is None or current in chunked_prefill._longs, "what is computed is somebody's"
         working = [long for long in longs if long.lease.is_at_work]
         assert len(working) <= 1, f"one long prefill at a time: {working}"
-        assert all(long.limit is None or long is current for long in longs), "only a chunk is interrupted"
+        assert all(long.chunk is None or long is current for long in longs), "one chunk at a time"
         for long in longs:
             assert long.lease.request.n_tokens >= long.last >= long.at >= 0, (
                 f"it is within its prompt: {long}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection
-from typing import Literal, get_args
+from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -24,7 +24,6 @@ RouteKind = Literal["completion", "exclusive", "passthrough", "own", "forbidden"
 
 #: What ``passthrough.allow`` may name.
 Gate = Literal["POST /props", "/lora-adapters", "/models", "/tools", "/cors-proxy"]
-KNOWN_GATES: tuple[Gate, ...] = get_args(Gate)
 
 
 class Route(Struct, frozen=True):
