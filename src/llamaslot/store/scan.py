@@ -80,6 +80,13 @@ class Found(Struct):
         self.file_ids |= known.kv
         self.durable |= ids
 
+    def add(self, read: Loaded) -> None:
+        id_ = read.snapshot.id
+        self.snapshots.append(read.snapshot)
+        self.last_used[id_], self.file_ids[id_] = read.last_used, read.file_id
+        if read.is_durable:
+            self.durable.add(id_)
+
 
 def list_own(directory: Path) -> Listing:
     """llamaslot's files in a directory by name and type, without a stat of each. Blocking; raises OSError for an
@@ -208,32 +215,22 @@ async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitab
             )
         if id_ in unchanged:
             continue
-        try:
-            if id_ not in loaded:
-                if found.n_read and found.n_read % _SOME == 0:
-                    await on_some(found)
-                loaded = await asyncio.to_thread(_load_some, directory, list(islice(unread, _AT_ONCE)))
-                found.n_read += len(loaded)
-            read = loaded.pop(id_)
-            if isinstance(read, SnapshotInvalid):
-                raise read
-        except SnapshotInvalid as error:
-            found.faults.append(str(error))
-            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-                # Not known to be broken, only unreadable: removed when its space is needed.
-                unreadable.append(id_)
-            else:
-                useless.append(id_)
+        if id_ not in loaded:
+            if found.n_read and found.n_read % _SOME == 0:
+                await on_some(found)
+            loaded = await asyncio.to_thread(_load_some, directory, list(islice(unread, _AT_ONCE)))
+            found.n_read += len(loaded)
+        if isinstance(read := loaded.pop(id_), SnapshotInvalid):
+            found.faults.append(str(read))
+            cause = read.__cause__
+            # One that is not known to be broken, only unreadable, is removed when its space is needed.
+            is_unreadable = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+            (unreadable if is_unreadable else useless).append(id_)
             continue
-        if read.fault:
+        if read.fault:  # it was shortened, and has another id
             found.faults.append(read.fault)
             useless.append(id_)
-        id_ = read.snapshot.id  # another one if it was shortened
-        found.snapshots.append(read.snapshot)
-        found.last_used[id_] = read.last_used
-        found.file_ids[id_] = read.file_id
-        if read.is_durable:
-            found.durable.add(id_)
+        found.add(read)
     await _clear(directory, listing, found, useless, unreadable)
     return found
 
