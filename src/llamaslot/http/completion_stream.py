@@ -99,32 +99,24 @@ class Answering:
         Preempted if the slot is needed for another user, as long as no part of the answer was sent.
         """
         sent = await stack.enter_async_context(contextlib.AsyncExitStack())
-        self._upstream = await self._send(sent, self._body())
-        self._reading = Reading(
+        self._upstream, asked = await self._send(sent, self._body()), self.client_request
+        self._reading = reading = Reading(
             self._upstream,
-            self.client_request.format,
+            asked.format,
             self.prefill_stats,
             self.down.errors,
             n_answers=self.parsed.n_prompts * (1 + self.parsed.request.n_children),
-            wants_progress=self.client_request.wants_progress,
-            assembly=self.client_request.format.assembly(self.client_request.body)
-            if self.is_assembled
-            else None,
+            wants_progress=asked.wants_progress,
+            assembly=asked.format.assembly(asked.body) if self.is_assembled else None,
             start=self._stream_start(),
         )
         if not self._has_events:
             return
-        reading, is_looked_at = self._reading, False
+        is_looked_at = False
         may_stop = self._is_one_prompt and not self.parsed.is_head  # its slot content is known then
         while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
-                self.lease.mark_decoding()
-                if reading.has_token:
-                    self.first_token_s = time.monotonic() - self.client_request.started
-                self._first = events
-                if reading.has_failed and self.attempts.is_worth_another(_FAILED):
-                    self.lease.finish(None)
-                    raise UpstreamError(_FAILED, orjson.dumps(data_of(b"".join(events))))
+                self._answer_begins(events)
                 return
             if reading.n_found is not None:
                 if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):
@@ -142,6 +134,18 @@ class Answering:
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=to_client(self._upstream, SSE_HEADERS))
             await self.down.write(b"".join(events))
+
+    def _answer_begins(self, events: list[bytes]) -> None:
+        """``events`` are the first of the answer itself. Raises UpstreamError if they are an error, and another backend
+        is worth a try.
+        """
+        self.lease.mark_decoding()
+        if self._reading.has_token:
+            self.first_token_s = time.monotonic() - self.client_request.started
+        self._first = events
+        if self._reading.has_failed and self.attempts.is_worth_another(_FAILED):
+            self.lease.finish(None)
+            raise UpstreamError(_FAILED, orjson.dumps(data_of(b"".join(events))))
 
     async def _next_or_stop(self, sent: contextlib.AsyncExitStack, *, can_stop: bool) -> list[bytes] | None:
         """As ``_next``; with ``can_stop`` raises Preempted if the slot is needed for another user."""
