@@ -99,7 +99,7 @@ async def find_prewarmed(stack: Stack, *, n_system: int) -> list[Opening]:
         for n, when in enumerate(("the first", "after a restart"), 1):
             await restart(stack, "both", meter)
             before = await meter.total()
-            while stack.llamaslot.log.count("is on disk: ") < n:  # noqa: ASYNC110
+            while stack.llamaslot.log.count("is saved as snapshot") < n:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             n_computed = await meter.total() - before
             assert n == 1 or n_computed < 200, f"{n_computed} tokens were computed again"

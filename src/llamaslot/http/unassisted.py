@@ -123,7 +123,9 @@ class Unassisted:
     async def _lease(
         self, stack: AsyncExitStack, attempts: Attempts, down: Downstream, body: Mapping[str, Any]
     ) -> Lease:
-        """Wait for the right to send it, which ``stack`` gives back. Raises LlamaslotError, as ``relay`` does."""
+        """Wait for the right to send the request, which ``stack`` gives back. Raises LlamaslotError, as ``relay``
+        does.
+        """
         slot_request = Request(
             down.headers["x-request-id"],
             user=user_of(down.request),

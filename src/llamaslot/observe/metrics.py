@@ -136,7 +136,7 @@ class BackendMetrics:
         self._bind()
 
     def serves(self, model: str) -> None:
-        """Count for the model ``name`` from now on."""
+        """Count for ``model`` from now on."""
         if model != self._model:
             if not self._model:
                 self._forget()

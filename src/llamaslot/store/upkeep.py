@@ -64,8 +64,8 @@ class Upkeep:
         await self._manifest.write(self._table.snapshots, {id_: its.last_used for id_, its in stats.items()})
 
     async def note(self, found: scan.Found) -> None:
-        """While many files are read for the first time, write the manifest now and then: a start that is killed does
-        not begin all over again.
+        """Write the manifest of what was ``found`` so far, while many files are read for the first time: after a start
+        that is killed the next one does not begin all over again.
         """
         self._manifest.file_ids, self._manifest.durable = found.file_ids.copy(), found.durable.copy()
         await self._manifest.write({one.id: one for one in found.snapshots}, found.last_used)

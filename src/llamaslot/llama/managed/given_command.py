@@ -203,7 +203,7 @@ class GivenCommand:
         return [flag for flag in recommended_flags(tuple(said)) if not flag.names & said]
 
     def costs(self) -> Iterator[str]:
-        """One line for each flag of the user's that makes llamaslot work worse, with what it costs."""
+        """What the user's flags, or flags that are missing, cost behind llamaslot, one line each."""
         if self.said(SLOTS) is None:
             yield (
                 "-np is not set: one slot with the whole context is used, and one request runs at a time; "
