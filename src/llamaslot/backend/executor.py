@@ -29,15 +29,7 @@ from llamaslot.llama.answers import SlotAction
 from llamaslot.observe.journal import Act
 from llamaslot.observe.recurring import Recurring
 from llamaslot.scheduling.placement import prefill_stops
-from llamaslot.scheduling.plan import (
-    Erase,
-    Plan,
-    PrefillStats,
-    PrefillTo,
-    Restore,
-    Save,
-    Source,
-)
+from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, Source
 from llamaslot.store import Catalog, WithTokens
 from llamaslot.store.giving_out import Given, is_passing
 from llamaslot.store.landing import NoLanding

@@ -190,9 +190,8 @@ class Probes:
             except SlotActionFailed as error:
                 log.warning(
                     "%s: the size of snapshots is estimated, as no probe could be saved: %s",
-                    self.api.name,
-                    error,
-                )
+                    self.api.name, error,
+                )  # fmt: skip
             finally:
                 await self.catalog.abandon(room)
 

@@ -106,12 +106,7 @@ class SlotWorth:
         worth = self._worths.get(slot.id)
         return worth if worth is not None and worth.content is slot.content else self._compute(slot)
 
-    def looked_at(
-        self,
-        match: Near[int],
-        now: float,
-        reserved: Mapping[SlotKey, float],
-    ) -> Collection[Slot]:
+    def looked_at(self, match: Near[int], now: float, reserved: Mapping[SlotKey, float]) -> Collection[Slot]:
         """The slots that a placement must consider: all of a few slots; of many, those that the prompt may resume
         from, and of the others those of least loss.
         """

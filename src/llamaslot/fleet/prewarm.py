@@ -163,9 +163,8 @@ class Prewarm:
         elif one.n_tokens < MIN_SHARED_TOKENS:
             log.warning(
                 "prewarm: %s is left out: computing its %d tokens is faster than reading a snapshot",
-                one.name,
-                one.n_tokens,
-            )
+                one.name, one.n_tokens,
+            )  # fmt: skip
             left.remove(one)
         elif one.n_failed == _ATTEMPTS:
             log.warning("prewarm: %s could not be saved in %d attempts", one.name, _ATTEMPTS)

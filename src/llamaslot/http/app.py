@@ -76,12 +76,7 @@ class App:
         self._tracing = Tracing(endpoint, registry) if (endpoint := config.log.otlp_endpoint) else None
         self._authenticator, self._cors = Authenticator(config.auth), Cors(config.listen.cors)
         self._status = Status(registry, prompts, reload)
-        self._page_api = PageApi(
-            registry,
-            self._requests,
-            self._events,
-            self._is_admitted,
-        )
+        self._page_api = PageApi(registry, self._requests, self._events, self._is_admitted)
 
     def apply(self, config: Config) -> None:
         """Put another configuration in force, as far as that needs no restart. Raises ConfigError, and changes nothing,

@@ -17,12 +17,7 @@ import orjson
 from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import (
-    BadHttpMethod,
-    BadStatusLine,
-    HttpProcessingError,
-    LineTooLong,
-)
+from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, HttpProcessingError, LineTooLong
 from yarl import URL
 
 from llamaslot.errors import BadRequest, LlamaslotError, TooSlow, Unavailable

@@ -350,9 +350,8 @@ class Answering:
             return reading.assembled()
         log.info(
             "%s: repeating the request without streaming, as no answer can be assembled from its stream: %s",
-            self.client_request.id,
-            doubt.value,
-        )
+            self.client_request.id, doubt.value,
+        )  # fmt: skip
         if doubt is Doubt.UNKNOWN:
             self.backend.streams_are_known = False
         self._settle()

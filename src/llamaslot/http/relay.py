@@ -61,9 +61,8 @@ async def relay(
             raise
         log.warning(
             "%s %s: llama-server closed the connection in the middle of an answer",
-            request.method,
-            request.path,
-        )
+            request.method, request.path,
+        )  # fmt: skip
         if await end_relayed(request, error) is None:
             cut(request)  # half an answer must not look like a whole one
             raise ClientGone from error

@@ -12,14 +12,7 @@ import orjson
 from llamaslot.formats.base import LAST_EVENTS, ErrorEvents, Format, is_error
 from llamaslot.formats.stream_to_json import Assembly
 from llamaslot.llama.answers import Response, whole
-from llamaslot.llama.sse import (
-    EventSplitter,
-    data_of,
-    event_of,
-    events_in,
-    last_of,
-    without_empty_events,
-)
+from llamaslot.llama.sse import EventSplitter, data_of, event_of, events_in, last_of, without_empty_events
 from llamaslot.scheduling.plan import PrefillStats
 
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')

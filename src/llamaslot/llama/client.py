@@ -14,13 +14,7 @@ import orjson
 import xxhash
 
 from llamaslot.cache.ids import count, pack, unpack
-from llamaslot.errors import (
-    JSON_TYPE,
-    BackendDown,
-    NotUnderstood,
-    SlotActionFailed,
-    UpstreamError,
-)
+from llamaslot.errors import JSON_TYPE, BackendDown, NotUnderstood, SlotActionFailed, UpstreamError
 from llamaslot.llama.answers import (
     RELAYED_BYTES,
     Progress,

@@ -58,12 +58,7 @@ class StateAt(Struct, frozen=True):
     n_tokens: int
 
 
-def assemble(
-    pieces: Sequence[Piece],
-    state: StateAt | None,
-    earlier: Sequence[StateAt],
-    target: Path,
-) -> int:
+def assemble(pieces: Sequence[Piece], state: StateAt | None, earlier: Sequence[StateAt], target: Path) -> int:
     """Write a slot file with the tokens of ``pieces`` to ``target``. Returns its size in bytes.
 
     ``pieces``: from 0 to p without a gap. ``state``: after p tokens, None on a dense model; ``earlier``: the states to

@@ -46,10 +46,8 @@ class LearnedFile:
         except OSError as error:
             log.warning(
                 "%s: cannot write %s (learned rates), which are learned again after a restart: %s",
-                self._name,
-                self.path,
-                error.strerror or error,
-            )
+                self._name, self.path, error.strerror or error,
+            )  # fmt: skip
 
     def _write(self, data: bytes) -> None:
         partial = self.path.with_suffix(".tmp")

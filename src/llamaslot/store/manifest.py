@@ -106,9 +106,8 @@ class Manifest:
         except OSError as error:
             log.warning(
                 "snapshots: cannot write %s: %s; the next start may read all files",
-                path,
-                error.strerror or error,
-            )
+                path, error.strerror or error,
+            )  # fmt: skip
 
     def _entries(
         self, known: list[tuple[Snapshot, Mark, float]]

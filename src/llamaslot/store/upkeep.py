@@ -122,9 +122,8 @@ class Upkeep:
             except (OSError, SnapshotInvalid) as error:
                 log.warning(
                     "snapshots: cannot mark %s in its sidecar: %s; its kind and pin change until the next start only",
-                    snapshot.id,
-                    error,
-                )
+                    snapshot.id, error,
+                )  # fmt: skip
 
     async def _sync(self, noted: Noted) -> None:
         dated = noted.created_at

@@ -284,10 +284,8 @@ class Tokenizer:
             remedy = whole if self._model.is_whole else ""
             log.warning(
                 "tokenizer: llama-server counts %d tokens in a prompt, llamaslot %d%s",
-                n_server,
-                prompt.n_tokens,
-                remedy,
-            )
+                n_server, prompt.n_tokens, remedy,
+            )  # fmt: skip
         return False
 
     def check(self) -> int:
