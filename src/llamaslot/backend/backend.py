@@ -260,7 +260,7 @@ class Backend:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Load what was learned; the catalog must be open. Canceling is safe."""
+        """Load the learned rates from disk; the catalog must be open. Canceling is safe."""
         if (rates := await self.rates_file.read()) is not None:
             self.rates.take_over(Rates.from_json(rates))
         if self._catalog is not None:

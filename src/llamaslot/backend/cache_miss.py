@@ -143,7 +143,9 @@ class CacheMisses:
         body: Mapping[str, Any],
         format_: Format,
     ) -> None:
-        """Report a difference with the same text on both sides of it."""
+        """Report a prompt of which only a part has changed: before and after that its text is the same as in the
+        cached prompt.
+        """
         where, texts = await self._where(prompt, parted.at, body, format_), await self._texts(lease, holder)
         self._metrics.cache_misses.labels(where.where).inc()
         log.info(

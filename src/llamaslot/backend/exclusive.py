@@ -199,7 +199,9 @@ class ExclusiveSection:
             self._leases.end_exclusive(lease)
 
     async def _take_idle(self, request: Request, others: list[Lease]) -> None:
-        """Lease the slots that the request may take to ``others``, save them, and empty those of other namespaces."""
+        """Lease the idle slots that llama-server may choose for the request, and add the leases to ``others``. Each is
+        saved if that is worth it, and emptied if the request must not use its content.
+        """
         fresh = self._leases.lease_idle(request, request.n_children or None)
         while fresh:
             others += fresh

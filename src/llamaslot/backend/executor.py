@@ -255,7 +255,7 @@ class PlanExecutor:
         return True
 
     async def _give(self, lease: Lease, snapshot_id: str) -> tuple[WithTokens, Given, _Answer]:
-        """Let llama-server read what the request needs of a snapshot."""
+        """Have llama-server restore what the request needs of a snapshot."""
         assert self.catalog is not None
         began = self.now()
         snapshot = await self.catalog.verify(snapshot_id)
@@ -277,7 +277,9 @@ class PlanExecutor:
         self.metrics.restored(given.size_bytes, answer.seconds)
 
     def _not_restored(self, lease: Lease, snapshot_id: str, error: Exception) -> None:
-        """Offer the snapshot to this llama-server no more; for a while only, if the reason passes."""
+        """Offer the snapshot to this llama-server no more after a failed restore; if the reason may pass, only for a
+        while.
+        """
         if is_passing(error):
             if not isinstance(error, NoLanding):  # the landing place has logged why
                 self._failures.failed(error, _NOT_RESTORED, lease.request.id, snapshot_id, error)

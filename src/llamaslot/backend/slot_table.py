@@ -313,11 +313,12 @@ class SlotTable:
         self._pending.end(leaving)
 
     def _share(self, request: Request, plan: Plan, now: float) -> None:
-        """Have ``request`` save its system part on its way where others, which begin so too, could meanwhile only
+        """Let ``request`` save its system part on the way, where other requests that begin alike could meanwhile only
         compute it again:
 
-        1. on a model that cannot rewind: after ten turns without a pause the slot has no checkpoint there any more;
-        2. on others if another slot has it, which is busy: else the plan would go on there.
+        1. On a model that cannot rewind: after ten turns without a pause the slot has no checkpoint there any more.
+        2. On other models, if another slot holds that part and is busy: otherwise the plan would resume from that
+           slot.
         """
         n = request.n_system
         if not self._candidates.is_worth_sharing(request, n, plan.n_reused):

@@ -181,7 +181,7 @@ def _makespan(sides: Sequence[Side]) -> Trace:
 
 
 def _bars(number: int, side: Side, what: str, color: str) -> Trace:
-    """How long each request of a side was ``what``: waiting or answering."""
+    """The bars of a timeline: when, and for how long, each request of a side was ``what``: waiting or answering."""
     starts, lasts, names, texts = [], [], [], []
     for request in side.runs[0].requests if side.runs else []:
         begins = request.sent_s if what == "waiting" else request.first_s

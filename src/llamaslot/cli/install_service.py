@@ -31,7 +31,9 @@ _TYPES = {
 
 
 class Options(NamedTuple):
-    """What the units of a machine need beside the configuration. ``program``: None for where this one is."""
+    """What the units of a machine need beside the configuration. ``program``: the directory of the llamaslot program;
+    None for that of this one.
+    """
 
     has_socket: bool = False
     user: str = "llamaslot"

@@ -281,7 +281,7 @@ class Dispatcher:
             self._serve_by_cost(tables, waiting, look)
 
     def _serve_by_cost(self, tables: Sequence[SlotTable], waiting: Waiting, look: DispatchPass) -> None:
-        """Lease it the slot that costs least, or record what it waits for."""
+        """Give a waiting request the slot that costs least, or record what it waits for."""
         waiting.behind = None
         now, decision = self.now(), self._decision(tables, waiting, dict(look.reserved))
         if isinstance(decision, Wait):

@@ -136,8 +136,8 @@ class Answering:
             await self.down.write(b"".join(events))
 
     def _answer_begins(self, events: list[bytes]) -> None:
-        """``events`` are the first of the answer itself. Raises UpstreamError if they are an error, and another backend
-        is worth a try.
+        """The answer begins with ``events``. Raises UpstreamError if they are an error that another
+        backend may avoid.
         """
         self.lease.mark_decoding()
         if self._reading.has_token:

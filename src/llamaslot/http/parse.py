@@ -155,7 +155,9 @@ class _Said(NamedTuple):
 
 
 async def _boundaries(said: _Said, context: ModelContext) -> tuple[int, tuple[int, ...]]:
-    """Tokens of the system part and tools; and where a prefill should stop for checkpoints, if the model needs them."""
+    """The number of tokens of the system part and tools, and where a prefill should stop for checkpoints, if the model
+    needs them.
+    """
     if said.chat is None or not said.prompts:
         return 0, ()
     if context.cache_kind is CacheKind.DENSE:

@@ -175,7 +175,9 @@ def handle_signals(stop: asyncio.Event, reload: Callable[[], object] | None = No
 
 
 def keep_answers_flowing() -> None:
-    """Tune garbage collection and threads for a process that serves from now on: the event loop comes first."""
+    """Tune garbage collection and threads for a process that serves from now on, so that the event loop is delayed
+    little.
+    """
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
     # A request leaves few cycles, and 32 of them have thousands of objects: by default every few requests cause a

@@ -144,7 +144,7 @@ class BackendMetrics:
             self._bind()
 
     def _forget(self) -> None:
-        """Remove what was counted before the first model was known: nothing, as a rule."""
+        """Remove the series that were made before the first model was known; they are empty, as a rule."""
         for family in self._metrics.with_model():
             with contextlib.suppress(KeyError):
                 family.remove(self._backend, "")

@@ -64,12 +64,16 @@ class Request(Struct, frozen=True):
 
     @property
     def reads(self) -> tuple[Namespace, ...]:
-        """The namespaces that it may resume from: its own, and the operator's for all users."""
+        """The namespaces from which the request may resume: its own, and the one that the operator has filled for all
+        users.
+        """
         is_a_users = self.namespace.user and not self.namespace.lora and self.namespace != PUBLIC
         return (self.namespace, PUBLIC) if is_a_users else (self.namespace,)
 
     def may_use(self, content: Content) -> bool:
-        """Whether it may resume from ``content``; otherwise the slot is erased first. Always true for empty content."""
+        """Whether the request may resume from ``content``; otherwise the slot is erased first. Always true for empty
+        content.
+        """
         is_nothing = content.is_exact and not content.tokens
         return is_nothing or content.namespace in self.reads
 

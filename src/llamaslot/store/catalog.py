@@ -274,7 +274,7 @@ class Catalog:
         return result
 
     async def _commit(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
-        """The commit, in its own task."""
+        """Run the commit of a reservation in its own task."""
         try:
             snapshot = await self.acceptance.accept(state, noted, saved)
         except Exception:

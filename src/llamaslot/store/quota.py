@@ -155,7 +155,7 @@ class Quota:
         return self.limits.min_free_bytes + self.granted - self.landed + wanted - self._free - coming
 
     def grant(self, size_bytes: int) -> None:
-        """Book so many more bytes for a reservation."""
+        """Account for ``size_bytes`` more of a reservation."""
         self.granted += size_bytes
         if self._neighbours is not None:
             self._neighbours.reserve(self.granted + self.waiting)
@@ -166,7 +166,7 @@ class Quota:
         self.grant(-size_bytes)
 
     def commit(self, size_bytes: int, landed_bytes: int) -> None:
-        """As ``end_grant``; a snapshot needs its files now."""
+        """As ``end_grant``, for a reservation whose files a snapshot needs now."""
         self.n_commits += 1
         self.end_grant(size_bytes, landed_bytes)
 

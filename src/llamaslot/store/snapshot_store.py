@@ -61,7 +61,7 @@ class SnapshotStore:
         self._on_drop(snapshot)
 
     def keep_learned(self) -> None:
-        """Write what was learned in the background."""
+        """Write the learned hit rates to disk in the background."""
         self._tasks.spawn(self.store_learned(), f"{self.name}: keep what was learned")
 
     async def open(self) -> None:
@@ -75,7 +75,7 @@ class SnapshotStore:
         return beyond_disk(limits.quota_bytes, limits.min_free_bytes, catalog.directory, catalog.size_bytes)
 
     async def store_learned(self) -> None:
-        """Write what was learned. Canceling is safe: the file is written to its end all the same."""
+        """Write the learned hit rates to disk. Canceling is safe: the file is written to its end all the same."""
         await self._hit_rates.write(self.hit_rates.to_json())
 
     async def close(self) -> None:

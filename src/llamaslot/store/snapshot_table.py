@@ -157,7 +157,7 @@ class Pin(AbstractContextManager[Snapshot]):
         self.release()
 
     def release(self) -> None:
-        """Keep the file no longer. Idempotent."""
+        """Let go of the snapshot's file, which may be removed from now on. Idempotent."""
         if (unpin := self._unpin) is not None:
             self._unpin = None
             unpin(self.snapshot.id)
@@ -336,10 +336,11 @@ class SnapshotTable:
             self._ranking.put(id_)
 
     def victims(self, short_bytes: int, n_short: int, keep: Collection[str], now: float) -> list[Snapshot]:
-        """The snapshots to evict for ``short_bytes`` bytes and ``n_short`` of them; fewer if there are not enough. None
-        that is not needed, none in ``keep``, none that is held. What each frees is what no other needs that stays.
+        """The snapshots to evict so that ``short_bytes`` bytes, and the places of ``n_short`` snapshots, become free;
+        fewer if there are not enough. No more than necessary; none in ``keep``, and none that is pinned.
 
-        The pin in its sidecar protects a snapshot only while its model is served.
+        What evicting one frees is what no snapshot needs that stays. A pin that is recorded in its sidecar protects a
+        snapshot only while its model is served.
         """
         self._now = now
         victims: list[Snapshot] = []
@@ -374,8 +375,8 @@ class SnapshotTable:
         return self.snapshots[id_].fingerprint in self._fingerprints
 
     def _rank(self, id_: str) -> Rank:
-        """The smallest is evicted first: snapshots of models that are not served, then by ``order``, then the least
-        recently used.
+        """The sort key of a snapshot; the smallest is evicted first: snapshots of models that are not served, then by
+        ``order``, then the least recently used.
         """
         stats = self.stats[id_]
         stats.n_covered = self.files.n_covered(self.snapshots[id_])
