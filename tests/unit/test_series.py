@@ -129,6 +129,16 @@ def test_savings_say_how_sure_they_are() -> None:
     assert error_share(PrefillRate()) == 0.0
 
 
+def test_savings_by_one_or_two_prefills_are_a_guess() -> None:
+    """A line through them lies on them; that is no certainty, and the next one is looked at again."""
+    rate, savings = PrefillRate(), Savings()
+    for _ in range(2):
+        rate.observe(0, 1000, 1.0)
+        assert savings.of(rate, 500) == pytest.approx((0.5, 0.5), abs=0.01)
+    rate.observe(0, 1000, 1.0)
+    assert savings.of(rate, 500) == pytest.approx((0.5, 0.0), abs=0.01)
+
+
 # -- words
 
 

@@ -13,6 +13,7 @@ from msgspec.structs import asdict
 from llamaslot.scheduling.cost import PrefillRate
 
 _LOOK_AGAIN = 64  # requests for which a figure of the same rate holds
+_FEW = 3  # prefills: a line through fewer has no distance from them, which says nothing
 
 
 class Outcome(enum.StrEnum):
@@ -101,7 +102,8 @@ class Savings:
         if not n_reused or not rate.known:
             return 0.0, 0.0
         if not self._n_left:
-            self._error, self._n_left = error_share(rate), _LOOK_AGAIN
+            self._error = error_share(rate)
+            self._n_left = _LOOK_AGAIN if self._error < 1 else 1
         self._n_left -= 1
         saved_s = rate.seconds(0, n_reused)
         return saved_s, saved_s * self._error
@@ -109,10 +111,13 @@ class Savings:
 
 def error_share(rate: PrefillRate) -> float:
     """The mean distance of the observed prefills from the line fitted to them, as a share, weighted by tokens. Errors
-    of single prefills are assumed to have the same direction: then a sum has the same share.
+    of single prefills are assumed to have the same direction: then a sum has the same share. 1 after one or two.
     """
+    samples = rate.to_json()["samples"]
+    if 0 < len(samples) < _FEW:
+        return 1.0
     off = n_tokens = 0.0
-    for start, end, seconds, _ in rate.to_json()["samples"]:
+    for start, end, seconds, _ in samples:
         off += (end - start) * min(abs(seconds / max(rate.seconds(start, end), 1e-9) - 1), 1.0)
         n_tokens += end - start
     return off / n_tokens if n_tokens else 0.0

@@ -12,6 +12,7 @@ let rows = []; // newest first
 let shown = STEP;
 let busy = false;
 let again = false;
+let drawnOn = ''; // a day: of the day before, rows show the date too
 const open = new Map(); // details by serial
 let now = () => Date.now() / 1000;
 
@@ -66,6 +67,9 @@ function chosen() {
 }
 
 function draw() {
+  const today = new Date().toDateString();
+  if (drawnOn !== today) at('requests').replaceChildren();
+  drawnOn = today;
   const found = chosen();
   say(at('activity-sum'), found.length === rows.length ? (rows.length ? `last ${number(rows.length)}` : '') : `${number(found.length)} of the last ${number(rows.length)}`);
   at('no-requests').hidden = found.length > 0;
@@ -88,7 +92,7 @@ function makeRow(its) {
   const why = isBad ? [OUTCOMES[its.outcome], its.error || its.text].filter(Boolean).join(': ') : its.text;
   return el('tr', { class: isBad ? its.outcome : null, onclick: (event) => toggle(event, its) },
     el('td', { 'data-label': 'Time' }, el('button', { type: 'button', class: 'time', 'aria-expanded': 'false', title: `Timeline of ${its.id}` }, clock(its.at))),
-    cell('User', person(its.user), null, its.user),
+    cell('User', person(its.user), 'user', its.user),
     cell('Why', why, 'wide'),
     cell('Reused', its.n_reused == null ? '–' : number(its.n_reused), 'n'),
     cell('Computed', number(its.n_computed), 'n'),

@@ -13,14 +13,19 @@ const now = () => Date.now() / 1000 + ahead;
 
 // -- the stream --------------------------------------------------------------------------------------------------
 
+const SILENT_MS = 45_000; // llamaslot says something every 15 s: a connection that brings less was lost, as over a night
+
 let stream = null;
 let isTold = false; // the state is that of now
+let isRefused = false; // it waits for a key
+let heardAt = 0;
 
 async function connect() {
   for (let pause = 1; stream === null; pause = Math.min(pause * 2, 10)) {
     stream = new AbortController();
+    heardAt = Date.now();
     try {
-      await watch((name, changes) => { pause = 1; took(name, changes); }, stream.signal);
+      await watch((name, changes) => { pause = 1; took(name, changes); }, () => { heardAt = Date.now(); }, stream.signal);
     } catch (error) {
       if (error.name === 'AbortError') return;
       if (error instanceof Refused && (error.status === 401 || error.status === 403)) {
@@ -61,6 +66,7 @@ function connection(kind, text) {
 
 function refused(error) {
   isTold = false;
+  isRefused = true;
   at('content').hidden = true;
   connection('lost', 'not connected');
   if (error.status === 403 && !key.get()) {
@@ -78,6 +84,7 @@ at('login').addEventListener('submit', (event) => {
   event.preventDefault();
   key.set(at('key').value.trim());
   at('key').value = '';
+  isRefused = false;
   connect();
 });
 
@@ -86,7 +93,7 @@ document.addEventListener('visibilitychange', () => {
   if (document.hidden) {
     stream?.abort();
     stream = null;
-  } else if (!at('content').hidden) connect();
+  } else if (!isRefused) connect();
 });
 
 // -- drawing -----------------------------------------------------------------------------------------------------
@@ -199,7 +206,7 @@ function flights() {
 
 function makeFlight(its) {
   const cell = (label, kind) => el('td', { 'data-label': label, class: kind });
-  return el('tr', {}, cell('For', 'n'), cell('User'), cell('Stage', 'wide'), cell('Speed', 'n'), cell('Where'), cell('Model', 'cut'), cell('Client', 'cut'),
+  return el('tr', {}, cell('For', 'n'), cell('User', 'user'), cell('Stage', 'wide'), cell('Speed', 'n'), cell('Where'), cell('Model', 'cut'), cell('Client', 'cut'),
     el('td', {}, el('button', { type: 'button', class: 'small', 'aria-label': `Cancel the request of ${person(its.user)}`, onclick: (event) => cancel(event.target.closest('tr')) }, 'Cancel')));
 }
 
@@ -221,6 +228,7 @@ function updateFlight(row, its) {
 const tick = (row) => say(row.children[0], elapsed(now() - row.its.at));
 
 setInterval(() => {
+  if (stream && Date.now() - heardAt > SILENT_MS) stream.abort(new Error('silence'));
   if (document.hidden || !isTold) return;
   for (const row of at('flights').children) tick(row);
   if (state.size) backends();
@@ -232,7 +240,9 @@ async function cancel(row) {
   try {
     await post('cancel', { request: its.id });
   } catch (error) {
-    if (error.status !== 404) throw error; // it has ended by itself
+    if (error.status === 404) return; // it has ended by itself
+    say(at('notice'), error.message);
+    at('notice').hidden = false;
   }
 }
 

@@ -31,14 +31,15 @@ async function send(method, path, query, signal) {
 export const get = async (path, query) => (await send('GET', path, query)).json();
 export const post = async (path, query) => (await send('POST', path, query)).json();
 
-// Calls told(name, state) for each event until the stream ends or the signal aborts it.
-export async function watch(told, signal) {
+// Calls told(name, state) for each event, and heard() for all that comes, until the stream ends or the signal aborts it.
+export async function watch(told, heard, signal) {
   const answer = await send('GET', 'events', {}, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = '';
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
+    heard();
     const events = (rest + value).split('\n\n');
     rest = events.pop();
     for (const event of events) {

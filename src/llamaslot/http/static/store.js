@@ -220,7 +220,7 @@ function fillers(rows) {
   const line = ({ user, n, bytes: size }) => {
     const bar = el('b', {});
     bar.style.width = `${(100 * size) / most}%`;
-    return el('li', {}, el('span', {}, user === ' ' ? 'shared beginnings' : user ? person(user) : 'user not known'), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, bytes(size)), el('span', { class: 'note' }, `${number(n)} snapshot${n === 1 ? '' : 's'}`));
+    return el('li', {}, el('span', { title: user }, user === ' ' ? 'shared beginnings' : user ? person(user) : 'user not known'), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, bytes(size)), el('span', { class: 'note' }, `${number(n)} snapshot${n === 1 ? '' : 's'}`));
   };
   at('fillers').replaceChildren(...(users.length ? [el('h3', {}, 'By user'), el('ol', { class: 'timeline' }, ...users.map(line))] : []));
 }
