@@ -22,17 +22,18 @@ let heardAt = 0;
 
 async function connect() {
   for (let pause = 1; stream === null; pause = Math.min(pause * 2, 10)) {
-    stream = new AbortController();
+    const its = new AbortController();
+    stream = its;
     heardAt = Date.now();
     try {
-      await watch((name, changes) => { pause = 1; took(name, changes); }, () => { heardAt = Date.now(); }, stream.signal);
+      await watch((name, changes) => { pause = 1; took(name, changes); }, () => { heardAt = Date.now(); }, its.signal);
     } catch (error) {
-      if (error.name === 'AbortError') return;
-      if (error instanceof Refused && (error.status === 401 || error.status === 403)) {
+      if (stream === its && error instanceof Refused && (error.status === 401 || error.status === 403)) {
         stream = null;
         return refused(error);
       }
     }
+    if (stream !== its) return; // the tab was hidden
     stream = null;
     if (isTold) connection('lost', `no connection since ${clock(now())}, trying again`);
     isTold = false;
@@ -228,7 +229,7 @@ function updateFlight(row, its) {
 const tick = (row) => say(row.children[0], elapsed(now() - row.its.at));
 
 setInterval(() => {
-  if (stream && Date.now() - heardAt > SILENT_MS) stream.abort(new Error('silence'));
+  if (stream && Date.now() - heardAt > SILENT_MS) stream.abort();
   if (document.hidden || !isTold) return;
   for (const row of at('flights').children) tick(row);
   if (state.size) backends();
