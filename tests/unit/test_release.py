@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 from llamaslot import cli
@@ -64,6 +65,13 @@ def test_the_man_page_has_every_command(tmp_path: Path) -> None:
         assert any(line.startswith(f".SS llamaslot {command} ") for line in heads), command
     requests = {line.split()[0] for line in lines if line.startswith((".", "'"))}
     assert requests <= {".TH", ".SH", ".SS", ".TP", ".B", ".PP"}
+
+
+def test_commands_and_options_are_completed() -> None:
+    """In bash, as the quickstart switches it on."""
+    shell = BashComplete(cli.main, {}, "llamaslot", "_LLAMASLOT_COMPLETE")
+    assert [its.value for its in shell.get_completions([], "do")] == ["doctor"]
+    assert "--vs" in [its.value for its in shell.get_completions(["bench"], "--v")]
 
 
 def test_the_containers_fit_each_other() -> None:
