@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator
@@ -190,6 +191,10 @@ async def test_an_operator_needs_the_key_and_a_keyboard(tmp_path: Path) -> None:
             assert [line.replace("\\|", "").count("|") for line in lines] == [10] * 5
 
             await page.wait_for_selector("#icicle button")
+            for shade in ("rank", "hits", "age"):
+                await page.select_option("#shade", shade)
+                style = await page.locator("#icicle button.snapshot").first.get_attribute("style")
+                assert re.search(r"--strength: \d+%", style), style
             await page.locator("#icicle button").first.focus()
             await page.keyboard.press("ArrowDown")
             await page.keyboard.press("Enter")

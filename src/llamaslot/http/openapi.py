@@ -191,6 +191,7 @@ _SNAPSHOT = _object(
     created_at=_SECONDS,
     last_used=_SECONDS,
     n_hits=_COUNT,
+    value=_SECONDS,
     is_pinned=_YES,
     is_served=_YES,
     model=_TEXT,

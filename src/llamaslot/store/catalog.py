@@ -110,6 +110,10 @@ class Catalog:
         """The number of a snapshot's hits, also from before a restart. Raises KeyError."""
         return self._table.stats[id_].n_hits
 
+    def value(self, id_: str) -> float:
+        """What a snapshot is worth per byte now: one of less is evicted sooner. Raises KeyError."""
+        return self._table.order.rank(self._table.stats[id_], self._now())
+
     def own_bytes(self, id_: str) -> int:
         """The bytes of a snapshot that no other snapshot needs. Raises KeyError."""
         return self._table.stats[id_].size_bytes

@@ -78,6 +78,7 @@ class Listing:
             "created_at": its.created_at,
             "last_used": catalog.last_used(its.id),
             "n_hits": catalog.n_hits(its.id),
+            "value": catalog.value(its.id),
             "is_pinned": its.is_pinned,
             "is_served": its.fingerprint in catalog.fingerprints,
             "model": xxh3_64_hexdigest(its.fingerprint.encode())[:8],

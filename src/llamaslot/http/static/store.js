@@ -44,6 +44,7 @@ async function load() {
 // Rows come so that those with the same beginning are neighbours, and say how much of it: n_common.
 export function treeOf(rows) {
   const root = { key: 'all', depth: 0, children: [], level: 'all' };
+  [...rows].sort((a, b) => a.value - b.value).forEach((row, i) => { row.rank = (i + 1) / rows.length; });
   for (const [model, its] of Map.groupBy(rows, (row) => row.model)) {
     const top = { key: `model ${model}`, depth: 0, children: [], level: 'model', name: its[0].model_name ? modelName(its[0].model_name) : `model ${model}`, isServed: its[0].is_served };
     const path = [top];
@@ -78,12 +79,14 @@ function weigh(node) {
   node.bytes = node.own;
   node.used = node.row?.last_used ?? 0;
   node.hits = node.row?.n_hits ?? 0;
+  node.rank = node.row?.rank ?? 0;
   for (const child of node.children) {
     weigh(child);
     node.bytes += child.bytes;
     node.n += child.n;
     node.used = Math.max(node.used, child.used);
     node.hits += child.hits;
+    node.rank = Math.max(node.rank, child.rank);
   }
   node.children.sort((a, b) => b.bytes - a.bytes);
 }
@@ -103,7 +106,11 @@ function label(node) {
 }
 
 function shade(node) {
-  const strength = at('shade').value === 'hits' ? Math.min(node.hits / 8, 1) : Math.max(0, 1 - Math.log10(1 + ageOf(node) / 60) / 4);
+  const strength = {
+    age: () => Math.max(0, 1 - Math.log10(1 + ageOf(node) / 60) / 4),
+    rank: () => node.rank,
+    hits: () => Math.min(node.hits / 8, 1),
+  }[at('shade').value]();
   return `${Math.round(8 + 40 * strength)}%`;
 }
 
@@ -113,7 +120,7 @@ function draw() {
     blocks.push({ node, left, width, level });
     if (level + 1 >= LEVELS) return;
     let x = left;
-    const thin = { key: `rest ${node.key}`, level: 'rest', children: [], n: 0, bytes: 0, used: 0, hits: 0 };
+    const thin = { key: `rest ${node.key}`, level: 'rest', children: [], n: 0, bytes: 0, used: 0, hits: 0, rank: 0 };
     for (const child of node.children) {
       const its = (width * child.bytes) / (node.bytes || 1);
       if (its >= LEAST) {
