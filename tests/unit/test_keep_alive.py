@@ -278,6 +278,23 @@ async def test_a_kept_connection_that_was_closed_is_noticed(server: Server, pool
     assert server.on == [0, 1]
 
 
+async def test_that_it_was_closed_is_known_before_the_loop_hears_of_it() -> None:
+    """The process of an answer is known to be gone in the same moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        pool = KeepAlivePool.of(f"http://127.0.0.1:{listening.getsockname()[1]}", None)
+        assert pool is not None
+        asking = spawn(ask(pool))
+        await asyncio.sleep(0)
+        peer, _ = await asyncio.to_thread(listening.accept)
+        with peer:
+            await asyncio.to_thread(peer.sendall, OK)
+            answer = await asking
+            assert answer.is_connected()
+            peer.recv(1024)
+        assert not answer.is_connected()
+        pool.close()
+
+
 async def test_a_question_is_repeated_once(server: Server, pool: KeepAlivePool) -> None:
     """On a new connection, when the kept one was closed before any byte of the answer. The other kept ones, which are
     as old, are not tried."""

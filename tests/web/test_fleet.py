@@ -14,9 +14,11 @@ from click.testing import CliRunner
 from llamaslot import cli
 from llamaslot.backend import backend
 from llamaslot.backend.health import Health
+from llamaslot.backend.lease import Lease
+from llamaslot.fleet.pool import Pool
 from tests.support.fake import FakeModel
 from tests.support.fleet import A, B, Fleet, backend_of, fleet
-from tests.support.inprocess import Settings, letters, line_with, spawn
+from tests.support.inprocess import Settings, letters, line_with, right, spawn
 
 TEXTS = [letters(n, 600) for n in range(6)]
 
@@ -159,6 +161,30 @@ async def test_a_server_with_another_model_moves_to_the_pool_of_that(tmp_path: P
         await it.until(lambda: it.members() == [{"gpu0", "gpu1", "gpu2"}])
         await it.all_up()
         assert (await it.ask(TEXTS[0], model="b")).status == 200
+
+
+@pytest.mark.parametrize("n_members", [1, 2])
+async def test_a_server_replaced_after_its_check_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_members: int
+) -> None:
+    """Within milliseconds, on the same port, by one with another model: that is no answer of the model asked for."""
+    async with fleet(tmp_path, [A] * n_members + [B]) as it:
+        expected = right(it.fakes["gpu0"], TEXTS[1])
+        confirm, replaced = Pool.confirm, list[str]()
+
+        async def then_replace(pool: Pool, lease: Lease) -> None:
+            await confirm(pool, lease)
+            if not replaced:
+                replaced.append(lease.table.backend)
+                await it.fakes[replaced[0]].restart(B)
+
+        monkeypatch.setattr(Pool, "confirm", then_replace)
+        answer = await it.ask(TEXTS[1], model="a")
+        if n_members == 1:
+            assert answer.error["code"] == "model_not_found"
+        else:
+            assert answer.text == expected
+        await it.all_up()
 
 
 async def test_who_waits_for_a_model_that_has_gone_is_told(tmp_path: Path) -> None:

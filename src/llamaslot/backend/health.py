@@ -113,6 +113,11 @@ class Proof:
             and props.is_connected()
         )
 
+    @property
+    def is_same_process(self) -> bool:
+        """Whether the process that told its properties last is alive, however long ago that was."""
+        return self._props is not None and self._props.is_connected()
+
     def renew(self, props: Props) -> None:
         """Record that the process has just told ``props``; no proof if it sleeps."""
         if not props.is_sleeping:

@@ -84,6 +84,10 @@ class Attempts:
         """From now on the request depends on the backend of ``lease``."""
         self.lease = lease
 
+    def check_process(self) -> Awaitable[None] | None:
+        """As ``Pool.check_process``, for its lease."""
+        return self.pool.check_process(self.lease) if self.lease is not None else None
+
     def check(self, prompt: bytes) -> None:
         """Raise DeadlyPrompt if the prompt is known to end llama-servers. ``prompt``: what this request has in common
         with the same request sent again: its tokens, if they are known.

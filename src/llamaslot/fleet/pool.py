@@ -249,8 +249,20 @@ class Pool:
         the model be another one now. Raises BackendRestarted and BackendDown. Canceling is safe.
         """
         backend = self.backend_of(lease)
-        if len(self._fleet) == 1 or backend.use_if_proved():
-            return
+        if len(self._fleet) > 1 and not backend.use_if_proved():
+            await self._ask_for_process(lease)
+
+    def check_process(self, lease: Lease) -> Awaitable[None] | None:
+        """Called when the connection for a request of ``lease`` is open. None if it leads to the process whose slot was
+        leased: a connection to that, older than this one, is still open. Else what is returned asks, and raises as
+        ``confirm`` does. Without this a server that ends after ``confirm`` and is replaced on its port within
+        milliseconds, by one with another model, would answer.
+        """
+        is_known = lease.table.is_current and self.backend_of(lease).proof.is_same_process
+        return None if is_known else self._ask_for_process(lease)
+
+    async def _ask_for_process(self, lease: Lease) -> None:
+        backend = self.backend_of(lease)
         if len(self._members()) > 1:
             await backend.confirm(lease.table)
         elif (await backend.ready()).table is not lease.table:

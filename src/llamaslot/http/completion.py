@@ -418,4 +418,5 @@ def _post(
         headers=to_server(request, content_type="application/json"),
         is_watched=body.get("stream") is True,
         is_relayed=True,
+        check=attempts.check_process,
     )

@@ -33,6 +33,7 @@ from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.llama.answers import Response, content_type_of, whole
 from llamaslot.llama.routes import Route, origin_form
+from llamaslot.llama.upstream import Check
 from llamaslot.scheduling.request import Placement, Request
 
 _MODEL_LISTS = ("/v1/models", "/models")
@@ -181,7 +182,7 @@ class Passthrough:
             async with (
                 backend.exclusive.section(lease, no_report, left) as unpinned,
                 watchdog.kept(),
-                self._upstream(backend, request, raw, to_server(request)) as upstream,
+                self._upstream(backend, request, raw, to_server(request), attempts.check_process) as upstream,
             ):
                 await _refuse_if_worth_another(attempts, upstream)
                 return await relay(request, upstream, headers, unpinned.settle, lease.mark_decoding)
@@ -193,10 +194,12 @@ class Passthrough:
         request: web.Request,
         data: bytes | AsyncIterator[bytes] | None,
         headers: CIMultiDict[str],
+        check: Check | None = None,
     ) -> AsyncIterator[Response]:
+        path = origin_form(request.raw_path)
         try:
             async with backend.api.request(
-                request.method, origin_form(request.raw_path), data=data, headers=headers, is_relayed=True
+                request.method, path, data=data, headers=headers, is_relayed=True, check=check
             ) as upstream:
                 yield upstream
         except BackendDown:

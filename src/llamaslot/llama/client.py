@@ -30,7 +30,7 @@ from llamaslot.llama.dial import NotReached
 from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
 from llamaslot.llama.quick_import import import_aiohttp
 from llamaslot.llama.sse import EventSplitter, data_of
-from llamaslot.llama.upstream import PlainServer, Sending
+from llamaslot.llama.upstream import Check, PlainServer, Sending
 
 if TYPE_CHECKING:
     from llamaslot.llama.aiohttp_client import AiohttpClient
@@ -113,9 +113,11 @@ class LlamaServer:
         timeout_s: float | None = None,
         is_watched: bool = False,
         is_relayed: bool = False,
+        check: Check | None = None,
     ) -> contextlib.AbstractAsyncContextManager[Response]:
         """Send one request; the context yields the open response. ``path`` is sent unchanged, query included.
-        ``is_relayed``: the answer is read as fast as its consumer takes it, so buffers are small.
+        ``is_relayed``: the answer is read as fast as its consumer takes it, so buffers are small. ``check``: as for
+        ``PlainServer.send``; not over TLS.
 
         Raises BackendDown if llama-server cannot be reached or closes the connection, also while the body of the block
         reads the response. Raises SlotWedged if ``is_watched`` and nothing comes for ``watchdog_s``.
@@ -135,7 +137,7 @@ class LlamaServer:
         return Sending(
             lambda: plain(
                 method, path, data, headers or {},
-                timeout_s=timeout_s, silence_s=silence_s, n_held_bytes=n_held_bytes,
+                timeout_s=timeout_s, silence_s=silence_s, n_held_bytes=n_held_bytes, check=check,
             ),
             over_aiohttp,
             self._is_down,

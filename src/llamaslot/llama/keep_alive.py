@@ -21,6 +21,7 @@ requests that may run twice.
 from __future__ import annotations
 
 import asyncio
+import select
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -253,6 +254,7 @@ class _Connection(asyncio.Protocol):
         self._answer: asyncio.Future[Answer] | None = None
         self._n_asked = 0
         self._is_over = False
+        self._readable = select.poll()
         self.is_reusable = True
         self.idle_since = 0.0
 
@@ -277,8 +279,12 @@ class _Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether neither side has closed the connection."""
-        return self._transport is not None and not (self._is_over or self._transport.is_closing())
+        """Whether neither side has closed the connection, as the kernel knows it: this loop hears of it later. For
+        between two answers, when nothing is to be read. Takes 1 us.
+        """
+        if self._transport is None or self._is_over or self._transport.is_closing():
+            return False
+        return not self._readable.poll(0)
 
     def abort(self) -> None:
         """Close the connection at once. Idempotent."""
@@ -302,6 +308,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass of it
+        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)  # its end too
 
     def data_received(self, data: bytes) -> None:
         if self._answer is None or self._answer.done():

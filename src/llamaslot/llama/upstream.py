@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, cast
 
@@ -35,6 +35,8 @@ _HEAD_BYTES = 1 << 16  # of the headers of an answer
 _WINDOW_BYTES = 1 << 15
 
 _METHODS = ("GET", "POST")
+
+Check = Callable[[], Awaitable[None] | None]
 _ODD_IN_TARGET = re.compile(r"[^!-~]")
 _ODD_IN_HEADERS = re.compile(r"[^\t -~]")  # line ends above all
 
@@ -91,19 +93,23 @@ class PlainServer:
         timeout_s: float | None = None,
         silence_s: float | None = None,
         n_held_bytes: int = RELAYED_BYTES,
+        check: Check | None = None,
     ) -> PlainResponse | None:
         """Send a request, and wait for the headers of its answer. The caller closes the response. None if nothing was
         sent, because the request needs care or there is no connection: then aiohttp sends it, or says why it cannot.
 
         ``timeout_s`` is for the whole answer, ``silence_s`` for each part of it; ``n_held_bytes``: how much of it is
-        held while nothing reads it. Raises TimeoutError, SlotWedged, and ConnectionError if the connection breaks
-        (BadAnswer for an invalid answer). Canceling closes the connection.
+        held while nothing reads it. ``check`` is called when the connection is open, before anything is sent; what it
+        returns is awaited. Raises what ``check`` raises, TimeoutError, SlotWedged, and ConnectionError if the
+        connection breaks (BadAnswer for an invalid answer). Canceling closes the connection.
         """
         if (head := self._head(method, path, headers, body)) is None:
             return None
         response = PlainResponse(self._url, n_held_bytes, silence_s, timeout_s)
         try:
             if await self._dial.connect(lambda: response, REQUEST_CONNECT_S) is not None:
+                if check is not None and (asking := check()) is not None:
+                    await asking
                 await response.ask(head, body)
                 return response
         except BaseException:
