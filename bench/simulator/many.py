@@ -57,10 +57,10 @@ class TimedDispatcher(Dispatcher):
         self.n_placed += 1
         return await _Steps(self, super().lease(request, is_back=is_back, preempted=preempted))
 
-    def dispatch(self, *, is_arrival: bool = False) -> None:
+    def dispatch(self, backend: str | None = None, *, is_arrival: bool = False) -> None:
         self.begin()
         try:
-            super().dispatch(is_arrival=is_arrival)
+            super().dispatch(backend, is_arrival=is_arrival)
         finally:
             self.end()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from functools import partial
 
 import pytest
 
@@ -212,6 +214,21 @@ async def test_a_placement_looks_at_as_much_among_any_number(
         (await many.dispatcher.lease(many.asks(100 + number))).release()
     assert n_views[0] <= 50
     assert n_walks[0] <= 10 * 120
+
+
+@pytest.mark.parametrize("n_backends", [4, 20])
+async def test_of_many_backends_only_those_that_have_changed_are_told(n_backends: int) -> None:
+    """Each prefill looks again whose turn it is, at each change of which it is told. Of few all are."""
+    many, told = Many(1, n_backends), list[str]()
+    with contextlib.ExitStack() as stack:
+        for name, leases in many.dispatcher.backends.items():
+            stack.enter_context(leases.changes.subscribed(partial(told.append, name)))
+        lease = await many.dispatcher.lease(many.asks(1))
+        placed = {lease.table.backend} if n_backends > 8 else {*many.dispatcher.backends}
+        assert set(told) == placed
+        told.clear()
+        lease.release()
+        assert set(told) == placed
 
 
 async def test_what_another_namespace_holds_is_not_near() -> None:

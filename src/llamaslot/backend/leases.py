@@ -34,8 +34,8 @@ class Admission(Protocol):
         """The number of requests in the pool's queue."""
         ...
 
-    def dispatch(self) -> None:
-        """Something has changed: give slots to waiting requests where possible."""
+    def dispatch(self, backend: str | None = None) -> None:
+        """Something has changed on ``backend``: give slots to waiting requests where possible."""
         ...
 
     def snapshots_in_demand(self) -> set[str]:
@@ -130,7 +130,7 @@ class Leases:
         return str(self.down) if self.down is not None else None
 
     def dispatch(self) -> None:
-        self.admission.dispatch()
+        self.admission.dispatch(self.backend)
 
     def snapshots_in_demand(self) -> set[str]:
         return self.admission.snapshots_in_demand()

@@ -4,7 +4,7 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from msgspec import Struct, field
 
@@ -15,6 +15,7 @@ from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
 
 _MOST_NAMED = 8  # backends, in one error
+_FEW = 8  # up to so many all are told of each change
 
 
 class DispatchPass(Struct):
@@ -41,6 +42,30 @@ class DispatchPass(Struct):
             self.is_short = True
         else:
             self.again_s.append(max(look_in_s, 0.0))
+
+
+class News:
+    """The backends on which something has changed since those that wait for that were told.
+
+    Of many only these are told: each prefill looks again whose turn it is. Told of every change anywhere, those on 40
+    backends took half of the dispatcher's time.
+    """
+
+    def __init__(self, backends: Mapping[str, Leases]) -> None:
+        self._backends = backends
+        self._changed: dict[str, None] = {}  # in their order
+
+    def add(self, *backends: str | None) -> None:
+        """Something has changed on ``backends``; None is left out."""
+        self._changed.update(dict.fromkeys(name for name in backends if name is not None))
+
+    def tell(self) -> None:
+        """Tell those that wait for changes of these backends, of few backends those of all."""
+        changed, self._changed = self._changed, {}
+        for name in changed if len(self._backends) > _FEW else [*self._backends]:
+            leases = self._backends.get(name)
+            if leases is not None and leases.changes.is_heard:
+                leases.changes.notify()
 
 
 def open_backends(backends: Collection[Leases]) -> list[Leases]:

@@ -18,7 +18,7 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.errors import BackendDown, QueueFull
-from llamaslot.fleet.dispatch_pass import DispatchPass, open_backends, open_to, why_none
+from llamaslot.fleet.dispatch_pass import DispatchPass, News, open_backends, open_to, why_none
 from llamaslot.fleet.pool_index import PoolIndex
 from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
@@ -47,7 +47,7 @@ class Dispatcher:
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
-        self._preemptions, self._index = Preemptions(), PoolIndex()
+        self._preemptions, self._index, self._news = Preemptions(), PoolIndex(), News(self.backends)
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -200,13 +200,9 @@ class Dispatcher:
         cost_s = plan.cost.steps_s + answer_s(table, request)
         leases.charge(lease, self.queue.granted_at_once(request, cost_s, now))
         self._n_changes += 1
-        self._notify()
+        self._news.add(plan.slot.backend)
+        self._news.tell()
         return lease
-
-    def _notify(self) -> None:
-        for leases in self.backends.values():
-            if leases.changes.is_heard:
-                leases.changes.notify()
 
     def snapshots_in_demand(self) -> set[str]:
         """The snapshots that queued requests would resume from, which should be evicted last.
@@ -222,8 +218,8 @@ class Dispatcher:
                 waiting.wants = next((snapshot for snapshot in found if snapshot is not None), None)
         return {waiting.wants for waiting in self.queue if waiting.wants}
 
-    def dispatch(self, *, is_arrival: bool = False) -> None:
-        """Lease slots to waiting requests, in order. Called after every change.
+    def dispatch(self, backend: str | None = None, *, is_arrival: bool = False) -> None:
+        """Lease slots to waiting requests, in order. Called after every change: on ``backend``, if on one.
 
         ``is_arrival``: the only change is one more waiting request. Then requests that wait for something specific
         are not placed again: for 250 that wait for the same prefix that took 15 s.
@@ -237,8 +233,8 @@ class Dispatcher:
             self._look_again = None
         if len(self.queue):
             self._serve_queue()
-        self._preemptions.choose(self.backends.values(), self.queue, self.now)
-        self._notify()  # last: a request that has just got a slot may have priority over a prefill
+        self._news.add(backend, *self._preemptions.choose(self.backends.values(), self.queue, self.now))
+        self._news.tell()  # last: a request that has just got a slot may have priority over a prefill
 
     def _serve_queue(self) -> None:
         open_ = self._open()
@@ -395,6 +391,7 @@ class Dispatcher:
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
         views = {table.backend: table.view(request, now, reserved, is_patient=is_patient) for table in tables}
         if is_patient and ask_for_trunk(request, views, makers, now):
+            self._news.add(*views)
             views = {table.backend: table.view(request, now, reserved) for table in tables}
         decision = place(request, views.values(), self.rules)
         if isinstance(decision, Wait) and (place_ := decision.place) is not None:
@@ -402,6 +399,7 @@ class Dispatcher:
             trunk = leases.table.expected_trunk(place_.snapshot) if leases.table is not None else None
             if trunk is not None:
                 trunk.users.update({request.user.id} - {""})  # not llamaslot itself
+                self._news.add(trunk.backend)
                 at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
                 waiting.prefix_wait = waiting.prefix_wait or PrefixWait.of(
                     leases, trunk, decision, now, at_last
@@ -412,6 +410,7 @@ class Dispatcher:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
         charge = self.queue.granted(waiting, steps_s + answer_s(lease.table, lease.request), self.now())
         self.backends[lease.table.backend].charge(lease, charge)
+        self._news.add(lease.table.backend)
         waiting.granted.set_result(lease)
 
     def paid(self, charge: Charge | None) -> None:

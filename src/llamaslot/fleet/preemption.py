@@ -7,7 +7,7 @@ as soon as other users send requests. ``chosen`` decides, without side effects; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from msgspec import Struct
@@ -94,18 +94,19 @@ class Preemptions:
     def __init__(self) -> None:
         self._told: set[Lease] = set()
 
-    def choose(self, backends: Collection[Leases], queue: Queue, now: Callable[[], float]) -> None:
-        """Tell the leases whose slots are needed now, and those that were told before but may go on.
+    def choose(self, backends: Collection[Leases], queue: Queue, now: Callable[[], float]) -> Iterator[str]:
+        """Tell the leases whose slots are needed now, and those that were told before but may go on. Returns their
+        backends: the caller notifies the waiters.
 
-        Leases that cannot stop now are not told, nor those where no request may begin afterwards. The caller notifies
-        the waiters.
+        Leases that cannot stop now are not told, nor those where no request may begin afterwards.
         """
         stops = _needed(backends, queue, now()) if len(queue) else set[Lease]()
         for lease in self._told - stops:
             lease.preempt(is_wanted=False)
         for lease in stops:
             lease.preempt(is_wanted=True)
-        self._told = stops
+        before, self._told = self._told, stops
+        return (lease.table.backend for lease in before | stops)
 
 
 def _needed(backends: Collection[Leases], queue: Queue, now: float) -> set[Lease]:
