@@ -446,7 +446,8 @@ class StubCatalog:
             raise OtherConversation("holds another conversation")
         if self.is_slow_to_commit:
             saved.on_checked(tokens)
-            await self.server.op("take in", None)
+            async with saved.turn:
+                await self.server.op("take in", None)
         self.reservations.discard(reservation.id)
         if self.is_disk_full:
             raise QuotaExceeded("no room")

@@ -41,6 +41,18 @@ async def test_a_commit_lists_what_was_saved(shelter: Shelter) -> None:
     assert await shelter.settled() == shelter.whole()
 
 
+async def test_a_save_is_known_to_be_good_before_its_turn(shelter: Shelter) -> None:
+    """Its slot is free then, and what is copied and synced waits for its turn."""
+    turn, is_checked = asyncio.Semaphore(0), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(shelter.save(TOKENS, turn=turn, on_checked=lambda _: is_checked.set()))
+        await is_checked.wait()
+        await shelter.save(some_tokens(40, 2))
+        assert len(shelter.catalog.snapshots) == 1
+        turn.release()
+    assert len(shelter.catalog.snapshots) == 2
+
+
 async def test_generated_tokens_are_taken_from_the_header(shelter: Shelter) -> None:
     """The engine knows the prompt; the answer's tokens are in the file."""
     draft = await shelter.catalog.reserve(1_000)

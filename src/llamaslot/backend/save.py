@@ -37,9 +37,8 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 OnEnd: TypeAlias = Callable[[Lease, Content, WithTokens | None], None]
-# Commits in the background, if the server has fewer slots: each has a whole slot file. A burst displaces what all slots
-# hold; no request of it waits until the files of others are on disk.
-_MAX_COMMITS = 2
+_MAX_COMMITS = 2  # in the background, or as many as there are slots: each has a whole slot file
+_AT_ONCE = 2  # of them: each has a thread that copies and syncs beside llama-server, which decodes
 _N_NEAREST = 8  # snapshots that share most with a new one
 
 
@@ -87,6 +86,7 @@ class Saving:
         self._failures = Recurring(log, f"{leases.backend}: slots are saved again", now=leases.now)
         self._lock = asyncio.Lock()
         self._commits: set[asyncio.Task[WithTokens | None]] = set()  # in the background
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     @contextlib.asynccontextmanager
     async def in_turn(self, lease: Lease, seconds: float) -> AsyncIterator[None]:
@@ -306,6 +306,8 @@ class Saving:
                 find_base=partial(_base, lease.table, content),
                 marks=(*content.checkpoints, *lease.request.boundaries, lease.request.n_system),
                 on_checked=file.is_checked.set_result,
+                # Others wait for a trunk.
+                turn=self._turns if kind is SnapshotKind.LEAF else contextlib.nullcontext(),
             )
             snapshot = await self.catalog.commit(file.reservation, saved)
         except (LlamaslotError, OSError) as error:

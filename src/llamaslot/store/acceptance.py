@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -44,7 +45,8 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     llama-server's answer. ``tokens_expected``: the file must begin with these. ``idle_s``: seconds since the last use
     of the slot. ``find_base(tokens)``: the snapshot that shares most with the file; without it, the file is kept
     whole. ``marks``: token counts to which a later request may rewind. ``on_checked(tokens)`` is called once the file
-    is known to hold what it must. The other fields are those of the ``Snapshot``.
+    is known to hold what it must; what is copied and synced then is so within ``turn``. The other fields are those of
+    the ``Snapshot``.
     """
 
     tokens_expected: bytes
@@ -60,6 +62,7 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     find_base: Callable[[bytes], Base | None] | None = None
     marks: tuple[int, ...] = ()
     on_checked: Callable[[bytes], None] = lambda tokens: None
+    turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
 
     def noted(self, id_: str, created_at: float) -> Noted:
         """The sidecar of the new snapshot, as far as it is known before the file was read."""
@@ -137,9 +140,10 @@ class Acceptance:
             raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
         saved.on_checked(file.tokens)
         noted = replace(noted, digest=sidecar.digest_of(file.tokens))
-        taken = await self._take_in(state, part, noted, saved, file.tokens)
-        if taken is None:
-            taken = await self._keep_whole(state, part, noted)
+        async with saved.turn:
+            taken = await self._take_in(state, part, noted, saved, file.tokens)
+            if taken is None:
+                taken = await self._keep_whole(state, part, noted)
         return taken.snapshot(taken.digest).with_tokens(file.tokens)
 
     async def _has_written(self, state: ReservationState, size_bytes: int) -> None:
