@@ -127,7 +127,7 @@ class Handshake:
         rates: Rates,
         rules: Rules,
     ) -> None:
-        """``libraries`` and ``catalog``: both, or both None without a snapshot directory."""
+        """``libraries`` and ``catalog``: of the snapshot directory; both None without one."""
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
         self.libraries = libraries
         self.check_process: Callable[[Props], None] = lambda props: None  # told at once; raises NotReady

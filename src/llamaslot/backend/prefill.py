@@ -245,7 +245,10 @@ class ChunkedPrefill:
             with self._changes.subscribed(self._reconsider):
                 is_misplaced = await self._compute(long, chunk)
         except UpstreamError as error:
-            log.warning("%s: prefill in slot %s failed: %s", lease.request.id, lease.slot_name, error)
+            log.warning(
+                "%s: prefill in slot %s failed, the request is sent without it: %s",
+                lease.request.id, lease.slot_name, error,
+            )  # fmt: skip
             is_kept = not lease.is_confirmed and await is_untouched(self.api, lease, before)
             lease.finish(before if is_kept else None)
             lease.clear_restored()
@@ -412,9 +415,7 @@ class ChunkedPrefill:
     # -- trunks --------------------------------------------------------------------------------------------------
 
     def _is_trunk_due(self, long: LongPrompt) -> bool:
-        """Whether other requests wait for a prefix that is present now. A prefix that was passed can only be saved if
-        the model can rewind to it.
-        """
+        """Whether requests wait for a prefix that is present now. A passed one needs a model that can rewind to it."""
         lease, table = long.lease, long.lease.table
         due = [at for at in table.expected_trunks(lease.slot_id) if at <= long.at]
         if due and not table.rewind_model.is_rewindable and due[-1] < long.at:

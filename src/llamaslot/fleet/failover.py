@@ -101,8 +101,8 @@ class Attempts:
             self.pool, self._asked = await self.pool_again(), None
 
     async def run(self, attempt: Callable[[], Awaitable[A]]) -> A:
-        """The answer of the first attempt that succeeds. Raises what the last one raises, DeadlyPrompt, and BackendDown
-        if llama-server restarts again and again. Canceling is safe if that of ``attempt`` is.
+        """The answer of the first attempt that succeeds. Raises what the last attempt raises, DeadlyPrompt, and
+        BackendDown if llama-server restarts again and again. Canceling is safe if that of ``attempt`` is.
         """
         for n in range(_ATTEMPTS):
             if n:

@@ -136,9 +136,7 @@ class Answering:
             await self.down.write(b"".join(events))
 
     def _answer_begins(self, events: list[bytes]) -> None:
-        """The answer begins with ``events``. Raises UpstreamError if they are an error that another
-        backend may avoid.
-        """
+        """The answer begins with ``events``. Raises UpstreamError if they are an error and another backend may help."""
         self.lease.mark_decoding()
         if self._reading.has_token:
             self.first_token_s = time.monotonic() - self.client_request.started

@@ -59,7 +59,9 @@ def _sleep_s(args: list[str]) -> float | None:
 
 
 class ModelRouter(LlamaServer):
-    """The router itself. Canceling any of its coroutines closes the connection."""
+    """A client for a router itself; ``server_of`` gives one for a model of it. Canceling any of its coroutines closes
+    the connection.
+    """
 
     @as_known
     async def models(self) -> list[RouterModel]:
