@@ -341,3 +341,14 @@ async def test_what_a_first_start_has_read_is_in_the_register(
     assert len((await reopened(shelter))[1]) == 2 * N
     await shelter.catalog.settle()
     assert (await reopened(shelter))[1] == []
+
+
+async def test_a_new_directory_needs_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its first start says nothing of a file that is missing."""
+    caplog.set_level(logging.INFO)
+    register = manifest.Manifest(tmp_path / "kv.sidecars", tmp_path)
+    await register.read()
+    assert caplog.messages == []
+    (tmp_path / "ls-0123456789abcdef.json").touch()
+    await register.read()
+    assert "reading all files" in caplog.text

@@ -73,7 +73,8 @@ class Manifest:
         try:
             return _decode(self.path.read_bytes())
         except FileNotFoundError:
-            log.info("snapshots: there is no copy of the sidecars (%s): reading all files", self.path)
+            if any(self._directory.glob("*.json")):  # a new directory has nothing to read
+                log.info("snapshots: there is no copy of the sidecars (%s): reading all files", self.path)
         except OSError as error:
             log.warning("snapshots: cannot use %s: %s; reading all files", self.path, error.strerror or error)
         except _Unusable as error:
