@@ -195,9 +195,6 @@ def test_while_a_shared_prefix_is_saved_the_next_one_waits_for_just_that(cache_k
         house.begin()
         maker = long("maker", 10_000, 1, n_system=1000, boundaries=(1000,))
         clients = [house.come(maker)]
-        house.loop.settle()
-        [lease] = house.dispatcher.leases
-        lease.table.expect_trunk(maker, 1000, lease.slot_id, house.loop.time())
         house.until(0.5)
         clients.append(house.come(long("other", 3000, 2)))
         house.until(1.5)
