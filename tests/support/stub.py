@@ -415,6 +415,7 @@ class StubCatalog:
     fingerprint: str = MODEL
     is_slow_to_commit: bool = False  # in the background, once the file is known to be what was to be saved
     is_disk_full: bool = False
+    has_landing: bool = False
     _serial: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     async def reserve(
@@ -433,7 +434,7 @@ class StubCatalog:
             self.discard(victim)
         id_ = f"ls-{next(self._serial)}"
         self.reservations.add(id_)
-        return Reservation(id_, f"{id_}.part", size_bytes)
+        return Reservation(id_, f"{id_}.part", size_bytes, self.has_landing)
 
     def _may_go(self, id_: str, keep: Collection[str]) -> bool:
         return not self.pins[id_] and id_ not in keep and not self.snapshots[id_].is_pinned

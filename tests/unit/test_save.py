@@ -295,8 +295,8 @@ class TestInTheBackground:
         house.check_nothing_is_left()
 
     def test_a_burst_waits_for_no_commit_of_what_it_displaces(self, house: House) -> None:
-        """All slots are displaced at once. Two commits go on at a time, the others are pending saves meanwhile; each
-        has a whole slot file in memory, so the next save waits in its slot."""
+        """All slots are displaced at once. Two commits go on at a time, the others are pending saves meanwhile. There
+        may be as many as slots: the next save waits in its slot."""
         fill(house)
         for i in range(4):
             house.start(house.ask(Request(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
@@ -305,6 +305,18 @@ class TestInTheBackground:
         assert self.n_committing(house) == 2
         house.finish()
         assert len(house.catalog.snapshots) == 4
+        house.check_nothing_is_left()
+
+    def test_three_files_in_memory_are_too_many(self, house: House) -> None:
+        """Of a landing place there is room for two: the third save waits in its slot."""
+        house.catalog.has_landing = True
+        fill(house)
+        for i in range(3):
+            house.start(house.ask(Request(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
+        house.loop.pass_time(40.0)
+        assert len(house.clients) == 1
+        house.finish()
+        assert len(house.catalog.snapshots) == 3
         house.check_nothing_is_left()
 
     def test_what_could_not_be_committed_is_dirty_again(

@@ -37,8 +37,8 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 OnEnd: TypeAlias = Callable[[Lease, Content, WithTokens | None], None]
-_MAX_COMMITS = 2  # in the background, or as many as there are slots: each has a whole slot file
-_AT_ONCE = 2  # of them: each has a thread that copies and syncs beside llama-server, which decodes
+_MAX_COMMITS = 2  # in the background: each has a whole slot file. On disk as many as there are slots
+_AT_ONCE = 2  # of them, each with a thread that copies and syncs; and trunks, for which other requests wait
 _N_NEAREST = 8  # snapshots that share most with a new one
 
 
@@ -283,7 +283,8 @@ class Saving:
         file.pending = lease.table.model_snapshots.pending.add(content, until, lease.table.backend)
         self._commits.add(commit)
         commit.add_done_callback(self._commits.discard)
-        while len(self._commits) > max(_MAX_COMMITS, len(lease.table.slots)):
+        n_slots = 0 if file.reservation.has_landed else len(lease.table.slots)
+        while len(self._commits) > max(_MAX_COMMITS, n_slots):
             await asyncio.wait(self._commits, return_when=asyncio.FIRST_COMPLETED)
 
     async def _commit(self, file: _File) -> WithTokens | None:
@@ -306,7 +307,6 @@ class Saving:
                 find_base=partial(_base, lease.table, content),
                 marks=(*content.checkpoints, *lease.request.boundaries, lease.request.n_system),
                 on_checked=file.is_checked.set_result,
-                # Others wait for a trunk.
                 turn=self._turns if kind is SnapshotKind.LEAF else contextlib.nullcontext(),
             )
             snapshot = await self.catalog.commit(file.reservation, saved)

@@ -33,11 +33,14 @@ _KEPT_WHOLE = "snapshots: %s is kept whole: %s; its rows are not shared with oth
 
 
 class Reservation(Struct, frozen=True):
-    """Reserved space for one snapshot: llama-server saves as ``part_name``, then call ``commit`` or ``abandon``."""
+    """Reserved space for one snapshot: llama-server saves as ``part_name``, then call ``commit`` or ``abandon``.
+    ``has_landed``: llama-server's file is not in the store but in the landing place.
+    """
 
     id: str
     part_name: str
     size_bytes: int
+    has_landed: bool = False
 
 
 class SavedSlot(Struct, frozen=True, kw_only=True):

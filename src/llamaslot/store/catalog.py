@@ -247,7 +247,7 @@ class Catalog:
         # No await since the space was found.
         self._reservations[id_] = ReservationState(booked, kept, frozenset(spare), has_landed=has_landed)
         self._quota.grant(booked)
-        return Reservation(id_, id_ + PART, size_bytes)
+        return Reservation(id_, id_ + PART, size_bytes, has_landed)
 
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
         """Evict at least what is ``short``, or nothing. Returns whether that was possible."""
