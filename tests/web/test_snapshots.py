@@ -117,6 +117,19 @@ async def test_a_restore_that_fails(tmp_path: Path) -> None:
         assert await it.count('steps_failed_total{step="restore"}') == 1
 
 
+async def test_after_a_restore_that_fails_the_next_best_is_restored(tmp_path: Path) -> None:
+    """A snapshot of another conversation that begins alike: only what that one lacks is computed."""
+    async with served(tmp_path, slots=1) as it:
+        for text in (ONE, ONE[:600] + THREE[:200], TWO):
+            await it.ask(text)
+        await it.saved()
+        it.fake.faults.fail("restore", 400, "Unable to restore slot")
+        answer = await it.ask(ONE + "more")
+        assert await it.count('steps_failed_total{step="restore"}') == 1
+    assert answer.text == right(it.fake, ONE + "more")
+    assert (answer.source, answer.n_reused) == ("snapshot", 600)
+
+
 async def test_an_erase_that_fails(tmp_path: Path) -> None:
     """Nothing is restored into what may still be there."""
     async with served(tmp_path, slots=1) as it:
