@@ -319,6 +319,25 @@ class TestInTheBackground:
         assert len(house.catalog.snapshots) == 3
         house.check_nothing_is_left()
 
+    def test_a_save_without_room_waits_for_commits_that_have_whole_files(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What is displaced then is saved all the same."""
+        house = House(
+            VirtualLoop(), StubServer(4, pace=lambda op: 60.0 if op.kind == "take in" else 0.01), room=3
+        )
+        house.rates.prefill.observe(0, 1000, 1000.0)
+        house.catalog.is_slow_to_commit = True
+        fill(house, 4)
+        for i in range(4):
+            house.start(house.ask(Request(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
+            house.loop.pass_time(1.0)
+        house.finish()
+        assert "was not saved" not in caplog.text
+        assert len(house.catalog.snapshots) == 3
+        house.check_nothing_is_left()
+        house.close()
+
     def test_what_could_not_be_committed_is_dirty_again(
         self, house: House, caplog: pytest.LogCaptureFixture
     ) -> None:
