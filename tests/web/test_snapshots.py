@@ -130,6 +130,20 @@ async def test_after_a_restore_that_fails_the_next_best_is_restored(tmp_path: Pa
     assert (answer.source, answer.n_reused) == ("snapshot", 600)
 
 
+async def test_what_another_process_has_restored_is_not_believed(tmp_path: Path) -> None:
+    """llama-server has restarted since the slot was leased, perhaps with another model: it is connected to first."""
+    async with served(tmp_path, slots=1) as it:
+        await one_on_disk(it)
+        session, hang = it.backend.session, it.fake.faults.hang("restore")
+        async with it.asking(ONE + "more") as asked:
+            await hang.reached.wait()
+            it.fake.media_marker = "<__media_of_another_process__>"
+            hang.release()
+            answer = await asked
+        assert it.backend.session is not session
+    assert answer.text == right(it.fake, ONE + "more")
+
+
 async def test_an_erase_that_fails(tmp_path: Path) -> None:
     """Nothing is restored into what may still be there."""
     async with served(tmp_path, slots=1) as it:
