@@ -16,10 +16,10 @@ from msgspec.structs import replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.slot_content import prefilled
+from llamaslot.backend.slot_content import goes_on, prefilled
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import Content, SnapshotKind
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
 from llamaslot.cache.reuse import CacheKind, RewindModel
 from llamaslot.errors import LlamaslotError, OtherConversation, SlotActionFailed, SlotWedged, SnapshotInvalid
 from llamaslot.llama.answers import SlotAction
@@ -163,7 +163,7 @@ class Saving:
         elif (
             snapshot is not None
             and held.snapshot == content.snapshot
-            and _goes_on(held, snapshot, holder, table.rules.similarity_min)
+            and goes_on(held, snapshot, holder, table.rules.similarity_min)
         ):
             after = replace(held, snapshot=snapshot.id)
         else:
@@ -269,9 +269,7 @@ class Saving:
         return commit
 
     async def _reserve(self, size_bytes: int, keep: set[str], new_bytes: int) -> Reservation:
-        """Reserve space. If there is none, wait for commits in the background: each has a whole slot file until then,
-        and is a snapshot afterwards, which may be evicted. Raises QuotaExceeded and SnapshotInvalid.
-        """
+        """Reserve space; if there is none, once commits have ended. Raises QuotaExceeded and SnapshotInvalid."""
         assert self.catalog is not None
         while True:
             try:
@@ -279,7 +277,7 @@ class Saving:
                     size_bytes, keep, self.leases.snapshots_in_demand(), new_bytes
                 )
             except QuotaExceeded:
-                if not self._commits:
+                if not self._commits:  # each has a slot file now, and may be evicted later
                     raise
                 await asyncio.wait(self._commits, return_when=asyncio.FIRST_COMPLETED)
 
@@ -440,17 +438,6 @@ def _base(table: SlotTable, content: Content, tokens: bytes) -> Base | None:
     if hit is None or snapshot is None:
         return None
     return Base(snapshot, hit.n_shared, is_lineage=snapshot.id == content.snapshot)
-
-
-def _goes_on(held: Content, saved: WithTokens, holder: Lease | None, similarity_min: float) -> bool:
-    """Whether a slot that was saved as ``saved`` still holds that conversation, now in the lease of ``holder``. If the
-    slot is idle again, all tokens must be there: how long its system part was is not known any more.
-    """
-    n_common = common(held.tokens, saved.tokens)
-    if holder is None:
-        return n_common == saved.n_tokens
-    is_other = holder.is_other_conversation(n_common, saved.n_tokens)
-    return n_common >= similarity_min * saved.n_tokens and not is_other
 
 
 def _step(kind: SnapshotKind) -> str:

@@ -12,6 +12,7 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, count
 from llamaslot.cache.reuse import checkpoints_after
 from llamaslot.errors import BackendDown, LlamaslotError, UpstreamError
 from llamaslot.llama.client import LlamaServer
+from llamaslot.store import WithTokens
 
 _IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is polled about once for each
 
@@ -73,3 +74,14 @@ def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
     return n_expected - n_found > NEGLIGIBLE_TOKENS and lost_s > max(
         table.long_s, table.rates.interruption.seconds
     )
+
+
+def goes_on(held: Content, saved: WithTokens, holder: Lease | None, similarity_min: float) -> bool:
+    """Whether a slot that was saved as ``saved`` still holds that conversation, now in the lease of ``holder``. If the
+    slot is idle again, all tokens must be there: how long its system part was is not known any more.
+    """
+    n_common = common(held.tokens, saved.tokens)
+    if holder is None:
+        return n_common == saved.n_tokens
+    is_other = holder.is_other_conversation(n_common, saved.n_tokens)
+    return n_common >= similarity_min * saved.n_tokens and not is_other
