@@ -3,7 +3,8 @@ that costs least.
 
 A close look at one backend (``SlotTable.view``) takes 0.1 to 0.2 ms. So of many backends only a few are looked at. They
 are found in one index of the tokens of all slots, and in lists of the idle slots that are kept in order: finding them
-costs about the same for 10 and for 1,000 backends.
+costs about the same for 10 and for 1,000 backends. A placement with its lease takes 1.0 ms of CPU with 10 backends of 4
+slots, 1.6 with 100 and 5.6 with 1,000: what grows are loops over all backends (``dispatch_pass``).
 """
 
 from __future__ import annotations
