@@ -11,7 +11,7 @@ import pytest
 from bench.virtual import VirtualLoop
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotState
@@ -92,6 +92,14 @@ def test_two_that_arrive_together_make_one(house: House) -> None:
     assert min(reused) == 0
     assert max(reused) >= N - 5
     assert house.server.n_computed <= N + 2 * 300 + 20
+
+
+def test_the_third_conversation_saves_what_no_system_message_names(house: House) -> None:
+    """Where the first two part from it, for those after it."""
+    for user in (1, 2, 3):
+        house.loop.run(house.ask(plain(user)))
+        assert [house.server.files[trunk.file_name] for trunk in trunks(house)] == [SYSTEM] * (user == 3)
+    assert house.loop.run(house.ask(plain(4))) >= N - NEGLIGIBLE_TOKENS
 
 
 def test_what_goes_on_from_a_shared_prefix_is_a_conversation_of_its_own(house: House) -> None:

@@ -6,7 +6,7 @@ new one, and changes of old leases to their slots have no effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import takewhile
 
@@ -19,7 +19,7 @@ from llamaslot.backend.snapshot_candidates import SnapshotCandidates
 from llamaslot.cache.content import NOTHING, Content, SnapshotKind
 from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count, head
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
-from llamaslot.cache.prefix_index import PrefixIndex
+from llamaslot.cache.prefix_index import PrefixIndex, Shared
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.cost import Rates
@@ -129,9 +129,7 @@ class SlotTable:
         found = self._candidates.found(request, now) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
-        long = takewhile(lambda hit: hit.n_shared >= MIN_SHARED_TOKENS, near.hits)  # the longest come first
-        residents = [(hit.n_shared, partial(self.residents.tokens, hit.holder)) for hit in long]
-        branch = self._candidates.branch(residents, found)
+        branch = self._branch(near.hits, found)
         n_alike = max(branch, request.n_system, self._candidates.trunk(found))
         looked_at = self.worth.looked_at(near, now, reserved)
         slots = list[SlotView]()
@@ -313,21 +311,27 @@ class SlotTable:
         self._pending.end(leaving)
 
     def _share(self, request: Request, plan: Plan, now: float) -> None:
-        """Let ``request`` save its system part on the way, where other requests that begin alike could meanwhile only
-        compute it again:
-
-        1. On a model that cannot rewind: after ten turns without a pause the slot has no checkpoint there any more.
-        2. On other models, if another slot holds that part and is busy: otherwise the plan would resume from that
-           slot.
+        """Let ``request`` save on the way its system part, and what it shares with two other conversations, where
+        requests that begin alike could only compute it again: on a model that cannot rewind (after ten turns without
+        a pause the slot has no checkpoint there), on others if a busy slot holds it (else the plan would resume there).
         """
-        n = request.n_system
-        if not self._candidates.is_worth_sharing(request, n, plan.n_reused):
-            return
-        if self.rewind_model.is_rewindable:
-            hits = self.residents.match(request.tokens, request.reads, 2)
-            if not any(hit.holder != plan.slot.id and hit.n_shared >= n for hit in hits):
-                return
-        self.expect_trunk(request, n, plan.slot.id, now + self.rates.prefill.seconds(plan.n_reused, n))
+        hits = self.residents.match(request.tokens, request.reads, len(self.slots))
+        branch, n_done = self._branch(hits, self._candidates.found(request, now)), plan.n_reused
+        is_new = abs(branch - request.n_system) > NEGLIGIBLE_TOKENS
+        for n in sorted({request.n_system, branch}) if is_new else (request.n_system,):
+            is_elsewhere = any(hit.n_shared >= n and hit.holder != plan.slot.id for hit in hits)
+            is_at_risk = is_elsewhere or not self.rewind_model.is_rewindable
+            if is_at_risk and self._candidates.is_worth_sharing(request, n, n_done):
+                self.expect_trunk(
+                    request, n, plan.slot.id, now + self.rates.prefill.seconds(plan.n_reused, n)
+                )
+                n_done = n
+
+    def _branch(self, hits: Iterable[Shared[int]], found: list[Shared[str]]) -> int:
+        """``SnapshotCandidates.branch`` of a prompt. ``hits``: the slots that share tokens with it, most first."""
+        long = takewhile(lambda hit: hit.n_shared >= MIN_SHARED_TOKENS, hits)
+        residents = [(hit.n_shared, partial(self.residents.tokens, hit.holder)) for hit in long]
+        return self._candidates.branch(residents, found)
 
     def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
         """``request``, computed in ``slot``, will save its first ``n_tokens`` as a shared prefix, at about ``due_at``:
