@@ -133,6 +133,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def children() -> set[int]:
+    """The processes that this one has started."""
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """For what only the kernel knows: that processes of others have ended."""
     async with asyncio.timeout(20):
@@ -233,6 +238,7 @@ async def test_what_a_dead_script_left_behind_is_ended_before_the_next_start(
 
 async def test_cancelling_while_it_is_started_leaves_nothing(managed: Managed, script: Script) -> None:
     """A start that is half-way when it is cancelled is seen through and undone, wherever that happens."""
+    before = children()  # those of other tests
     for n_steps in range(40):
         server = managed()
         tasks = TaskOwner()
@@ -241,8 +247,7 @@ async def test_cancelling_while_it_is_started_leaves_nothing(managed: Managed, s
             await asyncio.sleep(0)
         await tasks.close()
         assert server.pid is None
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    await until(lambda: not any(map(is_alive, map(int, children.read_text().split()))))
+    await until(lambda: not any(map(is_alive, children() - before)))
 
 
 async def test_it_ends_when_llamaslot_is_killed(script: Script, tmp_path: Path) -> None:

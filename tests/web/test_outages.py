@@ -288,13 +288,13 @@ async def test_a_restart_between_restore_and_run_gives_the_right_answer(
         restore = it.backend.executor._restore
 
         async def then_restart(*arguments: Any) -> bool:
+            monkeypatch.undo()  # once: after a third restart the request would fail
             is_restored = await restore(*arguments)
             await it.fake.restart()
             return is_restored
 
         monkeypatch.setattr(it.backend.executor, "_restore", then_restart)
         answer = await it.ask(ONE + "more")
-        monkeypatch.undo()
         assert answer.text == right(it.fake, ONE + "more")
         again = await it.ask(TWO + "more")
         assert again.text == right(it.fake, TWO + "more")
