@@ -133,7 +133,7 @@ class Backend:
         self._is_settled = asyncio.Event()  # set unless it is being connected to
         self._is_settled.set()
         self.presence, self.suspicion = Presence(name), Suspicion(leases)
-        self.proof = Proof(self.presence, leases)
+        self._proof = Proof(self.presence, leases)
 
     @property
     def model_name(self) -> str | None:
@@ -207,12 +207,17 @@ class Backend:
 
     def use_if_proved(self) -> bool:
         """Whether the process is known to be alive and awake, and so used for a request now. Else ``ready`` asks it."""
-        return self.proof.use()
+        return self._proof.use()
+
+    @property
+    def is_same_process(self) -> bool:
+        """As ``Proof.is_same_process``."""
+        return self._proof.is_same_process
 
     def _prove(self, session: ServerSession, props: Props) -> None:
         """Record that the process of ``session`` has just told ``props``, so it is alive."""
         if session is self.session:
-            self.proof.renew(props)
+            self._proof.renew(props)
 
     def lost(self, table: SlotTable) -> None:
         """llama-server is another process than ``table`` describes: connect again, while queued requests wait."""
@@ -249,7 +254,7 @@ class Backend:
 
     def doubt(self) -> None:
         """A request to the server failed: check immediately whether it is still there."""
-        self.proof.clear()
+        self._proof.clear()
         self._doubt.set()
 
     def suspect(self) -> None:
@@ -420,7 +425,7 @@ class Backend:
 
     def _forget(self, health: Health) -> None:
         self.session = None
-        self.proof.clear()
+        self._proof.clear()
         self._set(health)
         self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)
 

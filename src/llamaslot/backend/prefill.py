@@ -321,7 +321,7 @@ class ChunkedPrefill:
                     if last is None:
                         n_found = event.cache
                         lease.confirm(replace(prefilled(before, tokens, n_found), is_exact=False))
-                        if is_misplaced := self._is_misplaced(long, n_found):
+                        if is_misplaced := self._take_found(long, n_found):
                             break
                     else:
                         self.feedback.progressed(lease.table, last, event, chunk.end)
@@ -352,8 +352,10 @@ class ChunkedPrefill:
         return is_misplaced
 
     @staticmethod
-    def _is_misplaced(long: LongPrompt, n_found: int) -> bool:
-        """Whether the slot turns out to hold so much less than expected that the request is placed again."""
+    def _take_found(long: LongPrompt, n_found: int) -> bool:
+        """Go on from the ``n_found`` tokens that llama-server has found. Returns whether they are so much fewer than
+        expected that the request is placed again.
+        """
         if not long.has_begun:
             return is_far_off(long.lease, long.lease.forecast.n_expected, n_found) and long.may_replan
         if n_found < long.at - NEGLIGIBLE_TOKENS:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamaslot.cli.faults import EXIT_FAULT, fail
+from llamaslot.cli.faults import EXIT_FAULT, fail, how_to_add
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
 
     has_plots = is_available()
     if not has_plots and options["report"] != _REPORT:
-        fail(["--report needs plotly: pipx inject llamaslot plotly (in a venv: pip install plotly)"])
+        fail([f"--report needs plotly: {how_to_add('plotly')}"])
     for path in (options["report"], options["json_path"]):
         if path is not None and not os.access(path.absolute().parent, os.W_OK):
             fail([f"{path} cannot be written"])
@@ -160,10 +160,7 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
         options["report"].write_text(report(result))
         click.echo(f"\nThe report: {options['report']}")
     else:
-        click.echo(
-            "\nA report with plots needs plotly: pipx inject llamaslot plotly (in a venv: pip install plotly)",
-            err=True,
-        )
+        click.echo(f"\nA report with plots needs plotly: {how_to_add('plotly')}", err=True)
     if any(all(request.error for run in side.runs for request in run.requests) for side in result.sides):
         sys.exit(EXIT_FAULT)
 

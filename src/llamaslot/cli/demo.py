@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llamaslot.cli.faults import fail, run_to_end
+from llamaslot.cli.faults import fail, how_to_add, run_to_end
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:
@@ -48,11 +48,7 @@ def demo(port: int, model: Path | None, slots: int, context: int) -> None:
     from llamaslot.errors import LlamaslotError
 
     if find_spec("xllamacpp") is None:
-        fail(
-            [
-                "the embedded llama.cpp is missing: pipx inject llamaslot xllamacpp (in a venv: pip install xllamacpp)"
-            ]
-        )
+        fail([f"the embedded llama.cpp is missing: {how_to_add('xllamacpp')}"])
     set_up_logging("info", "auto")
     try:
         if model is None:

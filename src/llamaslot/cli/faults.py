@@ -75,6 +75,11 @@ def report_faults() -> Iterator[None]:
         fail([str(error)])
 
 
+def how_to_add(package: str) -> str:
+    """The command that installs ``package`` beside llamaslot."""
+    return f"pipx inject llamaslot {package} (in a venv: pip install {package})"
+
+
 def fail(lines: list[str]) -> NoReturn:
     """Print the lines on standard error and end with ``EXIT_FAULT``."""
     for line in lines:

@@ -49,6 +49,9 @@ class Options(NamedTuple):
         return Path(self.program) if self.program is not None else Path(sys.argv[0]).absolute().parent
 
 
+_DEFAULT = Options()
+
+
 @click.command("install-service")
 @click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
 @click.option(
@@ -62,16 +65,24 @@ class Options(NamedTuple):
 @click.option(
     "--socket", "has_socket", is_flag=True, help="systemd listens: a restart refuses no connection."
 )
-@click.option("--user", default="llamaslot", show_default=True, help="That llamaslot runs as.")
-@click.option("--server-user", default="llama", show_default=True, help="That llama-server runs as.")
-@click.option("--group", default="llama", show_default=True, help="Of both.")
+@click.option("--user", default=_DEFAULT.user, show_default=True, help="That llamaslot runs as.")
+@click.option(
+    "--server-user", default=_DEFAULT.server_user, show_default=True, help="That llama-server runs as."
+)
+@click.option("--group", default=_DEFAULT.group, show_default=True, help="Of both.")
 @click.option(
     "--program", default=None, metavar="DIR", help="Of the program llamaslot.  [default: where this one is]"
 )
-@click.option("--model", default="/models/model.gguf", show_default=True, help="Of llama-server.")
-@click.option("--slots", type=click.IntRange(1), default=4, show_default=True, help="Of llama-server.")
+@click.option("--model", default=_DEFAULT.model, show_default=True, help="Of llama-server.")
 @click.option(
-    "--context", type=click.IntRange(1), default=65_536, show_default=True, help="Tokens of each slot."
+    "--slots", type=click.IntRange(1), default=_DEFAULT.slots, show_default=True, help="Of llama-server."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=_DEFAULT.context,
+    show_default=True,
+    help="Tokens of each slot.",
 )
 def install_service(path: Path, directory: Path | None, force: bool, **given: Any) -> None:
     """Print systemd units for llamaslot and for each llama-server on this machine.

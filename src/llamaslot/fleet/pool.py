@@ -258,7 +258,7 @@ class Pool:
         ``confirm`` does. Without this a server that ends after ``confirm`` and is replaced on its port within
         milliseconds, by one with another model, would answer.
         """
-        is_known = lease.table.is_current and self.backend_of(lease).proof.is_same_process
+        is_known = lease.table.is_current and self.backend_of(lease).is_same_process
         return None if is_known else self._ask_for_process(lease)
 
     async def _ask_for_process(self, lease: Lease) -> None:
