@@ -12,7 +12,7 @@ from llamaslot.cache.namespaces import SHARED, Namespace
 
 
 class SnapshotKind(enum.StrEnum):
-    """Why a snapshot is saved: the end of a conversation, or a shared prefix."""
+    """What a snapshot holds: one conversation, or a prefix that several conversations share."""
 
     LEAF = "leaf"  # a conversation, as far as it has gone
     TRUNK = "trunk"  # exactly what several conversations begin with
@@ -48,7 +48,9 @@ class Content(Struct, frozen=True):
         return self.n_tokens + self.n_more
 
     def may_hold(self, n_tokens: int) -> bool:
-        """Whether the slot may hold ``n_tokens`` tokens, unknown ones included."""
+        """True if the slot holds ``n_tokens`` tokens, unknown ones included, or may hold them because nobody knows
+        how many tokens follow the known ones.
+        """
         return self.n_held >= n_tokens or not (self.is_exact or self.n_more)
 
     def followed_by(self, n_more: int) -> Content:
@@ -59,8 +61,9 @@ class Content(Struct, frozen=True):
         )  # fmt: skip
 
     def cut_back(self, n_tokens: int, snapshot: str | None, namespace: Namespace) -> Content:
-        """The slot's content after another prompt, with which it shares ``n_tokens``, was begun in it: what is
-        certain then.
+        """What the slot surely holds after llama-server has begun another prompt in it: the first ``n_tokens``, which
+        both share. What follows is unknown, and counts as not saved. ``snapshot`` and ``namespace``: those of the
+        new content.
         """
         kept = self.checkpoints and tuple(at for at in self.checkpoints if at <= n_tokens)
         return Content(head(self.tokens, n_tokens), False, True, kept, snapshot, 0, namespace, self.has_media)

@@ -1,19 +1,19 @@
 """A read-only prefix index, mapped from disk. It holds the state of a ``PrefixIndex`` at one moment (a *generation*).
 
-The tokens are the keys of a marisa trie, in chunks of 128. A key is the hash of all token bytes before the chunk,
-then the chunk as UTF-8, one character for each token. This takes about two bytes for each unique token, is shared by
-all processes and costs Python's garbage collector nothing. "Are the first n chunks present" is true up to some n and
-false beyond it, so a lookup gallops and bisects: 10 to 20 probes, whatever the size. (marisa cannot tell how far a
-key would have matched.)
+The tokens are the keys of a marisa trie, in chunks of 128 tokens. A key is the hash of all token bytes before the
+chunk, then the chunk as UTF-8, one character for each token. This takes about two bytes for each unique token. All
+processes share the memory, and Python's garbage collector has no work with it. If n chunks of a prompt are in the
+trie, so are the first n - 1. So a lookup probes at doubling distances, then bisects: 10 to 20 probes, whatever the
+size of the index. (marisa cannot tell how far a key would have matched.)
 
 The radix tree of ``prefix_index``, without its tokens, is in columns of int32. A point is where a sequence ends or
-sequences diverge. Points are ordered so that all entries below a point are one contiguous range. An entry is one
-holder. Dropping a holder sets its length to infinity in a tree of minima over the entries. A range with an infinite
-minimum is empty, even if the trie still has its chunks. So no live counts are kept along the path of a sequence, and
-the shortest holders of a range are found without reading the others.
+sequences diverge. An entry is one holder. Points are ordered so that all entries below a point are one contiguous
+range. A tree of minima over the entries finds the shortest holders of a range without reading the others. Dropping a
+holder sets its length there to infinity. A range with an infinite minimum has no holders left, even if the trie still
+has its chunks.
 
-A hash collision can only report a prefix that is too long, and a restore compares tokens. Two sequences that a
-collision makes equal are detected when the generation is made.
+After a hash collision a lookup can report a prefix that is too long. That does no harm, because a restore compares
+the tokens. Two sequences that a collision makes equal are detected when the generation is made.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Column = Sequence[int]  # of int32: an array, or a memoryview of a mapped file
 
 
 class Columns(NamedTuple):
-    """The radix tree as columns of integers, -1 for none. A point has the entries ``first`` to ``past`` at or below
-    it; the entries that end at the point itself come first.
+    """The radix tree as columns of integers; -1 stands for none. At or below a point are the entries from ``first`` to
+    before ``past``; those that end at the point itself come first.
     """
 
     point: Column  # for each key of the trie: the first point at or beyond the end of its chunk
@@ -55,13 +55,13 @@ class Columns(NamedTuple):
 
 
 def is_freezable(tokens: bytes) -> bool:
-    """Whether a generation can store this sequence: all ids are from 0 to 0x10FFFF (no known vocabulary has others)."""
+    """True if a generation can store this sequence: all ids are from 0 to 0x10FFFF, as in all known vocabularies."""
     return len(_text(tokens)) * WIDTH == len(tokens)
 
 
 def _text(tokens: bytes) -> str:
-    """Token ids as a string of characters with these numbers, up to the first id that is not a character (media is
-    -1).
+    """Token ids as a string of the characters with these code points. The string ends before the first id that is no
+    code point (an image has the id -1).
 
     ``surrogatepass`` allows the ids 55,296 to 57,343. Decoding is 30 times faster than ``chr``.
     """
@@ -72,8 +72,8 @@ def _text(tokens: bytes) -> str:
 
 
 def _utf8(text: str) -> bytes:
-    """``text`` in modified UTF-8, as in Java: NUL is two bytes, because marisa needs an eighth more space if a key
-    has a NUL byte. No token's bytes begin with those of another, so only whole tokens match.
+    """``text`` in modified UTF-8, as in Java: NUL is two bytes, because marisa needs an eighth more space if keys have
+    NUL bytes. No token's bytes begin with the bytes of another token, so only whole tokens match.
     """
     return text.encode("utf-8", "surrogatepass").replace(b"\0", b"\xc0\x80")
 
@@ -85,16 +85,14 @@ def _tokens(utf8: bytes) -> bytes:
 
 
 def _key(hashed: xxh3_64, text: str) -> bytes:
-    """The trie's key of a chunk, or of the beginning of a chunk; ``hashed`` is the hash of all tokens before the
-    chunk.
-    """
+    """The trie's key of a chunk, or of its beginning. ``hashed``: the hash of all tokens before the chunk."""
     return hashed.digest().replace(b"\0", b"\1") + _utf8(text)
 
 
 class DiskIndex:
-    """One generation, less the holders dropped since it was made. Not thread-safe: it belongs to the event loop.
+    """One generation, without the holders dropped since it was made. Not thread-safe: it belongs to the event loop.
 
-    ``trie`` and ``columns`` are only read; drops are kept in memory only.
+    ``trie`` and ``columns`` never change: drops are recorded in memory only. ``names``: the holder of each entry.
     """
 
     def __init__(self, trie: marisa_trie.BinaryTrie, columns: Columns, names: Sequence[str]) -> None:
@@ -149,7 +147,9 @@ class DiskIndex:
         return self.columns.n_tokens[self.columns.end[self._entries[holder]]]
 
     def sequences(self) -> Iterator[tuple[str, bytes]]:
-        """Each holder and its tokens. The prefix that a sequence shares with the previous one is not read again."""
+        """Each holder that was not dropped, and its tokens. The prefix that a sequence shares with the previous one is
+        not read again.
+        """
         previous, tokens, columns = -1, b"", self.columns
         for entry, holder in enumerate(self.names):
             if holder not in self._entries:
@@ -210,10 +210,10 @@ class DiskIndex:
         return None
 
     def _descend(self, query: bytes) -> tuple[int, int]:
-        """The first point at or beyond the place where ``query`` diverges from all sequences, and the tokens up to
-        that place.
+        """The first point at or beyond the place where ``query`` diverges from all sequences, and the number of tokens
+        before that place.
 
-        Dropped sequences count too; their points have no entries.
+        Sequences of dropped holders count too: their points may have no entries left.
         """
         view = memoryview(query)
         # The first ``low`` chunks are present, ``high`` chunks are not; ``key`` and ``hashed`` belong to the first
@@ -243,8 +243,9 @@ class DiskIndex:
         return point, n_shared
 
     def _in_chunk(self, hashed: xxh3_64, text: str, key: int) -> tuple[int, int]:
-        """The number of tokens at the beginning of ``text`` with which some chunk behind ``hashed`` also begins,
-        and the trie's key of that chunk (``key`` if there is none).
+        """Find the chunk with the longest common prefix with ``text``, among the chunks that follow the tokens with the
+        hash ``hashed``. Returns the number of common tokens, and the trie's key of the chunk (``key`` if none has a
+        common token).
 
         A probe ends on a whole token: one byte more would match a sibling that begins with that byte.
         """
@@ -259,8 +260,8 @@ class DiskIndex:
         return low, key
 
     def _shortest_of(self, first: int, past: int, skip: int, to: int) -> Iterator[tuple[int, int]]:
-        """The entries ``first`` to ``past``, except ``skip`` to ``to``, each with its number of tokens, shortest
-        first. Dropped entries are left out.
+        """The entries from ``first`` to before ``past``, except those from ``skip`` to before ``to``, each with its
+        number of tokens, shortest first. Dropped entries are left out.
         """
         shortest, n_leaves = self._shortest, self._n_leaves
         if skip == to:
@@ -280,7 +281,7 @@ class DiskIndex:
                 heapq.heappush(heap, (shortest[2 * i + 1], 2 * i + 1))
 
     def _cut(self, first: int, past: int) -> Iterator[int]:
-        """The fewest nodes of the tree of minima that together cover the entries ``first`` to ``past``."""
+        """The fewest nodes of the tree of minima that together cover the entries from ``first`` to before ``past``."""
         low, high = self._n_leaves + first, self._n_leaves + past
         while low < high:
             if low & 1:
@@ -322,10 +323,8 @@ class DiskIndex:
 
 
 def freeze(index: PrefixIndex[str]) -> DiskIndex:
-    """Make a generation of all sequences in ``index``. Holds the GIL throughout: do not run it in the event loop's
-    process.
-
-    Raises ValueError for a sequence that ``is_freezable`` refuses, and for a hash collision.
+    """Make a generation of all sequences in ``index``. It holds the GIL for seconds: do not call it in the process of
+    the event loop. Raises ValueError for a sequence that is not ``is_freezable``, and for a hash collision.
     """
     keys: list[bytes] = []
     point_of, before, end, names = array("i"), array("i"), array("i"), list[str]()

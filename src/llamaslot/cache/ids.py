@@ -9,15 +9,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-#: So few tokens are not worth a step, a snapshot or a forecast of their own. Snapshots closer together make the index
-#: slow and save nothing; builds of llama-server reuse up to this many less than was computed; a progress event for
-#: fewer says little about speed; the beginning of a first message, which many conversations share, is no longer than
-#: this.
+#: This number of tokens, or fewer, is not worth a step, a snapshot or a forecast of its own:
+#: snapshots that end closer together slow the index down and save nothing; some builds of llama-server reuse up to this
+#: many tokens less than they could; a progress event for fewer tokens says little about speed; many conversations share
+#: the first words of their first message, which are no longer than this.
 NEGLIGIBLE_TOKENS = 64
-# Fewer are computed about as fast as they are restored, and not worth a file of their own.
+# A shared prefix of fewer tokens is computed about as fast as it is restored, so it gets no file of its own.
 MIN_SHARED_TOKENS = 256
 WIDTH = 4  # bytes per token
-_CHUNK = 256  # bytes: in so few, one XOR of two big integers is faster than more probes
+# Bytes: a range of this size is compared by one XOR of two big integers, which is faster than more probes.
+_CHUNK = 256
 
 
 def pack(ids: Sequence[int]) -> bytes:
@@ -49,11 +50,11 @@ def head(tokens: bytes, n: int) -> bytes:
 
 
 def common(a: bytes, b: bytes, start: int = 0) -> int:
-    """The length in whole tokens of the longest common prefix of ``b`` and of ``a`` from token ``start`` on.
+    """The number of whole tokens at the beginning of ``b`` that equal the tokens of ``a`` from token ``start`` on.
 
     A probe is ``startswith`` at an offset: a memcmp without a copy, which ends at the first difference. (``==`` of
-    two memoryviews is 90 times slower.) Probes of doubling size find the chunk that differs; halving ones narrow it
-    down.
+    two memoryviews is 90 times slower.) Probes of doubling size find the range that has the first difference; probes
+    of half the size each narrow it down.
     """
     offset = start * WIDTH
     low, high = 0, min(len(a) - offset, len(b)) // WIDTH * WIDTH
@@ -67,7 +68,7 @@ def common(a: bytes, b: bytes, start: int = 0) -> int:
         low += step
         step *= 2
     high = min(high, low + step)
-    # From here on the first difference lies in [low, high), and both are on whole tokens.
+    # From here on the first difference lies in the bytes [low, high); both bounds are at the start of a token.
     while high - low > _CHUNK:
         middle = (low + high) // (2 * WIDTH) * WIDTH
         if a.startswith(view[low:middle], offset + low):

@@ -1,12 +1,13 @@
-"""The prefix index of the snapshots: recent additions in a radix tree, the rest in a read-only generation on disk.
+"""The prefix index of the snapshots. Recent additions are in a radix tree in memory, the *overlay*. All others are in
+a read-only index on disk, the *generation*.
 
-It answers like one ``PrefixIndex``; only the order of hits with equal length and equal share may differ. A new
-generation takes seconds, so it is made elsewhere:
+It answers like one ``PrefixIndex``; only the order of hits with equal length and equal share may differ. Making a new
+generation takes seconds, so ``store/disk_index_rebuild.py`` does it in another process:
 
 1. ``is_due`` says that it is time. ``seal`` returns the input of the new generation. Later additions go into a new
-   overlay. The sealed overlay no longer changes, so it can be read meanwhile; drops from it are recorded.
+   overlay. The sealed overlay no longer changes, so another thread can read it; drops from it are recorded.
 2. ``adopt`` takes the finished generation, applies the recorded drops and discards the sealed overlay.
-   If none could be made, ``unseal`` restores the state before ``seal``.
+   If no generation could be made, ``unseal`` merges both overlays again.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from llamaslot.cache.disk_index import DiskIndex
 from llamaslot.cache.ids import WIDTH
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 
-NEW_MIN = 1_000  # additions, and at least NEW_SHARE of the generation; below that a new one does not pay
+# A new generation is made after more additions than both NEW_MIN and NEW_SHARE of the present generation, or after more
+# drops than both GONE_MIN and GONE_SHARE of it. After fewer it costs more than it saves.
+NEW_MIN = 1_000
 NEW_SHARE = 0.1
 GONE_MIN = 200  # a fifth of the smallest generation
 GONE_SHARE = 0.2
 
 
 class Layer(Protocol):
-    """The methods that ``Layered`` uses of each of its layers."""
+    """The methods of a layer that ``Layered`` calls."""
 
     def __contains__(self, holder: object) -> bool: ...
     def __len__(self) -> int: ...
@@ -41,8 +44,8 @@ class Layer(Protocol):
 
 
 class Sealed:
-    """An overlay that another thread may read: holders dropped from the overlay stay in its tree, and are left out
-    of the answers.
+    """An overlay that another thread reads meanwhile, so its tree never changes: a dropped holder stays in the tree and
+    is left out of the answers.
     """
 
     def __init__(self, index: PrefixIndex[str]) -> None:
@@ -82,8 +85,8 @@ class Sealed:
 
 
 class Sowing(NamedTuple):
-    """The input of a new generation: the sequences in ``added``, and all of the old generation except the holders
-    in ``gone``.
+    """The input of a new generation: the sequences in ``added``, and all sequences of the old generation except those
+    of the holders in ``gone``.
     """
 
     added: PrefixIndex[str]
@@ -162,8 +165,8 @@ class Joined(Layered):
 
 
 class LayeredIndex(Layered):
-    """An index of snapshot ids by their tokens: an overlay for additions above a generation on disk. Not
-    thread-safe: it belongs to the event loop.
+    """An index of snapshot ids by their tokens: an overlay for additions, and a generation on disk (``base``, None
+    before the first). Not thread-safe: it belongs to the event loop.
     """
 
     def __init__(self, base: DiskIndex | None = None) -> None:
@@ -204,25 +207,28 @@ class LayeredIndex(Layered):
 
     @property
     def is_due(self) -> bool:
-        """Whether enough snapshots were added or dropped since the last generation that a new one should be made."""
+        """True if a new generation should be made (see ``NEW_MIN``). False while one is being made."""
         if self._sealed is not None:
             return False
-        n_new, n_all, n_gone = len(self._overlay) - self._n_stay, 0, 0  # at most as many as are new
+        # ``n_new`` is a lower bound: some of the ``_n_stay`` holders may have been dropped.
+        n_new, n_all, n_gone = len(self._overlay) - self._n_stay, 0, 0
         if self.base is not None:
             n_gone = len(self.base.gone)
             n_all = len(self.base) + n_gone
         return n_new > max(NEW_MIN, NEW_SHARE * n_all) or n_gone > max(GONE_MIN, GONE_SHARE * n_all)
 
     def seal(self) -> Sowing:
-        """Begin a new generation and return its input. A call of ``adopt`` or ``unseal`` must follow."""
+        """Close the overlay, open a new one, and return the input of the next generation. A call of ``adopt`` or
+        ``unseal`` must follow.
+        """
         assert self._sealed is None, "one generation at a time"
         self._n_sown = len(self)
         self._sealed, self._overlay = Sealed(self._overlay), PrefixIndex()
         return Sowing(self._sealed.index, tuple(self.base.gone) if self.base is not None else ())
 
     def adopt(self, base: DiskIndex) -> None:
-        """Use ``base``, the generation made from the result of ``seal``. Sequences that it could not store stay in
-        the overlay.
+        """Use ``base``, the generation made from the result of ``seal``, instead of the old one and the sealed overlay.
+        Sequences that it could not store (``disk_index.is_freezable``) go into the overlay.
         """
         assert self._sealed is not None, "a generation was begun"
         stay: list[tuple[str, bytes]] = []
@@ -238,7 +244,9 @@ class LayeredIndex(Layered):
         self._noted.clear()
 
     def unseal(self) -> None:
-        """Give up the generation begun by ``seal``: the state before is restored, with later changes. Idempotent."""
+        """Give up the generation begun by ``seal``: the sealed overlay, less the drops and with the additions since
+        then, is the overlay again. Idempotent.
+        """
         if self._sealed is None:
             return
         index = self._sealed.index

@@ -1,6 +1,7 @@
-"""Namespaces: content computed in one of them is never found from another, so it can neither be used nor timed.
+"""Namespaces: a lookup in one namespace never finds content that was computed in another one. So no request can reuse
+that content, or learn from its response time that the content exists.
 
-Each user has a namespace where users are isolated, and so has each setting of LoRA scales. All namespaces share the
+Where users are isolated, each user has a namespace. Each setting of LoRA scales has one too. All namespaces share the
 same prefix indexes: each sequence is stored behind a mark, a few ids that no vocabulary has. So sequences of two
 namespaces have no common prefix.
 """
@@ -22,9 +23,9 @@ _FIRST_ID = 0x100000  # above the ids of any vocabulary; disk index ids end at 0
 
 
 class Namespace(NamedTuple):
-    """What separates content that must not be found from elsewhere. ``user``: the owner, "" where users share
-    everything. ``lora``: the LoRA scales set by the request, as llama-server writes them (JSON); "" for the scales of
-    the server's command line.
+    """Requests find only content with the same ``user`` and the same ``lora``. ``user``: the owner; "" where users
+    share everything. ``lora``: the LoRA scales that the request sets, as llama-server writes them (JSON); "" for the
+    scales of the server's command line.
     """
 
     user: str = ""
@@ -80,7 +81,7 @@ class InNamespaces(Generic[H]):
     def match(
         self, query: bytes, namespaces: Collection[Namespace], limit: int | None = None
     ) -> list[Shared[H]]:
-        """As ``PrefixIndex.match``, in any of ``namespaces``."""
+        """As ``PrefixIndex.match``, among the holders in any of ``namespaces``."""
         if not query:
             return []
         found = [self._match(query, namespace, limit) for namespace in namespaces]
@@ -89,8 +90,8 @@ class InNamespaces(Generic[H]):
         return sorted((hit for hits in found for hit in hits), key=_order)[:limit]
 
     def near(self, query: bytes, namespaces: Collection[Namespace], least: int, share: float) -> Near[H]:
-        """As ``PrefixIndex.near``, in any of ``namespaces``. Only in the shared namespace alone are holders left
-        out that share little; otherwise all are returned.
+        """As ``PrefixIndex.near``, among the holders in any of ``namespaces``. Holders that share little are left out
+        only if ``namespaces`` is just the shared one and the index is one tree; otherwise all holders are returned.
         """
         if query and isinstance(self.index, PrefixIndex) and {marker(each) for each in namespaces} == {b""}:
             return self.index.near(query, least, share)
@@ -111,14 +112,16 @@ class InNamespaces(Generic[H]):
             yield Shared(hit.holder, hit.n_shared - n, hit.n_tokens - n)
 
     def cover(self, tokens: bytes, namespace: Namespace, exclude: Collection[H] = ()) -> int:
-        """As ``PrefixIndex.cover``, among the holders in ``namespace``."""
+        """The length in tokens of the longest prefix of ``tokens`` that a holder in ``namespace``, outside
+        ``exclude``, shares.
+        """
         hits = self._hits(marker(namespace), tokens) if tokens else iter(())
         return next((hit.n_shared for hit in hits if hit.holder not in exclude), 0)
 
     def longest_full_prefix(
         self, query: bytes, namespaces: Collection[Namespace], exclude: Collection[H] = ()
     ) -> Shared[H] | None:
-        """As ``PrefixIndex.longest_full_prefix``, in any of ``namespaces``."""
+        """As ``PrefixIndex.longest_full_prefix``, among the holders in any of ``namespaces``."""
         best: Shared[H] | None = None
         for namespace in namespaces:
             marked = marker(namespace)

@@ -1,8 +1,9 @@
-"""A radix tree over token sequences: which holders share how long a prefix with a prompt.
+"""A radix tree over token sequences: finds which *holders* (slots, snapshots) share how long a prefix with a prompt.
 
-Edges are ``bytes`` of int32 tokens. A lookup walks the prompt once, at memcmp speed, and collects the holders on the
-way back up. It costs the length of the prompt plus the branch points on its path, independent of the rest of the
-tree. A path of 5,000 branch points costs 4 ms: do not keep sequences that end less than 64 tokens apart on one path.
+Edges are ``bytes`` of int32 tokens. A lookup walks down along the prompt once, at memcmp speed, and collects the
+holders on the way back up. Its time grows with the length of the prompt and the branch points on its path, whatever
+else is in the tree. A path of 5,000 branch points costs 4 ms: do not keep sequences that end less than 64 tokens apart
+on one path.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _RANK = attrgetter("rank")
 
 
 class Shared(NamedTuple, Generic[H]):
-    """What a holder shares with a query.
+    """The number of tokens that one holder shares with a query.
 
-    A named tuple, not a frozen dataclass: with 256 slots, making these is most of a match, and a tuple takes half the
-    time.
+    A named tuple, because it takes half the time of a frozen dataclass: with 256 slots, most of a match's time goes
+    into making these.
     """
 
     holder: H
@@ -36,10 +37,11 @@ class Shared(NamedTuple, Generic[H]):
 
 
 class Near(NamedTuple, Generic[H]):
-    """A match without the holders that share only little with the query.
+    """The result of ``PrefixIndex.near``, which leaves out holders that share little with the query.
 
-    ``hits``: the others, as ``match`` returns them. ``n_rest``: the most that any left-out holder shares.
-    ``n_shared``: a function from a holder to the tokens that it shares, valid until the index changes.
+    ``hits``: the holders that are not left out, in the order of ``match``. ``n_rest``: the highest number of tokens
+    that a left-out holder shares. ``n_shared``: a function that gives the number of tokens that a holder shares, also
+    for left-out holders; valid until the index changes.
     """
 
     hits: list[Shared[H]]
@@ -48,8 +50,8 @@ class Near(NamedTuple, Generic[H]):
 
 
 class Branch(NamedTuple, Generic[H]):
-    """A point where a sequence ends or sequences diverge. ``edge`` leads to it from ``n_above`` tokens below the
-    root.
+    """A point where a sequence ends or sequences diverge. ``edge``: the tokens between its parent and it;
+    ``n_above``: the number of tokens from the root to its parent.
     """
 
     n_above: int
@@ -60,9 +62,9 @@ class Branch(NamedTuple, Generic[H]):
 class _Node(Generic[H]):
     """A point of the tree where a sequence ends or sequences diverge.
 
-    A holder's rank is the number of its tokens, then the age of its node: shorter sequences first, then older ones.
-    The ``rank`` of a node is that of the first holder at or below it. ``order`` has the children by rank, so the
-    first few holders of a point where 10,000 sequences diverge are found without reading the others.
+    A holder's rank is the number of its tokens, then the age of its node: shorter sequences come first, then older
+    nodes. The ``rank`` of a node is that of the first holder at or below it. ``order`` has the children by rank, so
+    the first few holders below a node with 10,000 children are found without reading the other children.
     """
 
     __slots__ = ("children", "edge", "holders", "n_tokens", "order", "parent", "rank", "serial")
@@ -88,8 +90,8 @@ class _Node(Generic[H]):
 class PrefixIndex(Generic[H]):
     """Token sequences and their holders. Not thread-safe: it belongs to the event loop.
 
-    ``on_cover``: called for each other holder whose ``shared_with_others`` an insertion or removal may have
-    changed: one or two holders, however many there are.
+    ``on_cover(holder)`` is called when the insertion or removal of another holder may have changed
+    ``shared_with_others(holder)``: for one or two holders each time, however many the index has.
     """
 
     def __init__(self, on_cover: Callable[[H], None] | None = None) -> None:
@@ -167,17 +169,18 @@ class PrefixIndex(Generic[H]):
     def match(self, query: bytes, limit: int | None = None) -> list[Shared[H]]:
         """The holders with at least one token in common with ``query``, at most ``limit`` of them.
 
-        Longest common prefix first; at equal length first the holders that end there (whole prefixes of the query),
-        then the shorter ones. The order of further ties does not depend on ``limit``. With a limit, only the path and
-        what leads to the first ``limit`` holders is visited.
+        The longest common prefix comes first. Of equal ones, the shortest sequence comes first, so a sequence that is
+        wholly a prefix of the query precedes longer ones. The order of further ties does not depend on ``limit``. With
+        a limit, only the nodes on the query's path and those that lead to the first ``limit`` holders are visited.
         """
         if limit is not None and limit < len(self._ends):
             return list(islice(self.hits(query), max(limit, 0)))
         return self.near(query, 1, 1.0).hits
 
     def near(self, query: bytes, least: int, share: float) -> Near[H]:
-        """As ``match``, but only holders that share at least ``least`` tokens, or at least the fraction ``share``
-        of their own tokens. Of a thousand sequences that begin alike, the others would be most of the work.
+        """As ``match``, but without the holders that share fewer than ``least`` tokens and also less than the fraction
+        ``share`` of their own tokens. If a thousand sequences have a short beginning in common, collecting them all
+        would be most of the work.
         """
         new, found = tuple.__new__, list[Shared[H]]()  # 0.1 us less for each than a call of Shared
         path, n_rest = dict[_Node[H], int](), 0
@@ -208,16 +211,15 @@ class PrefixIndex(Generic[H]):
         return Near(found, n_rest, n_shared_of)
 
     def cover(self, tokens: bytes, exclude: Collection[H] = ()) -> int:
-        """The length in tokens of the longest prefix of ``tokens`` that a holder outside ``exclude`` shares.
-
-        Overwriting a slot loses only what it holds beyond that.
+        """The length in tokens of the longest prefix of ``tokens`` that a holder outside ``exclude`` shares. If
+        ``tokens`` is a slot's content, overwriting the slot loses only the tokens behind that prefix.
         """
         return next((hit.n_shared for hit in self.hits(tokens) if hit.holder not in exclude), 0)
 
     def shared_with_others(self, holder: H) -> int:
-        """``cover`` of the sequence of ``holder`` by all other holders. Reads no tokens: above the end of a
-        sequence there is a node only where another sequence ends or diverges. Raises KeyError for an unknown
-        holder.
+        """The length in tokens of the longest prefix that the sequence of ``holder`` has in common with any other
+        holder's. Raises KeyError for an unknown holder. Reads no tokens: the node above the end of a sequence is where
+        another sequence ends or diverges.
         """
         node = self._ends[holder]
         if len(node.holders) > 1 or node.children or node.parent is None:
@@ -225,7 +227,7 @@ class PrefixIndex(Generic[H]):
         return node.parent.n_tokens
 
     def hits(self, query: bytes) -> Iterator[Shared[H]]:
-        """``match`` without a limit, as an iterator. The index must not change meanwhile."""
+        """As ``match`` without a limit, but an iterator. The index must not change while it is read."""
         for n_shared, node, siblings, seen in self._levels(query):
             if node is not None:
                 for holder in node.holders:
@@ -235,11 +237,9 @@ class PrefixIndex(Generic[H]):
                     yield Shared(holder, n_shared, below.n_tokens)
 
     def longest_full_prefix(self, query: bytes, exclude: Collection[H] = ()) -> Shared[H] | None:
-        """The longest holder outside ``exclude`` whose whole sequence is a prefix of ``query``; None if there is
-        none.
-
-        Needed for recurrent models and sliding windows, whose states cannot be truncated. Empty sequences do not
-        count.
+        """The holder outside ``exclude`` with the longest sequence that is wholly a prefix of ``query``; None if there
+        is none. Empty sequences do not count. Recurrent and sliding-window models need it: their states cannot be
+        truncated.
         """
         node, _, _ = self._descend(query)
         while node.parent is not None:
@@ -250,7 +250,7 @@ class PrefixIndex(Generic[H]):
         return None
 
     def branches(self) -> Iterator[Branch[H]]:
-        """The whole tree in pre-order, the root first. The index must not change meanwhile."""
+        """All nodes in pre-order, the root first. The index must not change while it is read."""
         stack = [self._root]
         while stack:
             node = stack.pop()
@@ -269,10 +269,11 @@ class PrefixIndex(Generic[H]):
         return node, None, node.n_tokens
 
     def _levels(self, query: bytes) -> Iterator[tuple[int, _Node[H] | None, list[_Node[H]], _Node[H] | None]]:
-        """The nodes on the path that ``query`` matches, from the deepest up to the last one before the root.
+        """The levels of the tree along ``query``, from the deepest match up to the last one before the root.
 
-        Each as ``(n_shared, the node that ends there, the subtrees that share exactly n_shared, the one of these
-        subtrees that has been listed already)``.
+        Each is ``(n_shared, node, siblings, seen)``. ``n_shared``: the common tokens of all holders on this level.
+        ``node``: the node that ends after these tokens; None if the match ends within an edge. ``siblings``: the
+        subtrees below. ``seen``: the one of these that a deeper level has covered, or None.
         """
         node, inside, n_shared = self._descend(query)
         if inside is not None:
@@ -283,8 +284,8 @@ class PrefixIndex(Generic[H]):
             seen, node = node, node.parent
 
     def _cover_changes(self, node: _Node[H]) -> None:
-        """Report the holder that ends at ``node``, if it alone ends there and nothing is below: its common prefix
-        with others ends at the parent, which has changed.
+        """Call ``on_cover`` for the holder that ends at ``node``, if no other holder ends there and no child is below.
+        Then ``shared_with_others(holder)`` ends at the parent, which has changed.
         """
         if self._on_cover is not None and not node.children and len(node.holders) == 1:
             self._on_cover(next(iter(node.holders)))
@@ -299,7 +300,9 @@ class PrefixIndex(Generic[H]):
         return leaf
 
     def _split(self, lower: _Node[H], n: int) -> _Node[H]:
-        """Insert a node after the first ``n`` tokens of the edge of ``lower``; it gets the same rank."""
+        """Split the edge of ``lower`` after its first ``n`` tokens by a new node with the same rank, and return that
+        node.
+        """
         parent, cut = _parent(lower), n * tok.WIDTH
         upper = _Node(lower.edge[:cut], parent, parent.n_tokens + n, next(self._serials))
         upper.rank = lower.rank
@@ -312,9 +315,8 @@ class PrefixIndex(Generic[H]):
         return upper
 
     def _merge(self, upper: _Node[H]) -> None:
-        """Remove a node that has no holders and one child.
-
-        The child object stays, so its own children, perhaps thousands, keep their parent.
+        """Remove a node that has no holders and one child, by joining the edges of both. The child object stays, so its
+        own children, perhaps thousands, keep their parent.
         """
         parent, lower = _parent(upper), upper.order[0]
         parent.order[self._position(upper)] = lower
@@ -323,8 +325,8 @@ class PrefixIndex(Generic[H]):
         self._cover_changes(lower)
 
     def _rerank(self, node: _Node[H]) -> None:
-        """Propagate a change of the first holder at or below ``node`` upwards, until a parent's rank stays the
-        same.
+        """Update the rank of ``node`` and of the nodes above it, up to the first whose rank does not change. Called
+        after the first holder at or below ``node`` may have changed.
         """
         while node.parent is not None:
             rank = node.own_rank if node.holders else node.order[0].rank
@@ -392,7 +394,7 @@ def _first_below(
     siblings: list[_Node[H]], seen: _Node[H] | None, most: float = math.inf
 ) -> Iterator[_Node[H]]:
     """As ``_all_below``, but an iterator that ends before the first node with more than ``most`` tokens. A heap
-    holds the next sibling of each list reached so far, so later nodes are not visited.
+    holds the next sibling of each list reached so far, so nodes behind the last result are not visited.
     """
     heap: list[tuple[int, list[_Node[H]], int]] = []
 
@@ -430,8 +432,8 @@ class Changes:
         self._last.append(tokens)
 
     def since(self, n: int) -> Sequence[bytes] | None:
-        """The sequences added or removed after the first ``n`` changes; None if the record does not reach back so
-        far.
+        """The sequences added or removed after the first ``n`` changes, oldest first; None if these are more than the
+        last few that are recorded.
         """
         n_new = self.n - n
         return None if n_new > len(self._last) else [*self._last][len(self._last) - n_new :]

@@ -1,4 +1,4 @@
-"""How many tokens of a common prefix llama-server can really reuse."""
+"""Computes how many tokens of a common prefix llama-server can really reuse, and learns where it reuses fewer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 
 # llama-server creates a checkpoint this many tokens before the end of each prompt that it computes.
 CHECKPOINT_BACK = 4
-# It keeps 32 of them (--ctx-checkpoints) and creates about three for each turn (a prefill of ours, then the request):
-# after nine or ten turns those of the first turn were gone, from slot and file (measured with two batch sizes).
+# llama-server keeps 32 checkpoints (--ctx-checkpoints) and creates about three for each turn (a prefill of ours, then
+# the request): after nine or ten turns those of the first turn were gone from slot and file (measured with two batch
+# sizes).
 _N_KEPT = 8
 # A sliding window recomputes the token before the checkpoint: of 5,000 tokens 4,995 were reused, 4,996 by a recurrent
 # model (measured on xllamacpp 2026.10.11549).
@@ -45,10 +46,11 @@ def usable(
     checkpoints: Iterable[int],
     n_prompt: int,
 ) -> int:
-    """Tokens of a prompt of ``n_prompt`` that llama-server reuses, if ``n_shared`` are common with the content of a
-    slot.
+    """The number of tokens that llama-server reuses of a prompt of ``n_prompt`` tokens, if the prompt and the slot's
+    content have the first ``n_shared`` tokens in common.
 
-    ``n_held``: tokens that the slot holds, None if not known exactly. The last token of a prompt is always computed.
+    ``n_held``: the number of tokens in the slot, None if not known exactly. ``checkpoints``: the token counts to which
+    a model that cannot rewind freely can return. The last token of a prompt is always computed.
     """
     limit = min(n_shared, n_prompt - 1)
     if limit <= 0:
@@ -64,18 +66,18 @@ def usable(
 
 
 def checkpoints_after(kept: Iterable[int], n_reused: int, stops: Iterable[int]) -> tuple[int, ...]:
-    """The checkpoints of a slot after prompts that end at each of ``stops`` were computed on top of ``n_reused``
-    tokens.
+    """The checkpoints of a slot (token counts, ascending) after llama-server reused ``n_reused`` tokens in it and
+    computed prompts that end at each of ``stops``. ``kept``: its checkpoints before.
 
-    Only the latest are counted on: where one is missing, a whole prefill is lost; starting from a shared-prefix
-    snapshot instead costs little.
+    Only the ``_N_KEPT`` highest are returned: llama-server may have deleted the others. A checkpoint that is expected
+    but missing costs a whole prefill; a start from a shared-prefix snapshot instead costs little.
     """
     made = {stop - CHECKPOINT_BACK for stop in stops if stop - CHECKPOINT_BACK > n_reused}
     return tuple(sorted(made | {at for at in kept if at <= n_reused}))[-_N_KEPT:]
 
 
 class Tally(Struct):
-    """How many prompts had something to reuse, and the tokens predicted and really reused for them."""
+    """The number of prompts with a predicted reuse, and the sums of the tokens predicted and really reused."""
 
     n: int = 0
     n_predicted: int = 0
@@ -83,12 +85,12 @@ class Tally(Struct):
 
 
 class Predictions:
-    """Predicted and actual reuse, by model kind and source. Corrects ``usable`` for the llama.cpp build that is
-    running.
+    """Records predicted and actual reuse, by cache kind and source (slot, snapshot, trunk), and corrects the results
+    of ``usable`` for the llama.cpp build that is running.
 
-    If a build always reuses a few tokens less (n - 5 where n - 1 was predicted), the usual shortfall of the last
-    samples is subtracted. At least half of them must fall short, and by no more than ``NEGLIGIBLE_TOKENS``: a larger
-    shortfall means that the content was missing, and says nothing about the build.
+    If a build always reuses a few tokens less (n - 5 where n - 1 was predicted), this *shortfall* is subtracted from
+    later predictions: the median of the last samples, so at least half of them must fall short. A shortfall of more
+    than ``NEGLIGIBLE_TOKENS`` is no sample: the content was missing, which says nothing about the build.
     """
 
     KEPT = 16
@@ -104,11 +106,11 @@ class Predictions:
         self.tallies: dict[tuple[CacheKind, str], Tally] = {}
 
     def correct(self, cache_kind: CacheKind, source: str, n_usable: int) -> int:
-        """``n_usable``, a result of ``usable``, less the tokens that this build usually fails to reuse."""
+        """``n_usable``, a result of ``usable``, less the tokens that this build usually fails to reuse. At least 0."""
         return max(n_usable - self._back.get((cache_kind, source), 0), 0)
 
     def observe(self, cache_kind: CacheKind, source: str, n_usable: int, n_reused: int) -> None:
-        """Record that ``n_reused`` of ``n_usable`` (uncorrected) tokens were reused."""
+        """Record that llama-server reused ``n_reused`` tokens where ``usable`` gave ``n_usable``."""
         if n_usable <= 0:
             return
         key = cache_kind, source
@@ -126,29 +128,33 @@ class Predictions:
 
     @property
     def do_answers_return(self) -> bool:
-        """Whether the next prompt is expected to contain the last answer exactly as it was generated, token for
-        token.
+        """True if the next prompt is expected to contain the last answer exactly as it was generated, token for
+        token: the last ``SURE`` answers did.
 
         The tokens of an answer are unknown until a save reads them back. A follow-up request sends the answer back as
-        text. llama-server then finds all of it in the slot, unless the template drops a part of it or it is tokenized
-        differently.
+        text. llama-server then finds the whole answer in the slot, unless the template drops a part of it or the text
+        gives other tokens.
         """
         return self._n_whole >= self.SURE
 
     def answered(self, n_answer: int, n_returned: int) -> None:
-        """Record a follow-up: of an answer of ``n_answer`` tokens, the first ``n_returned`` were found in its slot."""
+        """Record a follow-up request: of the answer's ``n_answer`` tokens in the slot, its prompt had the first
+        ``n_returned``.
+        """
         self._n_whole = min(self._n_whole + 1, self.SURE) if n_returned >= n_answer else 0
         self._returned.append(min(max(n_returned / n_answer, 0.0), 1.0))
 
     def likely(self, n_answer: int) -> int:
-        """The expected number of leading tokens of an answer of ``n_answer`` tokens that the next prompt contains:
-        the median share of recent answers, or all tokens while too few answers are known.
+        """The number of an answer's ``n_answer`` tokens, from its beginning, that the next prompt is expected to
+        contain: by the median share of recent answers, or all tokens while fewer than ``LEAST`` answers are known.
         """
         share = median_low(self._returned) if len(self._returned) >= self.LEAST else 1.0
         return int(share * n_answer)
 
     def to_json(self) -> dict[str, Any]:
-        """The shortfalls, oldest first, as JSON. Tallies are not stored; they restart at 0."""
+        """What was learned, as JSON: the last shortfalls by cache kind and source, the number of unchanged answers in
+        a row, and the shares of answers that came back; lists start with the oldest. ``tallies`` is not stored.
+        """
         short = {
             f"{cache_kind.value} {source}": list(last) for (cache_kind, source), last in self._short.items()
         }
@@ -156,7 +162,7 @@ class Predictions:
 
     @classmethod
     def from_json(cls, data: object) -> Predictions:
-        """Read the result of ``to_json``; invalid parts of ``data`` are ignored."""
+        """The inverse of ``to_json``. Invalid parts of ``data`` are ignored."""
         predictions = cls()
         parts = data if isinstance(data, Mapping) else {}
         if isinstance(n_whole := parts.get("n_whole"), int):
@@ -181,14 +187,14 @@ def _samples(data: object) -> Iterator[tuple[CacheKind, str, int]]:
 
 
 class ReuseForecast(Struct, frozen=True):
-    """How many tokens of a prompt are expected to be reused, computed before the prompt is sent. All numbers are
-    tokens.
+    """How many tokens of a prompt llama-server is expected to reuse, computed before the prompt is sent. All numbers
+    are tokens.
 
-    ``n_usable``: reusable from the slot with this kind of model. ``n_expected``: ``n_usable``, corrected for this
-    build; less is a misprediction. ``n_likely``: ``n_expected`` plus what is likely to come back of the last answer.
-    ``n_whole``: reused if the last answer comes back token for token, ``n_answer`` of which are that answer; None if
-    the prompt does not continue an answer. ``is_rewind``: the slot holds more than ``n_expected``, so it is
-    truncated.
+    ``n_usable``: what a model of this kind can reuse from the slot. ``n_expected``: ``n_usable``, corrected for this
+    build; a smaller reuse is a misprediction. ``n_likely``: ``n_expected``, and the part of the last answer that the
+    prompt is likely to contain. ``n_whole``: the reuse if the prompt contains the whole last answer, token for token,
+    with its ``n_answer`` tokens; None if the prompt does not continue an answer. ``is_rewind``: the slot holds more
+    than ``n_expected``, so llama-server truncates it.
     """
 
     n_usable: int = 0
@@ -201,13 +207,14 @@ class ReuseForecast(Struct, frozen=True):
 
 NO_REUSE = ReuseForecast()
 
-RESIDENT, SNAPSHOT, TRUNK = "resident", "snapshot", "trunk"  # sources whose predictions differ
+# Where the reused content comes from: the slot itself, a conversation's snapshot, a shared-prefix snapshot. Shortfalls
+# are learned for each of them.
+RESIDENT, SNAPSHOT, TRUNK = "resident", "snapshot", "trunk"
 
 
 class RewindModel(Struct):
-    """What is known of one server and its model: where it can rewind, and what a slot file preserves.
-
-    ``keeps_checkpoints``: slot files contain the checkpoints of their slots; None: unknown, assumed true.
+    """What is known of one llama-server and its model: where it can rewind to, and whether slot files contain the
+    checkpoints of their slots (``keeps_checkpoints``; None is unknown, and taken for True).
     """
 
     cache_kind: CacheKind = CacheKind.DENSE
@@ -221,35 +228,40 @@ class RewindModel(Struct):
 
     @property
     def is_rewound(self) -> bool:
-        """Whether a slot is rewound to the end of its prompt before it is saved: if slot files have no checkpoints,
-        the file of a recurrent model must end exactly where the next turn still agrees with it.
+        """True if a slot must be rewound to the end of its prompt before it is saved. Where slot files have no
+        checkpoints, a recurrent model can resume only at the exact end of the file, so the next prompt must contain
+        everything in the file. It surely contains the prompt; the answer may come back changed.
         """
         return self.cache_kind is CacheKind.RECURRENT and self.keeps_checkpoints is False
 
     def in_file(self, checkpoints: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the ``checkpoints`` of a slot, those that the slot's file will contain: all, or none."""
+        """Those ``checkpoints`` of a slot that its file will contain if it is saved: all, or none."""
         return () if self.keeps_checkpoints is False else checkpoints
 
     def usable(
         self, source: str, n_shared: int, n_held: int | None, checkpoints: tuple[int, ...], n_prompt: int
     ) -> int:
-        """The predicted reuse in tokens: by the kind of model, corrected by what was learned of this llama.cpp
-        build.
+        """As the function ``usable`` for this kind of model, corrected by what was learned of this llama.cpp build
+        for content from ``source``.
         """
         n_usable = usable(self.cache_kind, n_shared, n_held, checkpoints, n_prompt)
         return self.predictions.correct(self.cache_kind, source, n_usable)
 
     def of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
-        """The reuse to count on in a slot with this ``content``. A model that cannot rewind resumes at the exact
-        end, if the prompt continues an answer and is expected to contain all of it; others resume from wherever the
-        prompt diverges.
+        """The reuse in tokens to count on, if a prompt of ``n_prompt`` tokens shares ``n_shared`` with the known tokens
+        of a slot with this ``content``.
+
+        1. The prompt seems to continue the slot's answer, the model cannot rewind freely, and answers usually come
+           back unchanged (``do_answers_return``): all that the slot holds, the answer included.
+        2. The prompt continues the slot's exact end: all that the slot holds.
+        3. Else a dense model resumes where the prompt diverges, other models at the last checkpoint before that.
         """
         is_behind = not self.is_rewindable and goes_on_behind(content, n_shared, n_prompt)
         if is_behind and self.predictions.do_answers_return:
             return content.n_held
         n_held = content.n_tokens if content.is_exact else None
-        # This holds for a sliding window too, while the slot contains more than the window (measured: 2,560 of 6,000,
-        # window 512).
+        # A sliding window resumes at the exact end too, if the slot holds more than the window (measured: 2,560 of
+        # 6,000 tokens, window 512).
         window = _MOST_WINDOW if self.window is None else self.window
         least = window if self.cache_kind is CacheKind.SWA else 0
         if n_held is not None and least < n_held <= n_shared and n_held < n_prompt:
@@ -257,9 +269,8 @@ class RewindModel(Struct):
         return self.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
 
     def likely_of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
-        """The likely reuse of a slot's content, while ``of_slot`` gives the safe figure. A model that can rewind to
-        any token also reuses the part of the answer that the prompt contains, although the answer's tokens are
-        unknown.
+        """As ``of_slot``, which is the safe figure, plus the part of the slot's answer that the prompt is likely to
+        contain: a model that can rewind to any token reuses that part too, although llamaslot does not know its tokens.
         """
         n_usable = self.of_slot(content, n_shared, n_prompt)
         if not (self.is_rewindable and goes_on_behind(content, n_shared, n_prompt)):
@@ -268,20 +279,22 @@ class RewindModel(Struct):
 
 
 def goes_on_behind(content: Content, n_shared: int, n_prompt: int) -> bool:
-    """Whether a prompt may continue the answer that a slot holds: the prompt has all known tokens of the slot, and
-    is longer than what the slot holds with the answer's unknown tokens.
+    """True if a prompt may continue the answer in a slot: it has all known tokens of the slot, and is longer than these
+    and the answer's unknown tokens together.
     """
     return content.n_more > 0 and n_shared == content.n_tokens and n_prompt > content.n_held
 
 
 def has_failed(n_predicted: int, n_reused: int) -> bool:
-    """Whether a snapshot yielded so much less than predicted that it must be faulty."""
+    """True if llama-server reused less than half of the ``n_predicted`` tokens of a restored snapshot, so that the
+    snapshot must be faulty. Never true for a prediction of at most ``NEGLIGIBLE_TOKENS``.
+    """
     return n_predicted > NEGLIGIBLE_TOKENS and n_reused < n_predicted / 2
 
 
 class Strikes:
-    """Counts failures of snapshots: the first may be an accident (the slot held something else), a second one
-    is not.
+    """Counts how often in a row each snapshot has failed (``has_failed``). The first failure may be an accident: the
+    slot held something else. The second one is not.
     """
 
     OUT = 2
@@ -290,8 +303,8 @@ class Strikes:
         self._failures: Counter[str] = Counter()
 
     def count(self, snapshot: str, n_predicted: int, n_reused: int) -> bool:
-        """Record how much of a restored snapshot was reused. True if the snapshot has failed repeatedly and must be
-        deleted. A success resets its count.
+        """Record how many tokens of a restored snapshot were reused. True if the snapshot has failed ``OUT`` times in a
+        row and must be deleted. A success sets its count to 0.
         """
         if not has_failed(n_predicted, n_reused):
             del self._failures[snapshot]
