@@ -1,7 +1,8 @@
-"""Finds the first medium of a chat; the text before it is known token by token.
+"""Finds the first medium (image, audio, video) of a chat, and the text before it, whose tokens can be known.
 
-The tokens of an image are made inside llama-server, and ``/apply-template`` would fetch the images that a body links
-to. So a body is never rendered with media: it is rendered up to its first medium, with a placeholder in its place.
+llama-server makes the tokens of an image inside, and tells them to nobody. ``/apply-template`` would fetch the images
+that a body links to. So llamaslot never has a body with media rendered: it cuts the body at its first medium, and puts
+a placeholder there.
 """
 
 from __future__ import annotations
@@ -11,24 +12,25 @@ from typing import Any
 
 from llamaslot.errors import PromptNotTokenizable, Reason
 
-#: Parts of a message that are media, and what of ``modalities`` in ``/props`` says that the server takes them.
-#: llama-server answers others with 400 (tools/server/server-common.cpp, ``oaicompat_chat_params_parse``).
+#: The type of a message part with a medium, and the key in ``modalities`` of ``/props`` that tells whether the server
+#: accepts such media. llama-server answers other types with 400 (tools/server/server-common.cpp,
+#: ``oaicompat_chat_params_parse``).
 KINDS = {"image_url": "vision", "input_audio": "audio", "video_url": "video"}
 
 OLD_MARKER = "<__media__>"
 
-#: The placeholder of the medium. No template contains it; the prompt before the medium ends where it is found.
+#: Stands for the medium in a body. No template contains this text, so it shows where the medium is after rendering.
 PLACE = "llamaslot-puts-no-medium-here"
 
 
 def has_media(body: Mapping[str, Any]) -> bool:
-    """Whether any message of a chat has a part that is not text, unknown kinds included."""
+    """True if any message of a chat has a part that is not text; parts of unknown types count too."""
     return next(_media(body), None) is not None
 
 
 def kinds(body: Mapping[str, Any]) -> set[str]:
-    """The kinds of media (``KINDS``) in a chat. Raises PromptNotTokenizable for a part that is neither of these nor
-    text.
+    """The types of the media in a chat, keys of ``KINDS``. Raises PromptNotTokenizable for a part of another type that
+    is not text either.
     """
     found = {str(part.get("type")) for _, _, part in _media(body)}
     if unknown := found - KINDS.keys():
@@ -37,21 +39,21 @@ def kinds(body: Mapping[str, Any]) -> set[str]:
 
 
 def up_to_medium(body: Mapping[str, Any]) -> dict[str, Any]:
-    """``body``, a chat with media, cut at its first medium, where the text ``PLACE`` stands instead."""
+    """A copy of ``body``, a chat with media, that ends at its first medium, with the text ``PLACE`` instead of it."""
     number, at, _ = next(_media(body))
     message = body["messages"][number]
     content = [*message["content"][:at], {"type": "text", "text": PLACE}]
-    # The option to continue the last message cannot stay: the last message is another one now.
+    # Without the option to continue the last message: after the cut another message is the last.
     fields = {name: value for name, value in body.items() if name != "continue_final_message"}
     return {**fields, "messages": [*body["messages"][:number], {**message, "content": content}]}
 
 
 def text_before(rendered: str, body: Mapping[str, Any]) -> str:
-    """The part of the rendered ``text`` before the medium, for a chat that ``up_to_medium`` has cut. Raises
-    PromptNotTokenizable if there is none.
+    """The part of ``rendered`` before the medium. ``body``: a result of ``up_to_medium``; ``rendered``: the text that
+    the template makes of it. Raises PromptNotTokenizable if that part is empty or its end cannot be found.
 
-    A template without support for parts gets texts joined by a line break, and a medium without one before it: so that
-    break does not belong to the text.
+    For a template that does not support parts, llama-server joins texts with a line break, but a text and a medium
+    without one. So a line break before ``PLACE`` does not belong to the text.
     """
     text, found, _ = rendered.partition(PLACE)
     if not found:
@@ -68,8 +70,8 @@ def text_before(rendered: str, body: Mapping[str, Any]) -> str:
 def before_marker(prompt: Any, marker: str) -> str | None:
     """The text before the first medium of a completion's prompt with ``multimodal_data``; None for other prompts.
 
-    ``marker``: ``media_marker`` of ``/props``; builds without that have a fixed one. Raises PromptNotTokenizable if
-    the prompt does not contain the marker.
+    ``marker``: ``media_marker`` of ``/props``, or "" for a build that tells none and uses ``OLD_MARKER``. Raises
+    PromptNotTokenizable if the prompt does not contain the marker, or begins with it.
     """
     if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
         return None

@@ -5,8 +5,9 @@ llama.cpp first splits a text at its special tokens, and tokenizes each piece be
 
     tokens(text) == tokens(text up to S) + tokens(text from S on, without BOS)
 
-and the first part stays right for every text that agrees up to the *end* of S. The cut lies before S, so what S does
-to its neighbours (``lstrip``, ``rstrip``: Phi for one) happens on the same side of it in both cases.
+and ``tokens(text up to S)`` is right for every text that is the same up to the *end* of S. Some special tokens remove
+the spaces beside them (``lstrip``, ``rstrip``: those of Phi). The cut lies before S, so both texts have S behind it,
+and S changes both alike.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from llamaslot.tasks import gather
 
 T = TypeVar("T")
 
-# Most matches are no special tokens (<div>, [TODO]): the server decides.
+# Strings that look like special tokens. Most are none (<div>, [TODO]): llama-server is asked about each.
 _CANDIDATE = (
     r"<[^\s<>\"'=();,]{1,64}>|\[/?[A-Z_]{2,40}\]|\[[gs]MASK\]|\[\|[^\s|\[\]]{1,40}\|\]|\]~!?b\[?\]?|\[e~\["
 )
 _LIKELY = re.compile("<[|\uff5c]|[|\uff5c]>|^</?s>$|^\\[|^\\]|turn")
-_ALONE = 12  # up to this number of likely candidates are checked one by one, all others in one group
+_ALONE = 12  # the first 12 likely candidates are checked one by one, all others in one group
 _AT_ONCE = 256  # candidates judged per text: a text full of markup must not cost hundreds of requests
 _EXCERPT = 1_500  # characters on each side of a cut that is verified
 _JUDGED_MAX = 5_000  # candidates remembered per user; beyond that they are judged again
@@ -35,8 +36,8 @@ _USERS_MAX = 256  # users whose special tokens are remembered separately
 
 
 class TokenizeRoute(Protocol):
-    """The function ``POST /tokenize``, which returns packed tokens. With ``parse_special`` false, special tokens are
-    read as plain text.
+    """``POST /tokenize``, which returns packed tokens. With ``parse_special`` false, llama-server reads special tokens
+    in ``content`` as plain text. With ``add_special`` it adds BOS (and EOS), if the model wants them.
     """
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
@@ -51,10 +52,10 @@ class TokenSpan(NamedTuple):
 
 
 class SpecialTokens:
-    """The special tokens known so far, and the strings known to be none.
+    """The special tokens known so far, and the strings known to be no special tokens.
 
-    ``n_version`` grows whenever the vocabulary changes: cuts found before are then outdated. ``proved``: ids whose
-    cut was verified.
+    ``n_version`` grows when a special token is learned or dropped: cuts found before are then outdated. ``proved``: the
+    ids of special tokens at which ``prove`` has shown that a text may be cut.
     """
 
     def __init__(self, server: TokenizeRoute) -> None:
@@ -84,8 +85,8 @@ class SpecialTokens:
     def find(self, text: str, begin: int = 0) -> list[TokenSpan]:
         """The known special tokens in a text from left to right, the longest at each position, without overlap.
 
-        ``begin``: where to start. If a special token starts there, the same tokens are found behind it as in the whole
-        text. 1.2 ms for 300 kB of chat and code with 300 of them.
+        ``begin``: the character to start at. If a special token starts there, the result is the same as that of the
+        whole text from there on. Takes 1.2 ms for 300 kB of chat and code with 300 special tokens.
         """
         return list(self._spans(text, begin))
 
@@ -111,8 +112,8 @@ class SpecialTokens:
         return self._ids[special]
 
     def stands_alone(self, special: str) -> bool:
-        """Whether the string is a known special token that cannot be the beginning or the middle of a longer one: then
-        it is that token in every text where it stands.
+        """True if the string is a known special token, and not the beginning or the middle of a longer one. Then it is
+        that token wherever it stands in a text.
         """
         if (answer := self._alone.get(special)) is None:
             is_inside = any(special in each[:-1] for each in self._ids)
@@ -120,8 +121,8 @@ class SpecialTokens:
         return answer
 
     def locate(self, marks: Sequence[TokenSpan], tokens: bytes, *, may_add: bool) -> list[int] | None:
-        """The index in ``tokens`` of each mark; None unless text and tokens have the same special tokens in the same
-        order. With ``may_add`` the tokens may begin with one more: BOS, which is in no text.
+        """The index in ``tokens`` of each mark, a special token of the text. None if text and tokens do not have the
+        same special tokens in the same order. With ``may_add`` the tokens may begin with BOS, which is not in the text.
         """
         known, ids = self._known_ids, unpack(tokens)
         where = [i for i, token in enumerate(ids) if token in known]
@@ -130,8 +131,8 @@ class SpecialTokens:
         return where if [ids[i] for i in where] == [mark.id for mark in marks] else None
 
     def drop(self, special: str) -> bool:
-        """Forget a special token, and do not learn it again: texts are no longer cut at it. False if
-        it was not known.
+        """Forget a special token and never learn it again, so that no text is cut at it any more. False if it was not
+        known.
         """
         if self._ids.pop(special, None) is None:
             return False
@@ -141,11 +142,12 @@ class SpecialTokens:
         return True
 
     async def learn(self, text: str) -> None:
-        """Ask the server about strings in the text that look like special tokens and were not judged yet. Canceling is
-        safe: nothing is learned.
+        """Find out which strings in the text are special tokens, and add these. Asks the server about strings that look
+        like special tokens and were not judged before. Raises what the requests raise. Canceling is safe: nothing is
+        learned.
 
-        A string is special if it is one token with ``parse_special`` and several without. Usually there is nothing to
-        ask; else two requests for each likely candidate, and two for all others together, are sent at once.
+        A string is special if it is one token with ``parse_special`` and several without. Usually a text has no new
+        candidates. Otherwise two requests for each likely candidate, and two for all others together, are sent at once.
         """
         candidates = list(dict.fromkeys(c for c in re.findall(_CANDIDATE, text) if c not in self._judged))
         if not candidates:
@@ -166,8 +168,8 @@ class SpecialTokens:
             self._rebuild()
 
     async def _judge(self, group: list[str]) -> dict[str, int]:
-        """The strings of the group that are special tokens, with their ids. The group is judged at once: if it has
-        none, both readings are equal.
+        """The special tokens among the strings of ``group``, with their ids. All strings are tokenized together, with
+        ``parse_special`` and without. If both results are equal, none is special; else each half is judged.
         """
         if not group:
             return {}
@@ -185,10 +187,10 @@ class SpecialTokens:
         return left | right
 
     async def prove(self, text: str, mark: TokenSpan) -> bool:
-        """Whether a text cut at this special token has the same tokens as the whole; tried on the text around the cut.
+        """True if the text around ``mark`` gives the same tokens in one piece as when it is cut before ``mark``.
 
-        Finds cases that the reasoning above does not cover: a model that appends EOS, a tokenizer with a state. Costs
-        three requests of at most 3,000 characters, once per special token.
+        Finds cases that the reasoning in the module's docstring does not cover: a model that appends EOS, a tokenizer
+        with a state. Costs three requests of at most 3,000 characters, once per special token.
         """
         begin = max(0, mark.start - _EXCERPT)
         excerpt = text[begin : mark.end + _EXCERPT]
@@ -201,8 +203,8 @@ class SpecialTokens:
 
 
 class SpecialTokensOfEach:
-    """The known special tokens of each user. They are learned separately, because the requests to the server would
-    reveal to one user what words others use.
+    """The known special tokens of each user. They are learned separately: otherwise a user could see in the time of
+    a request whether another user has used the same strings before.
     """
 
     def __init__(self, server: TokenizeRoute) -> None:

@@ -1,11 +1,11 @@
 """A cache of tokenized texts, in pieces between special tokens; common beginnings are stored once.
 
-There is a tree for each namespace of users. A node is a piece of text that begins with a special token (or at the
-start of the text) and is followed by another one, and its tokens. A path from the root is the beginning of a text.
-Pieces are compared as strings, so no hash has to be trusted. What a text has in common with an earlier one is found
-at the speed of memcmp: its special tokens are searched for only behind that.
+There is a tree for each user's namespace. A node is a piece of text, and its tokens: it begins with a special token (or
+at the start of the text), and ends before another one. A path from the root is the beginning of a text. Pieces are
+compared as strings, so no hash has to be trusted. The beginning that a text shares with an earlier one is found at the
+speed of memcmp. Only what follows is searched for special tokens.
 
-``SystemPromptCache`` keeps the tokens of whole system prompts by what they were made from.
+``SystemPromptCache`` keeps the tokens of whole system prompts, under the JSON from which they were made.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from msgspec import Struct
 from llamaslot.cache.ids import WIDTH, count
 from llamaslot.tokens.special_tokens import SpecialTokens, TokenSpan
 
-# Characters. A cut nearer to the previous one saves less than its node costs: 256 characters are ~0.5 ms.
+# Least number of characters between two cuts. A nearer cut saves less time than its node costs: tokenizing 256
+# characters takes about 0.5 ms.
 SPACING = 256
 _OVERHEAD = 400  # bytes of a node besides its text and its tokens, roughly
 _FEW = 4  # children that are compared one by one
 
 
 class _Piece:
-    """A piece of text and its tokens, as a node of a tree. ``key``: the characters from this piece's special token to
-    the end of the next one, ``special``, which belongs to the next piece.
+    """A node of the tree: a piece of text and its ``tokens``. ``key``: the characters of the piece, and ``special``,
+    the special token behind it, with which the next piece begins.
     """
 
     __slots__ = ("children", "key", "parent", "special", "tokens")
@@ -46,8 +47,8 @@ _NO_PIECE = _Piece("", "", b"", None)
 
 
 class Known(Struct, frozen=True):
-    """The beginning of a text whose tokens are known: the characters before ``begin``, where the last piece of
-    ``path`` ends.
+    """The beginning of a text whose tokens the cache has: the characters before ``begin``, in the pieces of ``path``.
+    ``tokens``: those of this beginning.
     """
 
     path: tuple[_Piece, ...]
@@ -60,13 +61,13 @@ class Known(Struct, frozen=True):
 
     @property
     def special(self) -> str:
-        """The special token that starts at ``begin``. Fails if nothing is known."""
+        """The special token that starts at ``begin``. Raises IndexError if ``path`` is empty."""
         return self.path[-1].special
 
 
 class TokenizeCache:
-    """A cache of at most ``limit_bytes`` of texts and tokens; the ends of the least recently used texts are dropped
-    first.
+    """A cache of at most ``limit_bytes`` of texts and tokens. When it is full, it drops the last pieces of the least
+    recently used texts.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -80,7 +81,9 @@ class TokenizeCache:
         return len(self._recent)
 
     def find(self, text: str, specials: SpecialTokens, whose: str = "") -> Known:
-        """The longest known beginning of the text that ends at one of its special tokens. Changes nothing."""
+        """The longest beginning of the text that the cache has in the namespace ``whose``. Changes nothing, not even
+        the order of use.
+        """
         piece, begin, path = self._roots.get(whose, _NO_PIECE), 0, list[_Piece]()
         while (child := _next(piece, text, begin, specials)) is not None:
             path.append(child)
@@ -96,10 +99,10 @@ class TokenizeCache:
         tokens: bytes,
         whose: str = "",
     ) -> None:
-        """Store the text up to its last cut, as most recently used.
+        """Store the text up to the last of ``cuts``, as the most recently used.
 
-        ``known``: what ``find`` returned for the text. ``cuts``: the cuts after that; ``ends[i]`` tokens lie before
-        ``cuts[i]``.
+        ``known``: what ``find`` returned for the text. ``cuts``: special tokens behind ``known`` at which the text is
+        cut. ``ends[i]``: the number of the text's tokens before ``cuts[i]``. ``tokens``: all tokens of the text.
         """
         if not (known.path or cuts):
             return
@@ -107,7 +110,7 @@ class TokenizeCache:
         if known.path and known.path[-1] in self._recent:
             path = [*known.path]
             piece = path[-1]
-        else:  # pieces of the path have been dropped meanwhile: the end first
+        else:  # the last pieces of the path, or all, were dropped since ``find``
             path = [piece := self._child(piece, old.key, old.special, old.tokens) for old in known.path]
         begin, first = known.begin, count(known.tokens)
         for cut, end in zip(cuts, ends, strict=True):
@@ -158,11 +161,11 @@ class TokenizeCache:
 
 
 def _next(piece: _Piece, text: str, begin: int, specials: SpecialTokens) -> _Piece | None:
-    """The child of ``piece`` with which ``text`` goes on at ``begin``; None if there is none.
+    """The child of ``piece`` whose text follows in ``text`` at the character ``begin``; None if no child's does.
 
-    1. In a conversation that grows, a piece has one child or a few: these are compared with the text.
-    2. If there are many, or if the special token that ends the child may be part of a longer one in this text, the
-       text is searched for its next cut.
+    1. In a conversation that grows, a piece has one child or a few: the text is compared with each of them.
+    2. If there are many children, or if the special token at the end of the child's key may be part of a longer one in
+       this text, the text is searched for its next cut instead.
     """
     if len(piece.children) <= _FEW:
         for key, child in piece.children.items():
@@ -177,11 +180,11 @@ def _next(piece: _Piece, text: str, begin: int, specials: SpecialTokens) -> _Pie
 
 
 def spaced(marks: Iterable[TokenSpan], last: int = 0) -> list[TokenSpan]:
-    """Of ``marks``, those worth cutting at: each at least SPACING characters after the previous one, or after ``last``
-    (the start of the text, or a cut).
+    """Those ``marks`` (special tokens, from left to right) that are worth cutting at: each starts at least SPACING
+    characters after the previous one of these, the first after the character ``last``.
 
-    Decided from left to right, so texts with a common beginning have the same cuts there, and a text from one of its
-    cuts on has the same cuts as the whole.
+    The choice depends only on the text to the left. So texts with a common beginning have the same cuts there, and the
+    search may begin at any cut.
     """
     chosen: list[TokenSpan] = []
     for mark in marks:
@@ -191,13 +194,13 @@ def spaced(marks: Iterable[TokenSpan], last: int = 0) -> list[TokenSpan]:
     return chosen
 
 
-_LIMIT_BYTES = 32 << 20  # entries of 60 kB as a rule: five hundred users with an agent of their own
+_LIMIT_BYTES = 32 << 20  # an entry usually has 60 kB: enough for 500 users with different system prompts
 _ENTRY_BYTES = 200  # bytes of an entry besides its tokens, roughly
 
 
 class SystemPromptCache:
-    """A least-recently-used cache of the tokens of system prompts. Keys are stored as hashes: a wrong hit would only
-    cut a prompt elsewhere.
+    """A least-recently-used cache of the tokens of system prompts. Keys are stored as hashes: two keys with the same
+    hash would only let a prompt be cut at a worse place.
     """
 
     def __init__(self, limit_bytes: int = _LIMIT_BYTES) -> None:
@@ -209,7 +212,7 @@ class SystemPromptCache:
         return len(self._known)
 
     def find(self, made_from: bytes) -> bytes | None:
-        """The tokens stored for the key ``made_from``; None if there are none."""
+        """The tokens stored for the key ``made_from``, which becomes the most recently used; None without any."""
         if (tokens := self._known.pop(key := _key(made_from), None)) is not None:
             self._known[key] = tokens
         return tokens

@@ -1,5 +1,5 @@
-"""Renders and tokenizes prompts exactly as llama-server does. ``formats/`` converts the bodies of the client APIs to
-chats before that.
+"""Finds the exact tokens that llama-server makes of a prompt, by asking it to render and to tokenize. Before that,
+``formats/`` has converted the bodies of the client APIs to chats.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ _BAD_PROMPT = (
     '"prompt" must be a string, a list of tokens, an object with a "prompt_string", or a list of these'
 )
 
-#: The fields of a body, apart from its messages, that templates show. If a template shows another field, prompts only
-#: diverge earlier than necessary.
+#: The fields of a body, besides its messages, that templates write into a prompt. If a template writes another field
+#: too, remembered tokens may not fit: prompts are then cut earlier than necessary.
 _SHOWN = (
     "tools", "tool_choice", "response_format", "json_schema", "chat_template_kwargs", "reasoning_effort",
     "add_generation_prompt", "continue_final_message",
 )  # fmt: skip
 
-_MAX_TEXTS = 1024  # of one list: each is one request to the server, sent one after the other
+_MAX_TEXTS = 1024  # in one list of prompts: for each, one request is sent to the server, one after the other
 
-_HEADER_TOKENS = 16  # in front of an answer: a role, perhaps the beginning of its reasoning
+# The most tokens of the header that a template puts before an answer: the role, perhaps the beginning of its reasoning.
+_HEADER_TOKENS = 16
 
-# The part of these that always follows the question: <|im_start|>, assistant, a line break.
+# The tokens of this header that follow the question in each turn: <|im_start|>, assistant, a line break.
 _HEADER_END_TOKENS = 3
 
 
 def listed(prompt: Any) -> list[Any]:
-    """The prompts in ``body["prompt"]``, as a list. A list with an id in it is one prompt."""
+    """The prompts in ``prompt``, a body's field, as a list. A list with a token id in it is one prompt."""
     return prompt if isinstance(prompt, list) and int not in set(map(type, prompt)) else [prompt]
 
 
 def n_texts(prompt: Any) -> int:
-    """The number of texts to tokenize for ``prompt``, which is one prompt or a list of prompts."""
+    """The number of strings to tokenize in ``prompt``, which is one prompt or a list of prompts."""
     if isinstance(prompt, Mapping):
         prompt = prompt.get("prompt_string")
     if isinstance(prompt, list) and not set(map(type, prompt)) <= {int}:
@@ -61,14 +62,16 @@ class NoPrompt(BadRequest):
 
 
 class PromptServer(Protocol):
-    """The two routes of llama-server that make prompts. They raise UpstreamError for its error answers."""
+    """The two routes of llama-server that turn a body into tokens. They raise UpstreamError for its error answers."""
 
     async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
-        """``POST /apply-template`` with the whole chat body -> the rendered text. ``raw``: the body as JSON."""
+        """``POST /apply-template``: the text to which the template renders a chat body. ``raw``: the body as JSON, if
+        the caller has it.
+        """
         ...
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
-        """``POST /tokenize`` -> the packed tokens."""
+        """``POST /tokenize``: the packed tokens of ``content``."""
         ...
 
 
@@ -78,8 +81,8 @@ class Prompt:
 
     tokens: bytes
     text: str | None = None
-    whole: bool = True  # tokenized in one piece, so no cut can be wrong
-    whose: str = field(default="", compare=False)  # the namespace of the texts it was compared with
+    whole: bool = True  # tokenized in one piece; False: in two, at a cut that may have been wrong
+    whose: str = field(default="", compare=False)  # the namespace whose remembered texts were used
 
     @property
     def n_tokens(self) -> int:
@@ -90,9 +93,10 @@ class Prompt:
 
 
 class Boundaries(NamedTuple):
-    """Where a prompt is worth cutting, in tokens: ``stops`` ascending, each in (0, n_tokens).
+    """The places in a prompt where a prefill may stop for a checkpoint or a snapshot, as numbers of tokens before them.
 
-    ``n_system``: the end of the system part and tools, one of the stops; 0 if there is none.
+    ``stops``: ascending, each between 0 and the number of tokens, exclusive. ``n_system``: the one of them where the
+    system part and tools end; 0 if the prompt has neither.
     """
 
     n_system: int
@@ -100,8 +104,8 @@ class Boundaries(NamedTuple):
 
 
 class _Split(Struct, frozen=True):
-    """A text in two parts: the beginning whose tokens are ``known``; and behind it the special tokens (``marks``), of
-    which ``cuts`` are worth cutting at.
+    """A text in two parts. Its beginning is ``known``: the cache has the tokens. ``marks``: the special tokens behind
+    it; ``cuts``: those of them that are worth cutting at.
     """
 
     whose: str
@@ -113,14 +117,16 @@ class _Split(Struct, frozen=True):
 
 
 class _Model:
-    """All that was learned about the model's tokenizer. Replaced as a whole when a cut gave wrong tokens."""
+    """All that was learned about the model's tokenizer. When a cut has given wrong tokens, an empty one takes its
+    place, with ``is_whole`` set: then no text is cut any more.
+    """
 
     def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
         self.specials = SpecialTokensOfEach(server)
         self.pieces = TokenizeCache(cache_bytes)
         self.systems = SystemPromptCache()
         self.questions, self.tails = SystemPromptCache(), SystemPromptCache()  # see Tokenizer._question_end
-        self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
+        self.is_whole = is_whole
 
     def split(self, text: str, whose: str) -> _Split:
         specials = self.specials.of(whose)
@@ -132,14 +138,17 @@ class _Model:
 class Tokenizer:
     """Tokens of chat bodies and of completion prompts, as llama-server makes them.
 
-    A text is tokenized only from the last special token that it shares with an earlier text. This needs known special
-    tokens (``specials``) and remembered texts (``pieces``, at most ``cache_bytes``). So the 7 ms per 1,000 tokens
-    that tokenizing costs the server are paid only for new text. Three checks prevent wrong tokens: special tokens
-    must come in the same order in text and tokens; each is verified before its first use as a cut; and the server's
-    own count of each prompt is compared (``confirm``). ``whose``: the namespace of texts and special tokens that may
-    be reused, so that response times reveal nothing about other users; "" for the shared one.
+    llama-server tokenizes a text only from the last special token that the text shares with an earlier one. So the
+    7 ms per 1,000 tokens that tokenizing costs the server are spent only on new text. For this the tokenizer keeps the
+    special tokens that it knows (``specials``) and earlier texts (``pieces``, at most ``cache_bytes``). Three checks
+    prevent wrong tokens:
 
-    Canceling any of its coroutines is safe: they change nothing but the caches.
+    1. The special tokens of a text and of its tokens must be the same, in the same order.
+    2. ``SpecialTokens.prove`` verifies each special token before its first use as a cut.
+    3. ``confirm`` compares the number of tokens of each prompt with llama-server's own.
+
+    ``whose`` is the namespace of the texts and special tokens that may be reused, so that response times reveal nothing
+    about other users; "" for the shared one. Canceling any of the coroutines is safe: they change only the caches.
     """
 
     def __init__(self, server: PromptServer, *, cache_bytes: int = 128 << 20) -> None:
@@ -148,7 +157,7 @@ class Tokenizer:
         self.has_miscounted = False
 
     async def chat(self, body: Mapping[str, Any], whose: str = "", raw: bytes | None = None) -> Prompt:
-        """The tokens of the prompt that a chat body is rendered to. ``raw``: the body as JSON, if that is at hand.
+        """The prompt of a chat body, rendered and tokenized. ``raw``: the body as JSON, if the caller has it.
 
         Raises PromptNotTokenizable for media, UpstreamError if the template refuses the body.
         """
@@ -158,20 +167,21 @@ class Tokenizer:
         return await self._of_text(text, whose)
 
     async def before_medium(self, body: Mapping[str, Any], whose: str = "") -> tuple[dict[str, Any], Prompt]:
-        """For a chat with media: the body up to its first medium, and its tokens. llama-server tokenizes the text
-        before a medium separately. Raises PromptNotTokenizable, UpstreamError if the template refuses it.
+        """For a chat with media: the body up to its first medium (``up_to_medium``), and the prompt of the text before
+        that medium, which llama-server tokenizes separately. Raises PromptNotTokenizable if no text comes before it,
+        UpstreamError if the template refuses the body.
         """
         cut = up_to_medium(body)
         return cut, await self._of_text(text_before(await self._server.apply_template(cut), cut), whose)
 
     async def completion(self, prompt: Any, whose: str = "") -> list[Prompt]:
-        """The prompts of ``body["prompt"]`` of a completion, read as llama-server reads it.
+        """The prompts of ``prompt``, the value of a completion's ``prompt``, read as llama-server reads it.
 
-        A string; a list of ids; a mixed list of strings and ids (one prompt); or a list of those (several). An object
-        with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else, PromptNotTokenizable for
-        ``multimodal_data``, and BadRequest for more texts than can be tokenized in a few seconds. Ids outside of the
-        vocabulary are left to the server, whose 400 explains it best. (tools/server/server-common.cpp:
-        tokenize_input_prompts, tokenize_input_subprompt, tokenize_mixed)
+        One prompt is a string, a list of ids, or a list of strings and ids. A list of these is several prompts. An
+        object with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else, PromptNotTokenizable
+        for ``multimodal_data``, and BadRequest for more texts than can be tokenized in a few seconds. An id outside of
+        the vocabulary raises nothing: llama-server refuses it with 400, and explains it best.
+        (tools/server/server-common.cpp: tokenize_input_prompts, tokenize_input_subprompt, tokenize_mixed)
         """
         if prompt == []:
             raise NoPrompt('"prompt" must not be empty')
@@ -197,10 +207,9 @@ class Tokenizer:
         raise NoPrompt(_BAD_PROMPT)
 
     async def _mixed(self, elements: list[Any]) -> Prompt:
-        """The tokens of a list of strings and ids. Strings are tokenized one by one; only the first element gets BOS
-        (and EOS), if the model wants them.
-
-        Anything else is read as an int32, as the server's JSON library converts it: true is 1, 2.7 is 2.
+        """The prompt of a list of strings and ids. Strings are tokenized one by one; only the first element gets BOS
+        (and EOS), if the model wants them. Other numbers become an int32, as in the server's JSON library: true is 1,
+        2.7 is 2. Raises NoPrompt for any other element.
         """
         parts: list[bytes] = []
         for position, element in enumerate(elements):
@@ -213,13 +222,13 @@ class Tokenizer:
         return Prompt(b"".join(parts))
 
     async def _of_text(self, text: str, whose: str) -> Prompt:
-        """The tokens of a text, with BOS if the model wants that."""
+        """The prompt of a text, with BOS if the model wants that."""
         while True:
             model = self._model
             prompt = await self._tokenize(model, text, whose)
             if model is self._model:
                 return prompt
-            # A cut was found to be wrong meanwhile: it may be one of these.
+            # Meanwhile ``confirm`` has found that a cut was wrong, perhaps one of this text: tokenize it again.
 
     async def _tokenize(self, model: _Model, text: str, whose: str) -> Prompt:
         if model.is_whole:
@@ -231,7 +240,7 @@ class Tokenizer:
             end = known.begin + len(known.special)
             cut = TokenSpan(known.begin, end, split.specials.id_of(known.special))
             tail = await self._tail(split.specials, text, cut)
-            if tail is None:  # one special token fewer, so this ends
+            if tail is None:  # that special token was dropped, so this ends after a few rounds
                 return await self._tokenize(model, text, whose)
             tokens = known.tokens + tail
         else:
@@ -254,8 +263,8 @@ class Tokenizer:
         return None
 
     async def _remember(self, model: _Model, text: str, tokens: bytes, split: _Split) -> None:
-        """Store the text and its tokens for texts that continue it, and learn special tokens from its new part. A
-        failure to learn does not fail the request, whose tokens are known.
+        """Learn the special tokens in the new part of the text, and store the text with its tokens, for texts that
+        continue it. Errors while learning are ignored: the tokens of the request are known already.
         """
         with contextlib.suppress(LlamaslotError):
             await split.specials.learn(text[split.known.begin :])
@@ -269,10 +278,10 @@ class Tokenizer:
             model.pieces.keep(text, split.known, split.cuts, ends, tokens, split.whose)
 
     def confirm(self, prompt: Prompt, n_server: int) -> bool:
-        """Whether the server counted as many tokens in the prompt as this tokenizer did.
+        """True if ``n_server``, llama-server's number of tokens in the prompt, is this tokenizer's number too.
 
-        If not, and the prompt was tokenized in pieces, all texts are tokenized as a whole from then on. The first time
-        is logged. (The server compares tokens itself, so no answer was wrong.)
+        If not, and the prompt was tokenized in pieces, all texts are tokenized in one piece from now on. The first
+        difference is logged. No answer was wrong, because llama-server compares tokens itself before it reuses any.
         """
         if n_server == prompt.n_tokens:
             return True
@@ -296,16 +305,18 @@ class Tokenizer:
         return len(self._model.pieces)
 
     async def boundaries(self, body: Mapping[str, Any], prompt: Prompt) -> Boundaries:
-        """Where the prompt of a chat body is worth cutting.
+        """Find where the parts of a chat body's prompt end.
 
-        Each boundary is the common prefix with the prompt of a variant of the body:
+        For each part, a variant of the body has the same beginning and goes on differently. The part ends where the
+        prompts of both diverge:
 
-        1. The end of the system part and tools.
-        2. The end of the last user message with the role header of the answer, as the next turn will have it.
-        3. The same as this turn has it, if the template makes more than a header of the difference (it may
-           move the tools to the last user message).
+        1. The system part and tools.
+        2. Everything up to the last user message and the header of the answer, as the prompt of the next turn will
+           have it.
+        3. The same, as this turn's prompt has it. It is left out if it ends at most a header behind 2. (A template may
+           move the tools to the last user message: then 2 ends long before.)
 
-        A variant that the template refuses gives no boundary.
+        A variant that the template refuses gives no stop. Raises what the requests raise.
         """
         n_system, *found = await gather(self.system_end(body, prompt), *self._question_ends(body, prompt))
         if len(found) == 2 and 0 < found[1] - found[0] <= _HEADER_TOKENS and found[0]:
@@ -314,8 +325,8 @@ class Tokenizer:
         return Boundaries(n_system if n_system in stops else 0, stops)
 
     def _question_ends(self, body: Mapping[str, Any], prompt: Prompt) -> list[Coroutine[Any, Any, int]]:
-        """Coroutines that find the end of the last user message in the prompt: as the next turn will have it, and as
-        this turn has it.
+        """Two coroutines (``_question_end``) that find the end of the last user message in the prompt: as the next turn
+        will have it, and as this turn has it. An empty list if the body has no user message.
         """
         variants = variants_of(body)[1:]
         if not variants:
@@ -336,11 +347,13 @@ class Tokenizer:
     async def _question_end(
         self, variant: Mapping[str, Any], prompt: Prompt, made_from: bytes, tail_from: bytes | None
     ) -> int:
-        """The number of tokens that the prompt shares with the prompt of ``variant``: requested once for each
-        question, however many tools are called to answer it.
+        """The number of tokens that the prompt shares with the prompt of ``variant``, which goes on differently after
+        the last user message, the *question*.
 
-        After a final question templates always write the same few tokens. ``tail_from`` is what these depend on. Once
-        they are known, such a prompt costs no request; the header that ends the prompt must end with the same tokens.
+        ``made_from``: all that the tokens up to the end of the question depend on. These tokens are remembered, so the
+        turns that call tools for one question cost one request together. ``tail_from``: None unless the question is the
+        last message. Then a template always writes the same few tokens (the *tail*) after it, and ``tail_from`` is all
+        that they depend on. Once the tail is known, a prompt that ends with it costs no request.
         """
         model, n = self._model, 0
         if tail_from is not None and (tail := model.tails.find(tail_from)) is not None:
@@ -356,9 +369,10 @@ class Tokenizer:
         return n
 
     async def system_end(self, body: Mapping[str, Any], prompt: Prompt) -> int:
-        """The end of the system part and tools in the prompt of a chat body, in tokens; 0 if it has neither.
+        """The number of tokens in the prompt of a chat body up to the end of the system part and tools; 0 if the body
+        has neither.
 
-        A body with the same beginning as an earlier one costs no request: the tokens of the last few are remembered.
+        The tokens of system parts are remembered: a body with the same one as an earlier body costs no request.
         """
         variant = system_variant(body)
         if variant is None or not (len(variant["messages"]) > 1 or body.get("tools")):
@@ -372,11 +386,10 @@ class Tokenizer:
         return common(tokens, prompt.tokens)
 
     async def opening(self, body: Mapping[str, Any]) -> tuple[Prompt, int]:
-        """A prompt that begins like all conversations with this system part and these tools, and the number of tokens
-        in that beginning.
+        """A prompt that begins like those of all conversations with the system part and tools of ``body``, and the
+        number of tokens in this beginning. If ``body`` has neither, the beginning has all its messages.
 
-        If ``body`` has neither, the beginning is all of it. Raises PromptNotTokenizable for media, UpstreamError if
-        the template refuses the body.
+        Raises PromptNotTokenizable for media, UpstreamError if the template refuses the body.
         """
         prompt, other = await gather(*(self.chat(variant) for variant in openings(body)))
         return prompt, common(prompt.tokens, other.tokens)

@@ -1,5 +1,5 @@
-"""Makes variants of a body: the common prefix of a variant's prompt with the body's prompt shows where a part of the
-body ends.
+"""Makes variants of a chat body that begin like the body and go on differently after one of its parts. The prompts of
+body and variant diverge where that part ends.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from typing import Any
 
 
 def system_variant(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``body`` with another question right after its system part, as the first of ``variants_of``; None if the
-    messages have an unknown form.
+    """A copy of ``body`` with its system part and tools, and then only another user message. None if ``messages`` is
+    not a list of objects.
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -21,11 +21,15 @@ def system_variant(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def variants_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bodies whose prompts share a part with the body's prompt: the system part; everything up to the answer, with
-    the answer as a past turn; the same, with the answer being written (the last two only with a user message).
+    """Bodies whose prompts begin like the prompt of ``body``, up to the end of one part:
 
-    As a past turn the answer has no reasoning, as most templates render it; the next turn will have it so. An answer
-    being written may begin with <think>, or be refused ("prefill is incompatible with enable_thinking").
+    1. ``system_variant``: the same system part and tools.
+    2. The same messages up to the last user message, another answer, and one more user message. Most templates leave
+       out the reasoning of such a past answer, so this is how the next turn's prompt will begin.
+    3. As 2, but the answer is the last message, which is still being written. A template may let it begin with
+       <think>, or refuse it ("prefill is incompatible with enable_thinking").
+
+    Only the first if there is no user message; none if ``messages`` is not a list of objects.
     """
     if (first := system_variant(body)) is None:
         return []
@@ -40,7 +44,9 @@ def variants_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def openings(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Two different conversations with the system part and tools of ``body``."""
+    """Two bodies with the system part and tools of ``body``, each with a different message after them. If ``body`` has
+    neither, they have all its messages, and a different message after these.
+    """
     messages = body["messages"]
     n_system = _n_system(messages)
     if n_system or body.get("tools"):
@@ -52,7 +58,7 @@ def openings(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _n_system(messages: list[Any]) -> int:
-    """The number of messages before the first one that is not of the system."""
+    """The number of messages before the first whose role is neither system nor developer."""
     n = 0
     while n < len(messages) and messages[n].get("role") in ("system", "developer"):
         n += 1
@@ -60,14 +66,14 @@ def _n_system(messages: list[Any]) -> int:
 
 
 def _with(body: Mapping[str, Any], messages: list[Any]) -> dict[str, Any]:
-    """``body`` with other messages. Without the option to continue the last message, which is another one now."""
+    """A copy of ``body`` with other messages, and without the option to continue the last one."""
     fields = {name: value for name, value in body.items() if name != "continue_final_message"}
     return {**fields, "messages": messages}
 
 
 def _other(messages: list[Any]) -> str:
-    """A text of one character with which the first of ``messages`` does not begin, so that no part of that message
-    seems common.
+    """A text of one character with which the first of ``messages`` does not begin. So a message with this text diverges
+    from that one at its first character.
     """
     content = messages[0].get("content") if messages else None
     if isinstance(content, list):
