@@ -1,3 +1,5 @@
-"""llamaslot: a streaming proxy that finds the KV cache of each prompt in front of llama.cpp's llama-server."""
+"""llamaslot: a streaming proxy before llama.cpp's llama-server that sends each prompt to the KV cache with
+its prefix.
+"""
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
-"""The errors of llamaslot. Each has an HTTP status, an OpenAI error type, and a message that says what to do next.
+"""The errors of llamaslot. Each class has an HTTP status, an OpenAI error type, and a message that says what to do
+next.
 
-Exceptions of other libraries (aiohttp's client, the operating system's) are translated into these in ``llama/`` and
-``store/``, and nowhere else.
+Only ``llama/`` and ``store/`` translate exceptions of other libraries (aiohttp's client, the operating system's) into
+these classes.
 """
 
 from __future__ import annotations
@@ -10,17 +11,24 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
-#: What Retry-After tells, but for a full queue (``QueueLimits.retry_after_s``).
+#: The Retry-After header of a 503. A full queue has its own value (``QueueLimits.retry_after_s``).
 RETRY_AFTER_S = 5.0
 
 
 def shortened(text: str) -> str:
-    """``text`` for use in an error message: above 100 characters its first 80 and its length."""
+    """Return ``text`` for use in an error message: if it has more than 100 characters, only its first 80 and its
+    length.
+    """
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
 
 class LlamaslotError(Exception):
-    """The base class. ``str(error)`` is the message for the client or operator."""
+    """The base class. ``str(error)`` is the message for the client or operator.
+
+    ``status`` is the HTTP status of the answer. ``type`` and ``code`` go into the ``error`` object of its body; a
+    ``code`` of None stands for the status. ``retry_after_s``: seconds for the Retry-After header; None for no such
+    header.
+    """
 
     status = 500
     type = "server_error"
@@ -28,17 +36,19 @@ class LlamaslotError(Exception):
     retry_after_s: float | None = None
 
     def body(self) -> dict[str, Any]:
-        """The OpenAI-shaped body: ``{"error": {"message", "type", "code"}}``."""
+        """Return the body of the error answer in OpenAI's form: ``{"error": {"message", "type", "code"}}``."""
         return {"error": {"message": str(self), "type": self.type, "code": self.code or self.status}}
 
     @property
     def inner(self) -> dict[str, Any]:
-        """The ``error`` object of the body: message, type and code."""
+        """The ``error`` object of ``body``: message, type and code."""
         return dict(self.body()["error"])
 
 
 class ConfigError(LlamaslotError):
-    """The configuration has faults. ``faults`` has one line for each, with its path in the file."""
+    """The configuration has faults. ``faults`` has one line for each fault, with its path in the configuration file.
+    ``source`` names the file.
+    """
 
     def __init__(self, source: str, faults: list[str]) -> None:
         self.source, self.faults = source, faults
@@ -47,67 +57,75 @@ class ConfigError(LlamaslotError):
 
 
 class BadRequest(LlamaslotError):
-    """The client's request is malformed; nothing was sent upstream."""
+    """The client's request is malformed, or asks for something that llamaslot does not offer."""
 
     status = 400
     type = "invalid_request_error"
 
 
 class NotReloaded(LlamaslotError):
-    """The configuration was not read again, or has faults: the old one stays in force."""
+    """A reload failed, because llamaslot has no configuration file or the file has faults. The old configuration stays
+    in force.
+    """
 
     status = 409
     type = "invalid_request_error"
 
 
 class BodyTooLarge(BadRequest):
-    """The body is larger than ``listen.max_body``."""
+    """The request's body, decompressed, is larger than ``listen.max_body``."""
 
     status = 413
 
 
 class Unauthorized(LlamaslotError):
-    """A key is missing or wrong; text and type as in llama-server."""
+    """The request needs an API key, and its key is missing or wrong. Text and type are those of llama-server's own
+    error.
+    """
 
     status = 401
     type = "authentication_error"
 
 
 class TooSlow(BadRequest):
-    """The request was not completely received in time."""
+    """The client has not sent the whole header or body of its request within ``listen.read_timeout_s``."""
 
     status = 408
 
 
 class Unpackable(BadRequest):
-    """The body has an unsupported content encoding, or is corrupt."""
+    """The body has a Content-Encoding other than gzip and deflate. A corrupt gzip or deflate body is a plain
+    BadRequest.
+    """
 
     status = 415
 
 
 class Cancelled(BadRequest):
-    """An operator has cancelled the request. Its HTTP status is one after which clients do not repeat a request by
-    themselves.
+    """An operator has cancelled the request. The HTTP status is 410, after which client libraries do not repeat the
+    request.
     """
 
     status = 410
 
 
 class NotImplementedHere(BadRequest):
-    """A method that llamaslot does not support."""
+    """The request has the method CONNECT or TRACE, or the target ``*``. llamaslot serves none of these."""
 
     status = 501
 
 
 class Forbidden(LlamaslotError):
-    """A route that only llamaslot may use, or that the operator has not allowed."""
+    """The client may not make this request: the route is not allowed, its key is no admin key, or another site's web
+    page sent it.
+    """
 
     status = 403
     type = "permission_error"
 
 
 class Unavailable(LlamaslotError):
-    """The request cannot be served just now: the client may try again after ``retry_after_s``."""
+    """The request cannot be served now. The client may send it again after ``retry_after_s`` seconds."""
 
     status = 503
     type = "unavailable_error"
@@ -115,7 +133,7 @@ class Unavailable(LlamaslotError):
 
 
 class QueueFull(Unavailable):
-    """Too many requests are waiting already, or this one has waited for too long."""
+    """The queue is full, or the request has waited in it for longer than ``queue.max_wait_s``."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -123,21 +141,25 @@ class QueueFull(Unavailable):
 
 
 class TooManyRequests(QueueFull):
-    """Too many requests of the same user are waiting already."""
+    """As many requests of the same user as allowed are waiting already."""
 
     status = 429
     type = "rate_limit_error"
 
 
 class DeadlinePassed(LlamaslotError):
-    """The request did not get its first token, or the end of its answer, within the configured time."""
+    """The first token of the answer did not come within ``timeouts.first_token_s``, or its end not within
+    ``timeouts.total_s``.
+    """
 
     status = 504
     type = "timeout_error"
 
 
 class SlotWedged(LlamaslotError):
-    """llama-server has reported no progress for too long. The content of its slot is unknown."""
+    """llama-server has made no progress with the request for ``timeouts.watchdog_s``. The content of its slot is
+    unknown.
+    """
 
     status = 504
     type = "timeout_error"
@@ -148,18 +170,22 @@ class BackendDown(Unavailable):
 
 
 class NotReady(BackendDown):
-    """llama-server answers, but llamaslot cannot work with it yet."""
+    """llama-server answers, but llamaslot cannot work with it yet. The message says why."""
 
 
 class NotUnderstood(BackendDown):
-    """A server answers, but not like llama-server: another build, a router, a proxy's page."""
+    """The server at the backend's URL answers, but not as a llama-server does: it is another build, a router or a
+    proxy.
+    """
 
 
 JSON_TYPE = "application/json; charset=utf-8"  # as sent by llama-server
 
 
 class UpstreamError(LlamaslotError):
-    """llama-server answered with an error. Its status and body are passed on to the client."""
+    """llama-server answered with an error. The client gets its ``status``, and its body (``payload``) with its content
+    type.
+    """
 
     def __init__(self, status: int, payload: bytes, content_type: str = JSON_TYPE) -> None:
         text = payload.decode("utf-8", "replace")
@@ -168,9 +194,11 @@ class UpstreamError(LlamaslotError):
 
     @property
     def inner(self) -> dict[str, Any]:
-        """The ``error`` object of llama-server."""
+        """The ``error`` object in llama-server's body, with its status as ``code`` if it has none. If the body has no
+        such object, the one of the base class.
+        """
         try:
-            import json  # rarely needed, and a tenth of what --help takes
+            import json  # needed rarely; at the top it would take a tenth of the time of --help
 
             error = json.loads(self.payload)["error"]
         except (ValueError, KeyError, TypeError):
@@ -183,14 +211,18 @@ class UpstreamError(LlamaslotError):
 
 
 def is_servers_own(status: int) -> bool:
-    """Whether an error status may be the fault of the server: any 5xx except 501 (this server does not have the
-    route).
+    """True if an error ``status`` may be the server's fault and not the request's: any 5xx except 501, which means that
+    this server does not have the route.
     """
     return status >= 500 and status != 501
 
 
 class DeadlyPrompt(LlamaslotError):
-    """llama-servers have ended while they computed this prompt: it is not sent on."""
+    """Several llama-server processes ended while they computed this prompt, so llamaslot refuses to send it for a
+    while.
+
+    ``n_ended``: the number of those processes. ``rest_s``: seconds until the prompt is accepted again.
+    """
 
     code = "server_ended"
 
@@ -202,7 +234,9 @@ class DeadlyPrompt(LlamaslotError):
 
 
 class SlotActionFailed(LlamaslotError):
-    """A save, erase or restore of a slot failed. ``status_upstream``: llama-server's status."""
+    """A save, erase or restore of a slot failed. ``status_upstream``: llama-server's HTTP status, 0 if
+    there was none.
+    """
 
     def __init__(self, message: str, status_upstream: int = 0) -> None:
         super().__init__(message)
@@ -210,19 +244,25 @@ class SlotActionFailed(LlamaslotError):
 
 
 class SlotNotEmptied(Unavailable):
-    """llama-server might choose a slot whose content the request must not use, so nothing was sent."""
+    """llama-server might choose a slot whose content the request must not use, and llamaslot could not prevent that.
+    The request was not sent.
+    """
 
 
 class SnapshotInvalid(LlamaslotError):
-    """A slot file is missing, truncated, foreign, or does not match its sidecar."""
+    """A snapshot's files cannot be used: one is missing, truncated or damaged, or does not match the sidecar."""
 
 
 class OtherConversation(SnapshotInvalid):
-    """A slot file is valid, but holds other tokens than llamaslot assumed: the assumption is wrong."""
+    """The slot file that llama-server has just written is valid, but does not hold the tokens that llamaslot expected
+    in the slot.
+    """
 
 
 class BackendRestarted(Unavailable):
-    """llama-server is another process than the one that the slot was leased on: the request is placed again."""
+    """The request cannot go on with the llama-server process that it was given, usually because that process has ended.
+    The request is placed again.
+    """
 
     def __init__(self, message: str = "llama-server has restarted") -> None:
         super().__init__(message)
@@ -246,20 +286,20 @@ class PromptTooLong(BadRequest):
 
 
 class NotFound(BadRequest):
-    """llamaslot has no page of its own at this path below ``/llamaslot/``."""
+    """A request below ``/llamaslot/`` names a page, backend, request or snapshot that does not exist."""
 
     status = 404
 
 
 class ModelNotFound(BadRequest):
-    """No backend serves a model of that name; status and code as in OpenAI."""
+    """No backend serves a model of the requested name. Status and code are those of OpenAI."""
 
     status = 404
     code = "model_not_found"
 
 
 class NotAllowed(BadRequest):
-    """A page of llamaslot's own was requested with a method that it does not accept."""
+    """The page below ``/llamaslot/`` does not accept the request's method. ``methods``: the methods that it accepts."""
 
     status = 405
 
@@ -269,30 +309,29 @@ class NotAllowed(BadRequest):
 
 
 class ClientGone(Exception):
-    """The client has closed its connection, so there is no answer to send. Not a LlamaslotError, because it is no
-    fault.
-    """
+    """The client has closed its connection, so no answer can be sent. Not a LlamaslotError, because it is no fault."""
 
 
 class Reason(enum.StrEnum):
-    """Why the tokens of a prompt are not known."""
+    """Why llamaslot does not know the tokens of a prompt."""
 
-    #: The body has a field or a part whose rendering is not known for sure.
+    #: llamaslot does not know for sure how llama-server renders a field or a part of the body.
     SHAPE = "shape"
-    #: The template refuses the converted body, or renders it in an unexpected way.
+    #: The template refuses the chat that llamaslot has converted the body to, or renders it in an unexpected way.
     TEMPLATE = "template"
-    #: Images, audio, video: their tokens are made inside llama-server, and no text comes before the first of them.
+    #: The prompt has images, audio or video, whose tokens only llama-server can make, and the text before the first
+    #: of them is of no use: there is none, it is too long, or llama-server chooses the slot.
     MEDIA = "media"
-    #: It is unknown how this llama-server combines the parts of /infill.
+    #: llamaslot does not know in which order and with which limits this llama-server combines the parts of /infill.
     INFILL = "infill"
-    #: The server has counted other tokens in such a prompt.
+    #: llama-server has counted another number of tokens than llamaslot in a body of the same shape.
     MISCOUNTED = "miscounted"
 
 
 class PromptNotTokenizable(LlamaslotError):
-    """The tokens of a prompt are made inside llama-server and cannot be known outside.
+    """Only llama-server can make the tokens of this prompt; llamaslot cannot compute the same tokens.
 
-    This is no fault of the request: the caller catches the error and runs the request without known tokens. ``str``
+    This is no fault of the request: the caller catches the error and serves the request without known tokens. ``str``
     of the error may contain words of the request; ``reason`` does not.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a file is still the one that was read."""
+"""Tells whether a file is still the one that was read before."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ CHECK_S = 1.0
 
 
 class Watch:
-    """Tells whether any of a few files has changed. Looks at the files when called, at most once a second. Follows
-    links.
+    """Tells whether any of a few files has changed. It looks at the files only when ``has_changed`` is called, and at
+    most once a second. Symbolic links are followed.
     """
 
     def __init__(
         self, *paths: Path, clock: Callable[[], float], known: tuple[FileId | None, ...] | None = None
     ) -> None:
-        """``known``: the ids of the files as they were read before; by default those of the files as they are now."""
+        """``clock`` returns seconds. ``known``: the ids that the files had when they were read, None for a file that is
+        missing; by default the ids that they have now.
+        """
         self._paths, self._clock = paths, clock
         self.known = self._file_ids() if known is None else known
         self._looked = clock()
 
     def has_changed(self) -> bool:
-        """Whether a file has changed since the last call. Always False within a second of the last look at the
-        files.
+        """True if a file has changed since the last look at the files. Within a second of that look it returns False
+        without looking again.
         """
         if self._clock() - self._looked < CHECK_S:
             return False

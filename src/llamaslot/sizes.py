@@ -1,4 +1,6 @@
-"""Sizes as people write and read them: in powers of 1,024, in configuration, log, pages and commands alike."""
+"""Reads and writes sizes such as ``2.1 GiB``, in powers of 1,024: the same form in configuration, log, pages and
+commands.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _UNITS = {
 
 
 def parse_size(value: object) -> int:
-    """Bytes from ``64MiB``, ``1.5 GB`` or a plain integer. Raises ValueError that says what is expected."""
+    """Return the number of bytes that ``64MiB``, ``1.5 GB`` (here 1000**3) or a plain integer means. Raises ValueError
+    that says what is expected.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     found = (
@@ -34,8 +38,8 @@ def parse_size(value: object) -> int:
 
 
 def readable_size(size_bytes: float) -> str:
-    """A number of bytes as text, such as ``2.1 GiB``, ``366 GiB`` or ``512 B``; ``http/static/words.js`` writes
-    sizes alike.
+    """Return a number of bytes as text, such as ``2.1 GiB``, ``366 GiB`` or ``512 B``. ``http/static/words.js`` writes
+    sizes in the same way.
     """
     for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if size_bytes >= factor:

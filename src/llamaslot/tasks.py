@@ -1,4 +1,4 @@
-"""Owned tasks and a change signal. ``spawn`` keeps a reference to a task, names it, and reports its death."""
+"""Tasks with an owner, a signal between tasks, and calls of functions in threads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
 
-_SLICE_S = 0.002
+_SLICE_S = 0.002  # of work between two turns of other tasks
 
 
 async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
-    """Iterate over ``items``, and let other tasks run every few milliseconds. Canceling is safe."""
+    """Iterate over ``items``, and let other tasks run after every 2 ms. Canceling is safe."""
     since = time.monotonic()
     for item in items:
         yield item
@@ -30,7 +30,7 @@ async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
 
 
 class ChangeEvent:
-    """A signal without a value: ``notify`` wakes all tasks that ``wait``, and calls all functions that are
+    """A signal without a value. ``notify`` wakes all tasks in ``wait``, and calls all functions that are
     ``subscribed``.
     """
 
@@ -40,7 +40,7 @@ class ChangeEvent:
 
     @property
     def is_heard(self) -> bool:
-        """Whether any task waits for this event, or any function is subscribed to it."""
+        """True if any task is in ``wait``, or any function is ``subscribed``."""
         return bool(self._waiting or self._calls)
 
     def notify(self) -> None:
@@ -60,8 +60,8 @@ class ChangeEvent:
             self._calls.remove(call)
 
     async def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for the next ``notify``, or until ``timeout_s`` have passed. Always yields to other tasks. Canceling
-        is safe.
+        """Wait for the next ``notify``, but not longer than ``timeout_s`` seconds (None: without a limit). Returns in
+        the same way after both. Always lets other tasks run. Canceling is safe.
         """
         future = asyncio.get_running_loop().create_future()
         self._waiting[future] = None
@@ -77,8 +77,8 @@ class ChangeEvent:
 class TaskOwner:
     """A set of running tasks that end with their owner.
 
-    ``spawn`` starts one; ``close`` cancels those that still run and waits for them. If a task that is not awaited
-    dies of an exception, that is logged with its name.
+    ``spawn`` starts a task, and keeps a reference to it. ``close`` cancels the tasks that still run, and waits for
+    them. If a task ends with an exception, the exception is logged with the task's name.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,9 @@ class TaskOwner:
         return len(self._tasks)
 
     async def drain(self) -> None:
-        """Wait for the running tasks without cancelling them. Canceling this is safe: the tasks go on."""
+        """Wait until the tasks that run now have ended, without cancelling them. Canceling this call is safe: the tasks
+        go on.
+        """
         if self._tasks:
             await asyncio.wait(set(self._tasks))
 
@@ -113,8 +115,9 @@ class TaskOwner:
 
 
 async def outcome(action: Callable[[], Awaitable[T]], error: type[E]) -> T | E:
-    """The result of ``action``, or the error of that class that it raises. For a task that may outlive whatever awaits
-    it: if raised, the error would be reported as its death.
+    """Await ``action()`` and return its result. An exception of class ``error`` is returned too, not raised.
+
+    For a task whose caller may stop waiting: ``TaskOwner`` would log a raised exception as the death of the task.
     """
     try:
         return await action()
@@ -123,7 +126,9 @@ async def outcome(action: Callable[[], Awaitable[T]], error: type[E]) -> T | E:
 
 
 async def gather(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
-    """The results of all coroutines, run concurrently; the first error cancels the others and is raised as itself."""
+    """Run all coroutines concurrently, and return their results in order. The first exception cancels the other
+    coroutines, and is raised itself, not in an ExceptionGroup.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
@@ -133,10 +138,10 @@ async def gather(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
 
 
 async def to_its_end(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, bool]:
-    """Run ``function`` in a thread to its end, even if the calling task is cancelled. Returns the function's
-    result, and whether the task was cancelled.
+    """Run ``function`` in a thread, and wait for its end even if the calling task is cancelled meanwhile. Returns the
+    function's result, and True if the task was cancelled.
 
-    Raises what ``function`` raised, or CancelledError if it failed and the task was cancelled.
+    Raises what ``function`` raised. If the task was cancelled too, that becomes the cause of a CancelledError.
     """
     running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **kwargs))
     is_cancelled = False
@@ -151,7 +156,9 @@ async def to_its_end(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """As ``asyncio.to_thread``, but for a thread that must not outlive the call: canceling waits for its end."""
+    """Run ``function`` in a thread, and return its result. Canceling waits for the end of the function first: unlike
+    ``asyncio.to_thread``, no thread goes on after the call.
+    """
     result, is_cancelled = await to_its_end(function, *args, **kwargs)
     if is_cancelled:
         raise asyncio.CancelledError

@@ -55,17 +55,18 @@ class ChatFormat(Format):
         )
 
     def can_assemble(self, body: Mapping[str, Any]) -> bool:
-        """Whether the answer to ``body`` can be assembled from a stream.
+        """True if the answer to ``body`` can be assembled from a stream.
 
-        A server started with ``--reasoning-format deepseek-legacy`` cannot be detected here: its chats must not be
-        assembled. ``generation_settings`` of any native answer shows it, /props does not (measured).
+        Known limit: a server started with ``--reasoning-format deepseek-legacy`` puts the reasoning elsewhere in a
+        stream, and ``/props`` does not show the flag (measured; ``generation_settings`` of a native answer does). Its
+        chats are assembled too, with the reasoning in the stream's place.
         """
         given = without_nulls(body)
         return n_answers(given) is not None and _is_plain(given) and has_only(given, _FIELDS)
 
     def streamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """``body`` as a request for a stream, with ``echo``: without that the stream omits an assistant's message that
-        the answer continues.
+        """Return ``body`` as a request for a stream, with ``echo``: without it a stream omits the assistant message
+        that the answer continues.
         """
         return streamed_with_usage(body) | {"echo": True}
 
@@ -74,7 +75,7 @@ class ChatFormat(Format):
 
 
 def _is_plain(given: Mapping[str, Any]) -> bool:
-    """Whether all messages of a chat are text, and its reasoning is in the same place with and without a stream."""
+    """True if all messages of a chat are text, and its reasoning is in the same field with and without a stream."""
     messages = given.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return False
@@ -88,8 +89,8 @@ class ChatAssembly(OpenAIAssembly):
     """Assembles the answer to a chat from its events."""
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """Take one event. They come in this order: the deltas of each token, one event each, the last of them with
-        ``timings``; then the finish reason; then the totals.
+        """Take one event. The events of an answer come in this order: one for each delta of a token, the last delta of
+        a token with ``timings``; then the finish reason; then the totals.
 
         The totals have no index, but directly follow their finish reason (to_json_oaicompat_chat_stream).
         """
@@ -114,8 +115,8 @@ class ChatAssembly(OpenAIAssembly):
             part.tell(payload["timings"]["predicted_n"], any(delta.get(name) for name in _SAID))
 
     def _take_call(self, calls: list[dict[str, Any]], piece: dict[str, Any]) -> None:
-        """Add one piece of a tool call: the first piece has the call's id and name, further pieces extend the
-        arguments.
+        """Add one piece of a tool call to ``calls``. The first piece of a call has its id and name; further pieces
+        extend its arguments.
         """
         index, function = piece["index"], piece["function"]
         self._know(piece, {"index", "id", "type", "function"})
@@ -126,8 +127,9 @@ class ChatAssembly(OpenAIAssembly):
             whole[name] += text
 
     def _doubt_about(self, part: PartialAnswer) -> Doubt | None:
-        """The doubt about one answer, or None. What the chat's parser removes, the end token among it, has no events:
-        so held-back text can be detected only in an answer that was cut off.
+        """Return the doubt about one answer, None if there is none. Tokens that llama-server's chat parser removes,
+        such as the end token, have no events. So a missing end of the text shows only in an answer that stopped at its
+        token limit.
         """
         if part.is_cut and part.n_said < part.n_tokens:
             return Doubt.HELD_BACK

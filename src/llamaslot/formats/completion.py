@@ -42,7 +42,7 @@ class CompletionFormat(Format):
         return dry_run(body, is_chat=False, tokens=tokens, n=n, path="/v1/completions")
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        """The event as llama-server sends it (measured on xllamacpp 2026.10.11549)."""
+        """Return the event in the form of llama-server's own progress events (measured on xllamacpp 2026.10.11549)."""
         return event_of(
             {
                 "created": int(time.time()),
@@ -69,8 +69,8 @@ class TextAssembly(OpenAIAssembly):
     """Assembles the answer to a plain prompt from its events."""
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """Take one event. There is one for each token, also for a token without text; the last has the finish reason
-        and the totals.
+        """Take one event. llama-server sends one for each token, even for a token without text. The last event of an
+        answer has its finish reason and the totals.
         """
         self._know_event(payload)
         choice = payload["choices"][0]

@@ -1,11 +1,15 @@
 """Converts a body of ``/infill`` to its exact tokens.
 
-llama-server combines the tokens of its parts, in an order and within limits that depend on the model and on its
-flags: the tokens for prefix, suffix and middle; whether there are tokens for a repository and its files; whether the
-suffix comes first (``--spm-infill``); a quarter of ``--batch-size``, which limits the suffix, and three quarters,
-which limit the prefix; and the room that ``--ctx-size``, ``--batch-size`` and ``--predict`` leave for other files. It
-reports none of these. ``learn`` finds them out from two short answers, which repeat their prompt as text, and from
-two refusals of prompts that are too long, which report their number of tokens.
+llama-server tokenizes the parts of such a body and joins them, in an order and within limits that depend on the model
+and on its flags:
+
+- the tokens that mark prefix, suffix and middle, and whether there are tokens for a repository and its files
+- whether the suffix comes first (``--spm-infill``)
+- how long a part may be: a quarter of ``--batch-size`` for the suffix, three quarters for the prefix, and for the other
+  files the room that ``--ctx-size``, ``--batch-size`` and ``--predict`` leave
+
+llama-server reports none of these. ``learn`` finds them out from two or three short answers, which repeat their prompt
+as text, and from two refusals of prompts that are too long, which report their number of tokens.
 
 Source: llama.cpp, tools/server/server-common.cpp, ``format_prompt_infill``; measured on xllamacpp 2026.10.11549;
 tests/real/test_infill.py compares with it.
@@ -26,11 +30,11 @@ from llamaslot.formats.native import NativeAssembly, native_progress, native_str
 from llamaslot.formats.stream_to_json import HARMLESS, Assembly, has_only, n_answers, without_nulls
 
 _REPOSITORY, _FILE, _UNNAMED = "myproject\n", "filename\n", "tmp"
-_SNIPPET = "\n\n--- snippet ---\n\n"  # before each chunk, if the model has no token for that
+_SNIPPET = "\n\n--- snippet ---\n\n"  # before each other file, if the model has no token for that
 _WORD = "a\n"  # two tokens with most tokenizers
 _LONG_PREFIX = 16_384  # tokens: three quarters of any usual --batch-size
 _CACHE_BYTES = 8 << 20
-_MAX_PARTS = 512  # each is one request to the server; editors send some dozens
+_MAX_PARTS = 512  # of a body; each part is one request to the server, and editors send some dozens
 _FIELDS = HARMLESS | {"input_prefix", "input_suffix", "input_extra", "prompt", "response_fields"}
 
 
@@ -59,8 +63,8 @@ class InfillFormat(Format):
 
 
 class InfillServer(Protocol):
-    """The routes of llama-server that ``learn`` needs. ``ask`` sends a body and returns status and JSON; ``refusal``
-    does the same, but does not wait for an answer that is no refusal.
+    """The routes of llama-server that ``learn`` needs. ``ask`` sends a body and returns status and JSON. ``refusal``
+    does the same for a body that should be refused: if it is accepted, ``refusal`` does not wait for the answer.
     """
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
@@ -76,8 +80,9 @@ class Layout(Struct, frozen=True):
     """How one llama-server combines the parts of an /infill body. Tokens are packed; those that the model lacks are
     empty.
 
-    ``repository``: the tokens before the repository's name, and the name. ``quarter``: a quarter of ``--batch-size``,
-    in tokens. ``room``: the limit for all other files together, in tokens.
+    ``prefix``, ``suffix``, ``middle``, ``file``: the token before each such part. ``repository``: the token before the
+    repository's name, and the name. ``quarter``: a quarter of ``--batch-size``, in tokens. ``room``: the limit for all
+    other files (``input_extra``) together, in tokens.
     """
 
     prefix: bytes
@@ -92,8 +97,8 @@ class Layout(Struct, frozen=True):
 
 
 class Infill:
-    """Converts /infill bodies to tokens as one llama-server does. Chunks of other files, which editors send again and
-    again, are cached as tokens.
+    """Converts /infill bodies to tokens as one llama-server does. The tokens of other files (``input_extra``), which
+    editors send again and again, are cached: up to 8 MiB, the most recently used ones.
     """
 
     def __init__(self, server: InfillServer, layout: Layout) -> None:
@@ -102,10 +107,11 @@ class Infill:
         self._n_bytes = 0
 
     async def tokens(self, body: Mapping[str, Any], whose: str = "") -> bytes:
-        """The prompt of ``body``. ``whose``: the namespace in which chunks are found again, because a cache hit can
-        be measured.
+        """Return the packed tokens of the prompt that llama-server makes of ``body``.
 
-        Raises PromptNotTokenizable for bodies that llama-server refuses: its own answer explains it best.
+        ``whose``: the namespace of the request. Only texts that were cached for it are used, because the time of a
+        cache hit would tell one user what another has sent. Raises PromptNotTokenizable for bodies that llama-server
+        refuses: its own answer explains the fault best.
         """
         prefix = await self._text_or_mixed(body.get("input_prefix"))
         suffix = await self._text_or_mixed(body.get("input_suffix"))
@@ -122,7 +128,9 @@ class Infill:
         return b"".join((_last(extra, layout.room), layout.bos, *whole, layout.middle))
 
     async def extra(self, chunks: Any, whose: str) -> bytes:
-        """The tokens of the other files in a body (``input_extra``). Raises PromptNotTokenizable."""
+        """Return the packed tokens of ``chunks``, the other files in a body (``input_extra``), with the tokens before
+        each. Raises PromptNotTokenizable if ``chunks`` has another form, or more than 512 files.
+        """
         layout = self.layout
         parts = [layout.repository]
         if chunks is not None and not isinstance(chunks, list):
@@ -142,8 +150,8 @@ class Infill:
         return b"".join(parts)
 
     async def _text_or_mixed(self, given: Any) -> bytes:
-        """The tokens of ``given``: of a text, whose special tokens are read as text; or of a list of strings and ids,
-        each converted by itself.
+        """Return the packed tokens of ``given``: a text, or a list of texts and ids, each converted by itself. Special
+        tokens in a text are read as plain text.
         """
         parts = []
         is_long = isinstance(given, list) and len(given) > _MAX_PARTS
@@ -183,10 +191,10 @@ def _last(tokens: bytes, n: int) -> bytes:
 
 
 async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
-    """Probe how ``server`` combines the parts of an /infill body, in ``slot``, which then holds a few meaningless
-    tokens.
+    """Probe how ``server`` combines the parts of an /infill body. ``n_ctx``: tokens of a slot.
 
-    Raises PromptNotTokenizable if the probes do not show it. Canceling is safe.
+    The probes run in ``slot``, which the caller has leased; afterwards it holds a few meaningless tokens. Raises
+    PromptNotTokenizable if the probes do not show the layout. Canceling is safe.
     """
     learning = _Learning(server, slot, n_ctx)
     for layout in await learning.candidates():
@@ -196,7 +204,7 @@ async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
 
 
 class _Learning:
-    """The probes of ``server`` in ``slot``, and what the answers show of its layout."""
+    """The probes of ``server`` in ``slot``, and what their answers show of its layout."""
 
     def __init__(self, server: InfillServer, slot: int, n_ctx: int) -> None:
         self._server, self._n_ctx = server, n_ctx
@@ -204,8 +212,9 @@ class _Learning:
         self._n_empty = 0  # tokens of an empty prompt
 
     async def candidates(self) -> list[Layout]:
-        """The two layouts (suffix first or last) that agree with an empty prompt, whose answer shows the tokens for
-        repository and file with their names, BOS, prefix, suffix and middle.
+        """Return the two layouts (suffix last, suffix first) that agree with the answer to an empty prompt.
+
+        That answer shows the tokens for repository and file with their names, BOS, prefix, suffix and middle.
         """
         text, n = await self._prompt({"input_prefix": "", "input_suffix": ""})
         self._n_empty = n
@@ -231,10 +240,11 @@ class _Learning:
         ]
 
     async def _marked(self, text: str, name: str) -> tuple[bytes, str]:
-        """The tokens of a mark and of ``name`` behind it, if ``text`` begins with them; and the rest of ``text``.
+        """If ``text`` begins with a mark (one token) and ``name``, return the tokens of both and the rest of ``text``;
+        else no tokens and ``text`` itself.
 
-        The mark is tokenized alone, and the name too: if the model puts a space before each piece, both together have
-        other tokens.
+        Mark and name are tokenized separately: if the model puts a space before each piece, both together have other
+        tokens.
         """
         tokens = await self._plain(name)
         before, found, behind = text.partition(await self._server.detokenize(tokens))
@@ -246,7 +256,7 @@ class _Learning:
         return mark + tokens, behind
 
     async def fits(self, layout: Layout) -> bool:
-        """Whether the server combines a body with all parts as ``layout`` says."""
+        """True if the server combines a body with all parts in the way that ``layout`` says."""
         body = {
             "input_prefix": "prefix",
             "input_suffix": "suffix",
@@ -258,8 +268,8 @@ class _Learning:
         return count(tokens) == n and await self._server.detokenize(tokens) == text
 
     async def with_limits(self, layout: Layout) -> Layout:
-        """``layout`` with its limits: measured by how much remains of a long prefix, and of a long other file, in
-        prompts that are too long for the slot.
+        """Return ``layout`` with its limits. A prompt that is too long for the slot is refused with its number of
+        tokens; that shows how much of a long prefix, and of a long other file, llama-server has kept.
         """
         n_prefix = count(await self._plain(_WORD * (_LONG_PREFIX // 2)))
         n_left = await self._n_refused(input_prefix=_WORD * (_LONG_PREFIX // 2)) - self._n_empty
@@ -278,12 +288,12 @@ class _Learning:
         return _WORD * (self._n_ctx // 2 + 2)
 
     async def _n_refused(self, **parts: Any) -> int:
-        """How many tokens ``parts`` add to a prompt, by the count in llama-server's refusal: the prompt also has a
-        line that alone is too long for the slot, whose tokens are subtracted.
+        """Return how many tokens ``parts`` add to a prompt, by the count in llama-server's refusal. The prompt also has
+        a text that alone is too long for the slot; the tokens of that text are subtracted.
         """
         n_begun = count(await self._server.tokenize(self._too_long, add_special=False))
-        # Old builds truncate a prompt that is too long and compute the rest; that must not go on for longer than a
-        # batch.
+        # Old builds truncate a prompt that is too long and compute it. With progress events they notice within a
+        # batch that the connection is closed.
         body = {"input_prefix": "", "input_suffix": "", "prompt": self._too_long, "stream": True, **parts}
         status, answer = await self._server.refusal(
             "/infill", {**body, **self._ours, "return_progress": True}

@@ -23,15 +23,16 @@ _HEADER = b"x-anthropic-billing-header:"
 _STAMP = b"cch="
 _STAMP_BYTES = 5
 
-#: Blocks that llama-server omits. It omits every type that it does not know, for example documents; but a block with
-#: a text may be rendered by the next build.
+#: Types of blocks that llama-server omits. It omits every type that it does not know, for example documents. Only
+#: blocks without a text are listed here: the next build may render a block with a text.
 _LEFT_OUT = {"redacted_thinking"}
 _LEFT_OUT_OF_RESULTS = {"tool_reference"}
 
 _IMAGE = {"type": "image_url"}
 _CHOICES = {"auto": "auto", "any": "required", "tool": "required"}  # "none" is dropped: the model may call
 
-#: The fields that its conversion keeps beside the chat, and their names there: the others never reach the samplers.
+#: Fields that llama-server's conversion keeps besides the chat, with their names in the converted body. All other
+#: fields never reach the samplers.
 _KEPT = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_tokens",
     "stop_sequences": "stop",
@@ -85,7 +86,7 @@ class MessagesFormat(Format):
         return event_of({"type": "message_start", "message": message}, b"event: message_start\n")
 
     def counts(self, usage: Mapping[str, Any]) -> UsageCounts:
-        """The token counts in ``usage``, whose ``input_tokens`` are only those that were computed."""
+        """Return the token counts in ``usage``, whose ``input_tokens`` are only the computed tokens of the prompt."""
         n_cached, n_prompt = usage.get("cache_read_input_tokens"), None
         if n_cached is not None and "input_tokens" in usage:
             n_prompt = int(n_cached) + int(usage["input_tokens"])
@@ -104,8 +105,8 @@ class MessagesFormat(Format):
 
 
 class MessagesErrors(ErrorEvents):
-    """Encodes errors for Anthropic's libraries, which read only ``event: error`` with ``error.type`` and
-    ``error.message`` in it; llama-server does not send that envelope.
+    """Encodes errors for Anthropic's libraries. They read only events named ``error`` that have ``error.type`` and
+    ``error.message``; llama-server's own error events have another form.
     """
 
     is_translated = True
@@ -125,11 +126,11 @@ def _error_type(error: Mapping[str, Any]) -> str:
 
 
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat body whose rendering is the prompt of ``body``.
+    """Return the chat body whose rendering is the prompt of ``body``.
 
-    An image stays an image, but only as a position: such a chat is rendered up to there. Raises PromptNotTokenizable
-    for parts whose rendering is not known to be equal: documents, unknown blocks, and bodies that llama-server refuses
-    (its own answer explains it best).
+    An image becomes a part that only marks its position, because such a chat is rendered no further than its first
+    image. Raises PromptNotTokenizable if it is not known how llama-server renders a part (documents, unknown blocks),
+    and for bodies that llama-server refuses: its own answer explains the fault best.
     """
     messages: list[Any] = [{"role": "system", "content": text} for text in _system(body.get("system"))]
     given = body.get("messages")
@@ -150,7 +151,9 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _system(system: Any) -> Iterator[str]:
-    """The content of the system message, one or none: the texts of the blocks, concatenated."""
+    """Yield the content of the system message: the texts of all blocks, concatenated. Yields nothing if
+    there is none.
+    """
     if system is None:
         return
     blocks = [{"type": "text", "text": system}] if isinstance(system, str) else system
@@ -160,11 +163,11 @@ def _system(system: Any) -> Iterator[str]:
 
 
 def _without_stamp(text: str) -> str:
-    """The text with Claude Code's attribution stamp made equal for all requests, as llama-server does it.
+    """Return ``text`` with Claude Code's attribution stamp made equal for all requests, as llama-server does it.
 
-    ``x-anthropic-billing-header: cc_version=…; cch=a5145;`` would have another ``cch`` each time, and no two prompts
-    would have a common prefix. So five bytes between ``cch=`` and ``;`` become ``fffff``. Only if a text begins with
-    the header, and only the first ``cch=`` in it. (``normalize_anthropic_billing_header``, pull 21793)
+    ``x-anthropic-billing-header: cc_version=…; cch=a5145;`` has another ``cch`` each time, so no two prompts would have
+    a common prefix. If a text begins with this header, the five bytes between its first ``cch=`` and ``;`` become
+    ``fffff``. (``normalize_anthropic_billing_header``, pull 21793)
     """
     raw = text.encode()
     if not raw.startswith(_HEADER):
@@ -177,10 +180,11 @@ def _without_stamp(text: str) -> str:
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """The chat messages that one message of the body becomes: itself, or its blocks as one message, followed by one
-    for each tool result.
+    """Yield the chat messages that one message of the body becomes: one message with its text, images and tool calls,
+    then one message for each tool result. A message whose content is a string stays as it is.
 
-    The order is the same if the results come first, as Claude Code sends them: its reminders move in front.
+    The tool results come last even if they were first in the body, as Claude Code sends them. So the text that it adds
+    behind a result (reminders) comes before the result.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise PromptNotTokenizable("a message without a role")
@@ -219,9 +223,9 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _call(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call, with its arguments as an object, which llama-server serializes, in a chat too.
+    """Return a tool call of the chat. Its arguments stay an object: llama-server serializes them itself, in a chat too.
 
-    Templates that show the arguments as text show that serialization, for example ``1e+15``, which no other writer
+    Templates that show the arguments as text show that serialization, for example ``1e+15``, which no other JSON writer
     reproduces. (common/chat.cpp accepts an object since March 2026, see issue 20198; before, a string only.)
     """
     arguments = block.get("input")
@@ -232,8 +236,8 @@ def _call(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _result(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat message of role ``tool`` for a tool's result: the result's texts, concatenated; ``is_error`` is
-    dropped.
+    """Return the chat message of role ``tool`` for a tool result, with the result's texts concatenated. llama-server
+    drops ``is_error``, and reads no block after the first image.
     """
     content = block.get("content")
     if isinstance(content, list):
@@ -253,8 +257,8 @@ def _result(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> dict[str, Any]:
-    """A tool of the body as a function of the chat. Anthropic's own tools (``web_search_…``), which have a name only,
-    become functions without parameters.
+    """Return a tool of the body as a function of the chat. Anthropic's own tools (``web_search_…``), which have only a
+    name, become functions without parameters.
     """
     if not isinstance(tool, Mapping):
         raise PromptNotTokenizable("a tool that is no object")
@@ -267,8 +271,8 @@ def _tool(tool: Any) -> dict[str, Any]:
 
 
 def _is_shown(image: Mapping[str, Any]) -> bool:
-    """Whether llama-server renders an image: only if its source is ``base64`` or ``url``. Others, for example a file,
-    it omits.
+    """True if llama-server renders an image: its source is of type ``base64`` or ``url``. llama-server omits images of
+    other types, for example ``file``.
     """
     source = image.get("source")
     return isinstance(source, Mapping) and source.get("type") in ("base64", "url")
@@ -285,7 +289,9 @@ def _type(block: Any) -> str:
 
 
 def _text(block: Mapping[str, Any], name: str) -> str:
-    """The string in a field; the empty string if the field is missing or null."""
+    """Return the string in a field; empty if the field is missing or null. Raises PromptNotTokenizable for another
+    type.
+    """
     value = block.get(name)
     if value is not None and not isinstance(value, str):
         raise PromptNotTokenizable(f"{name!r} is no string")

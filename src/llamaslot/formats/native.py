@@ -54,7 +54,7 @@ class NativeFormat(Format):
 
 
 def native_progress(progress: Mapping[str, int]) -> bytes:
-    """A progress event in the native form (measured on xllamacpp 2026.10.11549)."""
+    """Return a progress event in the native form (measured on xllamacpp 2026.10.11549)."""
     return event_of(
         {
             "index": 0,
@@ -70,15 +70,15 @@ def native_progress(progress: Mapping[str, int]) -> bytes:
 
 
 def native_streamed(body: Mapping[str, Any]) -> dict[str, Any]:
-    """``body`` as a request for a stream, without ``response_fields``: with them the last event would
-    have only these.
+    """Return ``body`` as a request for a stream, without ``response_fields``: with them the last event would have only
+    these fields, and the assembly needs all of them.
     """
     return {name: value for name, value in streamed_with_progress(body).items() if name != "response_fields"}
 
 
 def response_fields(given: Mapping[str, Any]) -> list[str] | None:
-    """The field names in ``response_fields``, with slashes as separators; None if it is anything but a list of such
-    names.
+    """Return the field names in ``response_fields``, whose slashes separate levels. Empty if the body has none; None if
+    the value is no list of such names.
     """
     paths = given.get("response_fields", [])
     if isinstance(paths, list) and all(isinstance(path, str) and all(path.split("/")) for path in paths):
@@ -87,15 +87,17 @@ def response_fields(given: Mapping[str, Any]) -> list[str] | None:
 
 
 class NativeAssembly(Assembly):
-    """Assembles the answer to a native body from its events. ``paths``: the body's ``response_fields``."""
+    """Assembles the answer to a native body from its events. ``paths``: the body's ``response_fields``; empty or None
+    for all fields.
+    """
 
     def __init__(self, n_answers: int, paths: list[str] | None) -> None:
         super().__init__(n_answers)
         self._paths = paths
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """Take one event. There is one for each token, also for a token without text; the last is the whole answer
-        without the text.
+        """Take one event. llama-server sends one for each token, even for a token without text. The last event of an
+        answer is the whole answer without its text.
         """
         part = self._part(payload["index"])
         part.text += payload["content"]
@@ -118,8 +120,8 @@ class NativeAssembly(Assembly):
 
 
 def _chosen(whole: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """The fields of ``whole`` that ``paths`` name: a slash descends into an object; missing fields are left out
-    (server-common.cpp, json_get_nested_values).
+    """Return the fields of ``whole`` that ``paths`` name. A slash in a path leads into an object. Missing fields are
+    left out (server-common.cpp, json_get_nested_values).
     """
     result: dict[str, Any] = {}
     for path in paths:

@@ -1,7 +1,7 @@
-"""Which part of a request's body a position in its rendered prompt comes from.
+"""Finds which part of a request's body a position in its rendered prompt comes from.
 
-Templates copy the texts of a body into the prompt unchanged, except for blanks at their ends. So the texts are
-searched there, one after the other. This only helps a reader of the log; no decision depends on it.
+Templates copy the texts of a body into the prompt unchanged, except for blanks at their ends. So each text is searched
+in the prompt, one after the other. The result is only for readers of the log; no decision depends on it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from llamaslot.formats.base import Format
 #: ``prompt``: the request has no messages.
 Where = Literal["system", "tools", "message", "prompt"]
 
-_EDGE = 200  # characters at each end of a text that are searched
-_HEADER = 40  # characters that a template puts before a message
+_EDGE = 200  # characters: if a text is not found whole, its beginning and end of this length are searched
+_HEADER = 40  # characters: at most so many does a template put before a message
 _LEADING = ("system", "developer")
 
 
 class Whereabouts(Struct, frozen=True):
-    """The part of a body that a position in the prompt comes from. ``message``: its index in ``messages`` (or
-    ``input``) as the client sent them; None for a part that is no message. ``is_last_turn``: no answer of the model
-    follows the message.
+    """The part of a body that a position in the prompt comes from.
+
+    ``message``: the index of a message in ``messages`` (or ``input``) as the client sent them; None if the part is no
+    message. ``role``: of that message. ``is_last_turn``: no answer of the model follows that message.
     """
 
     where: Where
@@ -46,8 +47,8 @@ class _Span(Struct, frozen=True):
 
 
 def whereabouts(text: str, offset: int, body: Mapping[str, Any], format_: Format) -> Whereabouts:
-    """The part of the body that the character at ``offset`` of the rendered ``text`` comes from. Text before a
-    message, such as its role, belongs to the message.
+    """Return the part of the body that the character at ``offset`` of the rendered prompt ``text`` comes from. Text
+    that the template puts before a message, such as its role, belongs to the message.
     """
     messages = format_.messages(body)
     if messages is None:
@@ -66,7 +67,7 @@ def whereabouts(text: str, offset: int, body: Mapping[str, Any], format_: Format
 
 
 def _n_leading(messages: list[Any]) -> int:
-    """The number of leading messages that form the system prompt."""
+    """Return the number of messages at the beginning that form the system prompt."""
     n = 0
     while n < len(messages) and _role(messages[n]) in _LEADING:
         n += 1
@@ -74,14 +75,18 @@ def _n_leading(messages: list[Any]) -> int:
 
 
 def _role(message: Any) -> str:
-    """The role of a message; of an item of ``input`` that is no message, its type, for example ``function_call``."""
+    """Return the role of a message. An item of ``input`` that is no message has its type instead, for example
+    ``function_call``.
+    """
     if not isinstance(message, Mapping):
         return "?"
     return str(message.get("role") or message.get("type") or "?")
 
 
 def _spans(text: str, messages: list[Any]) -> Iterator[_Span]:
-    """The messages after the system prompt whose texts are found in the prompt, in order."""
+    """Yield where in the prompt the messages behind the system prompt are, in order. A message whose texts are not
+    found is left out.
+    """
     at = 0
     roles = [_role(message) for message in messages]
     last_answer = max(
@@ -96,7 +101,7 @@ def _spans(text: str, messages: list[Any]) -> Iterator[_Span]:
 
 
 def _texts(message: Any) -> Iterator[str]:
-    """The parts of a message that a prompt contains unchanged: texts, names of called tools, results of tools."""
+    """Yield the parts of a message that a prompt contains unchanged: texts, names of called tools, results of tools."""
     if isinstance(message, str):
         yield message
     elif isinstance(message, list):
@@ -135,8 +140,8 @@ def _system_spans(
 
 
 def _tools_span(text: str, body: Mapping[str, Any]) -> Iterator[_Span]:
-    """The part of the prompt from the first to the last tool that is found there, by its description or by its name in
-    quotes.
+    """Yield the part of the prompt from the first to the last tool that is found there, by its description or by its
+    name in quotes; nothing if none is found.
     """
     tools = body.get("tools")
     found: list[tuple[int, int]] = []

@@ -23,5 +23,7 @@ FORMATS: dict[str, Format] = {each.name: each for each in _ALL}
 
 
 def format_named(name: str | None) -> Format | None:
-    """The format of this name, as a route gives it; None for a route without a format."""
+    """Return the format with this name, which a route gives; None if ``name`` is None, as for routes
+    without a format.
+    """
     return FORMATS[name] if name is not None else None

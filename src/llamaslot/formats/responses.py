@@ -41,7 +41,7 @@ class ResponsesFormat(Format):
         return chat_body(body)
 
     def counts(self, usage: Mapping[str, Any]) -> UsageCounts:
-        """The token counts in ``usage``, whose ``input_tokens`` are all of the prompt."""
+        """Return the token counts in ``usage``, whose ``input_tokens`` are all tokens of the prompt."""
         n_cached = (usage.get(self.usage_details_key) or {}).get("cached_tokens")
         n_prompt = int(usage["input_tokens"]) if n_cached is not None and "input_tokens" in usage else None
         return UsageCounts(n_cached, n_prompt, int(usage.get("output_tokens", 0)))
@@ -53,11 +53,13 @@ class ResponsesFormat(Format):
 class ResponsesErrors(ErrorEvents):
     """Encodes errors in a form that Codex and the libraries of OpenAI and Vercel all understand.
 
-    Codex ignores events whose ``type`` it does not know, reports "stream closed before response.completed" and repeats
-    the request five times. It needs ``response.failed``, with ``code`` a string: ``context_length_exceeded`` and
-    ``invalid_prompt`` are final, ``server_error`` and ``rate_limit_exceeded`` are retried; all but the first show the
-    message. OpenAI's libraries do not raise on it, and an interrupted answer would look like a short one: for them
-    ``error`` is at the root too. Vercel's needs a ``sequence_number``.
+    - Codex ignores events whose ``type`` it does not know, reports "stream closed before response.completed" and
+      repeats the request five times. It needs ``response.failed`` with a string as ``code``: after
+      ``context_length_exceeded`` and ``invalid_prompt`` it does not repeat the request, after ``server_error`` and
+      ``rate_limit_exceeded`` it does. It shows the message of all but the first.
+    - OpenAI's libraries do not raise on ``response.failed``, and an interrupted answer would look like a short one. For
+      them ``error`` is at the root too.
+    - Vercel's library needs a ``sequence_number``.
     """
 
     is_translated = True
@@ -98,11 +100,12 @@ def _error_code(error: Mapping[str, Any]) -> str:
 
 
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat body whose rendering is the prompt of ``body``.
+    """Return the chat body whose rendering is the prompt of ``body``.
 
-    An image stays an image, but only as a position: such a chat is rendered up to there. Raises PromptNotTokenizable
-    for parts whose rendering is not known to be equal, and for bodies that llama-server refuses (its own answer
-    explains it best), such as ``previous_response_id``, files, refusals, and unknown items.
+    An image becomes a part that only marks its position, because such a chat is rendered no further than its first
+    image. Raises PromptNotTokenizable if it is not known how llama-server renders a part, and for bodies that
+    llama-server refuses, such as ``previous_response_id``, files, refusals, and unknown items: its own answer explains
+    the fault best.
     """
     if body.get("previous_response_id"):
         raise PromptNotTokenizable("'previous_response_id' is not supported by llama-server")
@@ -119,7 +122,9 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _system(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The system message. ``"instructions": null`` makes an empty one, which templates show."""
+    """Yield the system message; nothing if the body has no ``instructions``. ``"instructions": null`` gives an empty
+    message, which templates show.
+    """
     if "instructions" in body:
         instructions = body["instructions"]
         if instructions is not None and not isinstance(instructions, str):
@@ -141,7 +146,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
 
 
 def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
-    """Append the message that ``item`` becomes. Items of the assistant in one turn are added to one message."""
+    """Append the message that ``item`` becomes. Consecutive items of the assistant become one message."""
     match item.get("type"), item.get("role"):
         case "message" | None, "user" | "system" | "developer":
             messages.append(_message(item, _parts(item.get("content"), "input_text", "input_image")))
@@ -175,13 +180,13 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
 
 
 def _is_assistants(messages: list[dict[str, Any]]) -> bool:
-    """Whether the last message is the assistant's, so that further items of the assistant are added to it."""
+    """True if the last message is the assistant's, so that a further item of the assistant belongs to it."""
     return bool(messages) and messages[-1]["role"] == "assistant"
 
 
 def _message(item: Mapping[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The chat message of an item, with ``parts`` as its content and the item's other fields, which templates do not
-    receive today.
+    """Return the chat message of ``item``, with ``parts`` as its content. It keeps the item's other fields, which
+    templates do not receive today.
     """
     return {name: value for name, value in item.items() if name not in ("type", "status")} | {
         "content": parts
@@ -189,7 +194,9 @@ def _message(item: Mapping[str, Any], parts: list[dict[str, Any]]) -> dict[str, 
 
 
 def _parts(content: Any, *types: str) -> list[dict[str, Any]]:
-    """The content of a message as parts of a chat; ``content`` is a string, or a list of parts of these ``types``."""
+    """Return the content of a message as parts of a chat. ``content`` is a string, or a list of parts of these
+    ``types``; raises PromptNotTokenizable for anything else.
+    """
     if isinstance(content, str):
         return [{"text": content, "type": "text"}]
     return [
@@ -199,7 +206,7 @@ def _parts(content: Any, *types: str) -> list[dict[str, Any]]:
 
 
 def _output(output: Any) -> Any:
-    """The content of a tool's result: a string, or parts that keep their other fields."""
+    """Return the content of a tool's result: a string, or parts that keep their other fields."""
     if isinstance(output, str):
         return output
     return [{**part, "type": "text"} for part in _checked(output, "input_text")]
@@ -216,7 +223,9 @@ def _checked(parts: Any, *types: str) -> list[Mapping[str, Any]]:
 
 
 def _reasoning(item: Mapping[str, Any]) -> str:
-    """The first text of a reasoning item. llama-server answers 400 to one that is only encrypted or summarized."""
+    """Return the first text of a reasoning item. llama-server answers 400 to an item that is only encrypted or
+    summarized.
+    """
     content = item.get("content")
     if not isinstance(item.get("summary"), list) or not isinstance(content, list) or not content:
         raise PromptNotTokenizable("a reasoning without its text")
@@ -226,7 +235,9 @@ def _reasoning(item: Mapping[str, Any]) -> str:
 
 
 def _tools(tools: Any) -> Iterator[dict[str, Any]]:
-    """The functions among the tools. Tools of other types (``web_search``, ``custom``) are left out."""
+    """Yield the functions among the tools. llama-server leaves out tools of other types (``web_search``,
+    ``custom``).
+    """
     if not isinstance(tools, list):
         raise PromptNotTokenizable("'tools' is no list")
     for tool in tools:

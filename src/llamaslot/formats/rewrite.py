@@ -1,8 +1,8 @@
 """Rules that make changing parts of a system prompt constant, so that the prefix after them stays reusable.
 
-A system prompt comes first: a date, a random id or a checksum in it changes with each request or each day, and no
-token after it can be reused. A rule replaces each match of its pattern by a constant text. Texts of users, answers
-and tools are never changed.
+A system prompt comes first: a date, a random id or a checksum in it changes with each request or each day, and no token
+after it can be reused. A rule replaces each match of its pattern by a constant text. Rules change system prompts only,
+never the texts of users, answers and tools.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from llamaslot.formats.base import Format
 from llamaslot.formats.registry import FORMATS
 
-LIMIT_S = 0.05  # of computing, per rule and request
+LIMIT_S = 0.05  # of computing, for each rule and request
 MAX_CHARS = 4096
 
 #: The names of the formats that have a system prompt.
 SPOKEN = tuple(name for name, each in FORMATS.items() if each.messages_key or each.system_key)
 if TYPE_CHECKING:
-    import regex  # where a rule is compiled: 12 ms of a start that has none
+    import regex  # imported only where a rule is compiled: it takes 12 ms
 
     Spoken = str
 else:
@@ -78,8 +78,10 @@ _BRACE = re.compile(r"(\\N\{|\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
 
 
 def _compiled(pattern: str) -> regex.Pattern[str]:
-    """``pattern``, compiled by the library ``regex``, whose search can be stopped. A brace that repeats nothing is
-    escaped, as in ``re``: ``regex`` reads ``{e}`` and the like as permitted errors, and then anything matches.
+    """Compile ``pattern`` with the library ``regex``, whose search can be stopped after a time.
+
+    A brace that repeats nothing is escaped first, because ``re`` takes it as a plain character. ``regex`` would read
+    ``{e}`` and the like as permitted errors, and then anything matches.
     """
     import regex
 
@@ -104,7 +106,9 @@ READY = {
 
 
 def ready(value: object) -> object:
-    """The rule of ``READY`` if ``value`` is its name, else ``value`` itself. Raises ValueError with the known names."""
+    """Return the rule of ``READY`` if ``value`` is a string, which must be its name; else ``value`` itself. Raises
+    ValueError with the known names.
+    """
     if isinstance(value, str):
         if value not in READY:
             raise ValueError(f"{_unknown(value)}; a rule of your own has the keys name, pattern and replace")
@@ -113,7 +117,7 @@ def ready(value: object) -> object:
 
 
 def is_ready(name: str) -> str:
-    """Check that ``name`` is the name of a ready rule, and return it. Raises ValueError."""
+    """Return ``name`` if it is the name of a ready rule. Raises ValueError with the known names if not."""
     if name not in READY:
         raise ValueError(f"{_unknown(name)}; to turn off a rule of your own, remove it from rewrite")
     return name
@@ -124,15 +128,15 @@ def _unknown(name: str) -> str:
 
 
 def in_force(rules: Sequence[RewriteRule], off: Collection[str]) -> tuple[RewriteRule, ...]:
-    """The rules that apply: those of ``READY`` that are not ``off``, then ``rules``. A rule with the name of a ready
-    one replaces it.
+    """Return the rules that apply: those of ``READY`` that ``off`` does not name, then ``rules``. A rule in ``rules``
+    with the name of a ready rule replaces that.
     """
     named = {rule.name for rule in rules} | set(off)
     return (*(rule for name, rule in READY.items() if name not in named), *rules)
 
 
 def distinct(rules: tuple[RewriteRule, ...]) -> tuple[RewriteRule, ...]:
-    """Check that no two rules have the same name, and return them. Raises ValueError."""
+    """Return ``rules`` if no two of them have the same name. Raises ValueError if they have."""
     names = [rule.name for rule in rules]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two rules are named {', '.join(twice)}")
@@ -141,8 +145,8 @@ def distinct(rules: tuple[RewriteRule, ...]) -> tuple[RewriteRule, ...]:
 
 @dataclass(slots=True)
 class Rewriter:
-    """One rule and its counters since the start: requests that it has changed (``n_fired``), and those where it was
-    stopped after ``LIMIT_S``.
+    """One rule and its counters since the start. ``n_fired``: requests that the rule has changed; ``n_given_up``:
+    requests for which it was stopped after ``LIMIT_S``.
     """
 
     rule: RewriteRule
@@ -154,9 +158,10 @@ class Rewriter:
         self._pattern = _compiled(self.rule.pattern)
 
     def rewrite(self, text: str, limit_s: float = LIMIT_S) -> str:
-        """The text with every match replaced. Raises TimeoutError after ``limit_s`` of computing.
+        """Return ``text`` with every match in its first ``max_chars`` characters replaced. Raises TimeoutError after
+        ``limit_s`` of computing.
 
-        A match at the end of the searched part may be incomplete, and stays.
+        If ``text`` is longer, a match that ends just at ``max_chars`` is not replaced, because it may be incomplete.
         """
         looked_at, rest = text[: self.rule.max_chars], text[self.rule.max_chars :]
 
@@ -176,8 +181,8 @@ class Rewriting:
         self.rules, self.rewriters = rules, [Rewriter(rule) for rule in rules]
 
     def apply(self, body: MutableMapping[str, Any], format_: Format) -> tuple[list[str], list[str]]:
-        """Change ``body`` in place. Returns the names of the rules that have changed something, and of those that
-        were stopped.
+        """Apply the rules to the system prompts in ``body``, in place. Returns the names of the rules that have changed
+        something, and of the rules that were stopped after ``LIMIT_S``.
         """
         fired, given_up = list[str](), list[str]()
         for rewriter in self.rewriters:

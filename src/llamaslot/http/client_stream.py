@@ -17,6 +17,7 @@ from multidict import CIMultiDict
 from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError
 from llamaslot.formats.base import ErrorEvents
+from llamaslot.formats.comments import Comment
 from llamaslot.http.client_errors import HAS_BEGUN, error_instead, errors_of
 from llamaslot.http.connections import NAME
 from llamaslot.http.deadlines import Timeouts
@@ -81,7 +82,7 @@ class Downstream:
     is_streaming: bool
     headers: dict[str, str] = field(default_factory=dict)
     progress: Callable[[Prefilling], bytes] | None = None
-    state: object = "tokenizing"
+    state: object = Comment.TOKENIZING
     response: web.StreamResponse | None = None
     is_answered: bool = False  # something of llama-server's answer was sent, or is about to be
     told: dict[str, Any] = field(default_factory=dict)  # facts that later parts of the answer must agree with
