@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from types import MappingProxyType
 
 from msgspec.structs import replace
@@ -20,6 +21,7 @@ from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.scheduling.eviction import ByValue
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.giving_out import Given, outgoing
+from llamaslot.store.quota import NoRoomYet, Turnover
 from llamaslot.store.sidecar import EXT, KV, PART, Part, digest_of
 from llamaslot.store.snapshot_table import Pin, SnapshotTable
 from llamaslot.store.taking_in import Base
@@ -50,6 +52,7 @@ class Disk:
         self.origins: dict[str, Origin] = {}
         self._server, self._table, self._now, self._on_drop = server, table, now, on_drop
         self._reservations: dict[str, tuple[int, frozenset[str]]] = {}
+        self._turnover = Turnover(self._reservations.__len__)
         self._serial = 0
         table.fingerprints = frozenset({FINGERPRINT})
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(table.snapshots)
@@ -71,11 +74,16 @@ class Disk:
         keep: Collection[str] = (),
         spare: Collection[str] = (),
         new_bytes: int | None = None,
+        *,
+        waits: bool = False,
     ) -> Reservation:
         """Raises QuotaExceeded, and evicts nothing, if there is not enough that may go.
 
         ``spare`` is a part of llamaslot's order, and does not count in others.
         """
+        return await self._turnover.reserve(partial(self._reserve, size_bytes, keep, spare), waits=waits)
+
+    async def _reserve(self, size_bytes: int, keep: Collection[str], spare: Collection[str]) -> Reservation:
         self._table.tend(self._now())
         spared = frozenset(keep) | frozenset(spare if isinstance(self._table.order, ByValue) else ())
         try:
@@ -92,7 +100,7 @@ class Disk:
         short = self.size_bytes + size_bytes - self.quota_bytes
         victims = self._table.victims(short, 0, keep, self._now())
         if self._table.files.freed_bytes(victims) < short:
-            raise QuotaExceeded(f"no room for {size_bytes} bytes")
+            raise NoRoomYet(f"no room for {size_bytes} bytes")
         for victim in victims:
             self.n_evicted += 1
             self._drop(victim.id)
@@ -122,6 +130,7 @@ class Disk:
         self._table.add(snapshot.listed, now, last_used=now - saved.idle_s)
         self.added_bytes += self.size_bytes - before
         self._note()
+        self._turnover.ended()
         return snapshot
 
     def _parts(self, base: Base | None, id_: str, n_tokens: int) -> tuple[Part, ...]:
@@ -139,6 +148,7 @@ class Disk:
     async def abandon(self, reservation: Reservation, *, is_refused: bool = False) -> None:
         if self._reservations.pop(reservation.id, None) is not None:
             self._server.files.pop(reservation.part_name, None)
+            self._turnover.ended()
 
     def pin(self, id_: str) -> Pin:
         """Raises KeyError if it is gone."""
@@ -176,7 +186,8 @@ class Disk:
             yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
             return
         n = order.rows[-1].end
-        copy = await self.reserve(n * self._server.hardware.bytes_per_token, (snapshot.id,), spare)
+        size_bytes = n * self._server.hardware.bytes_per_token
+        copy = await self.reserve(size_bytes, (snapshot.id,), spare, waits=True)
         whole = self._server.files[snapshot.file_name]
         self._server.files[copy.part_name] = File(head(whole.tokens, n), whole.origin)
         try:

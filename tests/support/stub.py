@@ -14,6 +14,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -32,6 +33,7 @@ from llamaslot.llama.answers import Progress, Props, SlotAction, SlotInfo
 from llamaslot.scheduling.request import Request
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.giving_out import Given
+from llamaslot.store.quota import NoRoomYet, Turnover
 from llamaslot.store.sidecar import digest_of
 from llamaslot.store.snapshot_table import Pin
 
@@ -418,23 +420,35 @@ class StubCatalog:
     has_landing: bool = False
     _serial: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
+    def __post_init__(self) -> None:
+        self.turnover = Turnover(self.reservations.__len__)
+
     async def reserve(
         self,
         size_bytes: int,
         keep: Collection[str] = (),
         spare: Collection[str] = (),
         new_bytes: int | None = None,
+        *,
+        waits: bool = False,
     ) -> Reservation:
+        return await self.turnover.reserve(partial(self._reserve, size_bytes, keep, spare), waits=waits)
+
+    async def _reserve(self, size_bytes: int, keep: Collection[str], spare: Collection[str]) -> Reservation:
         await self.server.op("reserve", None)
         while len(self.snapshots) + len(self.reservations) >= self.room:
             may_go = [id_ for id_ in self.snapshots if self._may_go(id_, keep)]
             victim = min(may_go, key=lambda id_: id_ in spare, default=None)
             if victim is None:
-                raise QuotaExceeded("no room")
+                raise NoRoomYet("no room")
             self.discard(victim)
         id_ = f"ls-{next(self._serial)}"
         self.reservations.add(id_)
         return Reservation(id_, f"{id_}.part", size_bytes, self.has_landing)
+
+    def _end(self, reservation: Reservation) -> None:
+        self.reservations.discard(reservation.id)
+        self.turnover.ended()
 
     def _may_go(self, id_: str, keep: Collection[str]) -> bool:
         return not self.pins[id_] and id_ not in keep and not self.snapshots[id_].is_pinned
@@ -443,13 +457,13 @@ class StubCatalog:
         await self.server.op("commit", None)
         tokens = self.server.files.pop(reservation.part_name)
         if not tokens or not tokens.startswith(saved.tokens_expected):
-            self.reservations.discard(reservation.id)
+            self._end(reservation)
             raise OtherConversation("holds another conversation")
         if self.is_slow_to_commit:
             saved.on_checked(tokens)
             async with saved.turn:
                 await self.server.op("take in", None)
-        self.reservations.discard(reservation.id)
+        self._end(reservation)
         if self.is_disk_full:
             raise QuotaExceeded("no room")
         self.server.files[f"{reservation.id}.kv"] = tokens
@@ -464,7 +478,7 @@ class StubCatalog:
         return snapshot
 
     async def abandon(self, reservation: Reservation, *, is_refused: bool = False) -> None:
-        self.reservations.discard(reservation.id)
+        self._end(reservation)
         self.server.files.pop(reservation.part_name, None)
         await asyncio.sleep(0)
 

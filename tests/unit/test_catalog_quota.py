@@ -96,6 +96,42 @@ async def test_drafts_count_before_they_are_written(shelter: Shelter) -> None:
         await shelter.catalog.reserve(6_000)
 
 
+async def test_a_save_waits_for_the_room_that_another_one_gives_back(shelter: Shelter) -> None:
+    """Two conversations go on in the same instant, and only one more snapshot fits: the second is written once the
+    first has replaced its old one. Neither old one may go before: its slot has nothing else on disk."""
+    old = [await shelter.save(some_tokens(40, seed), 4_000) for seed in range(2)]
+    keep = {snapshot.id for snapshot in old}
+
+    async def go_on(seed: int) -> None:
+        draft = await shelter.catalog.reserve(2_000, keep, waits=True)
+        tokens = some_tokens(60, seed)
+        n_written = shelter.write(draft, tokens)
+        await asyncio.sleep(0.01)  # llama-server writes it while the other one looks for room
+        await shelter.commit(draft, tokens, n_written)
+        keep.discard(old[seed].id)
+        await shelter.catalog.drop(old[seed].id)
+
+    await asyncio.wait_for(asyncio.gather(go_on(0), go_on(1)), 10)
+    assert len(shelter.catalog.snapshots) == 2
+    assert set(shelter.dropped) == {snapshot.id for snapshot in old}
+
+
+async def test_only_who_has_room_is_waited_for(shelter: Shelter) -> None:
+    """Three wait for each other in vain: all are refused, also the one that waited for a fourth."""
+    held = await shelter.catalog.reserve(6_000)
+    waiting = [
+        asyncio.get_running_loop().create_task(shelter.catalog.reserve(6_000, waits=True)) for _ in range(3)
+    ]
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in waiting)
+    waiting.pop().cancel()
+    snapshot = await shelter.commit(held, TOKENS, shelter.write(held, TOKENS))
+    with shelter.catalog.pin(snapshot.id):
+        results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10)
+    assert all(isinstance(result, QuotaExceeded) for result in results)
+    shelter.catalog.check()
+
+
 async def test_reservations_at_once_evict_no_more_than_they_need(shelter: Shelter) -> None:
     """Each chooses victims of its own: three reservations, three victims, and the quota holds throughout."""
     for seed in range(5):
@@ -247,15 +283,17 @@ async def test_a_victim_that_cannot_be_unlinked_is_replaced_by_the_next(
     assert shelter.bytes_on_disk() + draft.size_bytes <= shelter.quota_bytes
 
 
-async def test_all_at_once(shelter: Shelter) -> None:
-    """Ten savers on a quota for four, touching, pinning and dropping: the quota holds at each write."""
+@pytest.mark.parametrize("waits", [False, True])
+async def test_all_at_once(shelter: Shelter, waits: bool) -> None:
+    """Ten savers on a quota for four, touching, pinning and dropping: the quota holds at each write. None of those
+    that wait for room is refused."""
     n_refused = 0
 
     async def saver(seed: int) -> None:
         nonlocal n_refused
         for turn in range(5):
             try:
-                draft: Reservation = await shelter.catalog.reserve(2_500)
+                draft: Reservation = await shelter.catalog.reserve(2_500, waits=waits)
             except QuotaExceeded:
                 n_refused += 1
                 continue
@@ -277,7 +315,7 @@ async def test_all_at_once(shelter: Shelter) -> None:
 
     await asyncio.gather(*(saver(seed) for seed in range(10)))
     await shelter.catalog.settle()
-    assert n_refused < 50
+    assert n_refused < (1 if waits else 50)
     assert len(shelter.dropped) == len(set(shelter.dropped))
     assert await shelter.settled() == shelter.whole()
     assert shelter.catalog.size_bytes == shelter.bytes_on_disk()

@@ -319,10 +319,11 @@ class TestInTheBackground:
         assert len(house.catalog.snapshots) == 3
         house.check_nothing_is_left()
 
+    @pytest.mark.parametrize("pause_s", [1.0, 0.0])
     def test_a_save_without_room_waits_for_commits_that_have_whole_files(
-        self, caplog: pytest.LogCaptureFixture
+        self, caplog: pytest.LogCaptureFixture, pause_s: float
     ) -> None:
-        """What is displaced then is saved all the same."""
+        """What is displaced then is saved all the same, also if all ask in the same instant."""
         house = House(
             VirtualLoop(), StubServer(4, pace=lambda op: 60.0 if op.kind == "take in" else 0.01), room=3
         )
@@ -331,7 +332,7 @@ class TestInTheBackground:
         fill(house, 4)
         for i in range(4):
             house.start(house.ask(Request(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
-            house.loop.pass_time(1.0)
+            house.loop.pass_time(pause_s)
         house.finish()
         assert "was not saved" not in caplog.text
         assert len(house.catalog.snapshots) == 3

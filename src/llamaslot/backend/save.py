@@ -223,7 +223,9 @@ class Saving:
             size_bytes = self.rates.size_bytes(n_held)
             base = _base(lease.table, content, content.tokens)
             new_bytes = size_bytes - (self.rates.size_bytes(base.n_shared) if base is not None else 0)
-            reservation = await self._reserve(size_bytes, keep, max(new_bytes, 0))
+            reservation = await self.catalog.reserve(
+                size_bytes, keep, self.leases.snapshots_in_demand(), max(new_bytes, 0), waits=True
+            )
         except (QuotaExceeded, SnapshotInvalid) as error:
             self._not_saved(lease, kind, error)
             return None
@@ -267,19 +269,6 @@ class Saving:
         if not commit.done():
             await self._leave_to_itself(file, commit)
         return commit
-
-    async def _reserve(self, size_bytes: int, keep: set[str], new_bytes: int) -> Reservation:
-        """Reserve space; if there is none, once commits have ended. Raises QuotaExceeded and SnapshotInvalid."""
-        assert self.catalog is not None
-        while True:
-            try:
-                return await self.catalog.reserve(
-                    size_bytes, keep, self.leases.snapshots_in_demand(), new_bytes
-                )
-            except QuotaExceeded:
-                if not self._commits:  # each has a slot file now, and may be evicted later
-                    raise
-                await asyncio.wait(self._commits, return_when=asyncio.FIRST_COMPLETED)
 
     async def _leave_to_itself(self, file: _File, commit: asyncio.Task[WithTokens | None]) -> None:
         """Let ``commit`` go on in the background, as a pending save. Waits while too many commits run."""

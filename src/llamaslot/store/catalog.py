@@ -24,7 +24,7 @@ from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.giving_out import Copies, is_passing
 from llamaslot.store.landing import Landing
 from llamaslot.store.manifest import Manifest
-from llamaslot.store.quota import Deficit, Limits, Quota
+from llamaslot.store.quota import Deficit, Limits, Quota, Turnover
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens
 from llamaslot.store.snapshot_table import Pin, SnapshotTable
 from llamaslot.store.upkeep import Sweep, Upkeep
@@ -69,6 +69,7 @@ class Catalog:
         )
         self._manifest = Manifest(manifest, directory)
         self._reservations: dict[str, ReservationState] = {}
+        self._turnover = Turnover(self._reservations.__len__)
         self._served: dict[str, str] = {}  # fingerprints by backend
         self._upkeep = Upkeep(directory, self._table, self._manifest, self._tasks, self._drop)
         self._sweep = Sweep(directory, self._table, self._quota, self._reservations.keys(), self._drop)
@@ -77,8 +78,9 @@ class Catalog:
             self.landing,
         )  # fmt: skip
         self._copies = Copies(
-            directory, self.landing, self.reserve, self.abandon, self._is_invalid, self._table.checksum_of
-        )
+            directory, self.landing, partial(self.reserve, waits=True), self.abandon, self._is_invalid,
+            self._table.checksum_of,
+        )  # fmt: skip
         self.given_out = self._copies.given_out  # if a file is damaged, what needs it is dropped
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
@@ -223,29 +225,37 @@ class Catalog:
         keep: Collection[str] = (),
         spare: Collection[str] = (),
         new_bytes: int | None = None,
+        *,
+        waits: bool = False,
     ) -> Reservation:
         """Reserve ``size_bytes``, evicting snapshots that are neither pinned nor in ``keep``. If llama-server writes
         elsewhere, and ``new_bytes`` is given, only those are reserved. Snapshots in ``spare`` are evicted only if
-        there are no others. When this returns, the evicted files are gone from the disk.
+        there are no others. When this returns, the evicted files are gone from the disk. ``waits``: for the ends of
+        other reservations, as long as there is no room.
 
         Raises QuotaExceeded, and evicts nothing, if not enough may be evicted. Canceling is safe: the space is
         released, evictions that have begun are completed.
         """
+        attempt = partial(self._reserve, size_bytes, frozenset(keep), frozenset(spare), new_bytes)
+        return await self._turnover.reserve(attempt, waits=waits)
+
+    async def _reserve(
+        self, size_bytes: int, kept: frozenset[str], spare: frozenset[str], new_bytes: int | None
+    ) -> Reservation:
         id_ = sidecar.new_id()
         has_landed = await self.landing.book(id_, size_bytes)
         booked = size_bytes if new_bytes is None or not has_landed else min(new_bytes, size_bytes)
-        kept, spared = frozenset(keep), frozenset(keep) | frozenset(spare)
         self._table.tend(self._now())
         try:
             await self._sweep.run()
             await self._quota.make_available(
-                booked, lambda short: self._evict(short, spared) or self._evict(short, kept)
+                booked, lambda short: self._evict(short, kept | spare) or self._evict(short, kept)
             )
         except BaseException:
             await self.landing.drop(id_)
             raise
         # No await since the space was found.
-        self._reservations[id_] = ReservationState(booked, kept, frozenset(spare), has_landed=has_landed)
+        self._reservations[id_] = ReservationState(booked, kept, spare, has_landed=has_landed)
         self._quota.grant(booked)
         return Reservation(id_, id_ + PART, size_bytes, has_landed)
 
@@ -290,6 +300,7 @@ class Catalog:
         self._quota.commit(state.size_bytes, state.landed_bytes)
         self._table.add(snapshot.listed, self._now(), last_used=noted.created_at - saved.idle_s)
         state.unpin()
+        self._turnover.ended()
         if snapshot.id not in self._manifest.durable:
             self._upkeep.sync(Noted.of(snapshot))
         elif saved.idle_s:  # on disk already, but dated as if used now: the manifest would leave it out
@@ -316,6 +327,7 @@ class Catalog:
         state = self._reservations.pop(id_)
         self._quota.end_grant(state.size_bytes, state.landed_bytes)
         removal = self._quota.remove(id_, state.size_bytes)
+        self._turnover.ended()
         await self.landing.drop(id_)
         await asyncio.shield(removal)
 

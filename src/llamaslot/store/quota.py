@@ -10,10 +10,10 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from msgspec import Struct
 
@@ -24,13 +24,56 @@ from llamaslot.store import scan
 from llamaslot.store.shared_store import Neighbours
 from llamaslot.store.sidecar import JSON
 from llamaslot.store.snapshot_table import SharedFiles
-from llamaslot.tasks import TaskOwner
+from llamaslot.tasks import ChangeEvent, TaskOwner
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class QuotaExceeded(LlamaslotError):
     """There is no space for a snapshot, and nothing that may be evicted for it."""
+
+
+class NoRoomYet(QuotaExceeded):
+    """There may be space when another reservation has ended."""
+
+
+class Turnover:
+    """Lets reservations that find no room wait for the end of others. What those have not needed is free then, what
+    they have written may be evicted, and so may what it replaces.
+    """
+
+    def __init__(self, n_held: Callable[[], int]) -> None:
+        """``n_held``: number of reservations that have not ended."""
+        self._n_held = n_held
+        self._n_trying = self._n_ended = 0
+        self._has_ended = ChangeEvent()
+
+    def ended(self) -> None:
+        """Record that a reservation has ended, or will not be made."""
+        self._n_ended += 1
+        self._has_ended.notify()
+
+    async def reserve(self, attempt: Callable[[], Awaitable[T]], *, waits: bool) -> T:
+        """The result of ``attempt``, which reserves. With ``waits``, it is called again after each end of another
+        reservation while it raises NoRoomYet and others are left; never set it where a reservation is held already.
+        Raises what ``attempt`` raises. Canceling is safe.
+        """
+        while True:
+            n_ended = self._n_ended
+            self._n_trying += 1
+            try:
+                return await attempt()
+            except BaseException as error:
+                # Others that wait here do not count: they would wait for each other.
+                has_others = self._n_ended > n_ended or self._n_trying + self._n_held() > 1
+                if not (waits and has_others and isinstance(error, NoRoomYet)):
+                    self.ended()
+                    raise
+            finally:
+                self._n_trying -= 1
+            if self._n_ended == n_ended:
+                await self._has_ended.wait()
 
 
 class Limits(Struct, frozen=True):
@@ -246,7 +289,8 @@ class Quota:
                     if theirs:
                         await neighbours.remove(theirs)
                         continue
-                raise QuotaExceeded(self._why_full(size_bytes))
+                is_too_large = size_bytes + self.left > self.limits.quota_bytes
+                raise (QuotaExceeded if is_too_large else NoRoomYet)(self._why_full(size_bytes))
             if self._fits(size_bytes, n_files):
                 return
             if self.removing:
