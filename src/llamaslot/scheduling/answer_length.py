@@ -12,12 +12,13 @@ from llamaslot.scheduling.json_numbers import counts, positive, within
 
 
 class AnswerLength:
-    """Predicts the remaining seconds of an answer that is being decoded.
+    """Predicts the remaining seconds of an answer that llama-server is decoding.
 
-    Lengths vary widely, and the longer an answer has run, the longer it will still run (one longer than all others
-    may never stop). The estimate is the mean of two kinds of samples: for each of the last ``KEPT`` answers that
-    was longer than this one is now, the difference; and ``PRIOR`` times what is left of the usual length, but at
-    least half of what this answer has generated already.
+    Lengths of answers vary widely, and an answer longer than all earlier ones may never stop. So the longer an answer
+    has run, the longer it is expected to go on. The estimate is a mean of token counts. Each of the last ``KEPT``
+    answers that was longer than this one is now gives one count: by how many tokens it was longer. ``PRIOR`` further
+    counts are equal: the tokens that this answer lacks to the usual length, but at least ``LEAST`` of the usual
+    length, and at least half of the tokens that this answer has now.
     """
 
     GAIN = 0.1
@@ -38,8 +39,8 @@ class AnswerLength:
         return f"<AnswerLength {self.n_tokens:.0f} tok at {self.tokens_per_s:.1f} tok/s>"
 
     def observe(self, n_tokens: int, seconds: float) -> None:
-        """Record an answer of ``n_tokens`` decoded in ``seconds``. A short answer does not change the learned
-        speed.
+        """Record an answer of ``n_tokens`` that was decoded in ``seconds``. An answer of less than 8 tokens does not
+        change the learned speed. An answer without tokens is ignored.
         """
         if n_tokens <= 0 or not 0 <= seconds < math.inf:
             return
@@ -54,8 +55,8 @@ class AnswerLength:
             self.tokens_per_s = within(self.tokens_per_s * math.exp(gain * off), self.SPEEDS)
 
     def seconds_left(self, running_s: float, max_tokens: int | None = None) -> float:
-        """The expected seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: the
-        limit of its length.
+        """Return the expected seconds until the end of an answer that has been decoded for ``running_s`` seconds.
+        ``max_tokens`` is the limit of the answer's length; None is no limit.
         """
         n_done = max(running_s, 0.0) * self.tokens_per_s
         if n_done:
@@ -83,7 +84,7 @@ class AnswerLength:
 
     @classmethod
     def from_json(cls, data: object) -> AnswerLength:
-        """Read the result of ``to_json``; the prior if ``data`` is anything else."""
+        """Return the object that ``to_json`` has written as ``data``, or a new one if ``data`` is anything else."""
         length = cls()
         values = positive(data, ("n_tokens", "tokens_per_s", "n_samples"))
         if values is not None:

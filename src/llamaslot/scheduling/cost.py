@@ -1,8 +1,8 @@
-"""Rates learned from one backend: how long prefill, save, restore and answers take, and how large files are.
+"""Rates learned from one backend: how long prefill, save, restore and answers take, and how large slot files are.
 
-Pure: durations come in as arguments, estimates go out. Every estimate is finite, never negative, and grows with the
-size of the work. The server also works for other requests while a sample is taken, so one ten times as long as usual
-must not move an estimate far. Estimates decide where a request runs, never whether its answer is right.
+Pure: durations come in as arguments, estimates go out. Each estimate is finite, never negative, and grows with the
+size of the work. llama-server also works for other requests while a sample is taken, so a sample ten times as long as
+usual must not change an estimate much. Estimates decide where a request runs. They never change its answer.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from llamaslot.scheduling.json_numbers import positive, rows, within
 from llamaslot.sizes import readable_size
 
 _GUESSED_BYTES_PER_TOKEN = 100_000
-_CLOSE = 1.03  # figures that differ by 3 % decide alike
+_CLOSE = 1.03  # a difference of 3 % rarely changes a decision
 _DEEP = 10_000  # tokens; the slope is visible at this depth
-_LONGEST_SHARE = 5  # at a price of a twentieth, prompts of four times the longest one are worth a request
+# ``request_s`` is at most this part of the longest prefill. Placement computes a prompt ahead whose prefill takes 20
+# times ``request_s``, so always one that takes four times as long as the longest before.
+_LONGEST_SHARE = 5
 
 
 class PrefillRate:
-    """Seconds per token as ``a + b * depth``: attention reads all tokens before, so the time grows with depth.
+    """The seconds that a token takes at a depth, as a line ``a + b * depth``. The depth of a token is its position in
+    the prompt. Attention reads all earlier tokens, so the time grows with the depth.
 
-    One rate for all depths is wrong up to 7 times (4,700 tokens/s at a depth of 1,200, 640 over the first 12,000). A
-    range ``[start, end)`` takes ``a + b * (start + end) / 2`` for each of its tokens. The line is fitted by least
-    squares of the relative error. The latest samples of each doubling of depth are kept, so many short follow-ups do
-    not displace the one deep prefill that shows the effect of depth.
+    One rate for all depths would be wrong by up to 7 times (4,700 tokens/s at a depth of 1,200, 640 over the first
+    12,000). For tokens ``[start, end)`` each token takes ``a + b * (start + end) / 2``. ``a`` and ``b`` are fitted by
+    least squares of the relative error. Of each doubling of depth the latest samples are kept, so that many short
+    follow-ups do not displace the one deep prefill that shows ``b``.
     """
 
     PRIOR_S = 1 / 1000  # per token, before the first sample
-    MIN_TOKENS = 32  # fewer are computed as slowly as by decode, and say nothing about a long prefill
+    MIN_TOKENS = 32  # a shorter prefill is as slow as decode, and tells nothing about a long one
     KEPT = 12  # samples for each doubling of depth
-    # Fits take 0.05 ms: after as many samples as are kept of one depth, only one of so many is made.
+    # A fit takes 0.05 ms. Once a doubling of depth has ``KEPT`` samples, only each 8th sample leads to a new fit.
     FITTED_EACH = 8
 
     def __init__(self) -> None:
@@ -56,13 +59,14 @@ class PrefillRate:
 
     @property
     def known(self) -> bool:
-        """Whether any prefill has been observed yet."""
+        """True once a prefill has been observed."""
         return bool(self._samples)
 
     def observe(self, start: int, end: int, seconds: float) -> None:
-        """Record that tokens ``[start, end)`` were computed without a pause in ``seconds``.
+        """Record that tokens ``[start, end)`` were computed in ``seconds`` without a pause.
 
-        Too few tokens, or no time at all (a buffered event), are ignored.
+        Samples of less than ``MIN_TOKENS`` tokens are ignored, and samples of almost no time (llama-server's event
+        came late).
         """
         n = end - start
         if start < 0 or n < self.MIN_TOKENS or end >= 2**31 or not 1e-7 * n < seconds < 1e6:
@@ -77,19 +81,21 @@ class PrefillRate:
         samples.append(sample)
 
     def seconds(self, start: int, end: int) -> float:
-        """Seconds for tokens ``[start, end)``: the rate summed over their depths. 0 for an empty range."""
+        """Return the seconds that computing tokens ``[start, end)`` takes; 0 for an empty range."""
         if end <= start:
             return 0.0
         a, b = self._fit()
         return a * (end - start) + b * (end - start) * (start + end) / 2
 
     def per_token_s(self, depth: int) -> float:
-        """Seconds for one token at ``depth``."""
+        """Return the seconds for one token at ``depth``."""
         a, b = self._fit()
         return a + b * depth
 
     def reached(self, start: int, seconds: float) -> int:
-        """The token that a prefill from ``start`` on reaches after ``seconds``: the inverse of ``seconds``."""
+        """Return the token that a prefill which begins at token ``start`` reaches after ``seconds``: the inverse of
+        the method ``seconds``.
+        """
         a, b = self._fit()
         if b * seconds < 1e-9 * a * a:  # a negligible slope: its square root would be noise
             return start + int(seconds / a)
@@ -102,7 +108,7 @@ class PrefillRate:
         return self._fitted
 
     def _line(self) -> tuple[float, float]:
-        """``a`` and ``b`` fitted to the samples, both at least 0."""
+        """Return ``a`` and ``b`` fitted to the samples, both at least 0."""
         w0 = w1 = w2 = y0 = y1 = 0.0
         for samples in self._samples.values():
             usual = median_low(sample.per_token_s for sample in samples)
@@ -129,13 +135,13 @@ class PrefillRate:
         return (a, b) if a >= 0 else (0.0, y1 / w2)
 
     def to_json(self) -> dict[str, Any]:
-        """The samples as JSON, oldest first."""
+        """Return the samples as JSON, oldest first."""
         kept = sorted((s for samples in self._samples.values() for s in samples), key=lambda s: s.serial)
         return {"samples": [[s.start, s.end, s.seconds, s.serial] for s in kept]}
 
     @classmethod
     def from_json(cls, data: object) -> PrefillRate:
-        """Read the result of ``to_json``; invalid parts of ``data`` are ignored."""
+        """Return the object that ``to_json`` has written as ``data``. Invalid samples are skipped."""
         rate = cls()
         for row in rows(data, "samples", 4):
             rate._n_observed = max(int(row[3]) - 1, rate._n_observed)  # preserves the age of the samples
@@ -159,12 +165,12 @@ class _Sample(Struct, frozen=True):
 
 
 class TransferRate:
-    """Save or restore: seconds = latency + bytes / rate.
+    """The seconds that a save or a restore takes: latency + bytes / rate.
 
-    A sample changes both by its ratio to the estimate, each in proportion to its part of the estimate: a file of 2 GB
-    says nothing about the latency, a file of 100 kB nothing about the disk. Ratios are averaged as logarithms and
-    clipped: a save that waited for a batch of other requests (0.3 to 0.8 s where 5 ms are usual) counts as three
-    times too slow.
+    Each sample changes latency and rate by its ratio to the estimate, each in proportion to its part of the estimated
+    seconds: a file of 2 GB tells nothing about the latency, a file of 100 kB nothing about the disk. The ratio is
+    averaged as a logarithm, and clipped at three times. Otherwise one save that waited for a batch of other requests
+    (0.3 to 0.8 s instead of 5 ms) would change the estimate too much.
     """
 
     GAIN = 0.2
@@ -180,7 +186,9 @@ class TransferRate:
         return f"<TransferRate {self.latency_s * 1000:.1f} ms + {readable_size(self.bytes_per_s)}/s>"
 
     def observe(self, size_bytes: int, seconds: float) -> None:
-        """Record that ``size_bytes`` were written or read in ``seconds``. 0 bytes or 0 seconds are ignored."""
+        """Record that ``size_bytes`` were written or read in ``seconds``. Samples of 0 bytes or 0 seconds are
+        ignored.
+        """
         if size_bytes <= 0 or not 1e-6 < seconds < math.inf:
             return
         self.n_samples += 1
@@ -193,7 +201,7 @@ class TransferRate:
         self.latency_s = within(self.latency_s * math.exp(gain * (1 - moved) * off), self.LATENCIES)
 
     def seconds(self, size_bytes: int) -> float:
-        """Seconds for ``size_bytes``; the latency alone for 0."""
+        """Return the seconds for ``size_bytes``; for 0 bytes the latency alone."""
         return self.latency_s + max(size_bytes, 0) / self.bytes_per_s
 
     def to_json(self) -> dict[str, Any]:
@@ -201,7 +209,7 @@ class TransferRate:
 
     @classmethod
     def from_json(cls, data: object) -> TransferRate:
-        """Read the result of ``to_json``; the prior if ``data`` is anything else."""
+        """Return the object that ``to_json`` has written as ``data``, or a new one if ``data`` is anything else."""
         rate = cls()
         values = positive(data, ("latency_s", "bytes_per_s", "n_samples"))
         if values is not None:
@@ -212,10 +220,11 @@ class TransferRate:
 
 
 class SnapshotSize:
-    """The size of a slot file: constant + bytes per token * tokens, learned from existing files.
+    """The size of a slot file in bytes: constant + bytes per token * tokens, learned from existing files.
 
-    A line by least squares, in integers and fractions, so it goes exactly through points that lie on a line (as for a
-    dense model), then raised until no known file is above it (others: checkpoints, attention windows).
+    The line is fitted by least squares. It is computed with fractions, so it goes exactly through points that lie on a
+    line (dense models). Then it is raised until no known file lies above it (checkpoints and attention windows make
+    the sizes of other models irregular).
     """
 
     KEPT = 32
@@ -232,7 +241,7 @@ class SnapshotSize:
         return f"<SnapshotSize {readable_size(float(constant))} + {float(per_token):.0f} B/tok>"
 
     def observe(self, n_tokens: int, size_bytes: int) -> None:
-        """Record that a file of ``n_tokens`` tokens has ``size_bytes``. Empty files are ignored."""
+        """Record that a file of ``n_tokens`` tokens has ``size_bytes``. An empty file is ignored."""
         if n_tokens <= 0 or size_bytes <= 0:
             return
         if (n_tokens, size_bytes) in self._points:
@@ -241,7 +250,7 @@ class SnapshotSize:
         self._line = self._in_whole = None
 
     def observe_each(self, files: Sequence[tuple[int, int]]) -> None:
-        """As ``observe`` of each pair (tokens, bytes) in turn, but only the pairs that will be kept are looked at."""
+        """Call ``observe`` for each pair (tokens, bytes) of ``files`` that later pairs would not displace."""
         last = dict[tuple[int, int], None]()
         for file in reversed(files):
             if len(last) == self.KEPT:
@@ -251,10 +260,11 @@ class SnapshotSize:
             self.observe(n_tokens, size_bytes)
 
     def bytes(self, n_tokens: int) -> int | None:
-        """The size of a slot file of ``n_tokens`` in bytes, as an upper bound; None before the first file is known.
+        """Return an upper bound in bytes for the size of a slot file of ``n_tokens``; None before the first file is
+        known.
 
-        If all known files have one length, the size grows in proportion, plus 5 %, because the constant part is
-        unknown.
+        If all known files have the same number of tokens, the constant is unknown. Then the size is taken as
+        proportional to the tokens, plus 5 %.
         """
         if not self._points:
             return None
@@ -267,8 +277,8 @@ class SnapshotSize:
         return self._line
 
     def _whole(self) -> tuple[int, int, int]:
-        """The fitted line in integers: its constant, its bytes per token, and the denominator of both. With
-        fractions each size took 10 us, and a placement needs one for every slot.
+        """Return the fitted line as integers: its constant, its bytes per token, and the denominator of both. With
+        fractions each call of ``bytes`` took 10 us, and a placement makes one for each slot.
         """
         if self._in_whole is None:
             constant, per_token = self._fit()
@@ -295,7 +305,7 @@ class SnapshotSize:
 
     @classmethod
     def from_json(cls, data: object) -> SnapshotSize:
-        """Read the result of ``to_json``; invalid parts of ``data`` are ignored."""
+        """Return the object that ``to_json`` has written as ``data``. Invalid files are skipped."""
         size = cls()
         for row in rows(data, "files", 2):
             size.observe(int(row[0]), int(row[1]))
@@ -303,7 +313,7 @@ class SnapshotSize:
 
 
 class Delay:
-    """The seconds that an operation takes each time, whatever its size."""
+    """The seconds that an operation takes, whatever its size."""
 
     GAIN = 0.2
     LIMITS = 1e-4, 10.0
@@ -315,7 +325,7 @@ class Delay:
         return f"<Delay {self.seconds * 1000:.0f} ms>"
 
     def observe(self, seconds: float) -> None:
-        """Record one sample. A sample ten times the estimate counts as three times."""
+        """Record one sample. It counts as at most three times the estimate, and as at least a third of it."""
         if 0 <= seconds < math.inf:
             clipped = min(max(seconds, self.seconds / 3), self.seconds * 3)
             self.seconds = within(self.seconds + self.GAIN * (clipped - self.seconds), self.LIMITS)
@@ -324,20 +334,21 @@ class Delay:
         return {"seconds": self.seconds}
 
     def take_over(self, data: object) -> None:
-        """Use the estimate in ``data``, a result of ``to_json``; anything else changes nothing."""
+        """Use the estimate that ``to_json`` has written as ``data``. Anything else in ``data`` changes nothing."""
         values = positive(data, ("seconds",))
         if values is not None:
             self.seconds = within(values[0], self.LIMITS)
 
 
 class Rates(Struct):
-    """All rates learned of one backend with one model.
+    """All rates learned from one backend with one model.
 
-    ``interruption``: what is lost by stopping a prefill and resuming it later: the batch that must end before the slot
-    is idle, or, between two chunks, the request sent again with all its tokens. ``save_delay``: how long a request
-    waits for a save of its slot, apart from the save itself: the batch running for other requests, the calls of
-    llama-server, the files; restores tell it too. Measured beside three answers of a small model: 20 ms, where the
-    save took 3. ``request``: what one more request costs an idle llama-server, apart from its computation.
+    ``interruption``: the seconds lost when a prefill is stopped and resumed later. llama-server finishes the running
+    batch before the slot is idle; between two chunks it gets the request again with all its tokens. ``save_delay``:
+    the seconds that a request waits for a save of its slot, without the save itself. It waits for a running batch of
+    other requests, for the calls of llama-server, and for file operations (20 ms beside three answers of a small
+    model, where the save took 3 ms). Restores are samples of it too. ``request``: the seconds that one more request
+    costs an idle llama-server, without its computation.
     """
 
     prefill: PrefillRate = field(default_factory=PrefillRate)
@@ -352,7 +363,9 @@ class Rates(Struct):
     model: str = ""  # fingerprint of the model that the rates belong to
 
     def forget(self) -> None:
-        """Reset all rates to their priors, in place: all references to this object see the change."""
+        """Reset all rates to their initial values. The object stays the same, so all references to it see the
+        change.
+        """
         self.take_over(Rates())
 
     def take_over(self, other: Rates) -> None:
@@ -360,8 +373,8 @@ class Rates(Struct):
             setattr(self, name, getattr(other, name))
 
     def figures(self) -> tuple[float, ...]:
-        """The learned speeds and sizes as plain numbers. While two such tuples ``are_close``, results computed from
-        the older one are still accurate enough.
+        """Return the learned speeds and sizes as plain numbers. Results computed with an older tuple may still be used
+        while ``are_close`` is true for both tuples.
         """
         prefill, save, restore = self.prefill, self.save, self.restore
         return (
@@ -371,19 +384,19 @@ class Rates(Struct):
 
     @property
     def request_s(self) -> float:
-        """The seconds that one more request costs, for comparison with a prefill.
+        """The seconds that one more request costs, for comparison with the seconds of a prefill.
 
-        Less while no long prompt was seen: for a prompt many times as long as any before, the prefill time is
-        estimated too short (probes of 50 tokens took 25 us each, 3,000 tokens 110 to 250), and the request also
-        teaches the real one.
+        It is limited to a part of the longest prefill seen. For a prompt many times as long as any before, the
+        estimate of the prefill is too short (25 us per token in probes of 50 tokens, 110 to 250 us in a prompt of
+        3,000). With the limit such a prompt is computed ahead, and its prefill is a sample for a better estimate.
         """
         if not self.prefill.known:
             return self.request.seconds
         return min(self.request.seconds, self.prefill.seconds(0, self.prefill.longest) / _LONGEST_SHARE)
 
     def size_bytes(self, n_tokens: int) -> int:
-        """The expected size in bytes of a snapshot of ``n_tokens``; before the first file is known, the size with a
-        model of about 8B parameters.
+        """Return the expected size in bytes of a slot file of ``n_tokens``. Before the first file is known, this is
+        the size for a model of about 8B parameters.
         """
         known = self.size.bytes(n_tokens)
         return known if known is not None else n_tokens * _GUESSED_BYTES_PER_TOKEN
@@ -410,7 +423,7 @@ class Rates(Struct):
 
     @classmethod
     def from_json(cls, data: object) -> Rates:
-        """Read the result of ``to_json``. A missing or invalid part starts from its prior."""
+        """Return the object that ``to_json`` has written as ``data``. Invalid parts get their initial values."""
         parts = data if isinstance(data, Mapping) else {}
         rates = cls(
             prefill=PrefillRate.from_json(parts.get("prefill")),
@@ -428,7 +441,7 @@ class Rates(Struct):
 
 
 def are_close(figures: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    """Whether each of ``figures`` differs by a few percent at most from its counterpart in ``others``."""
+    """True if each of ``figures`` differs by at most 3 % from the one at the same place in ``others``."""
     if len(figures) != len(others):
         return False
     return all(a <= b * _CLOSE and b <= a * _CLOSE for a, b in zip(figures, others, strict=True))

@@ -1,10 +1,10 @@
-"""Ranks snapshots for eviction by value: the seconds one saves per hit, times its expected hit rate, per byte. The
-lowest value is evicted first.
+"""Ranks snapshots for eviction. The value of a snapshot is the seconds that a hit of it saves, times its expected hits
+per second, per byte. The snapshot with the lowest value is evicted first.
 
-This module only ranks. ``SnapshotTable.victims`` in ``store/`` chooses what is evicted, and decides what must stay
-(pinned, in use, needed by queued requests). Pure: times come in as arguments, in seconds of any one clock.
+This module only ranks. ``SnapshotTable.victims`` in ``store/`` chooses what is evicted and what must stay (pinned, in
+use, needed by queued requests). Pure: times come in as arguments, in seconds of any one clock.
 
-The hit rate is learned by kind of snapshot (``ReuseClass``) and by age since the last use, as in LHD (Beckmann,
+The hit rate is learned by kind of snapshot (``ReuseClass``) and by the age since the last use, as in LHD (Beckmann,
 Chen, Cidon: "LHD: improving cache hit rate by maximizing hit density", NSDI 2018).
 """
 
@@ -25,12 +25,12 @@ N_BUCKETS = 52  # of ages: the last begins after half a year
 N_LENGTHS = 26  # of contexts: the last begins at 370,000 tokens
 _EDGES = [2.0 ** (b / 2) - 1.0 for b in range(N_BUCKETS + 1)]
 _WIDTHS = [end - start for start, end in pairwise(_EDGES)]
-_LEAST_S = 1e-6  # minimum saved by a token, so that snapshots that save nothing are ordered too
+_LEAST_S = 1e-6  # seconds that each token saves at least, so that snapshots that save nothing are ordered too
 
 
 class ReuseClass(enum.StrEnum):
-    """Classes of snapshots with a similar hit rate. Classes may be added: what was learned of the others stays
-    valid.
+    """Classes of snapshots with a similar hit rate. A new class may be added here: stored hit rates of all other
+    classes stay valid.
     """
 
     FRESH = "fresh"  # a conversation without a hit so far
@@ -42,9 +42,9 @@ class ReuseClass(enum.StrEnum):
 class SnapshotStats(Struct):
     """Size and use of one snapshot.
 
-    ``size_bytes``: the bytes that no other snapshot needs. ``read_bytes``: the bytes that its restore reads.
-    ``n_covered``: how many of its first tokens other snapshots hold too. ``counted_until``: the time up to which
-    its life without a hit has been recorded in the ``HitRateModel``.
+    ``size_bytes``: the bytes of it that no other snapshot needs. ``read_bytes``: the bytes that its restore reads.
+    ``n_covered``: how many of its first tokens other snapshots hold too. ``counted_until``: up to this time the
+    ``HitRateModel`` knows that the snapshot had no hit.
     """
 
     id: str
@@ -59,9 +59,9 @@ class SnapshotStats(Struct):
     n_covered: int = 0
 
     def saves_s(self, prefill_s: Callable[[int, int], float], restore_s: Callable[[int], float]) -> float:
-        """The seconds that each hit of this snapshot saves: the prefill that is needed without it (of all tokens,
-        or of those that no other snapshot holds, after restoring the rest), less the time of its own restore. At
-        least 0.
+        """Return the seconds that each hit of this snapshot saves, at least 0. Without it, the prompt is computed from
+        its first token, or the covered tokens are restored from another snapshot and the others are computed,
+        whichever is faster. These seconds, less the seconds of its own restore, are saved.
         """
         n, n_covered, own_s = self.n_tokens, self.n_covered, restore_s(self.read_bytes)
         without_s = prefill_s(0, n)
@@ -80,21 +80,22 @@ class SnapshotStats(Struct):
 
 
 def bucket_of(age_s: float) -> int:
-    """The bucket of an age, two for each doubling: 0 to 0.4 s is bucket 0, to 1 s bucket 1, to 1.8 s bucket 2, to 3 s
-    bucket 3.
+    """Return the bucket of an age. There are two for each doubling: bucket 0 ends at 0.4 s, bucket 1 at 1 s, bucket 2
+    at 1.8 s, bucket 3 at 3 s.
     """
     return min(int(2.0 * math.log2(max(age_s, 0.0) + 1.0)), N_BUCKETS - 1)
 
 
 def length_of(n_tokens: int) -> int:
-    """The bucket of a length in tokens: two for each doubling, from 64 tokens on."""
+    """Return the bucket of a length in tokens. There are two for each doubling, from 64 tokens on."""
     return min(int(2.0 * math.log2(max(n_tokens, 64) / 64)), N_LENGTHS - 1)
 
 
 class _Tally(Struct):
-    """The hits of one class of snapshots by bucket of age, and for how many seconds hits were possible.
+    """For one class of snapshots and each bucket of age: the number of hits, and the seconds in which snapshots of
+    that age existed.
 
-    The seconds are scaled to contexts of usual length: a length that is hit half as often counts half the time.
+    The seconds are scaled to contexts of usual length: for a length that is hit half as often, half the seconds count.
     """
 
     hits: list[float] = field(default_factory=lambda: [0.0] * N_BUCKETS)
@@ -108,13 +109,17 @@ class _Tally(Struct):
 
 
 class _Lengths(Struct):
-    """The hits of snapshots by bucket of length, and the number of hits expected there if length did not matter."""
+    """For each bucket of length: the hits of snapshots, and the number of hits that would be expected if length did
+    not matter.
+    """
 
     hits: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)
     expected: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)
 
     def factors(self, few: float) -> list[float]:
-        """For each bucket of length, its hit rate relative to the mean."""
+        """Return for each bucket of length its hit rate, relative to the mean of all lengths. ``few`` hits at the mean
+        rate are added to each bucket, so that few data give a factor near 1.
+        """
         usual = (sum(self.hits) + few) / (sum(self.expected) + few)
         return [(n + few) / (m * usual + few) for n, m in zip(self.hits, self.expected, strict=True)]
 
@@ -124,17 +129,18 @@ class _Lengths(Struct):
 
 
 class HitRateModel:
-    """The hit rate of snapshots in hits per second, by class and age since the last use, times a factor for the
-    length of the context (a single question, or a conversation near its end, is seldom hit).
+    """Learns the hits per second of snapshots, by class and by age since the last use, times a factor for the length
+    of the context (a single question, or a conversation near its end, is seldom hit).
 
-    Robust with little data: the rate of a bucket starts from the shape of ``PRIORS``, scaled to all hits seen, then
-    to the hits of this class; each level weighs as much as a few hits. Old data fades: the events of a class before
-    its last ``MEMORY`` to twice as many count half, and so on.
+    The first estimate of a bucket is ``PRIORS``. It is scaled to the number of all hits seen, then to the number of
+    hits of the class. Each of these estimates weighs as much as ``_FEW`` hits against the data, so few data change it
+    little. Old data fades: after 2 * ``MEMORY`` events of a class, and then after each ``MEMORY``, all its counts are
+    halved.
     """
 
     MEMORY = 3_000
-    _FEW = 2.0  # hits; the weight of a prior
-    _OFTEN = 16  # events after which the derived rates are computed again
+    _FEW = 2.0  # hits; the weight of an estimate against the data
+    _OFTEN = 16  # events after which rates and densities are computed again
 
     #: Hits per second at age t are ``p / (t + s)``: (p, s). Most hits come within minutes.
     PRIORS: Mapping[ReuseClass, tuple[float, float]] = {
@@ -160,17 +166,17 @@ class HitRateModel:
     # -- learning ------------------------------------------------------------------------------------------------
 
     def hit(self, reuse_class: ReuseClass, age_s: float, n_tokens: int) -> None:
-        """Record a hit of a snapshot whose last use was ``age_s`` ago."""
+        """Record a hit of a snapshot of ``n_tokens`` whose last use was ``age_s`` ago."""
         self._tallies[reuse_class].hits[bucket_of(age_s)] += 1.0
         self._lengths.hits[length_of(n_tokens)] += 1.0
         self._event(reuse_class)
 
     def gone(self, reuse_class: ReuseClass) -> None:
-        """Record that a snapshot can no longer be hit: evicted, superseded, lost."""
+        """Record that a snapshot can no longer be hit, because it was evicted, superseded or lost."""
         self._event(reuse_class)
 
     def waited(self, reuse_class: ReuseClass, from_s: float, to_s: float, n_tokens: int) -> None:
-        """Record that a snapshot had no hit between the ages ``from_s`` and ``to_s``."""
+        """Record that a snapshot of ``n_tokens`` had no hit between the ages ``from_s`` and ``to_s``."""
         start, end = max(from_s, 0.0), to_s
         if not start < end < math.inf:
             return
@@ -200,15 +206,17 @@ class HitRateModel:
     # -- results -------------------------------------------------------------------------------------------------
 
     def rate(self, reuse_class: ReuseClass, age_s: float) -> float:
-        """The expected hits per second of a snapshot of this class at this age, whatever its length."""
+        """Return the expected hits per second of a snapshot of this class at this age, without the factor for its
+        length.
+        """
         return self._now()[reuse_class].rates[bucket_of(age_s)]
 
     def density(self, reuse_class: ReuseClass, age_s: float, n_tokens: int) -> float:
-        """The expected hits per second of a snapshot of this class, age and length that is kept for the best
-        possible time.
+        """Return the expected hits per second of a snapshot of this class, age and length, over the holding time for
+        which this mean is highest (the Gittins index of the rates).
 
-        This is more than the rate at this age where a later rate is higher: after a coffee break few users return
-        at once, but many within the hour (the Gittins index of the rates). It is never below the rate.
+        It is above the rate at this age where a later rate is higher: during a coffee break few users return at once,
+        but many within the hour. It is never below the rate.
         """
         densities = self._now()[reuse_class].densities
         x = 2.0 * math.log2(max(age_s, 0.0) + 1.0)
@@ -217,7 +225,7 @@ class HitRateModel:
         return (densities[at] + part * (densities[at + 1] - densities[at])) * self.factor(n_tokens)
 
     def factor(self, n_tokens: int) -> float:
-        """The hit rate of contexts of ``n_tokens`` relative to the mean."""
+        """Return the hit rate of contexts of ``n_tokens`` relative to the mean of all lengths."""
         return self._factors[length_of(n_tokens)]
 
     def _now(self) -> dict[ReuseClass, _Derived]:
@@ -261,7 +269,9 @@ class HitRateModel:
 
     @classmethod
     def from_json(cls, data: object) -> HitRateModel:
-        """Read the result of ``to_json``. A missing or invalid part starts from its prior."""
+        """Return the object that ``to_json`` has written as ``data``. A missing or invalid part gets its initial
+        value.
+        """
         hit_rates = cls()
         for reuse_class, tally in hit_rates._tallies.items():
             kept = _part(_part(data, "classes"), reuse_class.value)
@@ -278,8 +288,8 @@ class HitRateModel:
 
 
 class _Derived:
-    """The rates of one class by bucket of age, and their ``densities``: one for the beginning of each bucket, and
-    one for the end of the last.
+    """What is computed from the tallies of one class: its ``rates`` by bucket of age, and its ``densities`` at the
+    beginning of each bucket and at the end of the last.
     """
 
     __slots__ = ("densities", "rates")
@@ -294,7 +304,7 @@ def _part(data: object, key: str) -> Mapping[str, Any]:
 
 
 def _prior_rates(p: float, s: float) -> list[float]:
-    """The prior of a class as the mean hits per second over each bucket of age."""
+    """Return the initial estimate of a class: for each bucket of age the mean of ``p / (t + s)`` hits per second."""
     return [p * math.log((_EDGES[b + 1] + s) / (_EDGES[b] + s)) / _WIDTHS[b] for b in range(N_BUCKETS)]
 
 
@@ -302,8 +312,9 @@ _PRIOR_RATES = {reuse_class: _prior_rates(p, s) for reuse_class, (p, s) in HitRa
 
 
 def _best_densities(rates: list[float]) -> list[float]:
-    """For each bucket of age: the maximum of hits per second over any number of buckets from its beginning on. A
-    hit ends the count: after it the snapshot has a new age.
+    """Return for the beginning of each bucket of age the highest mean of hits per second over any number of buckets
+    from there on, and last the rate of the last bucket. Only the time until the first hit counts: after a hit the
+    snapshot has a new age.
     """
     best: list[float] = []
     # Ranges of falling density: hits, seconds, the share that remains after it.
@@ -331,10 +342,10 @@ def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
 
 
 class Order(Protocol):
-    """An order of eviction: it ranks snapshots, and learns from their hits and evictions."""
+    """An order of eviction. It ranks snapshots, and is told of their hits and evictions."""
 
     def rank(self, stats: SnapshotStats, now: float) -> float:
-        """The rank of a snapshot; the one with the smallest rank is evicted first."""
+        """Return the rank of a snapshot; the one with the smallest rank is evicted first."""
 
     def hit(self, stats: SnapshotStats, now: float) -> None:
         """Record a hit of a snapshot; ``stats`` is its state before the hit."""
@@ -347,10 +358,10 @@ class Order(Protocol):
 
 
 class ByValue:
-    """An order of eviction that starts with the smallest value per byte.
+    """An order of eviction in which the snapshot with the smallest value per byte goes first.
 
-    ``saves_s``: a function from a snapshot to the seconds that each hit of it saves, compared with the best
-    alternative. The caller sets it, because it knows speeds and the other snapshots.
+    ``saves_s`` returns the seconds that each hit of a snapshot saves. The owner of this object sets it, because only
+    the owner knows the speeds of the backends.
     """
 
     def __init__(self, hit_rates: HitRateModel | None = None) -> None:
@@ -361,7 +372,7 @@ class ByValue:
         return self.worth(stats, now) / max(stats.size_bytes, 1)
 
     def worth(self, stats: SnapshotStats, now: float) -> float:
-        """The expected seconds that a snapshot saves per second that it is kept."""
+        """Return the expected seconds that a snapshot saves, per second that it is kept."""
         saves_s = max(self.saves_s(stats), _LEAST_S * stats.n_tokens)
         return saves_s * self.hit_rates.density(stats.reuse_class, now - stats.last_used, stats.n_tokens)
 

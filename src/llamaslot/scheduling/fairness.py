@@ -1,10 +1,11 @@
-"""Which user is served next when slots are short: deficit round robin over users, in estimated seconds of a slot.
+"""Decides which user is served next when slots are short: deficit round robin over users, in estimated seconds of a
+slot.
 
-When a slot is granted, its time is owed in equal parts to all users that are present. A user's *deficit* is what it
-has received less than its share. The user with the largest deficit is next; among equals, the one served longest ago.
-So a user with twenty requests gets a slot as often as one with a single question, and one with long prompts less
-often than one with short ones. A user that does not wait is owed one request's time at most, so it cannot claim hours
-after a pause.
+When a request gets a slot, equal parts of its time are owed to all other users that are present. A user's *deficit* is
+the number of seconds that it has received less than its share. The user with the largest deficit is next; among
+equals, the user that got its last slot longest ago. So a user with twenty requests gets a slot as often as a user with
+one, and a user with long prompts less often than a user with short ones. A user that waits for nothing is owed the
+time of one request at most, so that it cannot claim hours after a pause.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from typing import Protocol, TypeVar
 from msgspec import Struct, field
 
 _AT_ONCE_S = 1e-3
-# The limit of a deficit, and of what is owed: an estimate may be wrong, and its effect must end.
+# No deficit is above this or below its negative. An estimate may be wrong, and its effect must end.
 _LIMIT_S = 300.0
-# Seconds that the users who return are expected to wait, all together; below it no slot is left free for them.
+# No slot is left free for returning users if all of them together are expected to wait less than this.
 _HARDLY_A_WAIT_S = 0.15
 
 
 class Fairness(Struct, frozen=True):
-    """The settings; see ``queue`` in the configuration. ``None`` is no limit.
+    """The settings; see ``queue`` in the configuration. None is no limit.
 
-    ``max_running``, ``max_waiting``: per user, unless its key sets others. ``max_overtake_s``: for how long side
-    requests may overtake a request that came before them. ``return_grace_s``: how long after its last request a user is
-    expected back, so that other users leave a slot free.
+    ``max_running`` and ``max_waiting``: the requests of each user that may have slots, and that may wait; an API key
+    may set other limits. ``max_overtake_s``: the seconds of slot time by which small requests may overtake a waiting
+    request. ``return_grace_s``: for so many seconds after its last request a user is expected back, and users above
+    their share leave a slot free for it.
     """
 
     max_running: int | None = None
@@ -39,9 +41,9 @@ class Fairness(Struct, frozen=True):
 
 
 class Ask(Struct, frozen=True):
-    """A waiting request. ``cost_s``: estimated seconds in a slot. ``is_small``: it needs very little (a title, a
-    summary). ``overtaken_s``: for how long later small requests have overtaken it; ``passed_by``: the same for each
-    user of such requests.
+    """A waiting request. ``cost_s``: the estimated seconds of a slot that it needs. ``is_small``: it needs next to no
+    computing (a title, a summary). ``overtaken_s``: the slot time of later small requests that have overtaken it.
+    ``passed_by``: the part of ``overtaken_s`` that each user's small requests took.
     """
 
     user: str
@@ -52,8 +54,8 @@ class Ask(Struct, frozen=True):
 
 
 class Asking(Protocol):
-    """A request waiting in the queue of its user. ``serial`` ascends in the order in which requests would be served
-    if all users were one.
+    """A request that waits in the queue of its user. ``serial`` ascends in the order in which requests would be served
+    if all users were one user.
     """
 
     serial: int
@@ -71,10 +73,11 @@ A = TypeVar("A", bound=Asking)
 
 
 class Booked(Struct, frozen=True):
-    """The changes of deficits made when ``user`` was granted a slot: ``own_s`` of the user, and ``changes_s`` of
-    each of ``others``, of whom the first ``n_waiting`` waited.
+    """How deficits changed when ``user`` was granted a slot: by ``own_s`` for ``user``, and by ``changes_s`` for each
+    of ``others``. The first ``n_waiting`` of ``others`` waited for a slot.
 
-    Each running request has one; sets and dictionaries instead of tuple and array took 80 kB with 1,000 users.
+    There is one such object for each running request. With 1,000 users, sets and dictionaries took 80 kB instead of a
+    tuple and an array.
     """
 
     user: str
@@ -85,7 +88,7 @@ class Booked(Struct, frozen=True):
 
 
 class Charge(Struct, frozen=True):
-    """A running request's account: since ``at`` its user has held ``n_slots`` slots for it."""
+    """The account of a running request: its user has had ``n_slots`` slots for it since ``at``."""
 
     booked: Booked
     n_slots: int
@@ -93,8 +96,8 @@ class Charge(Struct, frozen=True):
 
 
 class Shares:
-    """The deficit of each user: what it has received less than its share, in seconds of a slot; 0 for
-    an unknown user.
+    """The deficit of each user: by how many seconds of a slot it has received less than its share. The deficit of an
+    unknown user is 0.
     """
 
     def __init__(self) -> None:
@@ -106,10 +109,11 @@ class Shares:
         return self._deficits.get(user, 0.0)
 
     def in_turn(self, queues: Mapping[str, Sequence[A]]) -> Iterator[A]:
-        """The waiting requests in the order in which they are served, without priority for small requests.
+        """Yield the waiting requests in the order in which users are served. Small requests have no priority here.
 
-        ``queues``: by user, each oldest first. The cost grows with the number of users, then only with the number
-        of requests that are taken from the iterator. Requests already taken may leave their queue meanwhile.
+        ``queues`` has the requests of each user, oldest first. The cost grows with the number of users once, then with
+        the number of requests that the caller takes from the iterator. The caller may remove requests from their queue
+        once it has taken them.
         """
         if len(queues) == 1:
             yield from [*next(iter(queues.values()))]
@@ -120,7 +124,7 @@ class Shares:
         ]
         heapq.heapify(heads)
         rest, n_served = dict[str, Iterator[A]](), self._n_served
-        ahead = dict[str, A]()  # the first of each user that had one before
+        ahead = dict[str, A]()  # by user with an earlier request in this order: its next request
         while heads:
             received_s, _, _, user = heads[0]
             if user not in rest:
@@ -136,7 +140,9 @@ class Shares:
             yield request
 
     def order(self, asks: Sequence[Ask], max_overtake_s: float) -> list[int]:
-        """Indices of ``asks`` (oldest first) in the order in which they are served."""
+        """Return the indices of ``asks`` in the order in which they are served. ``asks`` are sorted by age, oldest
+        first.
+        """
         queues: dict[str, list[_Numbered]] = {}
         for i, ask in enumerate(asks):
             queues.setdefault(ask.user, []).append(_Numbered(i, ask.cost_s))
@@ -144,8 +150,9 @@ class Shares:
         return _sides_first(asks, fair, max_overtake_s)
 
     def granted(self, user: str, cost_s: float, waiting: Collection[str], idle: Collection[str]) -> Booked:
-        """Book a slot of about ``cost_s`` for ``user``. The time is owed to all users that are present: those
-        ``waiting`` for a slot, and those ``idle`` with one slot or none.
+        """Book a slot for ``user``, for about ``cost_s`` seconds. Equal parts of the time are owed to the other users
+        in ``waiting`` (they wait for a slot) and in ``idle`` (they are present but wait for none, and have one slot at
+        most). Pass the result to ``took`` at the end.
         """
         self._n_served += 1
         self._served[user] = self._n_served
@@ -154,7 +161,9 @@ class Shares:
         return Booked(user, others, len(first), *self._book(user, cost_s, others, len(first)))
 
     def took(self, booked: Booked, seconds: float) -> None:
-        """Replace the estimate in ``booked`` by the actual ``seconds``, for the users that are still known."""
+        """Replace the estimated seconds in ``booked`` by the actual ``seconds``. Users that were forgotten meanwhile
+        are skipped.
+        """
         deficits, n_waiting, known = self._deficits, 0, list[str]()
         for n, (other, change_s) in enumerate(zip(booked.others, booked.changes_s, strict=True)):
             if other in deficits:
@@ -168,9 +177,9 @@ class Shares:
     def _book(
         self, user: str, seconds: float, others: Sequence[str], n_waiting: int
     ) -> tuple[array[float], float]:
-        """Apply the changes of deficits for a slot used by ``user`` for ``seconds``, and return them: those of
-        ``others``, and that of ``user``. A plain loop, as it runs twice for each request: with 1,000 users each
-        call took 2 ms.
+        """Change the deficits for ``seconds`` of a slot that ``user`` has used. Returns the changes of ``others``, and
+        the change of ``user``. The first ``n_waiting`` of ``others`` wait for a slot. A plain loop, because with 1,000
+        users each call took 2 ms, and each request makes two.
         """
         deficits, changes_s = self._deficits, array("d")
         if not others:
@@ -191,8 +200,8 @@ class Shares:
         return changes_s, own_s
 
     def keep(self, present: Collection[str], remembered: Collection[str]) -> None:
-        """Forget all users that are not ``present`` (waiting, or with a slot), except for the negative deficit of a
-        user in ``remembered``.
+        """Forget all users that are not in ``present`` (they wait or have a slot). Of a user in ``remembered`` a
+        negative deficit is kept.
         """
         for user in self._deficits.keys() - present:
             if user in remembered and self._deficits[user] < 0:
@@ -202,8 +211,9 @@ class Shares:
 
 
 def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_overtake_s: float) -> list[int]:
-    """``order`` with small requests moved ahead of requests that have not been overtaken for too long yet. The
-    small requests of one user may use an equal part of that time.
+    """Return ``order`` with small requests moved ahead of other requests. They move ahead of a request until it has
+    been overtaken for ``max_overtake_s`` in total. The small requests of one other user may use only an equal part of
+    this time.
     """
     result: list[int] = []
     fronts = {ask.user: 0 for ask in asks if ask.is_small}  # by user: where its next small request goes
@@ -227,13 +237,14 @@ def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_overtake_s: floa
 def may_take_another(
     n_held: int, n_slots: int, n_idle: int, n_users: int, pauses_s: Sequence[float], cost_s: float
 ) -> bool:
-    """Whether a user with ``n_held`` of ``n_slots`` may take one of the ``n_idle`` slots for about ``cost_s``.
+    """True if a user that has ``n_held`` of ``n_slots`` slots may take one of the ``n_idle`` slots for about
+    ``cost_s``.
 
-    ``n_users`` were present lately. Those without a slot and without a waiting request may return at any moment, and
-    would have to wait for a whole answer; ``pauses_s`` has the usual pause of each. So a user with more than an equal
-    share leaves as many slots free as are likely to be needed in ``cost_s``. It leaves at least one, unless the wait
-    that a return before its end would cause is hardly noticed, or a return is that unlikely. Eight requests of 0.2 s
-    took 1.3 to 1.5 times as long in three of four slots, beside four users who were back every two seconds.
+    ``n_users`` users were present lately. ``pauses_s`` has the mean pause of each other user that neither has a slot
+    nor waits: it may return at any moment, and would then wait for a whole answer. So a user above its equal share
+    leaves idle as many slots as returning users are expected to need within ``cost_s``, and at least one. It need not
+    if the expected wait of all returning users together is below ``_HARDLY_A_WAIT_S``. The price: beside four users
+    who were back every two seconds, eight requests of 0.2 s took 1.3 to 1.5 times as long in three of four slots.
     """
     if n_held == 0 or not pauses_s or (n_held + 1) * n_users <= n_slots:
         return True
@@ -242,15 +253,15 @@ def may_take_another(
 
 
 def returns(pauses_s: Iterable[float], seconds: float) -> float:
-    """The expected number of users that return within ``seconds``, if each has just left and its mean pause is in
-    ``pauses_s`` (a constant probability per second).
+    """Return the expected number of users that come back within ``seconds``. Each has just left, and comes back with a
+    constant probability per second. ``pauses_s`` has the mean pause of each.
     """
     return sum(-math.expm1(-seconds / pause_s) for pause_s in pauses_s)
 
 
 class Pauses:
-    """The usual pause of each user between an answer and its next request: a mean of logarithms, because most pauses
-    of an agent are short and some are those of a human reader.
+    """The usual pause of each user between an answer and its next request. It is a mean of logarithms, because most
+    pauses of an agent are short and a few are those of a human reader.
     """
 
     UNKNOWN_S = 60.0  # a user seen once may stay away for long

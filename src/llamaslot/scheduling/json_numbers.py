@@ -1,4 +1,4 @@
-"""Reads learned numbers back from JSON; invalid ones are skipped."""
+"""Reads learned numbers from JSON, and skips invalid ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def within(value: float, limits: tuple[float, float]) -> float:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number, and no bool."""
+    """True if ``value`` is a finite int or float. A bool is not a number here."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def rows(data: object, key: str, width: int) -> Iterable[list[Any]]:
-    """The rows in the list ``data[key]`` that consist of ``width`` finite numbers."""
+    """Yield each list in ``data[key]`` that consists of ``width`` finite numbers. All other entries are skipped."""
     rows = data.get(key) if isinstance(data, Mapping) else None
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, list) and len(row) == width and all(map(is_number, row)):
@@ -24,14 +24,16 @@ def rows(data: object, key: str, width: int) -> Iterable[list[Any]]:
 
 
 def positive(data: object, keys: tuple[str, ...]) -> list[float] | None:
-    """The values of ``keys`` if all are finite and above zero; else None."""
+    """Return the values of all ``keys`` in ``data``; None if any of these values is missing, not finite, or not above
+    zero.
+    """
     values: list[Any] = [data.get(key) for key in keys] if isinstance(data, Mapping) else []
     numbers = [float(value) for value in values if is_number(value) and value > 0]
     return numbers if len(numbers) == len(keys) else None
 
 
 def counts(data: object, key: str) -> list[int]:
-    """The integers above zero in the list ``data[key]``."""
+    """Return the numbers in the list ``data[key]`` that are at least 1, rounded down. All other entries are skipped."""
     values = data.get(key) if isinstance(data, Mapping) else None
     numbers = values if isinstance(values, list) else []
     return [int(value) for value in numbers if is_number(value) and value >= 1]

@@ -1,6 +1,6 @@
-"""Where a request runs: the place with the smallest cost, for this user and for later requests of all users.
+"""Decides where a request runs: at the place with the smallest cost, for its user and for later requests of all users.
 
-Pure: views of the backends go in, a plan comes out. Every cost is in seconds, and costs are only compared.
+Pure: views of the backends go in, a plan comes out. All costs are in seconds, and are only compared with each other.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ from llamaslot.scheduling.slots import SlotKey, SlotState
 PrefillSeconds = Callable[[int, int], float]
 SIMILARITY_MIN, SMALL_PROMPT_TOKENS = 0.85, 1024  # the defaults of ``routing``
 TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
-# The cost of an extra request, as a share of the prefill time, must be below this. An extra request is a loss if the
-# server is otherwise idle. It saves other requests, or the next turn, much more if it is not.
+# An extra request may cost at most this part of the prefill that it divides. It is a loss if llama-server is otherwise
+# idle. If not, other requests or the next turn save much more.
 _PRICE = 0.05
-# Whatever an extra request costs, no request waits behind more than this of another request's prompt.
+# A prefill of more seconds is always long, so no other request must wait for all of it.
 _LONG_AT_LAST_S = 1.0
 _FORGET_S = 1800.0  # after half an hour without use the chance of a hit is halved
 
 
 class SlotView(NamedTuple):
-    """A slot as one request sees it. All token counts concern the request's prompt.
+    """A slot as seen by one request. All token counts refer to the request's prompt.
 
-    ``n_shared``: common tokens; ``n_usable``: those that need not be computed; ``n_tokens``: all tokens in the slot
-    (for a leased slot: that it will hold). ``is_other_conversation``: it only begins alike. ``is_other_namespace``:
-    computed in a namespace that the request may not read, so the slot is erased first. ``is_worth_saving``: a save
-    costs less than computing it again; ``save_s``: seconds of that save, else 0. ``eviction_cost_s``: seconds that its
-    loss costs the user that returns to it. ``wait_s``: until it is idle. ``used_at``: when it was used last.
+    ``n_shared``: the tokens that prompt and slot have in common. ``n_usable``: those of them that need not be computed
+    again. ``n_tokens``: all tokens in the slot, or, of a leased slot, that it will hold. ``is_other_conversation``:
+    the slot holds another conversation, which only begins with the same tokens. ``is_other_namespace``: the request
+    may not reuse the content, so the slot is erased first. ``is_worth_saving``: saving the content costs less than
+    computing it again. ``save_s``: the seconds of that save, 0 if it is not worth it. ``eviction_cost_s``: the seconds
+    that the loss of the content costs its user, if it comes back. ``wait_s``: the seconds until the slot is idle.
+    ``used_at``: the time of its last use.
     """
 
     key: SlotKey
@@ -65,7 +67,9 @@ class SlotView(NamedTuple):
 
 
 class SnapshotView(NamedTuple):
-    """A snapshot as one request sees it. ``wait_s``: until it is committed, if it is still being written."""
+    """A snapshot as seen by one request. ``wait_s``: the seconds until it is committed, if it is still being written;
+    else 0.
+    """
 
     id: str
     n_usable: int
@@ -74,12 +78,13 @@ class SnapshotView(NamedTuple):
 
 
 class BackendView(Struct, frozen=True):
-    """One backend as one request sees it: its slots, the snapshots that it can restore, and what work costs there.
+    """One backend as seen by one request: its slots, the snapshots that it can restore, and its speeds.
 
-    ``reserved``: slots that earlier requests wait for, and for how many seconds those requests will use them.
-    ``can_erase``: slot actions work; otherwise isolation depends on ``cache_prompt`` false alone. ``request_s``:
-    seconds that one more request costs, apart from its computation. ``shared``: for each slot with common tokens, their
-    number; also for slots that are not in ``slots``.
+    ``prefill_s``: a function from two token counts to the seconds of computing the tokens between them. ``reserved``:
+    for each slot that earlier requests wait for, the seconds for which they will use it. ``can_erase``: llama-server
+    can erase slots; if not, only ``cache_prompt`` false keeps namespaces apart. ``request_s``: the seconds that one
+    more request costs, without its computation. ``shared``: for each slot that has tokens in common with the prompt,
+    their number; it also has slots that are not in ``slots``.
     """
 
     slots: tuple[SlotView, ...]
@@ -94,7 +99,8 @@ class BackendView(Struct, frozen=True):
 class Rules(Struct, frozen=True):
     """The settings of placement; see ``routing``, ``prefill`` and ``cache`` in the configuration.
 
-    ``chunk_threshold_s``: prompts that take longer are computed ahead of the request; None: decided by costs.
+    ``chunk_threshold_s``: a prefill of more seconds is long: llamaslot computes it ahead, before it sends the client's
+    request. None: ``long_s`` decides by costs.
     """
 
     similarity_min: float = SIMILARITY_MIN
@@ -104,25 +110,25 @@ class Rules(Struct, frozen=True):
     is_isolated: bool = False  # no user may read what another user has computed
 
     def namespace(self, user: User, lora: str = "") -> Namespace:
-        """The namespace of a request of ``user`` with the LoRA scales ``lora``."""
+        """Return the namespace of a request of ``user`` with the LoRA scales ``lora``."""
         return Namespace(user.id if self.is_isolated else "", lora)
 
     def long_s(self, request_s: float) -> float:
-        """The prefill time above which computing a prompt ahead, in requests of llamaslot's own, is worth the
-        ``request_s`` that each of these costs: such a prefill can be interrupted, shared, and postponed for other
-        requests.
+        """Return the seconds above which a prefill is long. llamaslot computes a long prefill ahead in requests of its
+        own, which can be interrupted, share their prefix, and make room for other requests. Each of these requests
+        costs ``request_s``.
         """
         return _worth_s(request_s) if self.chunk_threshold_s is None else self.chunk_threshold_s
 
     @property
     def public(self) -> Namespace:
-        """The namespaces that all users may read, computed by the operator."""
+        """The namespace of content that the operator has prewarmed, and that all users may reuse."""
         return PUBLIC if self.is_isolated else SHARED
 
 
 class _Choice(NamedTuple):
-    """A slot and a source of tokens that ``place`` compares with others by cost. A named tuple, which is made in a
-    quarter of the time of a dataclass: each placement makes dozens.
+    """A slot and a source of tokens, compared by ``place`` with all other choices. A named tuple is made in a quarter
+    of the time of a dataclass, and each placement makes dozens.
     """
 
     view: BackendView
@@ -131,22 +137,23 @@ class _Choice(NamedTuple):
     n_reused: int
     cost_s: float
     wait_s: float
-    is_loss: bool  # what the slot holds is lost to its owner, or must be restored for it
-    is_match: bool = False  # the request resumes from the slot's content: nothing is lost
+    is_loss: bool  # the user of the slot's content loses a large context, or must wait for its restore
+    is_match: bool = False  # the request continues the slot's content, so no content is lost
     snapshot: SnapshotView | None = None
 
 
 def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
-    """The cheapest place for ``request`` among all slots of all backends, or what to wait for. Each backend has its own
-    rates.
+    """Return the cheapest place for ``request`` among all slots in ``views``, as a plan, or what the request waits
+    for. Each backend has its own speeds.
 
     There are two cases:
 
-    1. An idle slot is taken at once.
-    2. The request waits, if waiting and then computing the rest is cheaper: for a busy slot that holds most of the
-       prompt (after the requests that already wait for it), or for a snapshot that is being written.
+    1. The cheapest place is in an idle slot: the request takes it at once.
+    2. Waiting and then computing what is missing is cheaper: the request waits for a busy slot that holds most of its
+       prompt (and for the requests that already wait for this slot), or for a snapshot that is still being written.
 
-    Of the idle slots a small prompt takes one whose loss costs no user a large context, if there is one.
+    Without any slot to choose from, the request waits too. A small prompt prefers idle slots whose loss costs no user
+    a large context.
     """
     choices = [choice for view in views for choice in _choices(request, view, rules)]
     if not choices:
@@ -154,7 +161,7 @@ def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan 
     best = min(choices, key=_sort_key)
     key: Callable[[_Choice], tuple[float, ...]] = _sort_key
     if request.n_tokens < rules.small_prompt_tokens and best.wait_s == 0:
-        # Only among places that are available now: the cost of waiting for another one is in the sum above.
+        # Only among places that are available now: the costs above have already decided against waiting.
         choices = [choice for choice in choices if choice.wait_s == 0]
         key = _no_loss_first
         best = min(choices, key=key)
@@ -183,8 +190,8 @@ def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan 
 
 
 def _place(choice: _Choice, request: Request) -> Place:
-    """``choice`` as a ``Place``, with the terms of its cost. The terms are not stored in each choice, as a burst of
-    requests makes thousands.
+    """Return ``choice`` as a ``Place`` with all terms of its cost. They are computed only here, because a burst of
+    requests makes thousands of choices.
     """
     slot, snapshot = choice.slot, choice.snapshot
     cost = Cost(
@@ -198,8 +205,9 @@ def _place(choice: _Choice, request: Request) -> Place:
 
 
 def is_similar(slot: SlotView, rules: Rules) -> bool:
-    """Whether the request keeps so much of the slot's content (``routing.similarity_min``) that taking the slot
-    loses nothing. Never true if the slot holds another conversation, however long the common system prompt is.
+    """True if the prompt contains at least the part ``routing.similarity_min`` of the slot's tokens, so that the
+    request continues the slot's content and no content is lost. False if the slot holds another conversation, however
+    long the common system prompt is.
     """
     return (
         not slot.is_other_conversation
@@ -209,22 +217,23 @@ def is_similar(slot: SlotView, rules: Rules) -> bool:
 
 
 def is_other_conversation(slot: SlotView | Shared[int], n_alike: int) -> bool:
-    """Whether a slot holds another conversation than the request's, if several conversations begin with the same
-    ``n_alike`` tokens.
+    """True if a slot holds another conversation than the request's, where several conversations begin with the same
+    ``n_alike`` tokens: the slot has more tokens than it shares with the prompt, and shares no more than ``n_alike``.
+    Differences of ``NEGLIGIBLE_TOKENS`` do not count.
     """
     only_begins_alike = slot.n_shared <= n_alike + NEGLIGIBLE_TOKENS
     return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + NEGLIGIBLE_TOKENS
 
 
 Ranked = tuple[int, float, int]
-"""An idle slot: milliseconds that its loss costs others, when it was used last, its number. A plain tuple, as there may
-be hundreds.
+"""An idle slot: the milliseconds that taking it costs other users, the time of its last use, its number. A plain tuple,
+because there may be hundreds.
 """
 
 
 def ranked(loss_s: float, used_at: float, slot: int) -> Ranked:
-    """The sort key of a slot by what taking it loses: the smallest loss first, among ties the least recently used
-    slot.
+    """Return the sort key of a slot that costs other users ``loss_s`` seconds: the slot with the smallest loss comes
+    first, among ties the least recently used one.
     """
     return round(loss_s / TIE_S), used_at, slot
 
@@ -232,13 +241,14 @@ def ranked(loss_s: float, used_at: float, slot: int) -> Ranked:
 def worth_a_look(
     slots: Iterable[Ranked], shared: Callable[[int], int], most_shared: int, besides: Collection[int]
 ) -> Iterator[int]:
-    """Of ``slots``, sorted by cost, those that ``place`` may choose: any other slot costs no less, and shares no
-    more, than two of these. Among 256 slots these are two or three as a rule, and a close look at each takes 20 us.
+    """Yield those of ``slots`` that ``place`` may choose. ``slots`` must be sorted by ``ranked``. A slot is left out
+    if two slots that come before it share at least as many tokens: two, because a plan also names the next best place.
+    Of 256 slots usually two or three are yielded. A close look at one slot takes 20 us.
 
-    ``shared``: a function from a slot to its tokens in common with the prompt; no remaining slot has more than
-    ``most_shared``. Slots in ``besides`` are left out. Valid only for a model that can rewind to any token, where
-    all shared tokens can be reused, and for slots of the same kind: a small request takes a slot without a large
-    context first.
+    ``shared`` returns the number of tokens that a slot has in common with the prompt. No slot has more than
+    ``most_shared``. Slots in ``besides`` are never yielded. The result is valid only for models that can rewind to any
+    token, which can reuse all common tokens. All ``slots`` must be alike in whether a small request costs a user a
+    large context there.
     """
     best = second_best = -1  # tokens shared by those that cost less
     for _, _, slot in slots:
@@ -251,13 +261,16 @@ def worth_a_look(
 
 
 def is_long(plan: Plan, long_s: float) -> bool:
-    """Whether the prefill ahead of the request's own request takes so long that other requests must be served
-    meanwhile."""
+    """True if ``plan`` computes the prompt ahead of the client's request, and this takes more than ``long_s``. Then
+    other requests are served between its chunks.
+    """
     return plan.cost.prefill_s > long_s and any(isinstance(step, PrefillTo) for step in plan.steps)
 
 
 def return_likelihood(idle_s: float) -> float:
-    """The likelihood of another hit, from 1 downwards, by the seconds since the last use."""
+    """Return the likelihood that content is used again after ``idle_s`` seconds without use: 1 at 0 seconds, falling
+    with time.
+    """
     return _FORGET_S / (_FORGET_S + max(idle_s, 0.0))
 
 
@@ -272,7 +285,8 @@ def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Cho
         if not is_takeable:
             if is_match:
                 rest_s = view.prefill_s(slot.n_usable, n)
-                # The first of them is asked to save the common beginning as soon as that is computed.
+                # The request in the slot saves the common prefix as soon as it is computed, so the requests that wait
+                # for this slot need not wait for each other.
                 is_shared = rest_s > rules.long_s(view.request_s)
                 behind_s = 0.0 if is_shared else view.reserved.get(slot.key, 0.0)
                 wait = max(slot.wait_s + behind_s, TIE_S)
@@ -312,12 +326,12 @@ def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Cho
 
 
 def _sort_key(choice: _Choice) -> tuple[int, float]:
-    """The sort key of a choice: the cheapest first; among ties the least recently used slot."""
+    """Return the sort key of a choice: the cheapest comes first, among ties the least recently used slot."""
     return round(choice.cost_s / TIE_S), choice.slot.used_at
 
 
 def _no_loss_first(choice: _Choice) -> tuple[bool, int, float]:
-    """The sort key of a choice for a small request: choices that cost no user a large context come first."""
+    """Return the sort key of a choice for a small prompt: choices that cost no user a large context come first."""
     return choice.is_loss, *_sort_key(choice)
 
 
@@ -337,13 +351,17 @@ def _steps(request: Request, choice: _Choice, rules: Rules) -> Iterator[Step]:
 
 
 def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rules) -> list[int]:
-    """Where the prefill stops: the request's boundaries, then the last token but one. Empty for a short prefill.
+    """Return the token counts at which llamaslot's own prefill stops: some of the request's boundaries, then the last
+    token but one. The list is empty for a short prefill, which the client's own request computes.
 
-    Each stop is one more request. So a boundary is a stop only if recomputing the tokens since the previous stop, for
-    a later prompt that diverges there, takes much longer than a request. The end is no stop if the rest is short. The
-    last token is left to the client's own request, which always computes one; stopping at n instead would cost a
-    recurrent model its last checkpoint. A steered request needs a slot that shares all tokens but that one, and one
-    that prewarms is saved there.
+    Each stop costs one more request. So a boundary is a stop only if computing the tokens since the previous stop
+    takes much longer than a request; a later prompt that diverges there saves this. Likewise the end is a stop only if
+    the prefill up to it is long.
+
+    The last token is left to the client's own request, which always computes one token. A stop behind it would cost a
+    recurrent model its last checkpoint. Two kinds of requests are always computed to the end: a steered request,
+    because llama-server then chooses the slot that shares most tokens, and a prewarm, because its snapshot is saved
+    there.
     """
     last, long_s = request.n_tokens - 1, rules.long_s(view.request_s)
     is_prepared = request.placement is Placement.STEERED or request.is_prewarm
@@ -359,5 +377,5 @@ def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rul
 
 
 def _worth_s(request_s: float) -> float:
-    """The seconds of work that must be at stake to justify one more request, which costs ``request_s``."""
+    """Return the seconds of computing that must be at stake to justify one more request, which costs ``request_s``."""
     return min(request_s / _PRICE, _LONG_AT_LAST_S)

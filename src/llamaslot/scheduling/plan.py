@@ -1,4 +1,4 @@
-"""The decision for a request: the steps of a plan and its cost, or what the request waits for."""
+"""The decision for a request: a plan with its steps and its cost, or a wait and what the request waits for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaslot.scheduling.slots import SlotKey
 
 
 class Save(Struct, frozen=True):
-    """A step: write what the slot holds to disk before it is overwritten."""
+    """A step: llama-server writes the slot's content to disk, before a later step overwrites the slot."""
 
     slot: SlotKey
 
@@ -36,7 +36,7 @@ Step = Save | Erase | Restore | PrefillTo
 
 
 class Source(enum.Enum):
-    """Where the reused part of a prompt comes from, as reported in ``x-llamaslot-source``."""
+    """Where the reused tokens of a prompt come from. Clients see it in the header ``x-llamaslot-source``."""
 
     RESIDENT = "resident"
     SNAPSHOT = "snapshot"
@@ -46,8 +46,9 @@ class Source(enum.Enum):
 
 
 class Cost(Struct, frozen=True):
-    """What a place costs in seconds: ``wait_s`` until the slot is available, ``save_s`` and ``eviction_cost_s`` for
-    the content lost there, ``restore_s`` and ``prefill_s`` until the first token of the answer.
+    """The seconds that a place costs. ``wait_s``: until the slot is available. ``save_s``: for saving the slot's
+    present content. ``eviction_cost_s``: what the loss of that content costs its user later. ``restore_s`` and
+    ``prefill_s``: for the restore and the prefill of the request.
     """
 
     wait_s: float = 0.0
@@ -62,12 +63,14 @@ class Cost(Struct, frozen=True):
 
     @property
     def steps_s(self) -> float:
-        """Seconds from the lease of the slot to the beginning of the answer."""
+        """Seconds from the lease of the slot to the first token of the answer."""
         return self.save_s + self.restore_s + self.prefill_s
 
 
 class Place(Struct, frozen=True):
-    """Where a request could run: a slot, and the content that its prompt would resume from there."""
+    """Where a request could run: a slot, and the source from which it would reuse the first ``n_reused`` tokens of its
+    prompt. ``snapshot`` is the id of that source if it is a snapshot, else None.
+    """
 
     slot: SlotKey
     source: Source
@@ -78,9 +81,11 @@ class Place(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The decision for a request: the slot, the steps before its own request, and the expected reuse.
+    """The decision that a request runs now: its slot, the steps that llamaslot performs before it sends the client's
+    request, and the number of tokens that it expects to reuse.
 
-    ``next_best``: the cheapest place in any other slot; if there is only one slot, from another source.
+    ``next_best`` is the cheapest place in any other slot. With only one slot it is the cheapest place from another
+    source. It is None if there is neither.
     """
 
     slot: SlotKey
@@ -94,10 +99,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """No place yet. ``slot``: the request waits for this slot only, and later requests leave it alone. ``for_s``:
-    seconds until the next decision.
+    """The decision that a request gets no slot yet.
 
-    ``place`` is what the request waits for; ``instead`` is the cheapest place available now.
+    ``slot``: the busy slot that the request waits for, which later requests may not take; None if it waits for no
+    particular slot. ``for_s``: the seconds after which the request is placed again; None if only an event can change
+    the decision. ``place``: the place that the request waits for. ``instead``: the cheapest place that it could have
+    had at once.
     """
 
     slot: SlotKey | None = None
@@ -107,12 +114,13 @@ class Wait:
 
 
 class PrefillStats(Struct, frozen=True):
-    """Prefill done for a request before llama-server received it. Of the ``n_tokens`` present now ``n_reused`` were
-    reused, and the rest took ``seconds``.
+    """The prefill that llamaslot has done for a request before it sent the client's own request. The slot then has
+    ``n_tokens`` of the prompt. ``n_reused`` of them were reused; computing all others took ``seconds``.
 
-    llama-server then reports ``cache_n`` n - 1 and ``prompt_n`` 1; the client must get the figures of its whole
-    request. ``n_answers``: the number of answers that use this work (``n``); answers to further prompts do all their
-    own work.
+    llama-server reports only the client's own request, as if all tokens but one had been reused (``cache_n`` n - 1,
+    ``prompt_n`` 1). With these figures llamaslot tells the client what the whole request took. ``n_answers`` is the
+    number of answers to the prompt that was computed ahead (``n``). Each further prompt of the request computes its
+    own tokens, and its figures stay as they are.
     """
 
     n_reused: int
@@ -121,8 +129,8 @@ class PrefillStats(Struct, frozen=True):
     n_answers: int = 1
 
     def then(self, later: PrefillStats) -> PrefillStats:
-        """The sum of this work and ``later`` work for the same request. Tokens that this work left in the slot do
-        not count as reused by the later one.
+        """Return the sum of this work and of ``later`` work for the same request. Tokens that ``later`` found in the
+        slot only because this work had left them there count as computed, not as reused.
         """
         is_own = self.n_reused <= later.n_reused <= self.n_tokens
         n_reused = self.n_reused if is_own else later.n_reused

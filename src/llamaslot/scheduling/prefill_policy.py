@@ -1,7 +1,7 @@
-"""Which long prefill is computed now, for how long, and how much time belongs to other requests.
+"""Decides which long prefill is computed now and for how long, and how much time other requests get in between.
 
-Pure: numbers come in, decisions go out. A backend computes one long prefill at a time, in chunks. Between two chunks
-running streams and requests with a short prefill get their share, and another prefill may be next.
+Pure: numbers come in, decisions go out. A backend computes one long prefill at a time, in chunks. Between two chunks,
+running streams and requests with a short prefill get their share of the time, and another long prefill may be next.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from llamaslot.scheduling.fairness import Shares
 class PrefillSharing(Struct, frozen=True):
     """The settings of long prefills; see ``prefill`` in the configuration.
 
-    ``decode_share``: share of the time that belongs to streams while any decode. ``chunk_s``: seconds of a chunk,
-    after which another prefill may be next. ``starvation_s``: a prefill that has waited this long is not overtaken by
-    later ones. ``max_yield_s``: the longest time at once for which requests with a short prefill postpone it.
+    ``decode_share``: the share of the time that goes to streams while any answer is decoded. ``chunk_s``: the seconds
+    of a chunk, after which another prefill may be next. ``starvation_s``: once a prefill has waited for so many
+    seconds, no later prefill overtakes it. ``max_yield_s``: the seconds for which requests with a short prefill may
+    delay the next chunk.
     """
 
     decode_share: float = 0.1
@@ -28,9 +29,9 @@ class PrefillSharing(Struct, frozen=True):
 
 
 class Pending(Struct, frozen=True):
-    """A long prefill that is running or waits for its turn.
+    """A long prefill that is being computed or waits for its turn.
 
-    ``left_s``: seconds to the next point from which a request can resume. ``waited_s``: seconds since ``came_at`` in
+    ``left_s``: the seconds of computing that are left until its target. ``waited_s``: the seconds since ``came_at`` in
     which it was not computed.
     """
 
@@ -40,23 +41,24 @@ class Pending(Struct, frozen=True):
 
 
 def rank(pending: Pending, starvation_s: float) -> tuple[float, float]:
-    """The sort key of a waiting prefill; the smallest is computed next. This is the shortest remaining work, which
-    counts for less the longer the prefill has waited, and for nothing after ``starvation_s``: then the oldest is
-    next, and no later one overtakes it.
+    """Return the sort key of a prefill; the one with the smallest key is computed next. The key is the remaining work
+    in seconds. It shrinks in proportion while the prefill waits, and is 0 after ``starvation_s``. Among prefills with
+    the key 0 the one that came first is next, so no later one overtakes it.
     """
     discount = 1 - pending.waited_s / starvation_s if starvation_s > 0 else 0.0
     return pending.left_s * max(discount, 0.0), pending.came_at
 
 
 def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, starvation_s: float) -> int:
-    """The index of the prefill to compute next.
+    """Return the index of the prefill to compute next. ``current`` is the index of the one that was computed last,
+    None if there is none.
 
-    ``current`` goes on unless another one is ahead by more than an interruption costs (``switch_s``), or has waited
-    for too long. The credit for waiting alone does not interrupt a prefill: otherwise, of two prefills with more
-    left than ``starvation_s``, the waiting one would gain on the running one, and they would interrupt each other
-    again and again (300 times for two of five minutes). So a prefill that was interrupted overtakes the other one
-    only when it has waited for ``starvation_s``. It then waits only for older ones and for the rest of the current
-    one.
+    ``current`` goes on unless another prefill is overdue (its ``rank`` is 0), or is ahead by more than ``switch_s``,
+    the seconds that an interruption costs. "Ahead" means in rank and also in remaining work. Rank alone does not
+    count, because it falls with waiting: two prefills with more work left than ``starvation_s`` would interrupt each
+    other again and again (300 times for two of five minutes). So a prefill that was interrupted by a shorter one
+    resumes at the latest when it has waited for ``starvation_s``, the rest of the current chunk, and older overdue
+    prefills.
     """
     ranks = [rank(pending, starvation_s) for pending in pendings]
     indices = range(len(pendings))
@@ -72,17 +74,20 @@ def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, s
 
 
 def pause_s(computed_s: float, n_streams: int, decode_share: float) -> float:
-    """Seconds to pause after a prefill has run for ``computed_s``, so that ``n_streams`` running streams get their
-    share of the time; 0 without streams."""
+    """Return the seconds to pause after a chunk that took ``computed_s``, so that ``n_streams`` running streams get
+    ``decode_share`` of the time; 0 without streams.
+    """
     if n_streams == 0:
         return 0.0
     return computed_s * decode_share / (1 - decode_share)
 
 
 def chunk_end(start: int, stop: int, reached: int) -> int:
-    """The end of a chunk from ``start`` on that should last until about ``reached``; at most ``stop``.
+    """Return the token at which a chunk ends that begins at token ``start`` and should end near token ``reached``; at
+    most ``stop``.
 
-    A multiple of ``GRAIN`` tokens, so that the server computes full batches, without a small rest before ``stop``.
+    The length is a multiple of ``GRAIN`` tokens, so that llama-server computes full batches. If less than half a
+    ``GRAIN`` would be left before ``stop``, the chunk ends at ``stop``.
     """
     n = max((reached - start) // GRAIN, 1) * GRAIN
     return stop if start + n + GRAIN // 2 >= stop else start + n
@@ -92,16 +97,16 @@ GRAIN = 256
 
 
 class ServerTime:
-    """The compute time of one llama-server by user, counted only while other users waited. Requests of llamaslot
-    itself (whose user has no name) are not counted.
+    """The compute time that each user got from one llama-server, counted only while other users waited for it.
+    llamaslot's own requests (their user is "") are not counted.
     """
 
     def __init__(self) -> None:
         self._shares = Shares()
 
     def took(self, users: Collection[str], seconds: float, waiting: Collection[str]) -> bool:
-        """Record that ``users`` used ``seconds`` in equal parts while ``waiting`` waited. Returns whether another
-        user waited.
+        """Record that requests of ``users`` ran for ``seconds``, while requests of ``waiting`` waited. Each of
+        ``users`` is charged an equal part. Returns True if any other user waited.
         """
         others = {user for user in waiting if user}
         for user in users:
@@ -110,12 +115,13 @@ class ServerTime:
         return bool(others - set(users))
 
     def owed_s(self, user: str) -> float:
-        """The seconds that ``user`` has received less than its part; negative if it has received more."""
+        """Return by how many seconds ``user`` has received less than its share; negative if it has received more."""
         return self._shares.deficit_s(user)
 
     def may_hold_back(self, user: str, other: str, grace_s: float) -> bool:
-        """Whether requests with a short prefill of ``user`` may delay a long one of ``other``: until ``user`` has
-        received ``grace_s`` more than ``other``.
+        """True if requests of ``user`` with a short prefill may delay a long prefill of ``other``. They may until
+        ``user`` has received ``grace_s`` more than ``other``, and always if both are the same user or one is llamaslot
+        itself.
         """
         is_one = user == other or not (user and other)
         return is_one or self.owed_s(user) >= self.owed_s(other) - grace_s

@@ -1,7 +1,8 @@
-"""The smallest of many holders whose ranks change all the time, without computing all ranks at each query.
+"""Finds the holder with the smallest rank, among many holders whose ranks change all the time, without computing all
+ranks for each query. A holder is the id of a snapshot.
 
-Pure. A heap of ranks as last computed. Each query first recomputes a few of them in turn, so no rank is older than
-the last few queries; with at most ``AT_ONCE`` holders all ranks are current.
+Pure. A heap keeps each rank as it was computed last. Before each query the caller recomputes some ranks in turn, so a
+rank is wrong for a few queries at most. With at most ``AT_ONCE`` holders all ranks are recomputed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ Rank = tuple[Any, ...]
 
 
 class Ranking:
-    """A heap of holders by ``rank(holder)``, which must be defined for every holder that was ``put`` and not
-    dropped.
-    """
+    """A heap of holders by ``rank(holder)``. ``rank`` must work for each holder from ``put`` until ``drop``."""
 
     AT_ONCE = 128
 
@@ -32,18 +31,20 @@ class Ranking:
         return len(self._ranks)
 
     def add_many(self, holders: Collection[str]) -> None:
-        """Add many holders: their ranks are computed by ``rank_some``, or before the next choice."""
+        """Add ``holders`` without computing their ranks. ``rank_some`` computes these ranks, at the latest before the
+        next query.
+        """
         self._ranks.update(dict.fromkeys(holders, ()))
         self._unranked.update(dict.fromkeys(holders))
 
     def rank_some(self, n: int) -> bool:
-        """Compute ``n`` ranks that were put off. Returns whether there are more."""
+        """Compute at most ``n`` of the ranks that ``add_many`` left out. Returns True if any of them are still left."""
         for holder in list(islice(self._unranked, n)):
             self.put(holder)
         return bool(self._unranked)
 
     def put(self, holder: str) -> None:
-        """Add ``holder``, or recompute its rank now if it is there already."""
+        """Add ``holder``, or, if it was added before, compute its rank again."""
         self._unranked.pop(holder, None)
         rank = self._rank(holder)
         if self._ranks.get(holder) != rank:
@@ -58,7 +59,9 @@ class Ranking:
         self._unranked.pop(holder, None)
 
     def turn(self, n: int = AT_ONCE) -> list[str]:
-        """The next ``n`` holders, in turn, whose ranks are due to be recomputed; call ``put`` for each."""
+        """Return the next ``n`` holders in a fixed round through all; all holders if there are no more than ``n``. The
+        caller then calls ``put`` for each, because its rank may be outdated.
+        """
         self.rank_some(len(self._unranked))
         found: list[str] = []
         n = min(n, len(self._ranks))
@@ -71,13 +74,13 @@ class Ranking:
         return found
 
     def recompute_all(self) -> None:
-        """Recompute all ranks, as after ``add_many``: after a change that affects all of them."""
+        """Forget all ranks because a change has affected all. They are computed again as after ``add_many``."""
         self._heap.clear()
         self.add_many(self._ranks)
 
     def least_first(self) -> Generator[str, None, None]:
-        """All holders by rank; each rank is recomputed before its holder is returned. Nothing may change during the
-        iteration.
+        """Yield all holders, smallest rank first. The rank of each is computed again before it is yielded. The caller
+        must not change the ranking during the iteration, and must close the iterator if it stops early.
         """
         self.rank_some(len(self._unranked))
         looked: list[tuple[Rank, str]] = []

@@ -47,11 +47,13 @@ IDLE = frozenset({SlotState.FREE, SlotState.HOT, SlotState.SUSPECT})
 
 
 class IllegalTransition(Exception):
-    """An event that the table of states does not allow in this state: a bug in llamaslot."""
+    """An event that the table ``NEXT`` does not allow in the slot's state. Always a bug in llamaslot."""
 
 
 class SlotKey(NamedTuple):
-    """Identifies a slot among those of all backends. ``id``: its number in its llama-server."""
+    """Identifies a slot among the slots of all backends: the backend's name, and the slot's number in its
+    llama-server.
+    """
 
     backend: str
     id: int
@@ -62,8 +64,8 @@ class SlotKey(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One slot of one backend, with its state and its content. Only the backend changes it, and only through
-    ``become``.
+    """One slot of one backend, with its state and its content. Only code in ``backend/`` changes it. ``state`` changes
+    only in ``become``.
     """
 
     backend: str
@@ -78,8 +80,9 @@ class Slot:
         self.key = SlotKey(self.backend, self.id)
 
     def become(self, event: SlotEvent, content: Content | None = None) -> None:
-        """Apply the transition that the table gives for ``event`` in the present state. Raises IllegalTransition
-        naming both.
+        """Change the state as the table ``NEXT`` says for ``event``, and set the content: to nothing for ``EMPTY`` and
+        ``FAIL``, else to ``content``, which is left as it is for None. Raises IllegalTransition if the table has no
+        such transition.
         """
         try:
             self.state = NEXT[self.state, event]
