@@ -1,4 +1,4 @@
-"""llamaslot's own pages below ``/llamaslot/``: status, metrics, journal, OpenAPI."""
+"""llamaslot's own pages below ``/llamaslot/``: status, metrics, journal, drain, reload, OpenAPI."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from llamaslot.http.reload import Reload
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.observe.journal import KEPT
 
-_DIGITS = 9  # of a number in a query; Python reads no more than 4,300
+_DIGITS = 9  # of a number in a query that are read; int() refuses more than 4,300
 
 
 class Status:
-    """The pages below ``/llamaslot/`` about all backends. ``prompts``: the rules for system prompts, whose counters
-    are reported too.
+    """Answers requests for the pages below ``/llamaslot/`` that are about all backends. ``prompts``: the rules for
+    system prompts, whose counters the status page shows.
     """
 
     def __init__(self, registry: Registry, prompts: SystemPrompts, reload: Reload) -> None:
         self._registry, self._prompts, self._reload = registry, prompts, reload
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer a request for status, metrics, journal or another of these pages. Raises NotFound, NotReloaded, and
-        BadRequest.
+        """Answer a request for status, metrics, journal, drain, reload or OpenAPI. Raises NotFound for an unknown path
+        or backend, BadRequest for a faulty query, and NotReloaded if a reload fails.
         """
         match request.path:
             case "/llamaslot/status":
@@ -55,7 +55,9 @@ class Status:
                 raise NotFound(f"there is no {shortened(request.path)}; there are {own}")
 
     def status(self) -> dict[str, Any]:
-        """Backends, snapshots and the queue at present. Token contents are never shown."""
+        """Return the present state of backends, snapshots and queue, as ``/llamaslot/status`` answers it. It has no
+        tokens or texts of any prompt.
+        """
         pools = [pool.status() for pool in self._registry.pools]
         return {
             "version": __version__,
@@ -75,13 +77,15 @@ class Status:
         }
 
     def journal(self, n: int) -> dict[str, Any]:
-        """The last ``n`` decisions of the journal, newest first."""
+        """Return the last ``n`` decisions of the journals of all pools, newest first."""
         every = (decision for pool in self._registry.pools for decision in pool.journal.latest(n))
         latest = sorted(every, key=lambda decision: -decision.at)[:n]
         return {"decisions": [decision.to_json() for decision in latest]}
 
     def _drain(self, request: web.Request) -> dict[str, Any]:
-        """Begin or end the drain of a backend. Raises BadRequest and NotFound."""
+        """Begin or end the drain of the backend that the query names. (A drained backend gets no new requests, and its
+        slots are saved.) Raises BadRequest without a name, and NotFound for an unknown one.
+        """
         there_are = ", ".join(backend.name for backend in self._registry.backends)
         if not (name := request.query.get("backend", "")):
             raise BadRequest(f"{request.path}?backend=NAME: which backend? There are {there_are}")
@@ -107,7 +111,7 @@ class Status:
 
 
 def check_method(request: web.Request) -> None:
-    """Raise NotAllowed if the page does not accept the request's method."""
+    """Raise NotAllowed if the request is for one of llamaslot's own pages, and that page does not accept its method."""
     if (described := PATHS.get(request.path)) is None:
         return
     methods = ("POST",) if "post" in described else ("GET", "HEAD")
@@ -116,7 +120,9 @@ def check_method(request: web.Request) -> None:
 
 
 def digits(request: web.Request, name: str, default: int, most: int) -> int:
-    """The value of a number in the query, at most ``most``. Raises BadRequest."""
+    """Return the number in the query parameter ``name``, but ``most`` if it is larger, and ``default`` if it is
+    missing. Raises BadRequest if the value has anything but digits.
+    """
     text = request.query.get(name, str(default))
     if not (text.isascii() and text.isdigit()):
         raise BadRequest(f"{name}={text}: a number is wanted, {most} at most")
@@ -124,7 +130,7 @@ def digits(request: web.Request, name: str, default: int, most: int) -> int:
 
 
 def _users(pools: list[PoolStatus]) -> list[dict[str, Any]]:
-    """The load of each user, summed over all pools."""
+    """Return the load of each user, summed over all pools."""
     found: dict[str, dict[str, Any]] = {}
     for user in (user for pool in pools for user in pool.users):
         sums = found.setdefault(user.id, {"id": user.id, "running": 0, "waiting": 0, "deficit_s": 0.0})
@@ -135,8 +141,8 @@ def _users(pools: list[PoolStatus]) -> list[dict[str, Any]]:
 
 
 def status_of(backend: Backend) -> dict[str, Any]:
-    """A backend's model, slots and warnings at present, as JSON for ``/llamaslot/status``; ``http.openapi`` describes
-    it. No content of slots.
+    """Return a backend's model, slots and warnings at present, as JSON for ``/llamaslot/status``; ``http.openapi``
+    describes it. It has no tokens or texts from the slots.
     """
     session, table = backend.session, backend.leases.table
     return {
@@ -154,7 +160,7 @@ def status_of(backend: Backend) -> dict[str, Any]:
 
 
 def _slot_status(every: Leases, table: SlotTable) -> list[dict[str, Any]]:
-    # Those with a slot: an exclusive request has none until llama-server has chosen.
+    # An exclusive request has no slot until llama-server has chosen one.
     leases = {
         lease.slot_id: lease for lease in every.leases if lease.table is table and lease.slot is not None
     }
@@ -182,8 +188,10 @@ def _slot_status(every: Leases, table: SlotTable) -> list[dict[str, Any]]:
 
 
 def _held(content: Content, lease: Lease | None) -> tuple[int, bool]:
-    """How many tokens of a slot are known, and whether a snapshot lacks some of them. For a leased slot, of the
-    content before the lease.
+    """Return how many tokens of a slot are known, and True if the slot is dirty (no snapshot has all of them).
+
+    For a slot whose request llama-server is computing, these are the tokens of that request's prompt. For another
+    leased slot they are the tokens that its lease has recorded.
     """
     if lease is None:
         return content.n_tokens, content.is_dirty
@@ -194,7 +202,9 @@ def _held(content: Content, lease: Lease | None) -> tuple[int, bool]:
 
 
 def _assist_status(session: ServerSession) -> dict[str, Any]:
-    """Whether llamaslot chooses the slots of a backend, and if not, why and how to change that."""
+    """Return whether llamaslot chooses the slots of a backend; if not, also why, and what the operator can
+    do about it.
+    """
     if session.aside is None:
         return {"is_on": True, "why": None, "remedy": None}
     return {"is_on": False, "why": session.aside.why, "remedy": session.aside.remedy}

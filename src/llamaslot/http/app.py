@@ -1,4 +1,4 @@
-"""The web application: dispatches requests to their handlers."""
+"""The web application: authenticates each request, and passes it to the handler of its route."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from llamaslot.http.client_connection import Connection
 from llamaslot.http.client_errors import MISTAKE, error_instead, error_response
 from llamaslot.http.client_stream import StreamRules, name_itself
 from llamaslot.http.completion import Completions
-from llamaslot.http.cors import Cors
+from llamaslot.http.cors import Cors, refuse_foreign_page
 from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.health import health_of
 from llamaslot.http.in_flight import CLIENT_GONE, Requests, by_operator, note_error
-from llamaslot.http.page import is_page_file, page_file, refuse_foreign_page
+from llamaslot.http.page import is_page_file, page_file
 from llamaslot.http.page_api import PageApi
 from llamaslot.http.page_events import PageEvents
 from llamaslot.http.page_state import PageState
@@ -47,8 +47,8 @@ _NO_METHODS = ("CONNECT", "TRACE")
 
 
 class _Everything(web.DynamicResource):
-    """A route that matches every path, also those that aiohttp's patterns leave out: a line feed in a path, ``*``, the
-    address of ``CONNECT``. aiohttp would answer these itself, without a check of keys.
+    """A route that matches every path, also those that aiohttp's patterns leave out: a path with a line feed, ``*``,
+    the target of ``CONNECT``. Without it aiohttp would answer these itself, without a check of keys.
     """
 
     def _match(self, path: str) -> dict[str, str]:
@@ -56,7 +56,9 @@ class _Everything(web.DynamicResource):
 
 
 class App:
-    """llamaslot as one object: the backends and the routes in front of them."""
+    """Handles every request of clients. It owns the handlers of all routes, the requests in flight and
+    their history.
+    """
 
     def __init__(self, config: Config, registry: Registry, reload: Reload) -> None:
         self.config, self._registry, self._metrics = config, registry, registry.metrics
@@ -80,7 +82,7 @@ class App:
 
     def apply(self, config: Config) -> None:
         """Put another configuration in force, as far as that needs no restart. Raises ConfigError, and changes nothing,
-        if a file that it names, readable a moment ago, is not readable any more.
+        if a file named in ``config`` has become unreadable since ``config`` was loaded.
         """
         self._authenticator = Authenticator(config.auth)
         self._cors = Cors(config.listen.cors)
@@ -88,7 +90,7 @@ class App:
         self.config = config
 
     def _is_admitted(self, request: web.Request) -> bool:
-        """Whether the request's key is still valid: it may have been removed since the request came."""
+        """True if the key of the request is valid now. An operator may have removed it since the request came."""
         try:
             self._authenticator.authenticate(request)
         except LlamaslotError:
@@ -112,7 +114,7 @@ class App:
         self._tasks.spawn(self._history.load(), "read the history")
 
     async def _stop_watching(self, _: web.Application) -> None:
-        """End the streams of open pages at a shutdown, so that they do not hold it up."""
+        """At a shutdown, end the event streams of open operator pages, because the shutdown waits for streams."""
         await self._events.close()
 
     async def _close(self, _: web.Application) -> None:
@@ -125,7 +127,10 @@ class App:
             add(request, response)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Handle and count a request; all requests come through here. Raises CancelledError only."""
+        """Answer a request, and count it in the metrics. Called for every request, except health checks that
+        ``NewConnection`` answers. Raises CancelledError if aiohttp cancels it because the client has left, and nothing
+        else.
+        """
         connection = request.protocol
         if isinstance(connection, Connection):
             connection.serving(True)
@@ -154,7 +159,9 @@ class App:
         return response
 
     async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Answer a request. Every failure becomes an OpenAI-shaped error, never a traceback. Raises ClientGone."""
+        """Answer a request. Every error becomes an error answer in OpenAI's form, never a traceback. Raises ClientGone,
+        and CancelledError if the client has left.
+        """
         try:
             if not speaks_http(request):
                 raise BadRequest("this port takes HTTP/1.1 and HTTP/1.0 only")

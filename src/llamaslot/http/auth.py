@@ -1,7 +1,7 @@
 """Authentication: from the headers of a request to its user.
 
-As in llama-server with ``--api-key``, these need no key: health, the files of its web UI, and OPTIONS. llamaslot's
-own pages have keys of their own.
+As in llama-server with ``--api-key``, these need no key: health, the files of its web UI, and OPTIONS. llamaslot's own
+pages need an admin key.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _USER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 
 
 class Keyring:
-    """The valid keys, read again from the file when it has changed.
+    """The valid keys. They are read again from their file when it has changed.
 
-    Looking for a change takes some microseconds, at most once a second, so a removed key works for no longer. Reading
-    takes some milliseconds for a thousand keys, on the event loop. If the file cannot be read, the last keys stay
-    valid, and the log says so once.
+    The file is looked at when a key is checked, at most once a second, which takes some microseconds; so a removed key
+    is valid for one second at most. Reading a thousand keys takes some milliseconds, on the event loop. If the file
+    cannot be read, the keys read before stay valid, and the log says so once.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,8 +60,8 @@ class Keyring:
         self._users = tuple((key.digest, key.user) for key in keys)
 
     def find(self, key: str) -> User | None:
-        """The user of a key, or None. Takes equally long for a valid and an invalid key, whatever its position in the
-        file.
+        """Return the user of ``key``, None if the key is not valid. It takes equally long for valid and invalid keys,
+        so the time reveals nothing.
         """
         self._reload_if_changed()
         digest, found = digest_of(key), None
@@ -88,17 +88,21 @@ class Authenticator:
     """Applies the ``auth`` section of the configuration to requests."""
 
     def __init__(self, settings: AuthConfig) -> None:
-        """Read the configured keys. Raises ConfigError if a file, readable a moment ago, is not readable any more."""
+        """Read the configured keys. Raises ConfigError if a configured file has become unreadable since the
+        configuration was loaded.
+        """
         self._keyring = Keyring(settings.keys_file) if settings.keys_file is not None else None
         admin_key = settings.resolve_admin_key()
         self._admin_digest = digest_of(admin_key) if admin_key is not None else None
         self._allows_anonymous = settings.allow_anonymous or self._keyring is None
 
     def authenticate(self, request: web.Request) -> User:
-        """The user of a request. Raises Unauthorized, Forbidden, and BadRequest for an invalid user name.
+        """Return the user of a request. Raises Unauthorized if the request needs a key and has no valid one, Forbidden
+        if it may not use llamaslot's own pages, and BadRequest for an invalid user name.
 
-        If no keys are configured, a key that is sent is ignored (most clients must send one). If keys are in use, a
-        wrong one is always refused.
+        If no keys are configured, a key that the client sends is ignored, because most clients must send one. If keys
+        are configured, a wrong one is refused, even with ``auth.allow_anonymous``; only routes that need no key ignore
+        it.
         """
         if is_page_file(request):
             return anonymous(request)
@@ -115,7 +119,7 @@ class Authenticator:
 
     @property
     def needs_admin_key(self) -> bool:
-        """Whether llamaslot's own pages need a key."""
+        """True if llamaslot's own pages need a key. If not, only this machine may use them."""
         return self._admin_digest is not None or self._keyring is not None
 
     def _admit_admin(self, request: web.Request, key: str | None) -> User:
@@ -142,12 +146,12 @@ class Authenticator:
 
 
 def is_own_page(request: web.Request) -> bool:
-    """Whether the request is for ``/llamaslot/…``, in any spelling."""
+    """True if the request is for ``/llamaslot`` or a path below it, percent-encoded or not."""
     return request.path.partition("/")[2].partition("/")[0] == "llamaslot"
 
 
 def is_open(request: web.Request) -> bool:
-    """Whether llama-server answers the request without a key."""
+    """True if llama-server answers such a request without a key: OPTIONS, health, and the files of its web UI."""
     if request.method == "OPTIONS":
         return True
     if request.method not in ("GET", "HEAD"):
@@ -157,9 +161,10 @@ def is_open(request: web.Request) -> bool:
 
 
 def key_of(headers: Mapping[str, str]) -> str | None:
-    """The key in the headers, as llama-server reads it: ``Authorization``, with or without ``Bearer``, else
-    ``x-api-key``; also as Azure's clients send it. Another scheme (``Basic``, of a proxy in between) holds no key for
-    llamaslot.
+    """Return the key in the headers, None if there is none. As in llama-server it is in ``Authorization``, with or
+    without ``Bearer``, else in ``x-api-key``; Azure's clients send ``api-key``.
+
+    An ``Authorization`` of another scheme (``Basic``, for a proxy in between) holds no key for llamaslot.
     """
     words = headers.get("Authorization", "").split()
     if len(words) == 2 and words[0].lower() == "bearer":
@@ -170,8 +175,8 @@ def key_of(headers: Mapping[str, str]) -> str | None:
 
 
 def anonymous(request: web.Request) -> User:
-    """The user of a request without a key: named by ``x-llamaslot-user``, else by the client's address. Raises
-    BadRequest for an invalid name.
+    """Return the user of a request without a key: named by its header ``x-llamaslot-user``, else by the client's
+    address. Raises BadRequest for an invalid name.
     """
     name = request.headers.get("x-llamaslot-user", "").strip()
     if not name:
@@ -186,7 +191,9 @@ def anonymous(request: web.Request) -> User:
 
 @functools.lru_cache(maxsize=1024)
 def _address(remote: str | None) -> str:
-    """The address of a client, the same for an IPv4 address and its form within IPv6."""
+    """Return the address of a client in one form: an IPv4 address inside IPv6 (``::ffff:10.0.0.1``) becomes
+    plain IPv4.
+    """
     try:
         address = ipaddress.ip_address(remote or "")
     except ValueError:
@@ -203,7 +210,9 @@ def _is_loopback(remote: str | None) -> bool:
 
 
 def _unauthorized(key: str | None) -> Unauthorized:
-    """The error for a missing or wrong key, in llama-server's words, with what to do if no key was sent."""
+    """Return the error for a missing (None) or wrong key, in llama-server's words. For a missing key it also says how
+    to send one.
+    """
     if key is not None:
         return Unauthorized("Invalid API Key")
     return Unauthorized(

@@ -1,8 +1,7 @@
 """One connection of a client, as aiohttp's server handles it: buffers, timeouts, answers to invalid HTTP.
 
-Half-closed: a client that shuts down its sending side counts as gone, because a client that is gone looks the same
-until data is written to it, and its slot should not wait for that. aiohttp closes such a connection, and cancels the
-handler.
+A client that closes only its sending side counts as gone. One that has gone altogether looks the same until data is
+written to it, and its slot should not wait for that. aiohttp closes such a connection, and cancels the handler.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ _MakeRequest = Callable[
 ]
 
 _QUOTED = re.compile(r":? (?:bytearray\()?b['\"].*")
-#: With more in a transport's own buffer, the writer waits.
+#: With more bytes than this in the transport's buffer, writing an answer waits for the client.
 WRITE_BYTES = 1 << 15
 
 
 class TooManyConnections(Unavailable):
-    """The limit of open connections is reached."""
+    """As many connections are open as ``listen.max_connections`` allows."""
 
 
 def serve_with(connections: Connections, server: web.Server, timeouts: ClientTimeouts) -> None:
-    """Let aiohttp's server handle the connections of ``connections`` from now on."""
+    """From now on let aiohttp's ``server`` handle the connections of ``connections``."""
     server.request_factory = partial(_with_own_version, server.request_factory)
     connections.handle_with(lambda: Connection(connections, server, timeouts))
 
@@ -57,7 +56,8 @@ def _with_own_version(
 ) -> web.BaseRequest:
     """Make aiohttp's request object, with llamaslot's ``Writer`` for the answer."""
     if message.method == "CONNECT":
-        # Its address is no path, so aiohttp finds no route for it, and takes what follows for the tunnel's.
+        # The target of CONNECT is no path, so aiohttp finds no route for it, and takes the bytes that follow for the
+        # data of a tunnel.
         message = message._replace(url=URL("/"), should_close=True, upgrade=False)
     elif message.url.absolute and message.url.raw_path == "/":  # also without a slash at its end
         url = URL.build(path="/", query_string=message.url.raw_query_string, encoded=True)
@@ -67,7 +67,7 @@ def _with_own_version(
 
 
 class Connection(web.RequestHandler):
-    """One connection of a client, with llamaslot's limits of time and its own answers to invalid HTTP."""
+    """One connection of a client, with llamaslot's time limits and its own answers to invalid HTTP."""
 
     __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_timeouts")
 
@@ -101,15 +101,15 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # Data after an answer may be the rest of an unread request body: aiohttp waits for that by itself, and not
-        # for long. The first data may come before the task that waits for it.
+        # Data after an answer may be the rest of an unread request body. aiohttp waits for the rest by itself, and
+        # not for long. The first data of a connection may come before aiohttp's task waits for it (``_waiter``).
         is_header = self._waiter is not None or not self._has_served
         if is_header and not self._is_serving and self._header_timer is None:
             self._header_timer = self._loop.call_later(self._timeouts.read_s, self._is_too_slow)
         super().data_received(data)
 
     def serving(self, is_serving: bool) -> None:
-        """Called when a request's header is complete, and when its answer is done."""
+        """Called with True when the header of a request is complete, and with False when its answer is done."""
         self._is_serving, self._has_served = is_serving, True
         self._stop_timer()
 
@@ -130,7 +130,7 @@ class Connection(web.RequestHandler):
         )
 
     def _say_and_close(self, status: str, error: LlamaslotError) -> None:
-        """Answer a client that has sent no complete request, and close the connection."""
+        """Send ``error`` to a client that has sent no complete request, and close the connection."""
         assert self.transport is not None
         body = orjson.dumps(error.body())
         head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
@@ -146,8 +146,8 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Log an error as aiohttp does and answer it in the form of all other errors; raise ConnectionError if half an
-        answer is sent. Closes the connection.
+        """Log an error as aiohttp does, and return the error answer in llamaslot's usual form. Closes the connection.
+        Raises ConnectionError if a part of another answer has been sent.
         """
         super().handle_error(request, status, exc, message)
         response = error_response(_wording(exc) if status < 500 else LlamaslotError(MISTAKE), NAME)
@@ -161,7 +161,9 @@ class _TooLong(BadRequest):
 
 
 def _wording(error: BaseException | None) -> LlamaslotError:
-    """What is wrong with a request that aiohttp cannot read, without words of the request."""
+    """Return the error for a request that aiohttp cannot read. Its message quotes nothing of the request, which may
+    contain a key.
+    """
     said = error.message if isinstance(error, HttpProcessingError) else ""
     if isinstance(error, LineTooLong):
         return _TooLong("the request's address or one of its headers is longer than 8190 bytes")
@@ -174,7 +176,9 @@ def _wording(error: BaseException | None) -> LlamaslotError:
 
 
 def in_one_line(record: logging.LogRecord) -> bool:
-    """Shorten aiohttp's traceback for a client that sends no valid HTTP, or a corrupt body, to one line."""
+    """A filter of log records. It shortens aiohttp's traceback, for a client that sends invalid HTTP or a corrupt body,
+    to one line. Always True: no record is dropped.
+    """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, HttpProcessingError | web.RequestPayloadError):
         # It quotes the invalid text, which may be a key or a part of a prompt.

@@ -27,8 +27,8 @@ def cut(request: web.Request) -> None:
 def error_instead(
     request: web.Request, error: LlamaslotError, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """The error answer to a failed request. If half of another answer has been sent, closes the connection and raises
-    ClientGone: half an answer must not look like a whole one.
+    """Return the error answer to a failed request. If the headers of another answer have been sent, close the
+    connection and raise ClientGone instead: half an answer must not look like a whole one.
     """
     note_error(request, error)
     if request.get(HAS_BEGUN):
@@ -38,14 +38,16 @@ def error_instead(
 
 
 def errors_of(request: web.Request, id_: str) -> ErrorEvents:
-    """The encoder of errors in a stream, in the form that the clients of the request's route understand."""
+    """Return the encoder for errors in a stream, in the form that the clients of the request's route understand.
+    ``id_``: the id of the request.
+    """
     format_ = format_named(classify(request.method, request.raw_path).format)
     return format_.errors(id_) if format_ is not None else ErrorEvents(id_)
 
 
 def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """The answer with ``{"error": {"message", "type", "code"}}``, or with llama-server's own body if the error is
-    llama-server's.
+    """Return the answer for ``error``: ``{"error": {"message", "type", "code"}}``, or llama-server's own body if the
+    error is llama-server's.
     """
     headers = dict(headers or {})
     if error.retry_after_s is not None:

@@ -1,4 +1,4 @@
-"""The client's side of one exchange: its headers, its comments while it waits, its errors."""
+"""The client's side of a request: headers and bytes of the answer, comments while the client waits, errors."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
 
 
 class StreamRules(Struct, frozen=True):
-    """Settings of every answer: whether a waiting stream gets comments, one every ``keepalive_s`` seconds, and the
-    timeouts.
+    """Settings of all answers. ``has_comments``: a waiting stream gets SSE comments, one every
+    ``keepalive_s`` seconds.
     """
 
     keepalive_s: float = 10.0
@@ -42,13 +42,13 @@ class StreamRules(Struct, frozen=True):
 
 
 class Writer(StreamWriter):
-    """A writer that always sends HTTP/1.1, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's
+    """Writes an answer, always as HTTP/1.1, as llama-server and RFC 9110 (section 2.5) do. aiohttp repeats the client's
     version, even one that it does not support, and sends 1.0 in answer to invalid requests.
     """
 
-    #: The first part of the body follows at once: headers are sent with it, in one packet.
+    #: True if the first part of the body follows at once: headers are sent with it, in one packet.
     holds_headers = False
-    n_put = 0  # of an answer in a stream about as many as tokens
+    n_put = 0  # successful calls of ``put``: in a stream about one for each token
 
     async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
         await super().write_headers("HTTP/1.1 " + status_line.partition(" ")[2], headers)
@@ -58,8 +58,8 @@ class Writer(StreamWriter):
             super().send_headers()
 
     def put(self, data: bytes) -> bool:
-        """As ``write``, but at once. False if the bytes would have to wait: the headers are not sent yet, the client
-        receives too slowly, or has left.
+        """Send ``data`` at once, as a part of the body. Returns False, and sends nothing, if the bytes would have to
+        wait: the headers are not sent yet, the client receives too slowly, or it has left.
         """
         protocol = self._protocol
         transport = protocol.transport
@@ -73,8 +73,11 @@ class Writer(StreamWriter):
 
 @dataclass(slots=True)
 class Downstream:
-    """The client's side of one answer. ``headers`` may be added until something is sent; later ones are sent as
-    comments. ``progress`` makes a progress event of a prompt, for a client that has requested such events.
+    """The client's side of one answer.
+
+    ``headers`` may be added until something is sent; later ones are sent as comments. ``progress`` makes an event that
+    reports the progress of the prefill, None if the client has not requested such events. ``state``: its text is the
+    next comment.
     """
 
     request: web.Request
@@ -85,7 +88,7 @@ class Downstream:
     state: object = Comment.TOKENIZING
     response: web.StreamResponse | None = None
     is_answered: bool = False  # something of llama-server's answer was sent, or is about to be
-    told: dict[str, Any] = field(default_factory=dict)  # facts that later parts of the answer must agree with
+    told: dict[str, Any] = field(default_factory=dict)  # values that later parts of the answer must repeat
     errors: ErrorEvents = field(init=False)
     _has_moved: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -93,29 +96,31 @@ class Downstream:
         self.errors = errors_of(self.request, self.headers.get("x-request-id", ""))
 
     def say(self, state: object) -> None:
-        """Set the text of the next comments: ``str(state)`` when the comment is sent."""
+        """Set what comments tell from now on: ``str(state)`` at the time of each comment. A ``Prefilling`` also makes a
+        progress event at once, if the client has requested such events.
+        """
         self.state = state
         if isinstance(state, Prefilling) and self.progress is not None:
             self._has_moved.set()
 
     def note(self, state: object) -> None:
-        """As ``say``, for the next comment only. No progress event is made: llama-server's own are relayed
-        meanwhile.
-        """
+        """As ``say``, but without a progress event: llama-server's own progress events are relayed meanwhile."""
         self.state = state
 
     @property
     def has_answer(self) -> bool:
-        """Whether any byte of llama-server's answer was sent, here or by a relay."""
+        """True if any byte of llama-server's answer was sent, or is about to be, by this object or by ``relay``."""
         return self.is_answered or (self.response is None and bool(self.request.get(HAS_BEGUN)))
 
     @property
     def has_begun(self) -> bool:
-        """Whether headers have been sent: then a failure can only be an event."""
+        """True if the headers have been sent. After that an error can only be reported in an event."""
         return self.response is not None
 
     def add_headers(self, headers: Mapping[str, str]) -> bytes:
-        """Add headers to the answer. If the headers have been sent, returns the comments that replace them."""
+        """Add headers to the answer. If the headers have been sent, return comments to send instead of them; else no
+        bytes.
+        """
         if not self.has_begun:
             self.headers.update(headers)
             return b""
@@ -126,8 +131,8 @@ class Downstream:
     async def begin(
         self, status: int = 200, headers: Mapping[str, str] | None = None, *, is_more: bool = False
     ) -> web.StreamResponse:
-        """Send the headers, once. ``is_more``: the caller sends a part of the body, or its end, directly afterwards,
-        and the headers go with that.
+        """Send status and headers if they have not been sent, and return the response. ``is_more``: the caller sends a
+        part of the body, or its end, directly afterwards, and the headers go with that. Raises ClientGone.
         """
         if self.response is None:
             told = CIMultiDict(headers or {})
@@ -145,14 +150,16 @@ class Downstream:
             await send(await self.begin(headers=SSE_HEADERS, is_more=True), data)
 
     def put(self, data: bytes) -> bool:
-        """Send bytes at once. False if that is not possible: ``write`` waits for the client, or finds that it has
-        left.
+        """Send bytes at once. Returns False, and sends nothing, if that is not possible; then call ``write``, which
+        waits for a slow client, and raises ClientGone for one that has left.
         """
         writer = self.request.writer
         return self.has_begun and isinstance(writer, Writer) and writer.put(data)
 
     def waiting(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Within the block, a streaming client gets its headers and a comment every ``keepalive_s`` seconds."""
+        """A context manager. Within its block a streaming client gets headers and a comment every ``keepalive_s``
+        seconds, and the progress events that it has requested. A client that does not stream gets nothing.
+        """
         if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
             return _NOTHING_TO_SAY
         return self._commented()
@@ -163,10 +170,10 @@ class Downstream:
 
         def begin(wait_s: float) -> None:
             nonlocal ticker
-            # It ends with the block.
+            # The task ends with the block.
             ticker = TaskOwner().spawn(self._tick(wait_s), "comments")
 
-        # Most requests wait for less than the interval: those need no task.
+        # A request that waits for less than the interval, as most do, needs no task.
         keepalive_s = self.rules.keepalive_s
         timer = None
         if self.progress is None:
@@ -180,12 +187,12 @@ class Downstream:
                 timer.cancel()
             if ticker is not None:
                 ticker.cancel()
-                # Not ``await ticker``: its cancellation would look like the client leaving.
+                # ``await ticker`` would raise CancelledError, which means that the client has left.
                 await asyncio.wait({ticker})
 
     async def _tick(self, wait_s: float) -> None:
-        """Send the first comment after ``wait_s``, and further ones every ``keepalive_s`` seconds; progress events at
-        once.
+        """Send the first comment after ``wait_s`` seconds, and then one every ``keepalive_s`` seconds. Send progress
+        events at once. Ends when the client has left.
         """
         while True:
             try:
@@ -200,15 +207,17 @@ class Downstream:
             try:
                 await self.write(said)
             except ClientGone:
-                return  # the server notices too, and cancels the handler
+                return  # aiohttp notices too, and cancels the handler
 
     def _progress(self) -> bytes:
-        """The progress event for the present state; empty if that is no longer a prefill."""
+        """Return the progress event for the present state; empty if the state is no prefill any more."""
         state = self.state
         return self.progress(state) if self.progress is not None and isinstance(state, Prefilling) else b""
 
     async def fail(self, error: LlamaslotError) -> web.StreamResponse:
-        """End the exchange with an error: a status if that is possible, else an event."""
+        """End the answer with an error, and return the response. If no headers have been sent, the client gets an error
+        answer with the error's status; else an error event. Raises ClientGone.
+        """
         if not self.has_begun:
             if (relayed := await end_relayed(self.request, error)) is not None:
                 return relayed
@@ -218,7 +227,7 @@ class Downstream:
         return await self.end()
 
     async def end(self, last: bytes = b"") -> web.StreamResponse:
-        """Send the end of the answer, with the bytes ``last``. Raises ClientGone."""
+        """Send the bytes ``last`` and the end of the answer. Raises ClientGone."""
         response = await self.begin(is_more=True)
         with _translated():
             await response.write_eof(last)
@@ -226,8 +235,8 @@ class Downstream:
 
 
 class Relayed(Struct):
-    """How far a stream of llama-server's own events has been sent. ``is_whole``: it has ended with a whole event so
-    far.
+    """A stream that ``relay`` sends to a client as it comes from llama-server. ``is_whole``: the bytes sent so far end
+    with a whole event. ``is_over``: its end was sent or is on its way.
     """
 
     response: web.StreamResponse
@@ -244,8 +253,8 @@ _RELAYED = web.RequestKey("relayed", Relayed)
 
 
 async def end_relayed(request: web.Request, error: LlamaslotError) -> web.StreamResponse | None:
-    """End the stream that is relayed to this client with an error event, unless it is over. None if there is no such
-    stream, or if only half of an event was sent. Raises ClientGone.
+    """End the stream that ``relay`` sends to this client, with an error event unless its end was sent already. Returns
+    None, and does nothing, if there is no such stream, or only half of an event was sent. Raises ClientGone.
     """
     relayed: Relayed | None = request.get(_RELAYED)
     if relayed is None or not (relayed.is_whole or relayed.is_over):
@@ -268,8 +277,8 @@ def name_itself(request: web.Request, response: web.StreamResponse) -> None:
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Raise ClientGone for aiohttp's error for a client that has left: it is one of aiohttp's *client* errors too, and
-    would look like that of the connection to llama-server.
+    """Raise ClientGone instead of aiohttp's error for a client that has left. That error is one of aiohttp's *client*
+    errors too, so it would look like an error of the connection to llama-server.
     """
     try:
         yield

@@ -1,4 +1,6 @@
-"""Serves a completion: tokens, a slot, the steps of its plan, its own request, the relay of the answer."""
+"""Serves a completion: finds its tokens, waits for a slot, performs the steps of the plan, sends the request, and
+relays the answer.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ _BEYOND = "llama-server has fewer slots than answers were asked for, or its mode
 
 
 class Completions:
-    """Serves the routes whose prompts are known token by token."""
+    """Serves the routes whose prompts llamaslot knows token by token."""
 
     def __init__(
         self,
@@ -78,8 +80,8 @@ class Completions:
         self._passthrough, self._unassisted, self._prompts = passthrough, unassisted, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Serve a completion. Canceling (the client has gone) releases the slot, immediately or when the server is
-        done with it.
+        """Serve a completion. Raises LlamaslotError if it fails before its exchange begins, and ClientGone. Canceling
+        (the client has gone) releases the slot: at once, or when llama-server has stopped working in it.
         """
         raw = await self._uploads.whole(request)
         try:
@@ -87,11 +89,11 @@ class Completions:
         except NoObject as error:
             backend = (await self._router.pool_for(is_named=False)).any_backend()
             raise await servers_error_for(backend, request, raw, error) from error
-        # Its first loading is waited for in the exchange, which sends comments meanwhile.
+        # If the model must be loaded first, the exchange waits for that, and sends comments meanwhile.
         unloaded = None if route.may_be_missing else self._router.unloaded_pool(body.get("model"))
         required_key = _format_of(route).required_key
         if unloaded is not None and required_key not in body:
-            raise BadRequest(f"'{required_key}' is required")  # no model makes room for that
+            raise BadRequest(f"'{required_key}' is required")  # before a model is unloaded for this one
         pool = unloaded or await self._router.pool_for(body.get("model"), loads=True)
         if self._prompts.rewrite(request, body, format_named(route.format)):
             raw = orjson.dumps(body)
@@ -114,7 +116,8 @@ class _Served(Struct, frozen=True):
     """A client's request, and the ways to serve it: the same for each prompt of a list.
 
     ``pool_again`` returns the pool of the model, which may be another one after a failure. ``untokenized`` serves the
-    request without known tokens, in any slot that llama-server chooses; ``unassisted`` serves it if assist is off.
+    request without known tokens, in a slot that llama-server chooses. ``unassisted`` serves it while llamaslot chooses
+    no slots (assist is off).
     """
 
     request: web.Request
@@ -137,10 +140,11 @@ class _Exchange:
         deadlines: Deadlines | None = None,
         down: Downstream | None = None,
     ) -> None:
-        """``raw``: the bytes of ``body``. For one prompt of a list, ``deadlines`` are those of the whole, and ``down``
-        is its part of the client's side.
+        """``raw``: ``body`` as JSON bytes. For one prompt of a list, ``deadlines`` are those of the whole list, and
+        ``down`` is this prompt's part of the client's side.
 
-        Nothing that belongs to it refers to it, so what a request takes is free as soon as it has ended.
+        No object that belongs to the exchange refers back to it. So its memory is free as soon as it has ended, without
+        a garbage collection.
         """
         self.served, self.request, self.raw, self.body = served, served.request, raw, body
         self.in_one_piece = False  # the answer cannot be assembled from a stream
@@ -193,8 +197,8 @@ class _Exchange:
         return await self.attempts.run(self._try)
 
     async def _try(self) -> web.StreamResponse:
-        """Make one attempt to serve the request. Raises BackendRestarted, BackendDown and UpstreamError, after which
-        another attempt may follow.
+        """Make one attempt to serve the request. Raises LlamaslotError. After BackendRestarted, BackendDown or
+        UpstreamError another attempt may follow.
         """
         context, parsed = await self.pool.ready_with(self._parsed)
         if context is None or parsed is None:
@@ -209,7 +213,7 @@ class _Exchange:
         if parsed.request.placement is Placement.STEERED and (not parsed.prompts or parsed.is_head):
             if parsed.is_head:
                 await self._prepare_head(parsed, context)
-            self.deadlines.begin_answer()  # the beginning of the answer is not detected
+            self.deadlines.begin_answer()  # llamaslot does not detect the beginning of this answer
             untokenized = self.served.untokenized(head=parsed.left_in_slot, attempts=self.attempts)
             return self._counted(context, parsed, await untokenized)
         if len(parsed.prompts) > 1 and self._is_long(parsed):
@@ -226,18 +230,19 @@ class _Exchange:
         return self.attempts.backend
 
     async def _prepare_head(self, parsed: ParsedRequest, context: ModelContext) -> None:
-        """If the text before the first medium takes long to compute, have it in a slot: restored, or computed in turn
-        with other requests. llama-server, which will choose the slot, finds it there. Canceling releases the slot.
+        """Have the text before the first medium in a slot before the request is sent, if computing that text takes
+        long: restore it, or compute it in turn with other requests. llama-server will choose the slot, and finds the
+        text there. Canceling releases the slot.
         """
         slot_request = replace(parsed.request, placement=Placement.PINNED)
         if not self.pool.takes_long(slot_request.n_tokens):
             return
         with await self.pool.lease(slot_request) as lease:
             if self.pool.context is not context:
-                return  # slots of another process have not been restored
+                return  # llama-server has restarted, and its slots are empty
             self.attempts.leased(lease)
             keep_what_follows(lease)
-            # The slot was needed for another request, or belongs to another process: the computed tokens stay there.
+            # If the slot is needed for another request, the computed tokens stay in it.
             with contextlib.suppress(RetryPlacement, BackendRestarted):
                 await ensure_accepted(self.backend, self.request, self.client_request, parsed, lease)
                 await self.backend.executor.prepare(lease, no_report)
@@ -245,7 +250,9 @@ class _Exchange:
     def _counted(
         self, context: ModelContext, parsed: ParsedRequest, response: web.StreamResponse
     ) -> web.StreamResponse:
-        """Count a request that was served without known tokens, unless llama-server has refused it."""
+        """Return ``response``, and count its request in the metrics if it was served without known tokens and
+        llama-server has not refused it.
+        """
         if parsed.unknown is not None and response.status < 400:
             context.untokenized.count(self._format.name, parsed.unknown)
         return response
@@ -265,12 +272,14 @@ class _Exchange:
     # -- several prompts -----------------------------------------------------------------------------------------
 
     def _is_long(self, parsed: ParsedRequest) -> bool:
-        """Whether any prompt of a list but the first, which has the slot to itself, takes long to compute."""
+        """True if any prompt of a list but the first takes long to compute. The first is always computed ahead, in
+        chunks.
+        """
         return self.pool.takes_long(max(prompt.n_tokens for prompt in parsed.prompts[1:]))
 
     async def _serve_each(self, parsed: ParsedRequest) -> web.StreamResponse:
-        """Serve one prompt after the other, each as a separate request. Raises LlamaslotError; the first one ends
-        all.
+        """Serve the prompts of a list one after the other, each as a request of its own, and return their joined
+        answer. Raises the LlamaslotError of the first prompt that fails; no later prompt is sent.
         """
         n_each, parts = 1 + parsed.request.n_children, []
         prompts = self.body["prompt"]
@@ -293,7 +302,9 @@ class _Exchange:
     # -- a slot --------------------------------------------------------------------------------------------------
 
     async def _serve(self, parsed: ParsedRequest, context: ModelContext) -> web.StreamResponse:
-        """Serve the request in a slot; repeated until the slot that it got was as expected."""
+        """Serve the request in a slot. It is placed again whenever its slot holds less than expected or goes to another
+        user, or the answer assembled from its stream is in doubt.
+        """
         earlier = EarlierPlaces()
         while True:
             try:
@@ -320,7 +331,9 @@ class _Exchange:
     async def _serve_at_a_place(
         self, parsed: ParsedRequest, context: ModelContext, earlier: EarlierPlaces
     ) -> web.StreamResponse | RetryNonStreamed:
-        """Serve the request in one slot. Raises RetryPlacement if that is not as expected, or needed otherwise."""
+        """Serve the request in one slot. Raises RetryPlacement if the slot is not as expected, or is needed for another
+        purpose. Returns RetryNonStreamed if the request must be repeated without a stream.
+        """
         if self.client_request.wants_progress and self._format.has_progress_events:
             self.down.progress = partial(self._progress, context, earlier.prefill_stats)
         async with AsyncExitStack() as stack:
@@ -344,8 +357,8 @@ class _Exchange:
     async def _lease(
         self, stack: AsyncExitStack, parsed: ParsedRequest, context: ModelContext, earlier: EarlierPlaces
     ) -> Lease:
-        """Wait for a slot, which ``stack`` releases at its end. Raises LlamaslotError, also if llama-server will
-        refuse the request.
+        """Wait for a slot, which ``stack`` releases at its end. Raises LlamaslotError, also if llama-server will refuse
+        the request.
         """
         queued = time.monotonic()
         lease = stack.enter_context(
@@ -354,7 +367,7 @@ class _Exchange:
             )
         )
         if self.pool.context is not context:
-            raise BackendRestarted  # and may have another model now
+            raise BackendRestarted  # its model may be another one now
         self.attempts.leased(lease)
         placed(self.request, lease)
         await self.pool.confirm(lease)
@@ -377,8 +390,8 @@ class _Exchange:
         context: ModelContext,
         earlier: EarlierPlaces,
     ) -> Answering:
-        """Perform the steps of the plan; if llama-server chooses the slots, wait for the request's turn, which
-        ``stack`` ends. Raises RetryPlacement.
+        """Perform the steps of the plan. If llama-server will choose slots (``n`` > 1, /v1/messages), also wait until
+        it can only choose the right ones; the end of ``stack`` lets other requests begin again. Raises RetryPlacement.
         """
         backend, say = self.backend, self.down.say
         here = await backend.executor.prepare(lease, say, may_replan=earlier.may_replan, can_stop=True)
@@ -395,7 +408,10 @@ class _Exchange:
         )  # fmt: skip
 
     def _progress(self, context: ModelContext, before: PrefillStats | None, state: Prefilling) -> bytes:
-        """A progress event for a prefill of llamaslot's own; empty if the client has not requested such events."""
+        """Return the event that reports ``state``, the progress of llamaslot's own prefill; empty if the format has no
+        such events. ``before``: what was computed of the prompt at the places that the request had before, None if
+        nothing.
+        """
         so_far = PrefillStats(state.n_reused, state.n_done, state.seconds)
         so_far = so_far if before is None else before.then(so_far)
         progress = {
@@ -410,7 +426,7 @@ class _Exchange:
 def _post(
     attempts: Attempts, request: web.Request, given: dict[str, Any], raw: bytes, body: dict[str, Any]
 ) -> contextlib.AbstractAsyncContextManager[Response]:
-    """Send ``body`` to the backend of the attempt. ``given``: the client's own body; ``raw``: its bytes."""
+    """Send ``body`` to the backend of the present attempt. ``given``: the client's own body; ``raw``: its bytes."""
     return attempts.backend.api.request(
         "POST",
         origin_form(request.raw_path),

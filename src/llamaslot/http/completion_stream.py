@@ -1,4 +1,4 @@
-"""From sending a request to llama-server to the end of its answer."""
+"""Sends one request to llama-server, in its slot, and relays or assembles the answer."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from llamaslot.scheduling.plan import PrefillStats, Source
 
 log = logging.getLogger(__name__)
 
-_FAILED = 500  # of an error event instead of an answer
+_FAILED = 500  # the status for an error event that comes instead of an answer
 
 
 class RetryNonStreamed(Struct, frozen=True):
-    """Returned instead of an assembled answer that is in doubt: repeat the request as the client sent it.
+    """Returned instead of an assembled answer that is in doubt: the request must be repeated as the client sent it.
     ``prefill_stats``: what was computed of the prompt in this slot.
     """
 
@@ -62,24 +62,24 @@ class Answering:
         *,
         in_one_piece: bool,
     ) -> None:
-        """``here``: what was computed ahead in this slot; ``before``: the same at other places. ``in_one_piece``:
-        request a JSON answer from llama-server, not a stream.
+        """``here``: what llamaslot has computed of the prompt in this slot ahead of the request; ``before``: the same
+        in slots that the request had before. ``in_one_piece``: request a JSON answer from llama-server, not a stream.
         """
         self.attempts, self.backend, self.context = attempts, attempts.backend, context
         self.down, self.client_request, self.parsed = down, client_request, parsed
         self.lease, self.here, self.unpinned = lease, here, unpinned
-        self.prefill_stats = self._in_all(here, before)  # what is reported to the client
+        self.prefill_stats = self._in_all(here, before)  # for the figures that the client gets
         may_assemble = not (client_request.is_streaming or in_one_piece) and self.backend.streams_are_known
         self.is_assembled = may_assemble and client_request.format.can_assemble(client_request.body)
         self.first_byte_s: float | None = None
-        self.first_token_s: float | None = None  # if it was noticed
+        self.first_token_s: float | None = None  # None if llamaslot could not detect it
         self._is_reuse_told = self._is_noted = False
         self._first: list[bytes] | None = None
 
     def _in_all(self, here: PrefillStats | None, before: PrefillStats | None) -> PrefillStats | None:
         if before is None:
             in_all = here
-        else:  # without a prefill here: what it finds of its own work was not reused
+        else:  # no prefill here: tokens that the request finds of its own earlier work are not reused
             n = self.lease.forecast.n_expected
             in_all = before.then(here if here is not None else PrefillStats(n, n, 0.0))
         n_answers = 1 + self.parsed.request.n_children
@@ -87,16 +87,16 @@ class Answering:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether llama-server is asked for a stream, so that the first token is noticed."""
+        """True if llama-server is asked for a stream, so that its first token can be detected."""
         return self.client_request.is_streaming or self.is_assembled
 
     async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
-        """Send the request, and read the answer up to the first token, while the client gets the progress of its
+        """Send the request, and read the answer up to the first token. Meanwhile the client gets the progress of its
         prompt.
 
-        Raises UpstreamError if llama-server answers with an error. With ``may_replan`` raises RetryPlacement if the
-        slot does not hold what was expected: then the server is idle again, and almost nothing was computed. Raises
-        Preempted if the slot is needed for another user, as long as no part of the answer was sent.
+        Raises UpstreamError if llama-server answers with an error. Raises Preempted if the slot is needed for another
+        user and nothing of the answer was sent. With ``may_replan`` raises RetryPlacement if the slot does not hold
+        what was expected: then llama-server is idle again, and has computed almost nothing.
         """
         sent = await stack.enter_async_context(contextlib.AsyncExitStack())
         self._upstream, asked = await self._send(sent, self._body()), self.client_request
@@ -136,7 +136,9 @@ class Answering:
             await self.down.write(b"".join(events))
 
     def _answer_begins(self, events: list[bytes]) -> None:
-        """The answer begins with ``events``. Raises UpstreamError if they are an error and another backend may help."""
+        """The answer begins with ``events``. Raises UpstreamError if they are an error, and another backend may do
+        better.
+        """
         self.lease.mark_decoding()
         if self._reading.has_token:
             self.first_token_s = time.monotonic() - self.client_request.started
@@ -160,8 +162,8 @@ class Answering:
     async def _stopped(
         self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool
     ) -> PrefillStats:
-        """Cancel the request at llama-server, which had reused ``n_found`` tokens. Returns what was done for it in
-        this slot.
+        """Cancel the request at llama-server, which has found ``n_found`` tokens of the prompt in the slot. Returns
+        what was computed of the prompt in this slot.
         """
         await sent.aclose()
         await self.backend.executor.stopped(self.lease, n_found, is_misplaced=is_misplaced)
@@ -179,9 +181,7 @@ class Answering:
 
     @property
     def n_reused(self) -> int | None:
-        """The number of prompt tokens that were not computed for this request, as far as llama-server has reported;
-        None before.
-        """
+        """How many tokens of the prompt were not computed for this request; None until llama-server has reported it."""
         if (n_found := self._reading.n_reused) is None:
             return None
         n_found = min(n_found, self.parsed.prompts[0].n_tokens) if self.parsed.is_head else n_found
@@ -202,9 +202,10 @@ class Answering:
         )
 
     async def _tell_reuse(self, *, at_last: bool = False) -> None:
-        """Report the reuse once llama-server has: in headers, or in comments of a stream whose headers are sent.
+        """Report the reuse to the client once llama-server has reported it: in headers, or, after they are sent, in
+        comments.
 
-        ``at_last``: events follow. If nothing is known by then, the expected reuse is reported under its own name.
+        ``at_last``: the answer follows. If the reuse is still unknown, the forecast is sent under its own name.
         """
         if self._is_reuse_told or not (at_last or self.n_reused is not None):
             return
@@ -224,8 +225,8 @@ class Answering:
         )
 
     def _body(self) -> dict[str, Any]:
-        """The body for llama-server. As a stream with progress the answer reports the reuse at once, and llama-server
-        notices within a batch that the client has left.
+        """The body for llama-server. With ``return_progress`` a stream reports the reuse at once, and llama-server
+        notices within one batch that its client has left.
         """
         if self.is_assembled:
             return self.client_request.format.streamed(self.client_request.body)
@@ -236,8 +237,8 @@ class Answering:
     async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> Response:
         """Send the body to llama-server. Raises UpstreamError."""
         lease = self.lease
-        # If the request may use nothing cached, the slot's content after its own prefill is its own work. Unknown
-        # content may have been computed with other LoRA scales.
+        # After llamaslot's own prefill the slot holds only what the request may use, even with ``no_cache``. Content
+        # that is not known may have been computed with other LoRA scales.
         may_reuse = self.here is not None or not (lease.request.no_cache or lease.content is None)
         body = {**body, "id_slot": lease.slot_id}
         if self.client_request.may_set("cache_prompt"):
@@ -260,7 +261,7 @@ class Answering:
         return len(self.parsed.prompts) == 1 and not self.parsed.request.n_children
 
     def _is_misplaced(self, n_found: int) -> bool:
-        """Whether the slot holds much less of a single prompt than expected."""
+        """True if the slot holds much less of a single prompt than expected."""
         if not self._is_one_prompt:
             return False
         n_expected = self.here.n_tokens if self.here is not None else self.lease.forecast.n_expected
@@ -299,9 +300,8 @@ class Answering:
 
     @staticmethod
     def _with_media(holds: Content, before: Content) -> Content:
-        """The content of a slot after a prompt with media: its tokens up to the first medium, then an unknown number.
-        Such content is never saved, so it is not dirty. It has checkpoints where something was computed ahead, but
-        none where the known part ends.
+        """Return the content of a slot after a prompt with media: its tokens up to the first medium, then an unknown
+        number. It is not dirty, because it is never saved. It has checkpoints only where something was computed ahead.
         """
         return replace(
             holds,
@@ -314,11 +314,11 @@ class Answering:
         )
 
     async def _relay(self) -> bytes:
-        """Relay events as they come, unchanged except for the numbers that ``prefill_stats`` corrects. Returns the
-        last bytes, to be sent with the end of the answer.
+        """Relay events as they come; only the numbers that ``prefill_stats`` corrects are changed. Returns the last
+        bytes, which the caller sends with the end of the answer.
 
         llama-server releases the slot before it sends the last event. So the lease is released before the client can
-        read that event: it may send the next request or close the connection at once.
+        read that event: the client may send its next request, or close the connection, at once.
         """
         headers = to_client(self._upstream, SSE_HEADERS)
         events = self._first
@@ -339,7 +339,9 @@ class Answering:
         return self._reading.rest
 
     async def _assemble(self) -> bytes | RetryNonStreamed:
-        """The JSON answer assembled from the stream, or that it is in doubt. Raises UpstreamError."""
+        """Return the JSON answer assembled from the stream, or RetryNonStreamed if it is in doubt. Raises
+        UpstreamError.
+        """
         reading, events = self._reading, self._first
         assert reading.assembly is not None
         while events is not None and not reading.is_over:
@@ -356,7 +358,7 @@ class Answering:
         return RetryNonStreamed(self._done_here())
 
     def _done_here(self) -> PrefillStats | None:
-        """What was computed of the prompt in this slot, the request's own request included."""
+        """Return what was computed of the prompt in this slot, ahead of the request and by the request itself."""
         timings = self._reading.timings or {}
         if "cache_n" not in timings:
             return self.here
@@ -385,8 +387,8 @@ class Answering:
             self.context.compare(self.client_request.format, self.client_request.body, prompt, told.n_prompt)
 
     def _reported(self, n_found: int | None) -> ReportedCounts:
-        """The counts from which the backend learns. For several prompts, or a prompt that is known up to a medium
-        only, just the tokens found in the slot.
+        """Return the counts from which the backend learns. For several prompts, or a prompt that is known only up to a
+        medium, only the number of tokens that were found in the slot.
         """
         parsed, reading, timings = self.parsed, self._reading, self._reading.timings
         if parsed.is_head and n_found is not None:
@@ -409,8 +411,8 @@ class Answering:
         )
 
     def note(self) -> int:
-        """Pass the figures of the answer to the history, once; for an answer that was left, the figures so far.
-        Returns how many tokens of the prompt were computed.
+        """Pass the figures of the answer to the history, once; those so far if the client has left. Returns how many
+        tokens of the prompt were computed.
         """
         prefill_stats, reading = self.prefill_stats, self._reading
         n_computed = prefill_stats.n_tokens - prefill_stats.n_reused if prefill_stats is not None else 0
@@ -432,7 +434,7 @@ class Answering:
         return n_computed
 
     def _log(self) -> None:
-        """Log one line per answer: where it ran, what was reused, and how long the client waited."""
+        """Log one line about the answer: where it ran, what was reused, and how long the client waited."""
         first_s, prefill_stats, n_computed = self.first_byte_s or 0.0, self.prefill_stats, self.note()
         self.backend.metrics.first_byte_s.observe(first_s)
         if not log.isEnabledFor(logging.INFO):

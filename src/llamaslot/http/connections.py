@@ -1,8 +1,8 @@
 """All connections of clients: health checks on new ones, their number, the options of their sockets, and the limit of
 open files.
 
-A client's connection is a ``NewConnection`` first. aiohttp, which takes 0.2 s to import, handles it as soon as it
-sends more than a health check; connections that need it before it is there wait for it.
+A client's connection is a ``NewConnection`` first. It is handed over to aiohttp as soon as the client sends anything
+else than a health check. aiohttp takes 0.2 s to import; connections that need it before that wait for it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from msgspec import Struct
 
 log = logging.getLogger(__name__)
 
-_UNSENT_BYTES = 1 << 16  # requested from the kernel, for data that a client has not received yet
+_UNSENT_BYTES = 1 << 16  # of an answer that the kernel holds before it has sent them
 _FEW_FILES = 4096
 _RESERVED_FILES = 2048  # for connections to llama-server, snapshots, the index
-# TCP_USER_TIMEOUT is in ms: for data that is not acknowledged, or waits for a full window. The others are in s: while
-# nothing is sent.
+# TCP_USER_TIMEOUT (ms): the connection ends if the client acknowledges no data, or keeps its window full, for so long.
+# The others (s, s, number): probes while nothing is sent.
 _KEEP_ALIVE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _OPTIONS = {**_KEEP_ALIVE, "TCP_NOTSENT_LOWAT": _UNSENT_BYTES}
 
 NAME = {"Server": "llamaslot"}  # without versions
 
-_HAND_OVER_S = 1.0  # a silent connection is aiohttp's then, which limits its idle time
+_HAND_OVER_S = 1.0  # after so long without a request aiohttp handles the connection, and limits its idle time
 
 # Headers that curl, browsers' fetch, Kubernetes, HAProxy, nginx and ab send and that do not change the answer.
 _PLAIN = rb"(?:User-Agent|Accept|Accept-Encoding|Accept-Language|Cache-Control|Pragma):[\t -~]*\r\n"
@@ -50,28 +50,30 @@ class HealthAnswer(NamedTuple):
 
 
 class NewConnection(asyncio.Protocol):
-    """One connection that has sent nothing but health checks, which monitors and load balancers send on a connection
-    each, many a second. aiohttp takes 0.4 ms of this process for such a connection: a parser, two tasks, a timer, a
-    request, an answer. Here it takes 0.1 ms.
+    """A connection whose client has sent only health checks so far. It answers them itself.
 
-    Everything else is handed over to aiohttp, with its first bytes; so is a health check with a header that might
-    change its answer. While aiohttp is not imported yet, such a connection is not read any further.
+    Monitors and load balancers send many health checks a second, each on a new connection. aiohttp takes 0.4 ms of this
+    process for one: a parser, two tasks, a timer, a request, an answer. Here it takes 0.1 ms.
+
+    At any other request the connection is handed over to aiohttp, with the bytes received so far; also at a health
+    check with a header that might change its answer. If aiohttp is not imported yet, the connection waits, and is not
+    read.
     """
 
     def __init__(self, owner: Connections, health: Callable[[], HealthAnswer] | None) -> None:
-        """``health``: answers health checks; None if aiohttp answers them."""
+        """``health`` returns the answer to a health check; None: aiohttp answers health checks too."""
         self._owner, self._health = owner, health
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._held = b""  # for aiohttp
-        self._is_waiting = False  # for aiohttp
+        self._held = b""  # bytes received that aiohttp will handle
+        self._is_waiting = False  # for aiohttp to be imported
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         if self._owner.enter(self):
             self._timer = self._loop.call_later(_HAND_OVER_S, self.hand_over)
-        else:  # one too many: aiohttp's protocol says so
+        else:  # too many connections: aiohttp's protocol tells the client
             self.hand_over()
 
     def data_received(self, data: bytes) -> None:
@@ -96,7 +98,9 @@ class NewConnection(asyncio.Protocol):
             self._transport.close()
 
     def hand_over(self, data: bytes = b"") -> None:
-        """Let aiohttp handle this connection from now on, or as soon as aiohttp is imported."""
+        """Let aiohttp handle this connection, with ``data`` as the last bytes received: now, or as soon as aiohttp is
+        imported.
+        """
         self._held += data
         if self._transport is None or self._transport.is_closing():
             self._leave()
@@ -131,19 +135,23 @@ class NewConnection(asyncio.Protocol):
 
 
 class ClientTimeouts(Struct, frozen=True):
-    """The timeouts of one client: ``read_s`` for a header, once it has begun; ``idle_s`` between two requests."""
+    """Time limits in seconds for a client: ``read_s`` for a header once its first byte has come, ``idle_s`` between two
+    requests.
+    """
 
     read_s: float
     idle_s: float = 75.0
 
 
 class Connections:
-    """Makes the protocol of each client's connection; at most ``n_max`` connections, or as many as this process may
-    have files for. ``is_wanted``: set when a connection waits for ``handle_with``.
+    """Makes the protocol object for each client's connection, and limits their number to ``n_max``, or to what the
+    limit of open files allows. ``is_wanted`` is set when a connection waits for aiohttp.
     """
 
     def __init__(self, n_max: int | None, health: Callable[[], HealthAnswer] | None = None) -> None:
-        """``health`` answers health checks before aiohttp has a connection; None: aiohttp has all of them."""
+        """``health`` answers health checks on connections that aiohttp does not handle yet; None: aiohttp handles all
+        connections.
+        """
         self._health = health
         self._make: Callable[[], asyncio.Protocol] | None = None
         self._n_max = n_max if n_max is not None else _n_for_clients()
@@ -158,14 +166,16 @@ class Connections:
         return NewConnection(self, self._health)
 
     def handle_with(self, make: Callable[[], asyncio.Protocol]) -> None:
-        """Use ``make`` to make aiohttp's protocol: for the connections that wait for it, and for later ones."""
+        """Let ``make`` make aiohttp's protocol object for a connection: at once for the connections that wait for
+        aiohttp, and for all later ones.
+        """
         self._make = make
         for connection in list(self._waiting):
             connection.hand_over()
 
     def handler(self, connection: NewConnection) -> asyncio.Protocol | None:
-        """aiohttp's protocol for a connection; None while aiohttp is not imported: then ``hand_over``
-        is called again.
+        """Return aiohttp's protocol object for ``connection``. None while aiohttp is not imported: ``handle_with`` will
+        then call ``connection.hand_over`` again.
         """
         if self._make is not None:
             return self._make()
@@ -174,12 +184,13 @@ class Connections:
         return None
 
     def close_new(self) -> None:
-        """Close the connections that aiohttp does not have yet."""
+        """Close all connections that aiohttp does not handle yet."""
         for connection in [*self._open, *self._waiting]:
             if isinstance(connection, NewConnection):
                 connection.close()
 
     def enter(self, connection: asyncio.Protocol) -> bool:
+        """Count ``connection`` as open. Returns False, and does not count it, if ``n_max`` connections are open."""
         if len(self._open) >= self._n_max:
             if not self._is_full:
                 log.warning(
@@ -198,19 +209,19 @@ class Connections:
 
 
 def _n_for_clients() -> int:
-    """How many clients this process has files for: at least half of its limit, as a running request uses a second
-    file, to llama-server.
+    """Return how many clients may connect: at least half of the limit of open files, because each running request also
+    has a connection to llama-server.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1_000_000 if limit < 0 else max(limit - _RESERVED_FILES, limit // 2)
 
 
 def set_options(transport: asyncio.BaseTransport) -> None:
-    """Let the kernel close the connection of a client that has gone without notice (a laptop asleep, a network that
-    is gone) or does not receive its answer any more, and keep the buffers of a slow client small. Otherwise it would
-    keep its slot for two hours, or for ever.
+    """Set the options of a client's socket. The kernel then closes the connection of a client that has gone without
+    notice (a laptop asleep, a broken network) or receives nothing any more, and keeps little data for a slow one.
+    Without them the request of such a client would keep its slot for two hours, or for ever.
 
-    The options are Linux'; elsewhere the defaults hold.
+    Only Linux has these options; elsewhere the socket keeps its defaults.
     """
     sock = transport.get_extra_info("socket")
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
@@ -222,7 +233,7 @@ def set_options(transport: asyncio.BaseTransport) -> None:
 
 
 def raise_file_limit() -> None:
-    """Raise this process's limit of open files as far as allowed."""
+    """Raise this process's limit of open files to its hard limit. Logs a warning if that is below 4,096."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # In some containers an unlimited hard limit is more than the kernel allows.
     with contextlib.suppress(OSError, ValueError):

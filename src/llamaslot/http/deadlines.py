@@ -1,5 +1,5 @@
-"""The time limits of a request (``Deadlines``), and of llama-server's silence (``Watchdog``). The operator configures
-them. By default only the watchdog is active.
+"""The time limits of a request (``Deadlines``), and of llama-server's silence (``Watchdog``), as the operator
+configures them. By default only the watchdog is active.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _LOOKS = 4  # polls per silence limit
 
 
 class Timeouts(Struct, frozen=True):
-    """Time limits in seconds; None is no limit. ``first_token_s``: until the first token of the answer, if that is
-    noticed.
+    """Time limits of a request in seconds; None is no limit. ``first_token_s``: until the first token of the answer,
+    where llamaslot can detect it. ``total_s``: until the end of the answer.
     """
 
     first_token_s: float | None = None
@@ -29,13 +29,13 @@ class Timeouts(Struct, frozen=True):
 
 @dataclass(slots=True)
 class Deadlines:
-    """The time limits of one request, from its arrival on."""
+    """The time limits of one request. They begin with the block of ``kept``."""
 
     timeouts: Timeouts
     _first: asyncio.Timeout | None = field(default=None, init=False)
 
     def kept(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Cancel the block when a limit has passed, and raise DeadlinePassed."""
+        """A context manager. When a limit has passed, it cancels its block and raises DeadlinePassed."""
         if self.timeouts.first_token_s is None and self.timeouts.total_s is None:
             return _NO_LIMIT
         return self._kept()
@@ -59,15 +59,18 @@ class Deadlines:
             raise
 
     def begin_answer(self) -> None:
-        """The answer has begun, or its beginning cannot be noticed: from now on only the total time is limited."""
+        """From now on only the total time is limited: the answer has begun, or llamaslot cannot detect its
+        beginning.
+        """
         if self._first is not None and not self._first.expired():
             self._first.reschedule(None)
 
 
 class Watchdog(Struct, frozen=True):
-    """Watches a request for which llama-server sends no progress of the prompt, by polling.
+    """Watches a request for which llama-server sends no progress events, by polling ``look``.
 
-    ``look`` returns the progress as any comparable value; None while the request runs in no slot.
+    ``silence_s``: the longest time without progress, None for no limit. ``look`` returns the progress as any comparable
+    value; None while the request runs in no slot, which counts as progress.
     """
 
     silence_s: float | None
@@ -75,14 +78,14 @@ class Watchdog(Struct, frozen=True):
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """Cancel the block if there is no progress for too long, and raise SlotWedged."""
+        """A context manager. After ``silence_s`` without progress it cancels its block and raises SlotWedged."""
         if self.silence_s is None:
             yield
             return
         limit = asyncio.timeout(None)
         try:
             async with limit:
-                # It ends with the block.
+                # The task ends with the block.
                 watching = TaskOwner().spawn(self._watch(limit, self.silence_s), "watchdog")
                 try:
                     yield
@@ -100,7 +103,7 @@ class Watchdog(Struct, frozen=True):
         last, since = None, now()
         while now() < since + silence_s:
             await asyncio.sleep(silence_s / _LOOKS)
-            with contextlib.suppress(LlamaslotError, TimeoutError):  # without an answer nothing is known
+            with contextlib.suppress(LlamaslotError, TimeoutError):  # no answer: no progress is known
                 async with asyncio.timeout(silence_s / _LOOKS):
                     seen = await self.look()
                 if seen is None or seen != last:

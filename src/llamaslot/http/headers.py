@@ -1,4 +1,4 @@
-"""llamaslot's own headers of an answer; which headers a proxy forwards, and which it does not."""
+"""llamaslot's own headers in an answer, and which headers of a request or an answer a proxy forwards."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _Headers = CIMultiDict[str] | CIMultiDictProxy[str]
 
 #: The backend that has answered.
 BACKEND = "x-llamaslot-backend"
-#: Of a request that llamaslot has not placed: llama-server chooses slots by itself.
+#: In the answer to a request whose slot llama-server has chosen, because assist is off.
 ASSIST_OFF = {"x-llamaslot-assist": "off"}
 
-#: Of a request that is traced: headers that make what llama-server does a part of the trace.
+#: For a traced request: the headers to llama-server that name its trace.
 TRACE_HEADERS = web.RequestKey("trace_headers", dict[str, str])
 
 # https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1
@@ -26,7 +26,7 @@ _HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade",
 }  # fmt: skip
-# Keys are llamaslot's own: llama-server gets the configured one.
+# A client's key is for llamaslot. llama-server gets the configured one instead.
 _KEYS = {"authorization", "x-api-key", "api-key"}
 # A generation with an X-Conversation-Id survives its client, and a second one with the same id cancels the first. A
 # compressed body is decompressed here.
@@ -37,8 +37,8 @@ _NOT_TO_CLIENT = _HOP_BY_HOP | {"content-length", "server", "date"}
 
 
 def _passed(headers: _Headers, ends_here: set[str], prefix: str) -> CIMultiDict[str]:
-    """The headers that a proxy forwards: without those named in ``ends_here``, those that ``Connection`` declares as
-    hop-by-hop, and those whose names begin with ``prefix``.
+    """Return the headers that a proxy forwards: all except those named in ``ends_here``, those that ``Connection``
+    declares as hop-by-hop, and those whose names begin with ``prefix``.
     """
     if declared := headers.getall("Connection", ()):
         ends_here = ends_here | {token.strip().lower() for value in declared for token in value.split(",")}
@@ -52,7 +52,9 @@ def _passed(headers: _Headers, ends_here: set[str], prefix: str) -> CIMultiDict[
 
 
 def to_server(request: web.Request, *, content_type: str | None = None) -> CIMultiDict[str]:
-    """The client's headers for llama-server; with ``content_type`` for a body that was rewritten."""
+    """Return the client's headers for llama-server. ``content_type`` replaces the client's Content-Type. It is given
+    where llamaslot reads the answer, so then llama-server is asked not to compress the answer.
+    """
     headers = _passed(request.headers, _NOT_TO_SERVER, "x-llamaslot-")
     headers.update(request.get(TRACE_HEADERS, ()))
     if content_type is not None:
@@ -62,8 +64,8 @@ def to_server(request: web.Request, *, content_type: str | None = None) -> CIMul
 
 
 def to_client(upstream: Response, ours: Mapping[str, str] | None = None) -> CIMultiDict[str]:
-    """llama-server's headers for the client; ``ours`` replace llama-server's of the same names. Only llamaslot decides
-    which web pages may read the answer.
+    """Return llama-server's headers for the client; ``ours`` replace those of the same names. llama-server's CORS
+    headers are left out, because llamaslot alone decides which web pages may read the answer.
     """
     headers = _passed(upstream.headers, _NOT_TO_CLIENT, "access-control-")
     headers.update(ours or {})
@@ -71,8 +73,8 @@ def to_client(upstream: Response, ours: Mapping[str, str] | None = None) -> CIMu
 
 
 def of_placement(slot: SlotKey, n_prompt: int) -> dict[str, str]:
-    """The headers that are known before llama-server has received a request of ``n_prompt`` tokens: backend, slot,
-    prompt tokens.
+    """Return the headers that are known before llama-server has received the request: backend, slot, and ``n_prompt``,
+    the tokens of the prompt.
     """
     return {
         BACKEND: slot.backend,
@@ -82,9 +84,12 @@ def of_placement(slot: SlotKey, n_prompt: int) -> dict[str, str]:
 
 
 def of_expected_reuse(n_expected: int) -> dict[str, str]:
-    """The header for the expected reuse, where llama-server reports the real one only at the end of its answer."""
+    """Return the header with the forecast of reused tokens, for streams in which llama-server reports the real number
+    only at the end.
+    """
     return {"x-llamaslot-expected-tokens": str(n_expected)}
 
 
 def of_reuse(source: Source, n_reused: int) -> dict[str, str]:
+    """Return the headers with the source and the number of reused tokens."""
     return {"x-llamaslot-source": source.value, "x-llamaslot-reused-tokens": str(n_reused)}

@@ -1,4 +1,4 @@
-"""What ``GET /health`` answers, in a module that imports little."""
+"""What ``GET /health`` answers. It imports little, so that health checks are answered early."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llamaslot.http.connections import HealthAnswer
 
 
 def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
-    """Status and content of the answer: 200 while any backend serves, or will on demand, else 503. A drained backend
-    does not count.
+    """Return status and body of the answer: 200 if any backend is up, or asleep until the next request, else 503. A
+    drained backend does not count.
     """
     states = {backend.health for backend in registry.backends if not backend.leases.is_drained}
     if states & {Health.UP, Health.ASLEEP}:
@@ -24,7 +24,7 @@ def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
 
 
 class HealthChecks:
-    """Answers health checks, and counts them."""
+    """Answers the health checks of new connections, and counts them in the metrics."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry

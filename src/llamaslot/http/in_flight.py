@@ -1,5 +1,5 @@
-"""The requests that are being served: what is known of each while it runs, its cancelling by an operator, and what
-remains of it at its end.
+"""The requests that are being served: what is known of each while it runs, how an operator cancels one, and what goes
+into the history at its end.
 """
 
 from __future__ import annotations
@@ -34,22 +34,27 @@ from llamaslot.scheduling.slots import SlotKey
 log = logging.getLogger(__name__)
 
 CLIENT_GONE = 499  # nginx's number for a client that has closed its connection
-_LONGEST = 200  # characters of what clients name
+_LONGEST = 200  # characters that are kept of a User-Agent, a model's name or an error
 _DIGEST_S = 0.5
 _MOVES = ("save", "keep", "restore")
 _PLAIN_ID = re.compile(r"[!-~]{1,128}")
 
 
 class ClientSide(Protocol):
-    """The client's side of a request, with the ``state`` that the client is told while it waits."""
+    """The client's side of a request. ``state``: what happens to the request now, as the client is told
+    while it waits.
+    """
 
     state: object
 
 
 class InFlight(Struct, eq=False):
-    """A request that is being served. ``id``: unique among those in flight and in the history. ``began``: its arrival,
-    by the monotonic clock; ``at``: the same, since 1970. ``n_reused``, ``n_computed``, ``prefill_s``, ``n_answered``,
-    ``decode_s``: of what was answered so far.
+    """A request that takes a slot, while it is served. ``id``: unique among the requests in flight and in the history.
+
+    ``began``: its arrival by the monotonic clock, in seconds; ``at``: the same in seconds since 1970; ``ended``: its
+    end by the monotonic clock. ``lease``, ``decisions``: its last lease, and all decisions about its places.
+    ``n_reused``, ``n_computed`` and ``n_answered`` are tokens, ``prefill_s`` and ``decode_s`` seconds, all of the
+    answers so far. ``first_s``: seconds until the first token, None if that was not detected.
     """
 
     serial: int
@@ -83,8 +88,8 @@ class InFlight(Struct, eq=False):
     def answered(
         self, source: str, n_reused: int | None, n_computed: int, prefill_s: float, first_s: float | None
     ) -> None:
-        """Add the figures of an answer to the request, or to one of its prompts. ``first_s``: seconds until the first
-        token, if that was noticed.
+        """Add the figures of one answer: to the request itself, or to one of its prompts. ``first_s``: seconds until
+        the first token, None if that was not detected.
         """
         self.source = source
         if n_reused is not None:
@@ -94,8 +99,8 @@ class InFlight(Struct, eq=False):
         self.first_s = first_s if self.first_s is None else self.first_s
 
     def timed(self, timings: Mapping[str, Any], n_predicted: int) -> None:
-        """Add llama-server's figures at the end of an answer. ``n_predicted``: the number of its tokens where
-        ``timings`` has none.
+        """Add llama-server's ``timings`` at the end of an answer. ``n_predicted``: the tokens of the answer, used if
+        ``timings`` does not have them.
         """
         self.prefill_s += float(timings.get("prompt_ms", 0.0)) / 1000
         self.n_answered += int(timings.get("predicted_n", n_predicted))
@@ -106,32 +111,36 @@ IN_FLIGHT = web.RequestKey("in_flight", InFlight)
 
 
 def in_flight(request: web.Request) -> InFlight | None:
-    """What is known of a request while it runs; None for one that is not watched."""
+    """Return what is known of a request while it runs; None if the request takes no slot."""
     found: InFlight | None = request.get(IN_FLIGHT)
     return found
 
 
 def note_error(request: web.Request, error: LlamaslotError) -> None:
-    """Record the error that the client gets."""
+    """Record the error that the client gets, for the history."""
     if (flight := in_flight(request)) is not None:
         flight.error = error
 
 
 def id_of(request: web.Request) -> str:
-    """The id of a request that takes a slot; always the same for one request."""
+    """Return the id of a request that takes a slot."""
     flight: InFlight = request[IN_FLIGHT]
     return flight.id
 
 
 def begins(request: web.Request, pool: Pool, model: object, down: ClientSide | None = None) -> None:
-    """Record that ``pool`` is going to serve the request, which asks for ``model``."""
+    """Record that ``pool`` is going to serve the request, and ``down``, its client's side. ``model``: the model that
+    the request names, used while the pool's model is not known.
+    """
     if (flight := in_flight(request)) is not None:
         name = pool.model.name if pool.model is not None else model
         flight.model, flight.down = name[:_LONGEST] if isinstance(name, str) else "", down
 
 
 def placed(request: web.Request, lease: Lease, down: ClientSide | None = None) -> None:
-    """Record that the request has got a slot, or the right to be sent."""
+    """Record that the request has got ``lease``: a slot, or the right to be sent. ``down``: its client's side, None if
+    that is recorded already.
+    """
     if (flight := in_flight(request)) is not None:
         flight.lease, flight.down = lease, down or flight.down
         if (decision := lease.recorder.decision) is not None:
@@ -139,8 +148,8 @@ def placed(request: web.Request, lease: Lease, down: ClientSide | None = None) -
 
 
 def by_operator(request: web.Request) -> Cancelled:
-    """The error for the client of a cancelled request, if an operator has cancelled it; the handler goes on to send
-    the error. If the client has left instead, raises the same CancelledError again.
+    """Called while a CancelledError is handled. If an operator has cancelled the request, return the error for its
+    client; the handler then goes on and sends it. If the client has left instead, raise the CancelledError again.
     """
     flight, task = in_flight(request), asyncio.current_task()
     if flight is None or task is None or not flight.is_cancelled or task.uncancel():
@@ -149,7 +158,9 @@ def by_operator(request: web.Request) -> Cancelled:
 
 
 class Requests:
-    """All requests in flight that take a slot, oldest first. A moment after their end they go to ``history``."""
+    """All requests in flight that take a slot, oldest first. Half a second after its end, a request goes to
+    ``history``.
+    """
 
     def __init__(self, registry: Registry, history: History) -> None:
         self._registry, self.history = registry, history
@@ -158,8 +169,8 @@ class Requests:
         self._ended: list[InFlight] = []
         self._timer: asyncio.TimerHandle | None = None
         self._savings: dict[str, Savings] = {}
-        self.last_users: dict[SlotKey, str] = {}  # of what slots hold
-        self._held_since: dict[SlotKey, float] = {}  # since that user's request was sent
+        self.last_users: dict[SlotKey, str] = {}  # the user whose content a slot holds
+        self._held_since: dict[SlotKey, float] = {}  # when that user's request was sent
         self._looked_at = 0.0
         self.has_changed = asyncio.Event()  # the operator page should look again
 
@@ -178,8 +189,11 @@ class Requests:
         return flight
 
     def _new_id(self, given: str, serial: int) -> str:
-        """The id that the client has given, if it is valid in logs, headers and sidecars; with an ending, if another
-        request has it: cancelling one then ends no other, and each has its own timeline.
+        """Return the id for a request: ``given`` by its client, if it is valid in logs, headers and sidecars, else a
+        new one.
+
+        If another request in flight or in the history has the same id, an ending is added. So cancelling an id ends one
+        request only, and each request has its own timeline.
         """
         ending = f"{random.getrandbits(24):06x}"
         if not _PLAIN_ID.fullmatch(given):
@@ -192,7 +206,7 @@ class Requests:
         return f"{given}~{ending}" if is_taken else given
 
     def end(self, flight: InFlight, status: int) -> None:
-        """The request has ended with that status; 499 if its client has left."""
+        """Record that the request has ended with HTTP status ``status``; 499 if its client has left."""
         flight.ended, flight.status, flight.task = time.monotonic(), status, None
         del self.running[flight.serial]
         self._ended.append(flight)
@@ -200,8 +214,8 @@ class Requests:
             self._timer = asyncio.get_running_loop().call_later(_DIGEST_S, self.digest)
 
     def cancel(self, id_: str) -> bool:
-        """Cancel the request with that id: its client is told so, and its slot is released. False if there is no such
-        request.
+        """Cancel the request with this id: its client gets an error, and its slot is released. Returns False if no
+        request in flight has this id.
         """
         flight = next((flight for flight in self.running.values() if flight.id == id_), None)
         if flight is None or flight.task is None:
@@ -223,20 +237,21 @@ class Requests:
         ended, self._ended = self._ended, []
         self._find_owners(ended)
         for flight in ended:
-            # Else the two refer to each other, and stay until the garbage collector comes.
+            # Otherwise the two would refer to each other, and stay until a garbage collection.
             del flight.request[IN_FLIGHT]
             try:
                 self.history.add(self._activity(flight))
-            except Exception:  # a history is worth no request, and no other one's history
+            except Exception:  # a fault here must not end a request, nor the history of others
                 log.exception("%s: missing in the history: internal error; please report it", flight.id)
         if ended:
             self.history.stored(self.size_bytes)
             self.has_changed.set()
 
     def _find_owners(self, ended: Sequence[InFlight]) -> None:
-        """Find out which user's content each saved snapshot holds: from the requests and from llamaslot's own saves,
-        in the order in which they happened. The first step of a request saves what the request before has left in the
-        slot.
+        """Find out which user's content each saved snapshot holds.
+
+        The first step of a request saves what the slot's last user has left there. So the requests, and the saves of
+        requests and of llamaslot itself, are gone through in the order in which they happened.
         """
         since, self._looked_at = self._looked_at, time.time()
         flights = [*self.running.values(), *ended]
@@ -306,7 +321,9 @@ class Requests:
         return activity
 
     def model_of(self, flight: InFlight) -> str:
-        """The model that serves the request; before that is known, the one that it asks for."""
+        """Return the name of the model that serves the request; before that is known, the one that the
+        request names.
+        """
         if flight.lease is not None:
             backend = self._registry.backend_named(flight.lease.table.backend)
             if backend is not None and backend.model_name is not None:
@@ -315,17 +332,19 @@ class Requests:
 
 
 def _slot_of(flight: InFlight) -> SlotKey | None:
-    """The slot that the request had; None if llama-server chose it."""
+    """Return the slot of the request; None if it has none, or if llama-server has chosen it."""
     lease = flight.lease
     has_slot = lease is not None and lease.table.is_assisted and lease.slot is not None
     return lease.slot_key if lease is not None and has_slot else None
 
 
 def _fill_in(flight: InFlight, acts: list[Act]) -> None:
-    """Fill in what was computed for a request whose answer has not come to its end, as far as llama-server told."""
+    """For a request without the figures of an answer, fill in what was computed of its prompt, as far as llama-server
+    has reported it.
+    """
     lease = flight.lease
     flight.n_prompt = flight.n_prompt or (lease.request.n_tokens if lease is not None else 0)
-    # Of a list of prompts: all.
+    # For a list of prompts: the sum over all prompts.
     flight.n_prompt = max(flight.n_prompt, (flight.n_reused or 0) + flight.n_computed)
     if flight.n_reused is not None or flight.n_computed or lease is None:
         return
@@ -338,13 +357,13 @@ def _fill_in(flight: InFlight, acts: list[Act]) -> None:
 
 
 def outcome_of(flight: InFlight) -> Outcome:
-    """How a request ended. There are five cases:
+    """Return how a request ended. There are five cases:
 
     1. An operator cancelled it.
     2. It was answered; or its client has left.
-    3. llamaslot made a mistake: an error of no class of its own.
+    3. llamaslot made a mistake: an error that has no class of its own.
     4. It was refused: a fault of the request, or a limit of its user.
-    5. llama-server failed, was away or too slow, or the wait was too long.
+    5. llama-server failed, was away or too slow, or the request waited too long.
     """
     error = flight.error
     if flight.is_cancelled:

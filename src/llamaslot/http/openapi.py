@@ -1,6 +1,6 @@
 """The OpenAPI description of llamaslot's own routes, as data. docs/operations.md explains the fields.
 
-llama-server's routes are not included: they are passed through.
+llama-server's routes are not included, because llamaslot passes them through.
 """
 
 from __future__ import annotations

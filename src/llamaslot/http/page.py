@@ -1,18 +1,14 @@
-"""The page at ``/llamaslot/``: a few files, the same for all. They hold no data, so they need no key; what they show
-comes from llamaslot's other pages, which do.
+"""The files of the operator page at ``/llamaslot/``, the same for every user. They hold no data, so they need no key.
+The page gets its data from llamaslot's other pages, which need a key.
 """
 
 from __future__ import annotations
 
 import functools
-import ipaddress
 from importlib import resources
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from xxhash import xxh3_64_hexdigest
-
-from llamaslot.errors import Forbidden
 
 ROOT = "/llamaslot/"
 _JS = "text/javascript; charset=utf-8"
@@ -38,13 +34,13 @@ _HEADERS = {
 
 
 def is_page_file(request: web.Request) -> bool:
-    """Whether the request asks for one of the files of the operator page."""
+    """True if the request asks for one of the files of the operator page, or for ``/llamaslot``."""
     return request.method in ("GET", "HEAD") and (request.path in FILES or request.path == ROOT[:-1])
 
 
 def page_file(request: web.Request) -> web.Response:
-    """One of the files of the operator page. ``/llamaslot`` leads to ``/llamaslot/``, also behind a proxy with a
-    prefix.
+    """Return one of the files of the operator page; 304 if the browser has it already. ``/llamaslot`` is redirected to
+    ``/llamaslot/``, by a relative address that also works behind a proxy with a prefix.
     """
     if request.path == ROOT[:-1]:
         return web.Response(status=308, headers={"Location": "llamaslot/"})
@@ -60,31 +56,3 @@ def page_file(request: web.Request) -> web.Response:
 def _content(name: str) -> tuple[bytes, str]:
     body = (resources.files("llamaslot.http") / "static" / name).read_bytes()
     return body, f'"{xxh3_64_hexdigest(body)}"'
-
-
-def refuse_foreign_page(request: web.Request, *, needs_key: bool) -> None:
-    """Raise Forbidden if another web page than llamaslot's own may have sent the request: any page in a browser on
-    this machine could. There are three cases:
-
-    1. Keys are needed (``needs_key``): no browser sends one to another site without CORS, so the key proves that the
-       request is no foreign page's.
-    2. The Host is a name of the DNS, which others can point to this machine: a browser then takes their page for
-       llamaslot's.
-    3. An action, or a question across sites, has an Origin: it must be the Host.
-    """
-    if needs_key:
-        return
-    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
-    if host and not _is_address(urlsplit(f"//{host}").hostname):
-        raise Forbidden(
-            f"{request.path}: without keys it is answered under 127.0.0.1 or localhost only, not under a name"
-        )
-    if origin is not None and urlsplit(origin).netloc != host:
-        raise Forbidden(f"{request.path} is for llamaslot's own page: use that, or curl")
-
-
-def _is_address(name: str | None) -> bool:
-    try:
-        return name == "localhost" or bool(ipaddress.ip_address(name or ""))
-    except ValueError:
-        return False

@@ -1,4 +1,6 @@
-"""What the page shows and does, as routes of their own: requests, history, snapshots, the stream of changes."""
+"""The data and the actions of the operator page, each as a route: requests, history, snapshots, the stream
+of changes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ _LONGEST_S = 86_400
 
 
 class PageApi:
-    """Serves the operator page. ``is_admitted``: a function that tells whether a request's key is still valid."""
+    """Answers the requests of the operator page. ``is_admitted`` returns True while a request's key is valid."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class PageApi:
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
         """Answer a request of the operator page (events, history, snapshots, pin, …); None for any other path. Raises
-        NotFound and BadRequest.
+        NotFound and BadRequest, and ClientGone for a stream of events.
         """
         match request.path:
             case "/llamaslot/events":
@@ -70,8 +72,8 @@ class PageApi:
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def _activity(self, request: web.Request) -> dict[str, Any]:
-        """Requests in flight, the last that have ended, newest first, and today's sums; with ``request`` in the query
-        everything about the latest request with that id. Raises NotFound. Canceling is safe.
+        """Return the requests in flight, the last that have ended, newest first, and today's sums. With ``request`` in
+        the query, return all about the latest ended request with that id instead. Raises NotFound. Canceling is safe.
         """
         self._requests.digest()
         history, now = self._requests.history, time.monotonic()
@@ -94,7 +96,9 @@ class PageApi:
     # -- history -------------------------------------------------------------------------------------------------
 
     async def _history(self, request: web.Request) -> dict[str, Any]:
-        """Sums over time: one series for all requests, or one for each backend or model. Canceling is safe."""
+        """Return sums over time: one series for all requests, or one for each backend or model. Raises BadRequest.
+        Canceling is safe.
+        """
         span, by = request.query.get("span", "hour"), request.query.get("by", "all")
         if span not in SPANS:
             raise BadRequest(f"span={span}: one of {', '.join(SPANS)}")
@@ -131,8 +135,11 @@ class PageApi:
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     async def _snapshots(self, max_age_s: float) -> bytes:
-        """The list of snapshots as JSON. Computed at most every ``max_age_s``, unless something was changed here or
-        the number or size of snapshots differs: many open pages cost no more than one. Canceling is safe.
+        """Return the list of snapshots as JSON.
+
+        A list younger than ``max_age_s`` seconds is returned again, so many open pages cost no more than one. It is
+        made anew at once if this page has changed a snapshot, or the number or total size of snapshots or a model is
+        another. Canceling is safe.
         """
         models = tuple(backend.model_name for backend in self._registry.backends)
         holds = self._n_changes, self._registry.n_snapshots, self._registry.size_bytes, models
@@ -168,7 +175,7 @@ class PageApi:
         }
 
     async def _change(self, request: web.Request) -> dict[str, Any]:
-        """Pin, unpin or delete a snapshot. Raises NotFound."""
+        """Pin, unpin or delete a snapshot, by the request's path. Raises NotFound and BadRequest."""
         id_ = _named(request, "snapshot")
         if (store := self._store_of(id_)) is None:
             raise NotFound(f"there is no snapshot {shortened(id_)}")
@@ -195,9 +202,7 @@ def _usable(table: Any) -> Any:
 
 
 def _named(request: web.Request, what: str) -> str:
-    """The value of the query parameter ``what``, which names what an action is about. Raises BadRequest if it is
-    missing.
-    """
+    """Return the query parameter ``what``: the id of a request or snapshot. Raises BadRequest if it is missing."""
     if not (id_ := request.query.get(what, "")):
         raise BadRequest(f"{request.path}?{what}=ID: which {what}?")
     return id_

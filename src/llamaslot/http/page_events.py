@@ -1,5 +1,5 @@
-"""``/llamaslot/events``: what goes on in llamaslot, as server-sent events. One task produces them for all viewers, and
-none runs without viewers.
+"""``/llamaslot/events``: what goes on in llamaslot, as server-sent events. One task makes the events for all viewers.
+It runs only while there are viewers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from llamaslot.http.client_stream import SSE_HEADERS, begin, send
 from llamaslot.tasks import TaskOwner
 
 _EVERY_S = 1.0
-_LEAST_S = 0.5  # between two looks, however much changes: one takes 1.5 ms with 16 requests in flight
-_QUIET = 15  # looks without a change: then a comment shows that the stream is alive
-_KEPT = 16  # events that wait for a slow viewer; then it gets the whole state instead
-_GIVE_UP_S = 30.0  # a viewer that takes nothing for so long is gone
+_LEAST_S = 0.5  # between two looks at the state: one takes 1.5 ms with 16 requests in flight
+_QUIET = 15  # after so many looks without a change, a comment shows that the stream is alive
+_KEPT = 16  # events that may wait for a slow viewer; with more it gets the whole state instead
+_GIVE_UP_S = 30.0  # a viewer that receives nothing for so long is taken for gone
 
 
 class Viewer(Struct, eq=False):
-    """One client that watches. ``events``: those that were not sent to it yet; ``is_behind``: it has missed some;
-    ``may_watch``: asked before each look, since a key can be removed while its stream is open.
+    """One client that watches. ``events``: those that wait to be sent to it, None for the end. ``is_behind``: it has
+    missed events, so it gets the whole state next. ``may_watch`` is called before each look at the state, because a key
+    can be removed while its stream is open.
     """
 
     may_watch: Callable[[], bool]
@@ -35,8 +36,8 @@ class Viewer(Struct, eq=False):
 
 
 class PageEvents:
-    """The stream of changes for all viewers. ``state`` makes the whole state, by key; ``has_changed`` is set when the
-    state should be looked at at once.
+    """The stream of changes for all viewers. ``state`` returns the whole state, by key. When ``has_changed`` is set,
+    the state is looked at earlier than usual.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class PageEvents:
         seconds: float | None = None,
         may_watch: Callable[[], bool] = lambda: True,
     ) -> web.StreamResponse:
-        """Send the state, then its changes, for ``seconds`` (None: until the viewer leaves), as long as the viewer
-        ``may_watch``. Canceling is safe.
+        """Send a viewer the whole state, then its changes: for ``seconds`` (None: until the viewer leaves), and only
+        while ``may_watch()`` is True. Raises ClientGone. Canceling is safe.
         """
         response = web.StreamResponse(headers=SSE_HEADERS)
         await begin(response, request)
@@ -88,7 +89,7 @@ class PageEvents:
             self._producer, self._last = None, {}
 
     async def close(self) -> None:
-        """End all streams, and those that begin later."""
+        """End all streams; a stream that is opened later ends at once."""
         self._is_closed = True
         for viewer in self.viewers:
             _put(viewer, None)
@@ -105,7 +106,7 @@ class PageEvents:
             event = self._look()
             n_quiet = 0 if event else n_quiet + 1
             if event or n_quiet % _QUIET == 0:
-                # The streams of answers go on between one viewer and the next.
+                # Let the streams of answers go on after each viewer.
                 for viewer in list(self.viewers):
                     _put(viewer, event or b": still here\n\n")
                     await asyncio.sleep(0)
@@ -117,8 +118,8 @@ class PageEvents:
                 pass
 
     def _look(self) -> bytes:
-        """An event with all keys whose values have changed since the last look; a value that is gone is null. Empty if
-        nothing has changed.
+        """Return an event with each key whose value has changed since the last look, null for a key that has gone.
+        Empty if nothing has changed.
         """
         state = {key: orjson.dumps(value) for key, value in self._state().items()}
         last, self._last = self._last, state
@@ -141,8 +142,8 @@ def _event(name: str, state: dict[str, Any]) -> bytes:
 
 
 def _put(viewer: Viewer, event: bytes | None) -> None:
-    """Queue an event for a viewer without waiting: one whose queue is full gets the whole state when it takes
-    something again.
+    """Queue an event for a viewer, without waiting; None ends its stream. A viewer whose queue is full loses its
+    events, and gets the whole state as soon as it receives again.
     """
     try:
         viewer.events.put_nowait(event)

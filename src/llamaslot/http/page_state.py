@@ -1,5 +1,5 @@
-"""What goes on in llamaslot now, for the operator page: a flat object whose keys change independently, so that only
-changes are sent.
+"""What goes on in llamaslot now, for the operator page. The state is a flat object whose keys change independently, so
+that only changes are sent.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from llamaslot.sizes import readable_size
 
 State = dict[str, Any]
 
-_FRESH_S = 10.0  # figures of the day are computed again after so long, and when a request has ended
-_ENDED = 32  # requests that are told at a look when they have ended; of more, a page asks for itself
+_FRESH_S = 10.0  # the sums of today are computed again after so long, and when a request has ended
+_ENDED = 32  # ended requests that one look reports; a page asks for more by itself
 _READS = (LeaseState.PREFILLING, LeaseState.SENT, LeaseState.PROCESSING)
 
 
 class _Speed(Struct):
-    """How many tokens of a request there were at the last look, and their speed."""
+    """The tokens of a request's prompt or answer (``what``) at the last look, at the time ``at``, and their speed per
+    second.
+    """
 
     what: str
     n_tokens: int
@@ -42,7 +44,7 @@ class _Speed(Struct):
 
 
 class PageState:
-    """Makes the state that the operator page shows; nothing is computed while no page is open."""
+    """Makes the state that the operator page shows. Nothing is computed while no page is open."""
 
     def __init__(self, registry: Registry, requests: Requests) -> None:
         self._registry, self._requests = registry, requests
@@ -52,8 +54,10 @@ class PageState:
         self._ended: list[State] = []
 
     def state(self) -> State:
-        """``about``, ``headline``, ``store``, ``backend:NAME`` and ``flight:SERIAL``, each as JSON; ``ended``: rows of
-        the requests that have ended last, newest first. Twenty pages that asked for these each held up all streams.
+        """Return the state as JSON by key: ``about``, ``headline``, ``store``, ``backend:NAME``, ``flight:SERIAL``, and
+        ``ended``, the requests that have ended last, newest first.
+
+        All pages get it from one look: twenty pages that asked for the parts separately held up all streams.
         """
         requests, now = self._requests, time.monotonic()
         requests.digest()
@@ -75,7 +79,9 @@ class PageState:
         }
 
     def headline(self, now: float) -> State:
-        """The sums of today, and since the history began."""
+        """Return the sums of today, and those since the history began. They are computed at most every 10 s, and when a
+        request has ended.
+        """
         history = self._requests.history
         n_seen = history.latest[-1].serial if history.latest else 0
         if n_seen != self._n_seen or now - self._headline_at >= _FRESH_S:
@@ -90,7 +96,7 @@ class PageState:
         return self._headline
 
     def _latest(self) -> list[State]:
-        """The requests that have ended since the last look at which any had ended, newest first."""
+        """Return the requests that have ended since the last look at which any had ended, newest first, 32 at most."""
         last = self._ended[0]["serial"] if self._ended else 0
         new: list[State] = []
         for activity in reversed(self._requests.history.latest):
@@ -125,7 +131,7 @@ class PageState:
         return told
 
     def flight(self, flight: InFlight, now: float) -> State:
-        """One request in flight, as the page shows it."""
+        """Return one request in flight, as the page shows it. ``now``: the monotonic time in seconds."""
         lease = flight.lease
         backend = self._registry.backend_named(lease.table.backend) if lease is not None else None
         is_reading = lease is not None and (lease.is_long or lease.state in _READS)
@@ -155,7 +161,9 @@ class PageState:
         }
 
     def _speed(self, flight: InFlight, now: float, n_tokens: int | None, is_reading: bool) -> float | None:
-        """The tokens per second of a request since the last look; None before the second look."""
+        """Return the tokens per second of a request's prompt or answer since the last look; None before the second
+        look, or while none came.
+        """
         what = "prompt" if is_reading else "answer"
         last = self._speeds.get(flight.serial)
         if n_tokens is None:
@@ -175,14 +183,16 @@ def _figures(sums: Sums) -> State:
 
 
 def _n_answered(flight: InFlight) -> int | None:
-    """The approximate number of tokens that a stream has brought so far: its events."""
+    """Return about how many tokens a stream has sent so far, by its events; None if the request is not being answered,
+    or has no stream.
+    """
     writer = flight.request.writer
     is_decoding = flight.lease is not None and flight.lease.is_decoding
     return writer.n_put if is_decoding and isinstance(writer, Writer) and writer.n_put else None
 
 
 def _does(backend: Backend, lease: Lease) -> str:
-    """A word for what a slot is leased for."""
+    """Return in words what a slot is leased for."""
     if lease.is_own:
         return "saving" if lease.state is LeaseState.ACTING else "llamaslot's own"
     if lease.is_long and (waits := backend.executor.chunked_prefill.gives_way_to(lease)):
@@ -201,14 +211,14 @@ def _does(backend: Backend, lease: Lease) -> str:
 
 
 def stage_of(flight: InFlight) -> str:
-    """What happens to a request now, in words. There are six cases:
+    """Return in words what happens to a request now. There are six cases:
 
     1. It waits for a slot: its place in the queue, if that is known.
     2. llama-server decodes its answer.
     3. Its prompt is computed, or waits for that.
     4. A snapshot is restored for it: the snapshot's size.
-    5. It waits for something else that its client is told too.
-    6. llama-server runs it, and tells nothing meanwhile.
+    5. It waits for something else: the words that its client gets as a comment.
+    6. llama-server runs it, and reports nothing meanwhile.
     """
     lease, state = flight.lease, flight.down.state if flight.down is not None else None
     if isinstance(state, QueuePosition):
@@ -230,14 +240,14 @@ def stage_of(flight: InFlight) -> str:
 
 
 def _restored(lease: Lease) -> int | None:
-    """The bytes of the snapshot that the request's plan restores."""
+    """Return the bytes of the snapshot that the request's plan restores; None if it restores none."""
     id_ = lease.plan.snapshot if lease.plan is not None else None
     snapshot = lease.table.model_snapshots.snapshots.get(id_) if id_ is not None else None
     return snapshot.restored_bytes() if snapshot is not None else None
 
 
 def _position(flight: InFlight) -> int | None:
-    """The place of a request in the queue; None if it does not wait there."""
+    """Return the place of a request in the queue, from 1; None if it does not wait there."""
     state = flight.down.state if flight.down is not None else None
     return (state.position() or None) if isinstance(state, QueuePosition) else None
 

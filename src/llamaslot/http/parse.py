@@ -1,4 +1,4 @@
-"""A client's completion request, and the slot request that it becomes."""
+"""A client's completion request, and the slot request that llamaslot makes of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[Respons
 
 
 class ClientRequest(Struct, frozen=True):
-    """A completion as the client sent it. ``post`` sends a body to the same route of llama-server."""
+    """A completion as the client sent it. ``post`` sends a body to the same route of llama-server. ``started``: its
+    arrival by the monotonic clock, in seconds.
+    """
 
     id: str
     body: dict[str, Any]
@@ -49,32 +51,35 @@ class ClientRequest(Struct, frozen=True):
         return self.is_streaming and self.body.get("return_progress") is True
 
     def may_set(self, name: str) -> bool:
-        """Whether llamaslot may set a boolean field of the body: the field is absent or a boolean. llama-server
-        refuses other values.
+        """True if llamaslot may set a boolean field of the body: the field is absent or a boolean. A value of another
+        type must stay, because llama-server refuses it.
         """
         return isinstance(self.body.get(name), bool | None)
 
 
 class ParsedRequest(Struct, frozen=True):
-    """The slot request made from a body, and facts about its prompts. ``prompts`` is empty if the prompt cannot be
-    known: ``unknown`` says why. ``is_head``: ``prompts`` has only the text before the first medium.
+    """The slot request made from a body, and facts about its prompts.
+
+    ``prompts`` is empty if their tokens are not known; ``unknown`` says why. ``is_head``: ``prompts`` has only the text
+    before the first medium (image, audio, video). ``dry_run`` makes the dry run for the request.
     """
 
     request: Request
     prompts: tuple[Prompt, ...]
     dry_run: Callable[[], DryRun]
-    # llama-server has its own error for it, for example more answers than slots.
+    # llama-server will refuse the request with its own error, for example for more answers than slots.
     is_beyond_server: bool = False
     unknown: Reason | None = None
     is_head: bool = False
-    n_prompts: int = 1  # including unknown ones
+    n_prompts: int = 1  # including those whose tokens are not known
 
     @property
     def left_in_slot(self) -> bytes:
-        """The tokens with which the slot surely begins after the answer.
+        """The packed tokens with which the slot surely begins after the answer: the prompt, or what all prompts of a
+        list have in common.
 
-        Several prompts run one after another, but not always in order: if another request gets ahead of one, it is put
-        back behind the next.
+        llama-server computes the prompts of a list one after another, but any of them may be the last: if another
+        request gets the slot before a prompt, that prompt is put behind the next one.
         """
         if len(self.prompts) == 1:
             return self.prompts[0].tokens
@@ -83,11 +88,11 @@ class ParsedRequest(Struct, frozen=True):
 
 
 def lora_of(body: Mapping[str, Any]) -> str:
-    """The LoRA scales in a body, as JSON, equal for bodies that surely mean the same; "" if it sets none.
+    """Return the LoRA scales in a body as JSON, equal for bodies that surely mean the same; "" if the body sets none.
 
     Adapters that are not named get the scale 0, but an empty list has no effect on some builds (measured on xllamacpp
-    2026.10.11549). Malformed values are left to llama-server's 400. (tools/server/server-common.cpp:
-    parse_lora_request)
+    2026.10.11549). Malformed values are kept as they are: llama-server answers them with 400.
+    (tools/server/server-common.cpp: parse_lora_request)
     """
     lora = body.get("lora")
     if lora is None:
@@ -104,14 +109,18 @@ def lora_of(body: Mapping[str, Any]) -> str:
 async def parse_request(
     id_: str, body: Mapping[str, Any], raw: bytes, format_: Format, context: ModelContext, user: User
 ) -> ParsedRequest:
-    """Make the slot request for ``body``; ``raw``: the body as JSON. Raises BadRequest, PromptTooLong, and
-    llama-server's own error for a body that it refuses.
+    """Make the slot request for ``body``; ``raw``: the body as JSON. If the tokens of its prompt cannot be known, the
+    slot request has none.
+
+    Raises BadRequest, PromptTooLong, and UpstreamError with llama-server's own error for a body that its template
+    refuses. Canceling is safe.
     """
     unknown = None
     try:
         said = await _said(body, raw, format_, context, context.namespace(user).user)
         if said.is_head and not format_.honours_id_slot:
-            # llama-server chooses the slot, by the share of a prompt of unknown length.
+            # llama-server chooses the slot by the share of the whole prompt that it holds, and the length of the
+            # whole prompt is not known here.
             unknown = Reason.MEDIA
     except PromptNotTokenizable as error:
         said, unknown = _Said(None, ()), error.reason
@@ -144,8 +153,9 @@ async def parse_request(
 
 
 class _Said(NamedTuple):
-    """What a body asks for: the chat that it is or is converted to, None for a plain prompt; its prompts, or with
-    ``is_head`` the beginning of the prompt. ``is_refused``: it has media, and llama-server accepts none.
+    """What a body asks for. ``chat``: the chat that it is or is converted to, None for a plain prompt. ``prompts``: its
+    prompts; with ``is_head`` only the text before the first medium. ``is_refused``: it has media, and llama-server
+    accepts none.
     """
 
     chat: Mapping[str, Any] | None
@@ -155,8 +165,8 @@ class _Said(NamedTuple):
 
 
 async def _boundaries(said: _Said, context: ModelContext) -> tuple[int, tuple[int, ...]]:
-    """The number of tokens of the system part and tools, and where a prefill should stop for checkpoints, if the model
-    needs them.
+    """Return the number of tokens of the system part and tools, and the token counts where a prefill should stop for
+    checkpoints. A dense model needs no checkpoints, so it has no stops.
     """
     if said.chat is None or not said.prompts:
         return 0, ()
@@ -168,9 +178,11 @@ async def _boundaries(said: _Said, context: ModelContext) -> tuple[int, tuple[in
 async def _said(
     body: Mapping[str, Any], raw: bytes, format_: Format, context: ModelContext, whose: str
 ) -> _Said:
-    """Find out the chat and the prompts of a body. Raises PromptNotTokenizable if the tokens are unknown, and
-    UpstreamError if the template refuses the body. If a converted body is refused, llama-server may still accept the
-    original, so that is served without known tokens.
+    """Find out the chat and the prompts of a body. ``whose``: the namespace whose known texts may be used.
+
+    Raises PromptNotTokenizable if the tokens are not known, and UpstreamError if the template refuses the body. If it
+    refuses a chat that llamaslot has converted, llama-server may still accept the client's own body:
+    PromptNotTokenizable too.
     """
     if format_.prompt_kind is PromptKind.INFILL:
         return _Said(None, (await context.infill.prompt(body, whose),))
@@ -216,8 +228,8 @@ async def _plain(body: Mapping[str, Any], context: ModelContext, whose: str) -> 
 
 
 def _short(prompt: Prompt, context: ModelContext) -> tuple[Prompt, ...]:
-    """``prompt``, the text before a medium, as the only prompt. Raises PromptNotTokenizable if it is too long for a
-    slot: then llama-server reports that, because it knows the length of the whole.
+    """Return ``prompt``, the text before a medium, as the only prompt. Raises PromptNotTokenizable if it is too long
+    for a slot: llama-server's own error is better, because llama-server knows the length of the whole prompt.
     """
     if prompt.n_tokens >= context.n_ctx:
         raise PromptNotTokenizable("it is too long", Reason.MEDIA)
@@ -225,8 +237,8 @@ def _short(prompt: Prompt, context: ModelContext) -> tuple[Prompt, ...]:
 
 
 def keep_what_follows(lease: Lease) -> None:
-    """Remove the prefill from the plan if the slot already holds the whole known text before a medium: the slot may
-    also hold the same media behind it, and computing ahead would truncate them.
+    """Remove the prefill from the plan of ``lease`` if the slot already holds the whole known text before a medium. The
+    slot may hold the same media behind that text, and a prefill would cut them off.
     """
     content, plan = lease.content, lease.plan
     if content is None or plan is None or plan.source is not Source.RESIDENT or content.is_exact:
@@ -237,7 +249,9 @@ def keep_what_follows(lease: Lease) -> None:
 
 
 def max_tokens(body: Mapping[str, Any]) -> int | None:
-    """The limit of the answer in tokens, under any of the names that the routes have for it. Used for estimates."""
+    """Return the limit of the answer in tokens, by the lowest of the fields that the routes have for it; None without
+    any. Used for estimates only.
+    """
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
     values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
     return min(values, default=None)

@@ -1,4 +1,6 @@
-"""Everything that is no completion: passed through unchanged, run exclusively, or refused."""
+"""Serves requests that are no completions: passes them through unchanged, or runs them in slots that llama-server
+chooses.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,11 @@ from llamaslot.scheduling.request import Placement, Request
 
 _MODEL_LISTS = ("/v1/models", "/models")
 _CHANGES_MODEL = ("/lora-adapters", "/models")
-_WAKES = ("/slots", "/lora-adapters")  # though they only ask; /props and /metrics do not
+_WAKES = ("/slots", "/lora-adapters")  # their GET wakes a sleeping llama-server; /props and /metrics do not
 
 
 class Passthrough:
-    """Serves routes that take no slot, and requests whose slot llama-server chooses."""
+    """Serves routes that take no slot, and requests whose slots llama-server chooses."""
 
     def __init__(
         self,
@@ -56,15 +58,17 @@ class Passthrough:
         self._prompts, self._unassisted = prompts, unassisted
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Pass a request through unchanged, streaming both ways. Canceling closes the connection to llama-server.
+        """Pass a request through unchanged. With a single model on one backend both bodies are streamed. With several
+        the request's body is read whole, because it may name the model and may be sent to a second backend.
 
-        A request that changes the model (its LoRA scales, or the loaded model) makes all cached content invalid: the
-        server is connected to again before the client gets the answer.
+        A request that changes the model (its LoRA scales, or which model is loaded) makes all cached content invalid.
+        So llamaslot connects to that llama-server again before the client gets the answer. Canceling closes the
+        connection to llama-server.
         """
         if self._router.are_several:
             if route.path in _MODEL_LISTS and route.method == "GET":
                 return web.json_response({"object": "list", "data": self._router.listed()})
-            # The body says which model it is for, and can be sent a second time.
+            # The body names the model, and may be sent to a second backend.
             raw = await self._uploads.whole(request) if request.body_exists else b""
             pool = await self._pool(request, raw)
             return await self.unprepared(pool, request, raw, gate=route.gate)
@@ -80,8 +84,8 @@ class Passthrough:
             raise upload.failure or error from None
 
     async def count(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Count the tokens of a completion's body: the body is sent as it would be computed, with the rules for
-        system prompts applied. llama-server refuses a body that cannot be read here.
+        """Count the tokens of a completion's body. The rules for system prompts are applied first, as for the
+        completion itself. A body that llamaslot cannot read is passed on, so that llama-server refuses it.
         """
         raw = await self._uploads.whole(request)
         with contextlib.suppress(BadRequest):
@@ -91,15 +95,18 @@ class Passthrough:
         return await self.unprepared(await self._pool(request, raw), request, raw)
 
     async def _pool(self, request: web.Request, raw: bytes, *, loads: bool = False) -> Pool:
-        """The pool of the model that a request names; of the default model, or the first, if it names none."""
+        """Return the pool of the model that the request names; if it names none, the pool of the default or the first
+        model. Raises as ``Router.pool_for`` does.
+        """
         named = named_model(request, raw) if self._router.are_several else None
         return await self._router.pool_for(named, is_named=named is not None, loads=loads)
 
     async def unprepared(
         self, pool: Pool, request: web.Request, raw: bytes, *, gate: str | None = None
     ) -> web.StreamResponse:
-        """Relay a request that takes no slot: it only asks for information, or llama-server refuses it. ``raw``: its
-        body. ``gate``: the gate of a request that may change something, and so is sent only once.
+        """Relay a request that takes no slot, because it only asks for information or llama-server will refuse it.
+        ``raw``: its body. ``gate``: the name under which the operator has allowed its route. A request with one may
+        change something, so it is sent only once.
         """
         changes_model = gate in _CHANGES_MODEL and request.method == "POST"
         attempts = _attempts(request, pool, raw, is_once=gate is not None)
@@ -124,10 +131,12 @@ class Passthrough:
         *,
         attempts: Attempts | None = None,
     ) -> web.StreamResponse:
-        """Run a request that takes slots of llama-server's choice, while no other request is between two steps.
-        Canceling releases the slots when the server is done with them. ``raw``: its body, if it was read before.
-        ``head``: the tokens of its prompt up to its first medium; llama-server finds the slot that has them by
-        itself. ``attempts``: of a completion, one of which this is; the caller makes others.
+        """Run a request in slots that llama-server chooses, while no other request is between two steps.
+
+        ``raw``: its body, None if it was not read before. ``head``: the tokens of its prompt up to the first medium;
+        llama-server finds the slot that holds them by itself. ``attempts``: given if this is one attempt to serve a
+        completion, whose caller may make another one. Canceling releases the slots when llama-server has stopped
+        working in them.
         """
         if raw is None:
             raw = await self._uploads.whole(request)
@@ -140,7 +149,7 @@ class Passthrough:
         # /slots does not show the progress of embeddings and the like.
         is_watched = route.format is not None
         try:
-            # The beginning of these answers is not detected.
+            # llamaslot does not detect the beginning of these answers.
             async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
                 if attempts is not None:
                     return await self._run_exclusively(attempts, request, raw, head, is_watched=is_watched)
@@ -212,8 +221,8 @@ def _attempts(request: web.Request, pool: Pool, raw: bytes, *, is_once: bool = F
 
 
 async def _how_far(backend: Backend, lease: Lease) -> object:
-    """The progress of the slots in which llama-server works for the request of ``lease``; None while llama-server has
-    not begun with it.
+    """Return the progress of the slots in which llama-server works for the request of ``lease``; None while
+    llama-server has not begun with it.
     """
     leases = backend.leases.leases
     taken = {other.slot_id for other in leases if other.request is lease.request and other.slot is not None}
@@ -222,13 +231,13 @@ async def _how_far(backend: Backend, lease: Lease) -> object:
 
 
 async def _refuse_if_worth_another(attempts: Attempts, upstream: Response) -> None:
-    """Raise UpstreamError if another backend is to be asked instead of passing this answer on."""
+    """Raise UpstreamError if this answer is to be held back, because another backend may have a better one."""
     if attempts.is_worth_another(upstream.status):
         raise UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
 
 
 def _only_asks(backend: Backend, request: web.Request) -> None:
-    """Raise BackendDown if a request that takes no slot would load its model, or wake it."""
+    """Raise BackendDown if a request that takes no slot would load the backend's model, or wake it."""
     if backend.is_unloaded:
         raise BackendDown(
             f"{backend.model_name or backend.name} is not loaded: the first request for it loads it"
@@ -241,12 +250,14 @@ _FORM = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\
 
 
 def is_json(request: web.Request) -> bool:
-    """Whether the request's body is JSON, or does not say what it is: llama-server reads it as JSON then."""
+    """True unless the request's body is a multipart form. llama-server reads every other body as JSON."""
     return "multipart/" not in request.headers.get("Content-Type", "")
 
 
 def named_model(request: web.Request, raw: bytes) -> object:
-    """The model that a request names in its body (``raw``) or query; None if it names none."""
+    """Return the model that a request names, in its body (``raw``: JSON or a form) or in its query; None if it names
+    none.
+    """
     if raw and is_json(request):
         try:
             body = orjson.loads(raw)

@@ -1,8 +1,9 @@
-"""Several prompts in one request: sent one after the other, each to its best place, and answered together.
+"""Several prompts in one request: each is sent as a request of its own, one after the other, and they are answered
+together.
 
-llama-server makes a task of each, and would compute all but the first without interruption. Measured: the answer to
-the list is that of its first prompt with the choices of all of them, in the native format a list of answers; in a
-stream all events have one ``id``, and ``index`` continues over the prompts.
+llama-server would compute all prompts but the first without interruption. Measured of its answer to a list: it is the
+answer to the first prompt with the choices of all prompts, in the native format a list of answers. In a stream all
+events have one ``id``, and ``index`` continues over the prompts.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from llamaslot.llama.sse import EventSplitter, data_of, event_of, n_commented
 
 
 class PromptPart(Downstream):
-    """The client's side of one of several prompts. ``whole``: the client's side of all; ``first``: the index of this
-    prompt's first answer.
+    """The client's side of one prompt of a list. ``whole``: the client's side of the request; ``first``: the index that
+    this prompt's first answer has in the whole answer.
     """
 
     def __init__(self, whole: Downstream, first: int, *, is_last: bool) -> None:
@@ -56,6 +57,9 @@ class PromptPart(Downstream):
         return await self._whole.end() if self._is_last else await self.begin()
 
     def _told(self, event: bytes) -> bytes:
+        """Return ``event`` as it is in the answer to the whole list; empty for a ``[DONE]`` that is not the
+        last one.
+        """
         event = event[n_commented(event) :]
         if event.startswith(b"data: [DONE]"):
             return event if self._is_last else b""
@@ -70,14 +74,16 @@ class PromptPart(Downstream):
 
 
 def shift(answer: dict[str, Any], first: int) -> None:
-    """Change the indices of the answers in ``answer``, in place, so that they begin with ``first``."""
+    """Add ``first`` to the index of each answer in ``answer``, in place."""
     for part in [answer, *answer.get("choices", ())]:
         if isinstance(part.get("index"), int):
             part["index"] += first
 
 
 def joined(parts: list[bytes], n_each: int) -> bytes:
-    """The answer to a list of prompts, from the answers to each; ``n_each``: answers per prompt."""
+    """Return the JSON answer to a list of prompts, joined from the answers to the single prompts. ``n_each``: the
+    number of answers to each prompt.
+    """
     answers: list[dict[str, Any]] = []
     for number, payload in enumerate(parts):
         answer = orjson.loads(payload)

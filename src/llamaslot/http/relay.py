@@ -1,8 +1,8 @@
 """Relays an answer of llama-server as it comes.
 
-It is read as fast as the client receives it. Buffers hold: the kernel's window, aiohttp's read buffer (32 KiB, and
-the last piece), a piece of 16 KiB, an incomplete event (up to 32 KiB), and some 100 KiB in the transport to the
-client.
+llama-server's answer is read as fast as the client receives it. These buffers hold a part of it: the kernel's window,
+aiohttp's read buffer (32 KiB, and the last piece), a piece of 16 KiB, an incomplete event (up to 32 KiB), and some
+100 KiB in the transport to the client.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ async def relay(
     ended: Callable[[], Awaitable[None]] | None = None,
     begun: Callable[[], None] = lambda: None,
 ) -> web.StreamResponse:
-    """Relay the answer. ``begun`` is called with the first event of a stream. Raises BackendDown, ClientGone.
+    """Relay the answer ``upstream`` to the client, with the headers ``told`` added. Raises BackendDown, ClientGone.
 
-    A stream is sent in whole events: if it is interrupted, ``end_relayed`` can report that in an event.
+    A stream is sent in whole events. If it is interrupted, ``end_relayed`` can report that in one more event.
 
-    ``ended`` is called when llama-server is done with its slot, before the client can read the end: a client may
-    close the connection immediately, and that must not look as if llama-server were still working in the slot.
+    ``begun`` is called at each piece of a stream. ``ended`` is called when llama-server has finished the answer, before
+    the client can read its end: a client may close the connection immediately, and that must not look as if
+    llama-server were still working in the slot.
     """
     headers = to_client(upstream, told)
     response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
@@ -78,7 +79,9 @@ async def _events(
     begun: Callable[[], None],
     ended: Callable[[], Awaitable[None]] | None,
 ) -> AsyncIterator[bytes]:
-    """The whole events of a stream, with errors translated; an event larger than ``_HELD_BYTES`` comes in pieces."""
+    """Yield the events of a stream, whole and with errors translated for the client. An event larger than 32 KiB comes
+    in pieces.
+    """
     yield b""  # the headers may be sent before any event
     before = held = b""
     is_whole = True  # the sent bytes end with a whole event
@@ -103,7 +106,9 @@ async def _events(
 async def _last_one_late(
     upstream: Response, ended: Callable[[], Awaitable[None]] | None
 ) -> AsyncIterator[bytes]:
-    """Each piece of an answer once the next one has come, so that ``ended`` is called before the last piece is sent."""
+    """Yield each piece of an answer when the next one has come, so that ``ended`` is called before the last piece is
+    sent.
+    """
     held = b""
     while piece := await next_piece(upstream):
         if held:

@@ -1,6 +1,5 @@
-"""Reads the configuration again while llamaslot serves.
-
-At SIGHUP (``serve.handle_signals``), or at ``POST /llamaslot/reload``, which ``llamaslot reload`` sends.
+"""Reads the configuration again while llamaslot serves: at SIGHUP (``serve.handle_signals``), or when
+``llamaslot reload`` sends ``POST /llamaslot/reload``.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ _AT_ONCE = (
 
 
 class Reload:
-    """The configuration in force, and how another one replaces it. ``apply``: the application's part, set by the
-    application.
+    """Holds the configuration in force, and replaces it by another one. ``apply`` puts a configuration in force in the
+    web application, which sets this function.
     """
 
     def __init__(
         self, path: Path | None, config: Config, registry: Registry, manager: ServiceManager
     ) -> None:
-        """``path``: of the configuration file; None if llamaslot was started without one."""
+        """``path``: the configuration file; None if llamaslot was started without one."""
         self.config, self._path, self._registry, self._manager = config, path, registry, manager
         self.apply: Callable[[Config], None] = lambda _: None
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self) -> dict[str, Any]:
-        """Read the file, and put in force what needs no restart. Returns the changed keys: those in force, and those
-        that need a restart.
+        """Read the configuration file, and put in force what needs no restart. Returns the changed keys in two lists:
+        ``in_force``, and ``needs_restart``.
 
-        Raises NotReloaded with the faults of the file; the old configuration stays. Canceling is safe.
+        Raises NotReloaded with the faults of the file; then the old configuration stays. Canceling is safe.
         """
         async with self._one_at_a_time:
             self._manager.reloading()
@@ -58,7 +57,7 @@ class Reload:
                 self._manager.ready()
 
     async def on_signal(self) -> None:
-        """As ``run``, for the handler of SIGHUP: a fault is only logged."""
+        """As ``run``, for the handler of SIGHUP. A fault is only logged."""
         with contextlib.suppress(NotReloaded):
             await self.run()
 
@@ -99,7 +98,9 @@ class Reload:
 
 
 def _changed(old: Section, new: Section, above: str = "") -> Iterator[str]:
-    """The keys whose values differ between the two configurations, except backends."""
+    """Yield the keys whose values differ between two configurations, except those of backends. ``above``: the keys that
+    lead to these sections.
+    """
     for name in type(old).model_fields:
         before, after = getattr(old, name), getattr(new, name)
         if before == after or (not above and name == "backends"):
@@ -111,7 +112,9 @@ def _changed(old: Section, new: Section, above: str = "") -> Iterator[str]:
 
 
 def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]]:
-    """The names of backends to add and to drain, and what needs a restart: a changed backend, or a managed one."""
+    """Return the names of backends to add, the names of backends to drain, and the changes that need a restart: those
+    of a changed backend, or of a managed one.
+    """
     before, after = ({backend.name: backend for backend in config.backends} for config in (old, new))
     added = [name for name in after if name not in before]
     removed = [name for name in before if name not in after]
@@ -128,8 +131,8 @@ def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]
 
 
 def _merged(old: Config, new: Config) -> Config:
-    """The configuration in force after a reload: what needs no restart from the new file, all else from the old one.
-    Other changes are reported again at the next reload.
+    """Return the configuration in force after a reload: what needs no restart from ``new``, all else from ``old``. So
+    the next reload reports again what still needs a restart.
     """
     before = {backend.name: backend for backend in old.backends}
     kept = [
@@ -142,7 +145,7 @@ def _merged(old: Config, new: Config) -> Config:
 
 
 def _with_new(old: S, new: S, above: str = "") -> S:
-    """``old`` with those values of ``new`` that take effect at once."""
+    """Return ``old`` with those values of ``new`` that can be in force at once."""
     update = dict[str, Any]()
     for name in type(old).model_fields:
         before, after = getattr(old, name), getattr(new, name)

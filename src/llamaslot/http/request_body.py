@@ -1,7 +1,7 @@
-"""Reads request bodies and parses them: limits of size, time and parts; when a body is requested; fields added to it.
+"""Reads request bodies and parses them: limits of size, time and number of parts; 100 Continue; added fields.
 
-A client that sends ``Expect: 100-continue`` waits with its body until it is requested: the body of a request that is
-refused before is never sent. (https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)
+A client that sends ``Expect: 100-continue`` waits with its body until the server requests it. If the request is refused
+before, its body is never sent. (https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from msgspec import Struct
 
 from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow, Unpackable
 
-_BYTES_PER_S = 4096  # the minimum average speed of a client, so that an upload ends some day
+_BYTES_PER_S = 4096  # the minimum average speed of a client's upload, so that every upload ends
 _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)
 
 
 class Uploads(Struct, frozen=True):
-    """The limits of request bodies. ``max_bytes`` of a decompressed body; ``timeout_s`` for it, and one second more
-    for each 4 KiB.
+    """The limits of request bodies. ``max_bytes``: the size of a decompressed body. ``timeout_s``: the seconds in which
+    a body must come, and one second more for each 4 KiB that has come.
     """
 
     max_bytes: int
     timeout_s: float
 
     async def whole(self, request: web.Request) -> bytes:
-        """Read the whole body. Raises BodyTooLarge as soon as it is known to be longer, TooSlow, and BadRequest if it
-        cannot be decompressed. Canceling is safe.
+        """Read the whole body, and return it decompressed. Raises BodyTooLarge as soon as it is known to be too long,
+        TooSlow, Unpackable, and BadRequest if it is corrupt. Canceling is safe.
         """
         if (here := await self._here(request)) is not None:
             return here
         return b"".join([piece async for piece in self.pieces(request)])
 
     async def _here(self, request: web.Request) -> bytes | None:
-        """The body if it has come with its headers, as short ones do, and is not compressed; None otherwise: then
-        nothing is read.
+        """Return the body if all of it has come with the headers, as with short ones, and it is not compressed. Else
+        return None, and read nothing.
         """
         content = request.content
         if not content.is_eof() or content.exception() is not None or "Content-Encoding" in request.headers:
@@ -53,7 +53,7 @@ class Uploads(Struct, frozen=True):
         return body
 
     async def pieces(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The decompressed body in pieces as they come. Raises as ``whole`` does."""
+        """Yield the decompressed body in pieces, as they come. Raises as ``whole`` does."""
         if (request.content_length or 0) > self.max_bytes:
             raise self._too_large()
         unpacking, n_bytes = Unpacking(request.headers.get("Content-Encoding", "")), 0
@@ -91,7 +91,9 @@ class Uploads(Struct, frozen=True):
 
 
 class Upload:
-    """A body that is forwarded while it comes. ``failure``: why it is incomplete, if it is."""
+    """A body that is forwarded to llama-server while it comes. ``failure``: the error that interrupted it, None if none
+    did.
+    """
 
     def __init__(self, uploads: Uploads, request: web.Request) -> None:
         self._uploads, self._request = uploads, request
@@ -107,25 +109,26 @@ class Upload:
 
 
 async def hold_back(request: web.Request) -> None:
-    """As aiohttp's ``expect_handler``: send 100 Continue only when a handler reads the body. Other expectations are
-    ignored, as RFC 9110 allows.
+    """aiohttp's ``expect_handler``. It does nothing, so aiohttp sends no 100 Continue: ``Uploads`` sends it when a
+    handler reads the body. Other expectations are ignored, as RFC 9110 allows.
     """
 
 
 def is_held_back(request: web.Request) -> bool:
-    """Whether the client still waits for 100 Continue before it sends its body."""
+    """True if the client waits for 100 Continue, and sends no body until then."""
     expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
     return expects and not request.get(_IS_ASKED_FOR, False)
 
 
 def close_behind(request: web.Request, response: web.StreamResponse) -> None:
-    """Handler of the signal ``on_response_prepare``: close a connection after the answer, if the next bytes on it
-    could be anything.
+    """Handler of the signal ``on_response_prepare``: close the connection after the answer if llamaslot cannot tell
+    what the next bytes on it belong to. There are four cases:
 
     1. The body was not requested from the client, which may or may not send it now.
     2. Only the end of the connection ends the answer.
     3. The body was chunked: aiohttp (3.14) takes its trailers as headers of the next request, which may belong to
        another client if a proxy in front shares connections.
+    4. llamaslot does not support the request's HTTP version.
     """
     is_chunked_upload = "Transfer-Encoding" in request.headers
     is_clear = speaks_http(request) and not (is_chunked_upload or is_held_back(request))
@@ -136,13 +139,15 @@ def close_behind(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def speaks_http(request: web.Request) -> bool:
-    """Whether the HTTP version of a request is supported: aiohttp reads others (0.9, 2.0) as if they were."""
+    """True if llamaslot supports the HTTP version of the request. aiohttp reads requests of other versions (0.9, 2.0)
+    as if they were HTTP/1.
+    """
     return request.version in (HttpVersion10, HttpVersion11)
 
 
 def _ends_with_connection(request: web.Request, response: web.StreamResponse) -> bool:
-    """Whether only the end of the connection ends the body: for a client of HTTP/1.0, which does not know chunks, if
-    the length is unknown. aiohttp (3.14) keeps the connection open if the client has asked for that.
+    """True if only the end of the connection ends the answer: its length is not known, and the client speaks HTTP/1.0,
+    which has no chunks. aiohttp (3.14) would keep the connection open if the client has asked for that.
     """
     return request.version < HttpVersion11 and response.content_length is None
 
@@ -151,7 +156,7 @@ async def _ask_for_it(request: web.Request) -> None:
     if is_held_back(request):
         request[_IS_ASKED_FOR] = True
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # aiohttp uses it to tell whether the answer has begun
+        request.writer.output_size = 0  # aiohttp takes another number as a sign that the answer has begun
 
 
 _PIECE_BYTES: Final = 1 << 18  # a millisecond of work
@@ -173,7 +178,9 @@ class Unpacking:
         self._is_over = False
 
     def feed(self, packed: bytes) -> Iterator[bytes]:
-        """Decompress the next bytes of the body, in pieces. Raises BadRequest if they are corrupt."""
+        """Yield the next bytes of the body, decompressed, in pieces of 256 KiB at most. Raises BadRequest if they are
+        corrupt.
+        """
         if self._is_plain:
             yield packed
             return
@@ -193,7 +200,7 @@ class Unpacking:
                 self._stream, self._is_over = None, self._packing == "deflate"
 
     def end(self) -> None:
-        """The body is over. Raises BadRequest if it is incomplete."""
+        """Called at the end of the body. Raises BadRequest if the body is incomplete."""
         if self._stream is not None:
             raise self._broken()
 
@@ -210,28 +217,28 @@ class Unpacking:
         return BadRequest(f"the body cannot be read: it is not whole as {self._packing}")
 
 
-# There is one event loop, and reading more than that would delay all requests by seconds. A million tokens of text
-# have a quarter of so many brackets, and 200 tools with 1,000 messages some 40,000 items.
+# Limits of one body. Parsing more on the event loop would delay all requests by seconds. A million tokens of text
+# have a quarter of these brackets, and 200 tools with 1,000 messages have some 40,000 items.
 _COMMAS, _BRACKETS, _NUMBERS, _ITEMS = 8_000_000, 1_000_000, 4_000_000, 100_000
 _LOOKED_THROUGH = ("messages", "system", "tools", "prompt", "input", "input_extra", "lora")
 _CONTAINERS = frozenset((dict, list))
 _DEPTH = 254  # levels that orjson writes; it reads 1,024
 _TOO_DEEP = f"the body is nested more than {_DEPTH} levels deep"
-_MARK = b"\xef\xbb\xbf"  # byte order mark, which some editors write and llama-server skips
+_MARK = b"\xef\xbb\xbf"  # the byte order mark, which some editors write and llama-server skips
 _TOO_MANY = (
     f"the body has too many parts: {_ITEMS} at most, of messages, prompts and tools and what is in them"
 )
 
 
 class NoObject(BadRequest):
-    """The body is no JSON object, and llama-server cannot parse it either, whatever the route."""
+    """The body is no JSON object, and llama-server cannot parse it either, on any route."""
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises BadRequest with the position of the fault: NoObject if llama-server finds the same
-    fault.
+    """Parse a JSON object. Raises BadRequest with the position of the fault, and NoObject (a BadRequest) if
+    llama-server cannot parse the body either.
 
-    Its parser is more lenient in two points only: it stops at a NUL, and has no limit of depth.
+    llama-server's parser accepts more in two points only: it stops at a NUL, and has no limit of depth.
     """
     raw = raw.removeprefix(_MARK)
     if not raw.strip():
@@ -253,11 +260,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def written(new: Mapping[str, Any], body: Mapping[str, Any], raw: bytes) -> bytes:
-    """``new``, a changed ``body``, as JSON. ``raw``: the client's bytes, from which ``parse_object`` has made
-    ``body``.
+    """Return ``new``, a changed copy of ``body``, as JSON. ``raw``: the client's bytes, from which ``parse_object`` has
+    made ``body``.
 
-    If ``new`` has all that is in ``body`` and new fields besides, these are put at the end of the client's own bytes.
-    If not, everything is written anew. Names that a client has sent twice stay so in its bytes: llama-server takes the
+    If ``new`` has all fields of ``body`` unchanged, its new fields are put at the end of the client's own bytes. If
+    not, all of ``new`` is encoded. A name that the client has sent twice stays so in its bytes: llama-server takes the
     last one at every depth, as orjson does (measured; tests/real/test_bodies.py).
     """
     missing = object()
@@ -273,10 +280,11 @@ def _n_brackets(raw: bytes) -> int:
 
 
 def _check_size(body: dict[str, Any]) -> None:
-    """Raise BadRequest if the body is nested too deeply, or the fields that llamaslot reads have too many items; to
-    look through these is most of the work for a body. A list of numbers (tokens) is one item.
+    """Raise BadRequest if the body is nested too deeply, or the fields that llamaslot looks through have too many
+    items. A list of numbers (tokens) is one item. Looking through these fields is most of the work for a body.
 
-    One walk, level by level: 0.05 ms for 46 messages of 270 kB. Counting brackets in the bytes takes 0.4 ms.
+    The fields are walked level by level: 0.05 ms for 46 messages of 270 kB. Counting brackets in the bytes takes
+    0.4 ms.
     """
     level, others, n_items, depth = list[Any](), dict[str, Any](), 0, 1
     for name, value in body.items():

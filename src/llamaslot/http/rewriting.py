@@ -1,4 +1,6 @@
-"""Applies the rules of ``rewrite`` to bodies, and reports their changes in a header, a metric and the status."""
+"""Applies the rules of ``rewrite`` to bodies, and reports which rules have changed something: in a header, a metric and
+the status page.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,14 @@ class SystemPrompts:
         self._told: set[str] = set()
 
     def apply(self, rules: Sequence[RewriteRule]) -> None:
-        """Use ``rules`` from now on. Counters begin anew unless the rules are the same."""
+        """Use ``rules`` from now on. If they differ from the present ones, all counters begin at 0."""
         if tuple(rules) != self._rewriting.rules:
             self._rewriting, self._told = Rewriting(tuple(rules)), set()
 
     def rewrite(self, request: web.Request, body: dict[str, Any], format_: Format | None) -> bool:
-        """Change ``body`` in place, before other code reads it. Returns whether it was changed."""
+        """Apply the rules to the system prompt in ``body``, in place. Returns True if that has changed ``body``.
+        ``format_``: None for a body whose format is not known, which stays as it is.
+        """
         if format_ is None or not self._rewriting.rewriters:
             return False
         fired, given_up = self._rewriting.apply(body, format_)
@@ -49,7 +53,7 @@ class SystemPrompts:
         return bool(fired)
 
     def report(self) -> list[dict[str, Any]]:
-        """Name and counters of each rule that rewrites system prompts, for the status page."""
+        """Return name and counters of each rule, for the status page."""
         return [
             {"name": rewriter.rule.name, "n_fired": rewriter.n_fired, "n_given_up": rewriter.n_given_up}
             for rewriter in self._rewriting.rewriters
@@ -57,13 +61,13 @@ class SystemPrompts:
 
 
 def rewrote(request: web.Request) -> list[str]:
-    """The names of the rules that have changed the body of this request."""
+    """Return the names of the rules that have changed the body of this request."""
     return list(request.get(_REWROTE, ()))
 
 
 def tell_rewrote(request: web.Request, response: web.StreamResponse) -> None:
-    """Handler of the signal ``on_response_prepare``: name the rules that have changed the request's body in a header
-    of every answer, errors included.
+    """Handler of the signal ``on_response_prepare``: add a header that names the rules that have changed the request's
+    body, also to error answers.
     """
     if names := rewrote(request):
         response.headers["x-llamaslot-rewrote"] = ",".join(names)

@@ -1,7 +1,7 @@
 """Starts and stops llamaslot: ``llamaslot serve``, and ``llamaslot run`` with a llama-server of its own.
 
-What answers ``/health`` is imported and started first; aiohttp and the application, which take as long again to
-import, follow when a client needs them, or a moment later.
+What answers ``/health`` is imported and started first. aiohttp and the application take as long again to import. They
+follow when a client needs them, 0.3 s later at the latest.
 """
 
 from __future__ import annotations
@@ -37,43 +37,46 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LAST_REQUESTS_S = 0.25  # for connections accepted just before the end: their requests are on the way
-_BACKLOG = 1024  # connections that the kernel has established and that are not accepted yet
-_LOAD_AFTER_S = 0.3  # llama-server has been connected to by then, if it answers quickly
-# Of the time that ``llamaslot run`` has to stop: for running answers, and as much again for their connections to close.
+_LAST_REQUESTS_S = 0.25  # wait for the requests of connections that were accepted just before the end
+_BACKLOG = 1024  # connections that the kernel has established and llamaslot has not accepted yet
+_LOAD_AFTER_S = 0.3  # by then llamaslot has connected to a llama-server that answers quickly
+# The part of the time to stop of ``llamaslot run`` that running answers have to end. Their connections have as much
+# again to close.
 _DRAIN_SHARE = 1 / 6
-# For llama-server to end after its slots are saved: it frees its memory.
+# The part in which llama-server ends, after its slots are saved: it must free its memory.
 _END_SHARE = 1 / 6
 _END_MIN_S = 1.0
 
-# For so long a thread that commits a save may keep the event loop from answers, or wait for it after each system call.
-# With Python's 5 ms one wake-up in a hundred beside a thread that computes came 0.4 to 42 ms late, so 0.1 ms; listing a
-# directory of 60 files beside a busy loop took up to 85 ms, so 17.
+# Python's thread switch interval: how long a thread that commits a save and the event loop may keep each other waiting.
+# Beside a computing thread, one wake-up of the loop in a hundred came 0.4 to 42 ms late with Python's default of 5 ms,
+# and 0.1 ms late with 0.5. In a thread beside a busy loop, listing a directory of 60 files took up to 85 ms, and 17.
 _SWITCH_S = 0.0005
 
 
 class Front:
-    """The port on which llamaslot listens. Health checks are answered from the start, everything else once the
+    """The port on which llamaslot listens. It answers health checks from the start, and all other requests once the
     application is loaded.
     """
 
     def __init__(
         self, config: Config, registry: Registry, path: Path | None, manager: ServiceManager
     ) -> None:
-        """``path``: of the configuration; None if there is no file to read again."""
+        """``path``: the configuration file; None if there is no file to read again."""
         self._config, self._registry, self._manager = config, registry, manager
         self.reload = Reload(path, config, registry, manager)
-        # Pages of other origins get more headers with the answer.
+        # With ``listen.cors``, answers to health checks need more headers, which only the application adds.
         health = HealthChecks(registry).answer if not config.listen.cors else None
         self.connections = Connections(config.listen.max_connections, health)
         self._listeners: list[asyncio.Server] = []
         self._runner: web.AppRunner | None = None
-        self._is_activated = False  # the service manager goes on listening
+        self._is_activated = False  # True: the sockets are the service manager's, which goes on listening
 
     async def listen(self) -> None:
-        """Listen for clients, as aiohttp's ``TCPSite`` does, but with llamaslot's own connections; on the sockets of
-        the service manager if it has some. Raises OSError for the port, ConfigError for such a socket that other
-        machines reach without keys.
+        """Listen for clients, with llamaslot's own connections: on the sockets of the service manager if it has some,
+        else on ``listen.host`` and ``listen.port``.
+
+        Raises OSError if the port cannot be used, and ConfigError if other machines can reach a socket of the service
+        manager and no keys are required.
         """
         listen, context = self._config.listen, None
         if listen.tls is not None:
@@ -105,8 +108,8 @@ class Front:
             )
 
     async def load(self) -> None:
-        """Import and start the application. Raises ConfigError if a configured file is not readable any more.
-        Canceling is safe.
+        """Import and start the application. Raises ConfigError if a configured file has become unreadable. Canceling is
+        safe.
         """
         await asyncio.to_thread(_import_application)
         from aiohttp import web
@@ -127,7 +130,7 @@ class Front:
         serve_with(self.connections, runner.server, ClientTimeouts(self._config.listen.read_timeout_s))
 
     async def close(self) -> None:
-        """Stop listening; running answers get ``shutdown.drain_s`` seconds to end."""
+        """Stop listening. Answers that are running have ``shutdown.drain_s`` seconds to end."""
         for listener in self._listeners:
             listener.close()
         if self._is_activated:
@@ -154,8 +157,8 @@ def _import_application() -> None:
 async def listening(
     config: Config, registry: Registry, path: Path | None = None, manager: ServiceManager | None = None
 ) -> AsyncIterator[Front]:
-    """Listen for clients; ``Front.load`` must follow. At the end running answers get ``shutdown.drain_s`` seconds.
-    ``path``: of the configuration. Raises OSError for the port.
+    """A context manager that listens for clients; in its block ``Front.load`` must follow. At its end, running answers
+    have ``shutdown.drain_s`` seconds to end. ``path``: the configuration file. Raises as ``Front.listen`` does.
     """
     front = Front(config, registry, path, manager or ServiceManager())
     try:
@@ -175,9 +178,7 @@ def handle_signals(stop: asyncio.Event, reload: Callable[[], object] | None = No
 
 
 def keep_answers_flowing() -> None:
-    """Tune garbage collection and threads for a process that serves from now on, so that the event loop is delayed
-    little.
-    """
+    """Set garbage collection and thread switching so that they delay the event loop little from now on."""
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
     # A request leaves few cycles, and 32 of them have thousands of objects: by default every few requests cause a
@@ -187,8 +188,8 @@ def keep_answers_flowing() -> None:
 
 
 async def serve(config: Config, path: Path | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. ``path``: of the configuration, which SIGHUP reads again. Raises LlamaslotError if
-    the store cannot be used, OSError for the port.
+    """Serve until SIGTERM or SIGINT. ``path``: the configuration file, which SIGHUP reads again. Raises LlamaslotError
+    if a store cannot be used, OSError if the port cannot be used.
     """
     raise_file_limit()
     manager, tasks = ServiceManager(), TaskOwner()
@@ -231,7 +232,7 @@ async def serve(config: Config, path: Path | None = None) -> None:
     finally:
         await tasks.close()
         await registry.close(save_s)
-        await managed.close()  # last: their slots have been saved
+        await managed.close()  # last: it ends the llama-servers, whose slots have been saved by now
         manager.close()
 
 
@@ -269,7 +270,7 @@ def _address(host: str, port: int) -> str:
 
 
 def _greet(config: Config, bound: list[tuple[str, int]]) -> None:
-    """Log where llamaslot listens: the addresses bound by the kernel, and one to try on this machine."""
+    """Log the addresses on which llamaslot listens. Print a URL to try on this machine."""
     scheme = "https" if config.listen.tls is not None else "http"
     base = f"{scheme}://{_address(EVERY_ADDRESS.get(bound[0][0], bound[0][0]), bound[0][1])}"
     is_open = any(host in EVERY_ADDRESS for host, _ in bound)
@@ -291,16 +292,16 @@ def _greet(config: Config, bound: list[tuple[str, int]]) -> None:
 
 
 def drain_s(stop_s: float) -> float:
-    """The part of ``stop_s``, the time to stop, in which running answers may end."""
+    """Return the part of ``stop_s``, the seconds to stop in, in which running answers may end."""
     return stop_s * _DRAIN_SHARE
 
 
 async def serve_command(config: Config, server: ManagedServer, stop_s: float) -> int | None:
-    """Serve until SIGTERM or SIGINT, or until the llama-server of ``run`` ends by itself. Returns the exit code of
-    llama-server (negative: minus the number of a signal), None after a signal.
+    """Serve for ``llamaslot run``, until SIGTERM or SIGINT, or until its llama-server ends by itself. Returns
+    llama-server's exit code (negative: minus the number of a signal), None after a signal to llamaslot.
 
-    After a signal there are ``stop_s`` seconds: running answers end, slots are saved, llama-server ends. Raises
-    LlamaslotError if the store cannot be used, OSError for the port.
+    After a signal there are ``stop_s`` seconds in which running answers end, slots are saved, and llama-server ends.
+    Raises LlamaslotError if the store cannot be used, OSError if the port cannot be used.
     """
     raise_file_limit()
     loop, tasks, stop = asyncio.get_running_loop(), TaskOwner(), asyncio.Event()

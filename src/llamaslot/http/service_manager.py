@@ -1,6 +1,7 @@
-"""The protocol between systemd and a service: readiness, watchdog, and the sockets on which systemd listens for it.
+"""What systemd and a service tell each other: readiness, watchdog, and the sockets on which systemd listens for the
+service.
 
-The protocols are sd_notify(3) and sd_listen_fds(3): datagrams to a socket, and descriptors from number 3 on. Without
+The protocols are sd_notify(3), datagrams to a socket, and sd_listen_fds(3), file descriptors from number 3 on. Without
 systemd nothing is sent or taken.
 """
 
@@ -16,8 +17,8 @@ _FIRST = 3  # SD_LISTEN_FDS_START
 
 
 class ServiceManager:
-    """The service manager that started this process, if any. Its environment variables are removed, so that child
-    processes do not answer for this one.
+    """The service manager that started this process, if any. Its environment variables are removed, so that no child
+    process speaks to it in the name of this one.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,9 @@ class ServiceManager:
         self._beat: asyncio.TimerHandle | None = None
 
     def sockets(self) -> list[socket.socket]:
-        """The sockets on which the service manager listens for this service (a unit ``.socket``). Call this once."""
+        """Return the sockets on which the service manager listens for this service (a unit ``.socket``). Must be called
+        only once.
+        """
         found = []
         for fd in range(_FIRST, _FIRST + self._n_sockets):
             os.set_inheritable(fd, False)
@@ -38,22 +41,22 @@ class ServiceManager:
         return found
 
     def ready(self, status: str = "") -> None:
-        """Tell the service manager that requests are served, at the start or after a reload, and begin the watchdog's
-        beats.
+        """Tell the service manager that llamaslot serves requests, at the start or after a reload. The first call
+        begins the watchdog's beats.
         """
         self._tell("READY=1", *([f"STATUS={status}"] if status else []))
         if self._beat is None:
             self._go_on()
 
     def reloading(self) -> None:
-        """Tell the service manager that a reload has begun; ``ready`` must follow. The time is what
-        ``Type=notify-reload`` asks for.
+        """Tell the service manager that a reload has begun; ``ready`` must follow. ``Type=notify-reload`` requires the
+        time in this message.
         """
         self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self) -> None:
-        """Tell the service manager that running answers end and slots are saved. The beats go on meanwhile, and end
-        with the event loop.
+        """Tell the service manager that llamaslot stops: running answers end, and slots are saved. The beats go on
+        until the event loop ends.
         """
         self._tell("STOPPING=1")
 
@@ -62,7 +65,7 @@ class ServiceManager:
             self._beat.cancel()
 
     def _go_on(self) -> None:
-        """Send a beat each half of WatchdogSec, which shows that the event loop runs."""
+        """Send a beat after each half of WatchdogSec. It shows that the event loop runs."""
         if self._beat_s is not None:
             self._tell("WATCHDOG=1")
             self._beat = asyncio.get_running_loop().call_later(self._beat_s, self._go_on)

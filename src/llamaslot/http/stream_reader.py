@@ -1,5 +1,5 @@
-"""Reads llama-server's answer to one request, event by event: events to relay, and figures to record. Where llamaslot
-has computed a part of the prompt before, the numbers in the answer are corrected.
+"""Reads llama-server's answer to one request, event by event: which events to relay, and which figures to record. If
+llamaslot has computed a part of the prompt ahead, the numbers in the answer are corrected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llamaslot.scheduling.plan import PrefillStats
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
 _CREATED, _IN_PROGRESS = b"event: response.created", b"event: response.in_progress"
 _BEFORE_TOKENS = (_CREATED, _IN_PROGRESS)
-#: Events without these, and without those of their format, are neither noted nor changed: each search takes 0.1 us.
+#: An event without any of these, and without those of its format, is neither read nor changed. A search takes 0.1 us.
 _MARKS = (b'"timings"', b'"usage"', b"error", b"prompt_progress", b"\n:")
 _CORRECTED = (b'"timings"', b'"usage"', b'"prompt_progress"')  # events that have numbers of a prompt
 
@@ -27,12 +27,14 @@ Put = Callable[[bytes], bool]
 
 
 class Reading:
-    """One answer in ``format_``. ``timings``: of its first prompt; ``n_found``: tokens reused of that, from its
-    first progress event.
+    """One answer of llama-server in ``format_``, as far as it was read.
 
-    ``is_over``: its last event has come; in the native format the last of ``n_answers`` final events. ``has_token``:
-    its first token has come. Progress events are relayed only if ``wants_progress``. With an ``assembly`` nothing is
-    relayed: it collects the answer. ``start``: the event that an Anthropic stream begins with. llama-server omits it
+    ``timings``: those of the first prompt. ``n_found``: how many tokens of the first prompt were in the slot, by its
+    first progress event. ``has_token``: the first token has come. ``is_over``: the last event has come; in the native
+    format the last of ``n_answers`` final events.
+
+    Progress events are relayed only if ``wants_progress``. With an ``assembly``, which makes a JSON answer from the
+    stream, no event is relayed. ``start``: the event that a stream of /v1/messages begins with; llama-server omits it
     if the first token is half a character (measured), and clients fail then.
     """
 
@@ -50,11 +52,11 @@ class Reading:
     ) -> None:
         self.timings: dict[str, Any] | None = None
         self.n_found: int | None = None
-        self.n_cached: int | None = None  # reused, from ``usage``: the only figure of some formats
-        self.n_prompt: int | None = None  # tokens of the prompt, from the ``usage`` of agents' routes
+        self.n_cached: int | None = None  # reused tokens by ``usage``, the only figure of some formats
+        self.n_prompt: int | None = None  # tokens of the prompt by ``usage``, of messages and responses
         self.n_predicted = 0
-        self.n_events = 0  # of its answer so far: llama-server sends one for each token
-        self.n_processed = 0  # tokens of the prompt, from the last progress event
+        self.n_events = 0  # events of the answer so far: llama-server sends one for each token
+        self.n_processed = 0  # tokens of the prompt that are in the slot, by the last progress event
         self.has_failed = False
         self.is_over = False
         self.has_token = False
@@ -73,14 +75,17 @@ class Reading:
         self._marks = (*_MARKS, *(mark for mark in own if b"error" not in mark))
         self._is_followed = type(errors).saw is not ErrorEvents.saw
         self._put: Put | None = None
-        self._events = b""  # whole ones, to be looked at
+        self._events = b""  # whole events that ``next`` will handle
 
     async def next(self, put: Put | None = None) -> list[bytes] | None:
-        """The next events to relay, perhaps none; None at the end of the answer.
+        """Return the next events to relay, perhaps none; None at the end of the answer.
 
-        After the first token, events of which nothing is noted or changed go to ``put`` as they come, without waking
-        this task, which takes most of the time of an event; so do those of an assembled answer, except the last.
-        Raises BackendDown if the connection breaks, and UpstreamError for an error in an assembled answer.
+        After the first token, an event that must be neither read nor changed is passed to ``put`` at once. This task is
+        not woken for it, which saves most of the time that an event takes. With an ``assembly`` nothing is passed to
+        ``put``: the assembly takes the events, and only the last one wakes this task.
+
+        Raises BackendDown if the connection breaks, and UpstreamError for an error event while a JSON answer is
+        assembled.
         """
         self._put = put
         if not await self._upstream.pass_to(self._take):
@@ -89,8 +94,8 @@ class Reading:
         return [passed for event in events_in(events) if (passed := self._event(event))]
 
     def _take(self, piece: bytes) -> bool:
-        """Send events in which nothing is read or corrected straight to the client (True: go on). Keep others for
-        ``next`` (False).
+        """Called with each piece of the answer. Returns True if all of its events were passed to ``put`` or to the
+        assembly; False if ``next`` must handle them.
         """
         events = self._splitter.whole(piece)
         if (put := self._put) is not None and self.has_token and not (self.is_over or self.has_failed):
@@ -115,15 +120,15 @@ class Reading:
 
     @property
     def n_reused(self) -> int | None:
-        """How many tokens of the first prompt llama-server has found in the slot, by the most reliable
-        figure so far.
+        """How many tokens of the first prompt llama-server has found in the slot, by the most reliable figure so far;
+        None before any has come.
         """
         told = (self.timings or {}).get("cache_n"), self.n_found, self.n_cached
         return next((int(n) for n in told if n is not None), None)
 
     @property
     def has_ended(self) -> bool:
-        """Whether the whole answer has come: ``next`` has nothing more."""
+        """True if the whole answer has come, so that ``next`` has nothing more."""
         return self._upstream.has_ended
 
     @property
@@ -132,7 +137,9 @@ class Reading:
         return b"" if self.assembly is not None else self._created + self._splitter.rest
 
     async def whole(self) -> bytes:
-        """The JSON answer to a request that was not streamed, with corrected numbers."""
+        """Read the JSON answer to a request without a stream, and return it. The reused and computed tokens of the
+        prompt, and the seconds for these, are corrected by what llamaslot has computed ahead.
+        """
         payload = await whole(self._upstream)
         try:
             answer = orjson.loads(payload)
@@ -141,7 +148,9 @@ class Reading:
         return orjson.dumps(answer) if self._answer(answer) else payload
 
     def assembled(self) -> bytes:
-        """The JSON answer assembled from a stream, with corrected numbers. Raises Incomplete."""
+        """Return the JSON answer assembled from a stream, corrected as in ``whole``. Raises Incomplete if events are
+        missing.
+        """
         assert self.assembly is not None
         answer = self.assembly.answer()
         self._answer(answer)
@@ -177,7 +186,8 @@ class Reading:
             if isinstance(payload, dict):
                 self.assembly.feed(payload)
             return b""
-        if event.startswith(_CREATED):  # sent with the next event: at another place it would be sent twice
+        if event.startswith(_CREATED):
+            # Sent with the next event. If the request loses its slot before that, its next slot's event is sent.
             created, self._created, self._is_in_progress = self._created, event, False
             return created
         if is_progress and not self._wants_progress:
@@ -199,7 +209,9 @@ class Reading:
         return created + start + (corrections.correct_event(event) if corrections is not None else event)
 
     def _is_first_in_progress(self, event: bytes) -> bool:
-        """``response.in_progress`` is sent once if no progress was requested, and otherwise once for each batch."""
+        """True if ``event`` is the first ``response.in_progress``. llama-server sends one if no progress was requested,
+        otherwise one for each batch.
+        """
         is_first = event.startswith(_IN_PROGRESS) and not self._is_in_progress
         self._is_in_progress = self._is_in_progress or is_first
         return is_first
@@ -226,8 +238,8 @@ class Reading:
 
 
 def _has_text(payload: dict[str, Any]) -> bool:
-    """Whether a progress event has text: a beginning of the answer given by the template or the client comes in one
-    (measured: ``reasoning_format: none``, and a last message of the assistant's with ``echo``).
+    """True if a progress event has text. A beginning of the answer that the template or the client gives comes in one
+    (measured: ``reasoning_format: none``, and a last message of the assistant with ``echo``).
     """
     choices = payload.get("choices") or [{}]
     delta = choices[0].get("delta") or {}
@@ -239,15 +251,15 @@ def _without_progress(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 class Corrections:
-    """Corrects the numbers of one answer in ``format_``. ``prefill_stats``: what was computed of the prompt before the
-    request was sent.
+    """Corrects the numbers about the prompt in one answer in ``format_``. ``prefill_stats``: what llamaslot has
+    computed of the prompt before the request was sent.
     """
 
     def __init__(self, format_: Format, prefill_stats: PrefillStats) -> None:
         self._format, self._prefill_stats = format_, prefill_stats
 
     def correct(self, payload: dict[str, Any]) -> bool:
-        """Correct the numbers of one JSON answer or event, in place. True if something was changed."""
+        """Correct the numbers of one JSON answer or event, in place. Returns True if something was changed."""
         if index_of(payload) >= self._prefill_stats.n_answers:
             return False
         changed = False
@@ -271,7 +283,7 @@ class Corrections:
             timings |= {"prompt_per_token_ms": ms / computed, "prompt_per_second": computed / ms * 1000}
 
     def correct_event(self, event: bytes) -> bytes:
-        """``event`` with corrected numbers; the same bytes if it has none."""
+        """Return ``event`` with corrected numbers; the same bytes if it has none."""
         if not any(mark in event for mark in _CORRECTED):
             return event
         payload = data_of(event)
@@ -281,8 +293,8 @@ class Corrections:
 
 
 def index_of(payload: Mapping[str, Any]) -> int:
-    """The index of the answer to which an event belongs: ``n`` answers for each prompt, prompt by prompt. 0 if the
-    event has none.
+    """Return the index of the answer to which an event belongs, 0 if the event has none. The ``n`` answers to the first
+    prompt come first, then those to the second, and so on.
     """
     choices = payload.get("choices")
     part = choices[0] if isinstance(choices, list) and choices else payload

@@ -1,7 +1,7 @@
 """Traces of completions by OpenTelemetry (``log.otlp_endpoint``, the extra ``llamaslot[otel]``).
 
-Its modules are imported only if that is configured: they take a third of a second. Without it a client's
-``traceparent`` reaches llama-server unchanged.
+OpenTelemetry takes a third of a second to import, so it is imported only if an endpoint is configured. Without one a
+client's ``traceparent`` reaches llama-server unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 _EXPORT_TIMEOUT_S = 5.0
-_LOOKED_THROUGH = 50  # decisions of a pool, newest first, for that of a request that has just ended
+_LOOKED_THROUGH = 50  # newest decisions of a pool among which a request that has just ended is searched
 
 
 def _exporter(endpoint: str) -> SpanExporter:
@@ -30,7 +30,7 @@ def _exporter(endpoint: str) -> SpanExporter:
 
 
 class Tracing:
-    """Makes an OpenTelemetry span of each completion. A thread of OpenTelemetry's sends them."""
+    """Makes an OpenTelemetry span of each completion. A thread of OpenTelemetry sends the spans to ``endpoint``."""
 
     def __init__(self, endpoint: str, registry: Registry) -> None:
         from opentelemetry.propagate import get_global_textmap
@@ -46,8 +46,8 @@ class Tracing:
         self._tracer, self._map = provider.get_tracer("llamaslot"), get_global_textmap()
 
     def begin(self, request: web.Request) -> Callable[[int, web.StreamResponse | None], None]:
-        """Begin the span of a request, in its client's trace if there is one. Call the result at the request's end,
-        with the status and the response.
+        """Begin the span of a request, in its client's trace if it has one. Returns a function that ends the span: call
+        it at the request's end with the status and the response, None if there is no response.
         """
         from opentelemetry import trace
         from opentelemetry.trace import SpanKind, Status, StatusCode
@@ -68,11 +68,11 @@ class Tracing:
         return end
 
     async def close(self, app: web.Application) -> None:
-        """Send the spans that are left; takes some seconds if the collector does not answer."""
+        """Send the remaining spans. Takes some seconds if the collector does not answer."""
         await asyncio.to_thread(self._provider.shutdown)
 
     def _of_decision(self, id_: str) -> dict[str, Any]:
-        """What the journal has about a request, as attributes of its span."""
+        """Return what the journal has about the request with this id, as attributes of its span."""
         for pool in self._registry.pools:
             for decision in pool.journal.latest(_LOOKED_THROUGH):
                 if decision.id == id_:

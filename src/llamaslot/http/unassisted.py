@@ -1,7 +1,8 @@
-"""Requests while assist is off, for which llama-server chooses the slot: authentication, queue and relay only.
+"""Serves requests while assist is off, that is, while llama-server chooses their slots: authentication, queue and relay
+only.
 
-The body is forwarded unchanged (except for the rules of ``rewrite``), and so is the answer. The figures that the
-answer has about its prompt go to the journal and the metrics.
+The body is forwarded unchanged (except for the rules of ``rewrite``), and so is the answer. The answer's figures about
+its prompt go to the journal and the metrics.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ log = logging.getLogger(__name__)
 
 
 class Unassisted:
-    """Serves any route that takes a slot while assist is off: completions by ``relay``, all others by ``serve``."""
+    """Serves all routes that take a slot while assist is off: completions by ``relay``, all others by ``serve``."""
 
     def __init__(self, rules: StreamRules) -> None:
         self._rules = rules
 
     async def serve(self, pool: Pool, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
-        """Serve a request that is no completion. ``raw``: its body. Canceling (the client has gone) closes the
-        connection to llama-server, and the next request may be sent.
+        """Serve a request that is no completion. ``raw``: its body. Raises ClientGone, and BackendRestarted if
+        llama-server has restarted or assist is on again.
 
-        Raises BackendRestarted if assist is on again, and ClientGone.
+        Canceling (the client has gone) closes the connection to llama-server, and the next waiting request may be sent.
         """
         down = Downstream(request, self._rules, False, {"x-request-id": id_of(request)})
-        # The beginning of the answer is not detected.
+        # llamaslot does not detect the beginning of the answer.
         deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
-        # After a restart it is not tried again here, but served with assist.
+        # After a restart of llama-server the caller serves the request again, perhaps with assist.
         id_ = down.headers["x-request-id"]
         attempts = Attempts(id_, pool, raw, lambda: down.has_answer, follows_restarts=False)
         attempt = partial(self.relay, attempts, down, deadlines, format_named(route.format), raw, {})
@@ -81,10 +82,11 @@ class Unassisted:
         raw: bytes,
         body: Mapping[str, Any],
     ) -> web.StreamResponse:
-        """Wait until llama-server has a slot for the completion, send it, and relay the answer: one of ``attempts``.
+        """Make one of ``attempts`` to serve a request: wait until llama-server has a slot for it, send it, and relay
+        the answer. ``format_``: None for a request that is no completion.
 
-        Raises LlamaslotError; BackendRestarted, before it was sent, if assist is on again. Canceling (the client has
-        gone) closes the connection to llama-server, and the next request may be sent.
+        Raises LlamaslotError, and BackendRestarted if assist was turned on before it was sent. Canceling (the client
+        has gone) closes the connection to llama-server, and the next waiting request may be sent.
         """
         began, request = time.monotonic(), down.request
         await down.write(down.add_headers(ASSIST_OFF))
@@ -94,7 +96,7 @@ class Unassisted:
                 backend = attempts.backend
                 backend.metrics.queue_s.observe(time.monotonic() - began)
                 if not down.is_streaming:
-                    deadlines.begin_answer()  # not a stream: the beginning of the answer is not detected
+                    deadlines.begin_answer()  # llamaslot detects the beginning of streams only
                 upstream = await stack.enter_async_context(
                     backend.api.request(
                         request.method,
@@ -123,9 +125,7 @@ class Unassisted:
     async def _lease(
         self, stack: AsyncExitStack, attempts: Attempts, down: Downstream, body: Mapping[str, Any]
     ) -> Lease:
-        """Wait for the right to send the request, which ``stack`` gives back. Raises LlamaslotError, as ``relay``
-        does.
-        """
+        """Wait for the right to send the request, which the end of ``stack`` gives back. Raises as ``relay`` does."""
         slot_request = Request(
             down.headers["x-request-id"],
             user=user_of(down.request),
@@ -133,7 +133,7 @@ class Unassisted:
             avoids=attempts.avoids,
         )
         lease = stack.enter_context(await attempts.pool.lease(slot_request, down.say))
-        if lease.table.is_assisted:  # the server was replaced while it waited
+        if lease.table.is_assisted:  # llama-server was replaced while the request waited
             for name in ASSIST_OFF:
                 down.headers.pop(name, None)
             raise BackendRestarted
@@ -164,7 +164,7 @@ class Unassisted:
         reading: Reading,
         began: float,
     ) -> None:
-        """Record what llama-server reports of the prompt, in journal, metrics and log."""
+        """Record what llama-server has reported about the prompt, in journal, metrics and log."""
         n_reused, n_prompt = reading.n_reused, reading.n_prompt
         if n_reused is not None and (timings := reading.timings) is not None and "cache_n" in timings:
             n_prompt = n_reused + int(timings["prompt_n"])

@@ -1,4 +1,6 @@
-"""Gets llama-server's own error for a request that it refuses, before anything is done for the request."""
+"""Gets llama-server's own error for a request that it will refuse, before anything is saved or computed for the
+request.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,11 @@ _TIMEOUT_S = 5.0  # a refusal needs no slot
 async def servers_error_for(
     backend: Backend, request: web.Request, raw: bytes, error: BadRequest
 ) -> LlamaslotError:
-    """llama-server's error for a body that llamaslot cannot use.
+    """Send the body ``raw``, which llamaslot cannot use, and return llama-server's error for it. Returns ``error`` if
+    llama-server is down.
 
-    Returns ``error`` if llama-server is down. If it accepts the body after all, in a slot that is not leased, the
-    request is closed, and llama-server is connected to again, to learn what the slots hold.
+    If llama-server accepts the body after all, it may compute it in any slot. Then the connection is closed, llamaslot
+    connects to llama-server again to learn what its slots hold, and ``error`` is returned.
     """
     try:
         async with backend.api.request(
@@ -58,12 +61,12 @@ async def servers_error_for(
 async def ensure_accepted(
     backend: Backend, request: web.Request, client_request: ClientRequest, parsed: ParsedRequest, lease: Lease
 ) -> None:
-    """Find out, before anything is saved, erased, restored or computed for a request, whether llama-server will
-    refuse it. A request without such steps is not checked: its own answer comes as soon.
+    """Find out, before anything is saved, erased, restored or computed for a request, whether llama-server will refuse
+    it. A request without such steps is not checked: its own answer comes as soon.
 
     Raises UpstreamError with llama-server's answer to the request itself. Raises RetryPlacement if llama-server has
-    accepted it after all: then the slot is idle, and similar requests are no longer checked. Raises BackendDown and
-    BackendRestarted. Canceling is safe.
+    accepted a request that its dry run refused: then the slot is idle, and similar requests are no longer checked.
+    Raises BackendDown and BackendRestarted. Canceling is safe.
     """
     plan, slot_request, table = lease.plan, lease.request, lease.table
     assert plan is not None
@@ -85,7 +88,7 @@ async def ensure_accepted(
         return
     if verdict is Verdict.REFUSED:
         backend.metrics.refused.inc()
-        if not client_request.format.honours_id_slot:  # they go to no slot of ours: their refusal needs none
+        if not client_request.format.honours_id_slot:  # llama-server refuses it before it chooses a slot
             raise await servers_error_for(
                 backend, request, orjson.dumps(client_request.body), BadRequest(_REFUSED)
             )
@@ -103,9 +106,13 @@ async def ensure_accepted(
 async def ensure_body_accepted(
     backend: Backend, request: web.Request, client_request: ClientRequest, parsed: ParsedRequest
 ) -> None:
-    """Find out, before a request waits for a slot, whether llama-server refuses it without one: for a field, or
-    because it cannot make a prompt of the body. The latter only if its tokens are unknown here; to count those of an
-    agent's body it makes the chat. Raises its answer to the request itself, and BackendDown.
+    """Find out, before a request waits for a slot, whether llama-server refuses it without one. There are two cases:
+
+    1. It refuses a field.
+    2. It cannot make a prompt of the body. This is checked only if llamaslot does not know the tokens: on the route
+       that counts the tokens of such a body, or for /infill by a dry run with the whole body.
+
+    Raises llama-server's answer to the request itself, and BackendDown. Canceling is safe.
     """
     is_refused = await backend.dry_runs.is_unreadable(parsed.dry_run())
     if not is_refused and parsed.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED):
@@ -122,12 +129,14 @@ async def ensure_body_accepted(
 
 
 async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lease) -> UpstreamError | None:
-    """Send the client's request itself in its slot: llama-server's error, or None if it begins to answer."""
+    """Send the client's request itself in the slot of ``lease``. Returns llama-server's error, None if it begins to
+    answer.
+    """
     may_reuse = lease.content is not None and lease.request.may_use(lease.content)
     body = {**client_request.body, "id_slot": lease.slot_id}
     if client_request.may_set("cache_prompt"):
         body["cache_prompt"] = may_reuse and not lease.request.no_cache
-    if client_request.may_set("stream"):  # so that it reports at once if it begins
+    if client_request.may_set("stream"):  # so that llama-server reports at once if it begins
         body["stream"] = True
         if client_request.may_set("return_progress"):
             body["return_progress"] = True
