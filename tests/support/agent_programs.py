@@ -1,5 +1,5 @@
-"""Command-line agents as they are: installed by npm or pip, run non-interactively, told where llamaslot is and
-nothing else. Each has a home of its own, and talks to nobody but llamaslot.
+"""Command-line agents as users install them, by npm or pip. They run non-interactively, and are told only where
+llamaslot is. Each has a home directory of its own, and connects to nothing but llamaslot.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """One program. ``set_up`` writes its files into a home and returns its environment; ``first`` and ``again`` are its
-    arguments for a new session and for going on with the last one, to which the question is appended. ``n_least``: no
-    prompt of its conversations is shorter, those for titles and the like are. ``reuse``: least share of a follow-up.
+    """One program. ``set_up`` writes its files into a home and returns its environment. ``first`` and ``again`` are its
+    arguments for a new session and for continuing the last one; the question is appended to them.
+
+    ``n_least``: tokens that every prompt of its conversations has, unlike its prompts for titles and the like.
+    ``reuse``: the least share of a follow-up's prompt that must be reused.
     """
 
     name: str

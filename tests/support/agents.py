@@ -1,6 +1,7 @@
-"""Agents: conversations that begin with the same long system prompt and tools, and turns whose reasoning is stripped.
+"""Agents: conversations that begin with the same long system prompt and tools, and turns whose reasoning the template
+drops.
 
-What was reused is told by llama-server's own counter of computed prompt tokens, so it includes whatever llamaslot
+Reuse is computed from llama-server's own counter of computed prompt tokens. So the figures include what llamaslot
 itself computes on the way.
 """
 
@@ -25,7 +26,7 @@ N_ANSWER = 20
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What a prompt has in common with what was computed before, and how much of that was not computed again."""
+    """The tokens that a prompt has in common with earlier prompts, and how many of these were not computed again."""
 
     n_prompt: int
     n_shared: int
@@ -33,7 +34,9 @@ class Shared:
 
     @property
     def ratio(self) -> float:
-        """Negative when more was computed than the prompt has: something else was computed for it too."""
+        """The share of the common tokens that was not computed again. Negative if more tokens were computed than the
+        prompt has, because llamaslot has computed something else for it too.
+        """
         return (self.n_prompt - self.n_computed) / self.n_shared
 
     def __str__(self) -> str:
@@ -43,14 +46,14 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Newcomers:
-    """Conversations that begin as an earlier one did. ``first`` is that earlier one, of which nothing was there."""
+    """Conversations that begin as an earlier one did. ``first`` is the earlier one, of which nothing was reused."""
 
     first: Shared
     later: list[Shared]
 
     @property
     def ratio(self) -> float:
-        """Of the worst newcomer."""
+        """The ratio of the worst newcomer."""
         return min(shared.ratio for shared in self.later)
 
     def __str__(self) -> str:
@@ -65,7 +68,7 @@ class Agent:
         self._front, self._server, self._meter = front, server, meter
 
     async def ask(self, body: Body, before: Sequence[Body] = ()) -> tuple[Shared, str]:
-        """Ask; what of its prompt is shared with the prompts of ``before``, what was computed, and the answer."""
+        """Ask. Returns what its prompt shares with the prompts of ``before``, what was computed, and the answer."""
         prompt = await self._prompt(body)
         others = [await self._prompt(other) for other in before]
         n_before = await self._meter.total()
@@ -91,7 +94,7 @@ async def agent_on(stack: Stack) -> AsyncIterator[tuple[Agent, Client]]:
 
 
 async def crowd(stack: Stack, client: Client, rng: random.Random, n_slots: int) -> None:
-    """Others take every slot at the same moment, so that what was in them lives on disk only."""
+    """Other users take every slot at the same moment, so that what was in the slots is only on disk afterwards."""
     n_context = 2000
     others = [User(f"other {number}", n_context, rng) for number in range(n_slots)]
     turns = await asyncio.gather(*(other.turn(client) for other in others))
@@ -160,8 +163,9 @@ async def think_and_go_on(
 ) -> Shared:
     """A tool round whose reasoning the template drops at the next question.
 
-    The two prompts part behind the last user message, in front of which llama-server's own checkpoint lies; with a long
-    question most of what they have in common is that question. ``is_evicted``: others have had every slot meanwhile.
+    The two prompts differ from behind the last user message on; llama-server's own checkpoint lies before that message.
+    With a long question most of what the prompts have in common is that question. ``is_evicted``: other users have
+    taken every slot in between.
     """
     rng = random.Random(seed)
     question = {"role": "user", "content": words(rng, n_question)}

@@ -1,4 +1,4 @@
-"""An answer that was read to its end, and what tests ask of it."""
+"""An answer that was read to its end, and the parts of it that tests look at."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Answer:
 
     @property
     def last(self) -> Any:
-        """What carries the numbers: the whole answer, or its last event."""
+        """The part with the numbers: the whole answer, or its last event."""
         return self.events[-1] if self.events else self.json
 
     @property
@@ -56,7 +56,7 @@ class Answer:
 
     @property
     def timings(self) -> dict[str, Any]:
-        """The last ones."""
+        """The ``timings`` in the last part that has any."""
         found: dict[str, Any] = next(
             part["timings"] for part in reversed(self.events or [self.json]) if "timings" in part
         )
@@ -64,7 +64,9 @@ class Answer:
 
     @property
     def told(self) -> dict[str, str]:
-        """What llamaslot tells of itself: in headers, and in comments where these had gone."""
+        """What llamaslot reports about the request: in its headers, or in comments if these came after the headers were
+        sent.
+        """
         pairs = [*self.headers.items(), *(line.split(": ", 1) for line in self.comments if ": " in line)]
         return {name.lower(): value for name, value in pairs if name.lower().startswith("x-")}
 
@@ -82,7 +84,9 @@ class Answer:
 
 
 def without_progress(raw: bytes) -> bytes:
-    """What of a stream is meant for a client that has not asked for ``return_progress``: llamaslot always asks."""
+    """The events of a stream for a client that has not requested ``return_progress``: llamaslot always requests it from
+    llama-server.
+    """
     return b"\n\n".join(part for part in raw.split(b"\n\n") if not is_progress(part))
 
 
@@ -93,7 +97,9 @@ def is_progress(event: bytes) -> bool:
 
 
 def untimed(value: Any) -> Any:
-    """A JSON value with what differs from one time to the next replaced by its type: ids, dates and durations."""
+    """A JSON value in which ids, dates and durations, which differ from one answer to the next, are replaced by their
+    types.
+    """
     if isinstance(value, dict):
         return {
             name: type(item).__name__ if name in _OF_ITS_TIME else untimed(item)

@@ -1,7 +1,7 @@
-"""A burst of small requests (titles, completions of code) while every slot holds somebody's long conversation.
+"""A burst of small requests (titles, completions of code) while every slot holds another user's long conversation.
 
-The same happens on a llama-server behind llamaslot and on one alone, in turns; the owners of the conversations ask
-again afterwards. What is computed for them is told by llama-server's own counter.
+The same burst goes to a llama-server behind llamaslot and to one alone, in turns. The owners of the conversations ask
+again afterwards. llama-server's own counter tells how many tokens are computed for them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ N_SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A burst: ``n_requests`` at once that begin with the same ``n_alike`` tokens and go on with ``n_own`` others.
+    """A burst: ``n_requests`` at once that begin with the same ``n_alike`` tokens and continue with ``n_own`` other
+    ones each.
 
-    ``n_users``: how many users send them; 0 for the one who owns the conversations, too.
+    ``n_users``: how many users send them; 0: the user that owns the conversations sends them too.
     """
 
     n_requests: int = 8
@@ -41,8 +42,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Burst:
-    """``makespan_s``: from the first small request to the end of the last. ``n_prompt`` tokens had the owners' next
-    turns, ``n_held`` of them were in a slot before the burst, and ``n_computed`` were computed for them."""
+    """The figures of a burst. ``makespan_s``: from the first small request to the end of the last. The owners' next
+    turns had ``n_prompt`` tokens; ``n_held`` of these were in a slot before the burst, and ``n_computed`` were
+    computed.
+    """
 
     makespan_s: float
     slots: tuple[int | None, ...]
@@ -54,7 +57,7 @@ class Burst:
 
     @property
     def n_lost(self) -> int:
-        """Tokens that were in a slot before, and were computed again."""
+        """How many tokens were in a slot before the burst and were computed again."""
         return max(self.n_computed - (self.n_prompt - self.n_held), 0)
 
 
@@ -78,7 +81,7 @@ class Pair:
 
 
 class Scene:
-    """Four conversations, one in each slot, and who sends the burst."""
+    """Four conversations, one in each slot, and the users that send the burst."""
 
     def __init__(
         self,
@@ -101,7 +104,9 @@ class Scene:
             await quiet(self.stack, None)
 
     async def burst(self, *, is_last: bool) -> Burst:
-        """What was displaced on llama-server alone is computed again, which takes long: looked at only ``is_last``."""
+        """Send a burst, then let the owners ask again. On llama-server alone that takes long, as it computes again what
+        the burst has displaced, so there the owners ask only after the last burst (``is_last``).
+        """
         shape, rng = self.shape, self.rng
         instruction = words(rng, shape.n_alike) if shape.n_alike else ""
         bodies = [
@@ -183,7 +188,7 @@ async def compare(
 
 
 def ratio(pairs: Sequence[Pair]) -> float:
-    """The median."""
+    """The median of the pairs' ratios."""
     return statistics.median(pair.ratio for pair in pairs)
 
 

@@ -1,7 +1,7 @@
-"""Somebody whose answer streams while others' contexts are evicted and restored: the longest gap between his tokens.
+"""The longest gap between the tokens of one user's stream while other users' contexts are evicted and restored.
 
-The same workload runs twice, on a llama-server with fewer slots than users and on one with a slot for everybody. A
-save, an erase and a restore stop every stream for as long as they take; what they may cost is one of them at a time.
+The same workload runs on a llama-server with fewer slots than users, and on one with a slot for each. A save, an erase
+and a restore each stop every stream while they run; they may cost the bystander no more than one of them at a time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ N_TRIES = 5  # of a single save and a single restore
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """One run.
+    """The figures of one run.
 
-    Gaps are those in the bystander's stream, without the time in which other processes had llama-server's CPU;
-    ``transfer_s`` is the longest single save or restore, on an idle server.
+    Gaps are those in the bystander's stream, without the time in which other processes had llama-server's CPU.
+    ``transfer_s``: the longest single save or restore, measured on an idle server.
     """
 
     first_gap_s: float  # while the others' contexts are computed
@@ -52,12 +52,12 @@ class Pair:
 
     @property
     def excess_s(self) -> float:
-        """How much longer the longest gap is than it may be; negative when it is shorter."""
+        """By how many seconds the longest gap exceeds what is allowed; negative if it is shorter."""
         return self.tight.gap_s - self.roomy.gap_s - self.tight.transfer_s
 
     @property
     def later_excess_s(self) -> float:
-        """The same of follow-up turns alone, where hardly anything else makes gaps."""
+        """As ``excess_s``, for the follow-up turns alone, where hardly anything but saves and restores makes gaps."""
         return self.tight.later_gap_s - self.roomy.later_gap_s - self.tight.transfer_s
 
     def __str__(self) -> str:

@@ -10,10 +10,11 @@ T = TypeVar("T")
 
 
 class CancelledAt(Awaitable[T]):
-    """``await CancelledAt(coroutine, 3)`` inside a task: the task is cancelled at the fourth suspension.
+    """``await CancelledAt(coroutine, 3)`` inside a task: the task is cancelled at the fourth suspension of
+    ``coroutine``.
 
-    With ``is_late`` the cancellation comes in the same breath as the result that was waited for: the future is done,
-    the task has not run yet. ``was_reached`` is False when the coroutine has ended before.
+    With ``is_late`` it is cancelled when the future that it waits for is done already, but the task has not run yet.
+    ``was_reached`` is False if the coroutine has ended before that suspension.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, T], at: int, *, is_late: bool) -> None:

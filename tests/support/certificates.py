@@ -1,4 +1,4 @@
-"""Certificates that nobody but a test trusts, made by the ``openssl`` program."""
+"""Certificates that only a test trusts, made by the ``openssl`` program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Made:
 
     @classmethod
     def anew(cls, directory: Path, name: str) -> Made:
-        """One for 127.0.0.1 and localhost, with ``name`` as its subject."""
+        """A new certificate for 127.0.0.1 and localhost, with ``name`` as its subject."""
         directory.mkdir(parents=True, exist_ok=True)
         made = cls(directory / "cert.pem", directory / "key.pem")
         command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
@@ -24,6 +24,6 @@ class Made:
         return made
 
     def move_to(self, there: Made) -> None:
-        """As a renewal does: each file replaced, one after the other."""
+        """Replace the files of ``there`` by these, one after the other, as a renewal does."""
         self.cert.replace(there.cert)
         self.key.replace(there.key)

@@ -1,6 +1,6 @@
 """Requests as well-known applications send them: their fields, headers and habits, with short texts.
 
-``FIRM`` makes the answers comparable; no application sends that.
+``FIRM`` has the fields that make two answers comparable; no application sends these.
 """
 
 from __future__ import annotations

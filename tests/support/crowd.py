@@ -1,6 +1,6 @@
-"""More agents than slots that begin at the same moment, each with a long prompt of its own, and go on for some turns.
+"""More agents than slots, which begin at the same moment with a long prompt each, and go on for some turns.
 
-On llama-server alone with its RAM cache, and through llamaslot, in turns.
+They run through llamaslot, and on llama-server alone with its RAM cache, in turns.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from tests.support.users import Client, Turn, User
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """``first_s``: to the first token of each agent's first turn; ``later_s``: of the other turns.
-    ``answered_s``: to the end of each agent's first answer."""
+    """Seconds of a run. ``first_s``: to the first token of each agent's first turn; ``later_s``: the same for the other
+    turns; ``answered_s``: to the end of each agent's first answer.
+    """
 
     first_s: tuple[float, ...]
     later_s: tuple[float, ...]
@@ -80,8 +81,9 @@ async def _work(agent: User, client: Client, n_turns: int, n_answer: int) -> Seq
 
 
 async def compare(model: Path, directory: Path, n_pairs: int, **sizes: int) -> list[tuple[Crowd, Crowd]]:
-    """Through llamaslot, and on llama-server alone; who goes first alternates. The first pair, in which rates are
-    unknown, is left out."""
+    """Pairs of runs, through llamaslot and on llama-server alone; which runs first alternates. The first pair is left
+    out, because llamaslot has not learned its rates yet.
+    """
     flags: dict[str, Any] = {"context": 12288}
     async with (
         Stack(model, directory / "through", **flags) as stack,

@@ -1,4 +1,6 @@
-"""Conversations on the real llama-server, kept as extents, and slot files made of these for any of their tokens."""
+"""Conversations on the real llama-server, stored as extents, and slot files made from these for any number
+of tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from tests.support.users import words
 
 @dataclass(slots=True)
 class Chain:
-    """The extents of one conversation, as a store would have them: each save adds what the ones before lack."""
+    """The extents of one conversation, as a store keeps them: each save adds what the earlier saves lack."""
 
     directory: Path
     tokens: bytes = b""
@@ -28,13 +30,15 @@ class Chain:
     has_states: bool = False
 
     def branch(self) -> Chain:
-        """Another conversation that has had the same tokens so far."""
+        """Return another conversation that has had the same tokens so far."""
         return replace(
             self, pieces=list(self.pieces), states=dict(self.states), bytes_written=0, n_different=0
         )
 
     def take_in(self, landing: Path, seed: int = 0) -> None:
-        """Keep what the slot file ``landing`` has more, with all its states; compare a sample of the rest."""
+        """Store what the slot file ``landing`` has in addition to the earlier saves, with all its states. A sample of
+        the other rows is compared with the stored ones.
+        """
         layout = read_layout(landing)
         self.has_states = layout.shape.has_states
         known = common(self.tokens, layout.tokens)
@@ -54,11 +58,13 @@ class Chain:
         self.states |= {n: StateAt(path, n) for n in keep}
 
     def stops(self) -> list[int]:
-        """The numbers of tokens at which it can be cut."""
+        """The numbers of tokens at which the conversation can be cut."""
         return sorted(self.states) if self.has_states else list(range(1, len(self.tokens) // WIDTH + 1))
 
     def cut(self, n_tokens: int, target: Path) -> int:
-        """Make a slot file of the first ``n_tokens`` tokens, with every state up to there. Its size."""
+        """Make a slot file of the first ``n_tokens`` tokens, with every state up to there. Returns its size
+        in bytes.
+        """
         pieces = [
             Piece(piece.path, piece.start, min(n_tokens, piece.end))
             for piece in self.pieces
@@ -86,16 +92,19 @@ class Conversation:
         self.chain.take_in(self.server.save_dir / "landing.kv")
 
     def branch(self, slot: int, n_messages: int) -> Conversation:
-        """Another one that goes on after its first ``n_messages`` messages, in another slot."""
+        """Return another conversation, in another slot, that goes on after the first ``n_messages`` messages of this
+        one.
+        """
         return Conversation(self.server, slot, self.messages[:n_messages], self.chain.branch())
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A cut file of ``n_tokens`` tokens was restored: ``n_reused`` of them were, by the server's own counter.
+    """The result of a restored cut file of ``n_tokens`` tokens. ``n_reused``: how many of them llama-server reused, by
+    its own counter.
 
-    ``rounding``: of two answers that differ, by how much the log-probabilities of the first token do, cut and cold, and
-    for comparison the same prompt computed in two steps without any file, and cold.
+    ``rounding``: for an answer that differs from the cold one, the differences in the log-probabilities of the first
+    token: cut against cold, and for comparison the same prompt computed in two steps without any file against cold.
     """
 
     n_tokens: int
@@ -106,13 +115,13 @@ class Cut:
 
 
 class Cutter:
-    """Restores cuts, and asks the same cold. Uses two slots of its own."""
+    """Restores cut files, and has the same prompts computed cold. Uses two slots of its own."""
 
     def __init__(self, server: RealServer, rng: random.Random, slots: tuple[int, int] = (0, 1)) -> None:
         self._server, self._rng, self._slots = server, rng, slots
 
     async def cut(self, chain: Chain, n_tokens: int, n_predict: int = 16) -> Cut:
-        """Cut ``chain`` at ``n_tokens``, restore that, go on with words of its own."""
+        """Cut ``chain`` at ``n_tokens``, restore the file, and continue it with a text of its own."""
         here, cold = self._slots
         chain.cut(n_tokens, self._server.save_dir / "cut.kv")
         begun = unpack(chain.tokens[: n_tokens * WIDTH])
@@ -159,5 +168,5 @@ class Cutter:
 
 
 def _distance(a: dict[int, float], b: dict[int, float]) -> float:
-    """The largest difference of a log-probability that both have."""
+    """The largest difference between the log-probabilities of a token that both have."""
     return max((abs(a[id_] - b[id_]) for id_ in a.keys() & b.keys()), default=float("inf"))

@@ -1,4 +1,4 @@
-"""llamaslot's own routes, held against the OpenAPI description that it gives of them, by schemathesis."""
+"""Compares llamaslot's own routes with the OpenAPI description that llamaslot gives of them, by schemathesis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from schemathesis import GenerationMode
 
 
 def examine(url: str, description: Any, n_examples: int, headers: dict[str, str] | None = None) -> int:
-    """Ask each operation, ``n_examples`` times as it is described and as often as it is not. How often in all.
+    """Send each operation ``n_examples`` times as it is described, and as often in other ways. Returns the number of
+    requests.
 
     Raises schemathesis' failures: a status, a content type or a body that the description does not have, and 500.
     Blocks: call it in a thread.

@@ -1,7 +1,7 @@
 """``FakeServer``: a faithful fake llama-server over real sockets, in the test's own event loop.
 
-For what the real one cannot be made to do: faults on order, hundreds of slots, time by hand. ``test_fake.py`` runs the
-same scenario against both, so that it cannot drift. It has the surface of ``RealServer``, and more:
+It does what the real one cannot be made to do: faults on order, hundreds of slots, time by hand. ``test_fake.py`` runs
+the same scenario against both, so that they stay alike. It has the methods of ``RealServer``, and more:
 
 ``async with FakeServer(tmp_path / "kv", slots=4) as fake:``
     ``fake.slots[2].tokens``, ``.is_processing``; ``await fake.slots()`` is what GET /slots answers;
@@ -41,7 +41,7 @@ _pids = itertools.count(1_000_001)  # above Linux's own: killing one by mistake 
 
 
 class Slots(list[FakeSlot]):
-    """The slots; called, what GET /slots answers, as ``RealServer.slots()`` does."""
+    """The slots as a list. Calling it returns what GET /slots answers, as ``RealServer.slots()`` does."""
 
     def __init__(self, server: FakeServer) -> None:
         super().__init__(server.engine.slots)
@@ -217,7 +217,8 @@ class FakeServer:
     # ---- observing
 
     async def wait_for(self, condition: Callable[[FakeServer], Any], timeout_s: float = 10.0) -> None:
-        """Wait until ``condition(self)`` holds; looked at after each change. TimeoutError names the state.
+        """Wait until ``condition(self)`` is true; it is called after each change. Raises TimeoutError that names the
+        state.
 
         Canceling is safe.
         """
@@ -283,7 +284,7 @@ class FakeServer:
 
     @contextlib.contextmanager
     def watch(self, request: web.BaseRequest, seen: Seen) -> Iterator[None]:
-        """Notice that the client of these tasks has gone, as late as llama-server does."""
+        """Detect that the client of the tasks of ``request`` has gone, as late as llama-server does."""
         self._watched[id(seen)] = (request, seen, [self.clock.now()])
         try:
             yield
@@ -291,9 +292,9 @@ class FakeServer:
             self._watched.pop(id(seen), None)
 
     async def _watch_clients(self) -> None:
-        """A client that has gone is noticed after a whole second in which no result came out of the server.
+        """Detect clients that have gone, after a whole second in which the server has sent no result.
 
-        Each token of anybody's stream and each answer to GET /slots starts that second anew.
+        Each token of any stream and each answer to GET /slots starts that second again.
         """
         while True:
             await self.clock.sleep(self.gone_s / 8)

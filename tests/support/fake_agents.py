@@ -1,4 +1,4 @@
-"""The wordings of /v1/messages and /v1/responses: only what a proxy in front of them may look at."""
+"""The answers of /v1/messages and /v1/responses: only the parts that a proxy may look at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.fake_types import Done, Progress, Task, Token
 
 
 def messages_to_chat(body: Json) -> Json:
-    """The chat body that an Anthropic body renders to. ``id_slot`` is dropped, as by the real server."""
+    """The chat body that the real server makes of a body of /v1/messages. ``id_slot`` is dropped, as there."""
     if "messages" not in body:
         raise BadInput("'messages' is required")
     system = body.get("system")

@@ -1,4 +1,4 @@
-"""From the body of a completion request to its tasks, with the checks and the words of the real server."""
+"""Makes the tasks of a completion request from its body, with the checks and error texts of the real server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPT_SHAPE = (
 
 
 def parse(data: bytes) -> Any:
-    """As the real one, which takes no NaN and no half of a surrogate pair; a mark of byte order it passes over."""
+    """Parse JSON as the real server does: NaN and half a surrogate pair are refused, a byte order mark is skipped."""
     try:
         return orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as error:
@@ -39,7 +39,9 @@ def number(body: dict[str, Any], name: str, low: int, high: int) -> int | None:
 
 
 def prompts(value: Any, model: FakeModel, marker: str = "") -> list[list[int]]:
-    """One prompt: a string, or ids and strings mixed. Several: a list with a string only, or with lists."""
+    """Return the prompts in ``value``. It is one prompt if it is a string, or a list of ids and strings; it is several
+    if it is a list of strings only, or of lists.
+    """
     if isinstance(value, str):
         return [model.tokenize(value)]
     if not isinstance(value, list):

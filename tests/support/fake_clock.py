@@ -67,7 +67,7 @@ class HandClock:
 
 @dataclass
 class Pace:
-    """What the fake's work costs, in seconds of its clock. All zero: everything is done as soon as it is asked."""
+    """What the fake's work costs, in seconds of its clock. All 0: everything is done as soon as it is requested."""
 
     step_s: float = 0.0  # each step
     prompt_token_s: float = 0.0  # each prompt token in a step

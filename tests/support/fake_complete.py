@@ -53,7 +53,7 @@ class Completions:
             return await self._whole(seen, wording)
 
     def _rows(self, kind: type[Wording], path: str, body: Any) -> tuple[list[list[int]], Json | None]:
-        """The prompts of a body, and the chat body that they come from, if any."""
+        """Return the prompts of a body, and the chat body that they come from, None for a plain prompt."""
         model = self.server.model
         if kind in (Chat, Messages, Responses):
             chat: Json = body

@@ -1,4 +1,6 @@
-"""Faults on order. Each method arms one; most are used up by the next request that they fit."""
+"""Faults on order. Each method arms one fault; the next request that fits uses it up, except where the method says
+more.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ SAVE_FAILED = "Unable to save slot"
 
 @dataclass(frozen=True)
 class SaveFault:
-    """How the next save goes wrong: other ``tokens``, only a ``part`` of the file, an ``error`` at the end."""
+    """How the next save goes wrong: it writes other ``tokens``, writes only a ``part`` of the file, or ends with an
+    ``error``.
+    """
 
     tokens: bytes | None = None
     part: float | None = None
@@ -24,7 +28,7 @@ class SaveFault:
 
 @dataclass(frozen=True)
 class Cut:
-    """After how many writes, or of those with a token, a stream breaks off; ``path``: of one route only."""
+    """A stream that breaks off: after a number of writes, or of writes with a token. ``path``: only on this route."""
 
     n: int
     of_tokens: bool = False
@@ -47,7 +51,7 @@ class Hang:
 
 
 class Faults:
-    """``what`` is "save", "restore", "erase" or a path such as "/completion"."""
+    """``what`` names a request: "save", "restore", "erase" or a path such as "/completion"."""
 
     def __init__(self) -> None:
         self.cache_lie: int | None = None
@@ -68,14 +72,14 @@ class Faults:
         self._drops_after: deque[str | None] = deque()
 
     def fail(self, what: str, status: int = 500, message: str | None = None, times: int = 1) -> None:
-        """The next ``times`` answer an error. A restore that fails leaves its slot empty."""
+        """The next ``times`` requests for ``what`` get an error. A restore that fails leaves its slot empty."""
         if message is None:
             message = SAVE_FAILED if what == "save" else "Failure on order"
         kind = "invalid_request_error" if status < 500 else "server_error"
         self._errors[what].extend([BadInput(message, status, kind)] * times)
 
     def refuse(self, what: str, message: str, kind: str, status: int = 400) -> None:
-        """The next one answers this error."""
+        """The next request for ``what`` gets this error."""
         self._errors[what].append(BadInput(message, status, kind))
 
     def fail_stream(
@@ -85,7 +89,7 @@ class Faults:
         self._failures.append((after_tokens, BadInput(message, 500, "server_error")))
 
     def lose_slots(self, times: int = 1) -> None:
-        """The next ``times`` completions find nothing in their slot, as if somebody had erased it meanwhile."""
+        """The next ``times`` completions find their slot empty, as if another client of llama-server had erased it."""
         self._n_losses += times
 
     def truncate_save(self, part: float = 0.5) -> None:
@@ -93,7 +97,7 @@ class Faults:
         self._saves.append(SaveFault(part=part))
 
     def empty_save(self) -> None:
-        """The slot of the next save has been cleared by somebody's task (unified KV): 200, ``n_saved`` 0."""
+        """The next save answers 200 with ``n_saved`` 0, because another task has cleared its slot (unified KV)."""
         self._saves.append(SaveFault(clears=True))
 
     def wrong_save(self, tokens: bytes | None = None) -> None:
@@ -111,19 +115,23 @@ class Faults:
         return hang
 
     def disconnect_after_events(self, n_events: int) -> None:
-        """The next stream breaks off after so many writes: the connection is reset."""
+        """The next stream breaks off after ``n_events`` writes: the connection is reset."""
         self._cuts.append(Cut(n_events))
 
     def disconnect_after_tokens(self, n_tokens: int, path: str | None = None) -> None:
-        """The same of the next stream (of ``path``, or any), but only writes with a token count."""
+        """The next stream (of ``path``, None for any) breaks off after ``n_tokens`` writes that have a token."""
         self._cuts.append(Cut(n_tokens, True, path))
 
     def disconnect_before_headers(self, what: str | None = None) -> None:
-        """The next request (for ``what``, or any) is read, and its connection is reset; nothing is done."""
+        """The next request (for ``what``, None for any) is read, and its connection is reset; nothing is
+        done for it.
+        """
         self._drops.append(what)
 
     def disconnect_after_work(self, what: str | None = None) -> None:
-        """The next request (for ``what``, or any) is carried out; its connection is reset in place of the answer."""
+        """The next request (for ``what``, None for any) is carried out, and its connection is reset instead of an
+        answer.
+        """
         self._drops_after.append(what)
 
     # ---- asked by the fake
@@ -133,17 +141,19 @@ class Faults:
         return errors.popleft() if errors else None
 
     def take_failure(self) -> tuple[int, BadInput] | None:
-        """After how many tokens the completion that starts now fails, and how."""
+        """Return after how many tokens the completion that starts now fails, and how; None if it does not."""
         return self._failures.popleft() if self._failures else None
 
     def take_loss(self) -> bool:
-        """Whether the slot of the completion that starts now is empty."""
+        """True if the completion that starts now finds its slot empty."""
         is_lost = self._n_losses > 0
         self._n_losses -= is_lost
         return is_lost
 
     def take_save(self, held: bytes) -> SaveFault:
-        """The fault of this save; ``tokens`` filled in for a wrong one."""
+        """Return the fault of the save that starts now, an empty ``SaveFault`` if it has none. For a wrong save its
+        ``tokens`` are filled in.
+        """
         if (error := self.take("save")) is not None:
             return SaveFault(error=error, part=0.0)
         if not self._saves:
@@ -163,7 +173,7 @@ class Faults:
         return False
 
     def told(self, events: bytes) -> bytes:
-        """What is really sent of a stream."""
+        """Return the part of a stream's ``events`` that is really sent."""
         return events.replace(b"data: {", b'data: {"novelty":1,') if self.novelty else events
 
     def take_cut(self, path: str) -> Cut | None:

@@ -25,7 +25,7 @@ class Saved:
 
 
 def encode(saved: Saved) -> bytes:
-    """The file without its padding."""
+    """The bytes of the file, without padding to its size."""
     n_tokens = len(saved.tokens) // 4
     header = struct.pack("<IIIiiI", MAGIC, VERSION, n_tokens + 4, -1, 1, n_tokens) + saved.tokens
     if not n_tokens:
@@ -45,12 +45,14 @@ def write(path: Path, saved: Saved, bytes_per_token: int) -> int:
 
 
 def truncate(path: Path, part: float = 0.5) -> None:
-    """What a full disk leaves: a header that claims all tokens, and only a part of the state."""
+    """Leave what a full disk leaves: a header that claims all tokens, and only a part of the state."""
     os.truncate(path, int(path.stat().st_size * part))
 
 
 def read(path: Path, bytes_per_token: int) -> Saved:
-    """Raises ``ValueError`` or ``OSError`` for what the real server refuses: no file, foreign, truncated."""
+    """Read a slot file. Raises ``ValueError`` or ``OSError`` where the real server refuses the file: missing, foreign,
+    truncated.
+    """
     data = path.read_bytes()
     try:
         magic, version, n_words, minus_one, one, n_tokens = struct.unpack_from("<IIIiiI", data)

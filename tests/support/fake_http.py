@@ -1,4 +1,4 @@
-"""What the routes of the fake share: the log of requests, and answers with llama-server's headers."""
+"""What the fake's routes share: the log of requests, and answers with llama-server's headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.fake_types import Task
 
 
 class Dropped(Exception):
-    """The connection was reset on purpose: there is nobody to answer."""
+    """Raised when the connection was reset on purpose: no client can get an answer."""
 
 
 @dataclass
@@ -36,12 +36,12 @@ class Seen:
 
     @property
     def origin(self) -> dict[str, str]:
-        """What the server says to web pages: any may ask."""
+        """The CORS headers of the server's answer: any web page may ask."""
         return {"Access-Control-Allow-Origin": self.headers.get("Origin", "")}
 
     @property
     def landed(self) -> list[int]:
-        """The slots that it really took so far; of a slot action, the one that it is for."""
+        """The slots that the request has really taken so far; for a slot action, the slot that it names."""
         if self.action is not None:
             return [] if self.slot is None else [self.slot % self.n_slots]
         every = (task for parent in self.tasks for task in (parent, *parent.children))

@@ -1,4 +1,4 @@
-"""What /infill becomes in the fake: as the real server puts it together for ``models.dense(…, fim=True)``."""
+"""The prompt that the fake makes of an /infill body, as the real server does for ``models.dense(…, fim=True)``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNSUPPORTED = "Infill is not supported by this model: prefix token is missing. s
 
 
 def tokens(body: Any, model: FakeModel, shape: Shape) -> list[int]:
-    """Raises BadInput with the words of the real server."""
+    """Return the tokens of the prompt. Raises BadInput with the words of the real server."""
     if not model.has_infill:
         raise BadInput(UNSUPPORTED, 501, "not_supported_error")
     for name in ("input_suffix", "input_prefix"):

@@ -1,4 +1,4 @@
-"""Media in the fake: whatever a medium becomes is a text that nobody outside can know."""
+"""Media in the fake: each medium becomes a text that a proxy cannot know."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def of(body: Any) -> Iterator[dict[str, Any]]:
 
 
 def shown(medium: Any) -> str:
-    """100 tokens that follow from what it is."""
+    """The 100 tokens that a medium becomes. They depend on the medium alone."""
     seed = xxhash.xxh3_64_hexdigest(json.dumps(medium, sort_keys=True).encode())
     return f"[{seed}{'.' * 82}]"
 
 
 def content(parts: list[Any]) -> str:
-    """The parts of a message as templates see them that know no parts: a break between texts, none at a medium."""
+    """The parts of a message as text, as templates get it that know no parts: a line break between two texts, none at a
+    medium.
+    """
     text, is_behind_text = "", False
     for part in parts:
         if not isinstance(part, dict):

@@ -1,8 +1,8 @@
-"""What the fake llama-server knows of its model: byte tokens, a ChatML template, and answers that follow from them.
+"""What the fake llama-server knows of its model: byte tokens, a ChatML template, and answers that depend on the tokens.
 
-Token ids and template are those of the generated GGUFs of ``models.py``; ``test_fake.py`` holds both against the real
-server. Answers are a hash of the weights and of every token before, so that an answer computed on top of another
-model's KV, or of another conversation's, is not the right answer and a test can tell.
+Token ids and template are those of the generated GGUFs of ``models.py``; ``test_fake.py`` compares both with the real
+server. An answer is a hash of the weights and of all tokens before it. So an answer computed on the KV of another model
+or conversation is not the right answer, and a test detects it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def unpack(tokens: bytes) -> list[int]:
 
 
 def common(a: bytes, b: bytes) -> int:
-    """Tokens that two sequences share from their beginning."""
+    """The number of tokens that two sequences share from their beginning."""
     low, high = 0, min(len(a), len(b)) // 4
     if a[: high * 4] == b[: high * 4]:
         return high
@@ -63,7 +63,7 @@ def common(a: bytes, b: bytes) -> int:
 
 @dataclass(slots=True)
 class FakeModel:
-    """``weights`` names what a real GGUF's tensors would be: other weights, other answers."""
+    """``weights`` stands for a real GGUF's tensors: other weights give other answers."""
 
     weights: str = "A"
     path: str = "/models/fake.gguf"
@@ -101,11 +101,11 @@ class FakeModel:
         return b"".join(pieces).decode("utf-8", "replace")
 
     def next_token(self, tokens: bytes, origins: frozenset[str]) -> int:
-        """The greedy next token: printable ASCII. ``origins`` are the weights that computed the KV in front."""
+        """The greedy next token: printable ASCII. ``origins``: the weights that have computed the KV before it."""
         return 0x20 + self._hash(tokens, origins) % 95
 
     def top(self, tokens: bytes, origins: frozenset[str], n: int) -> list[dict[str, Any]]:
-        """``top_logprobs`` of the next token, best first."""
+        """The ``top_logprobs`` of the next token, best first."""
         seed = self._hash(tokens, origins)
         first = 0x20 + seed % 95
         top = []
@@ -228,7 +228,7 @@ def _calls(message: dict[str, Any]) -> str:
 
 
 def user_marks(body: dict[str, Any], model: FakeModel) -> tuple[int, ...]:
-    """Tokens before each user message: there the chat routes make checkpoints."""
+    """The numbers of tokens before each user message, where the chat routes make checkpoints."""
     *heads, _ = render(body).split("<|im_start|>user\n")
     counts = itertools.accumulate(len(model.tokenize(head)) for head in heads)
     return tuple(n + i * len(model.tokenize("<|im_start|>user\n")) for i, n in enumerate(counts))

@@ -1,4 +1,4 @@
-"""How llama-server words its answers: native, OpenAI text, OpenAI chat, Anthropic messages, OpenAI responses."""
+"""The form of llama-server's answers: native, OpenAI text, OpenAI chat, Anthropic messages, OpenAI responses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def timings(task: Task, times: Times, cache: int) -> Json:
 
 @dataclass
 class Wording:
-    """One answer in the making. ``lie`` turns a number of reused tokens into the reported one."""
+    """One answer while it is made. ``lie`` turns the real number of reused tokens into the reported one."""
 
     model: FakeModel
     tasks: dict[int, Task]
@@ -246,7 +246,9 @@ class Chat(OpenAI):
         return event(self.envelope(self.role(task), **more))
 
     def token(self, task: Task, result: Token) -> bytes:
-        """The first comes with the role, and none other without a text; the last event has the timings."""
+        """The events of one token. The first token has an event with the role; a token without text has no other. The
+        last event has the timings.
+        """
         deltas = [] if task.index in self.n_begun else [self.role(task)]
         self.n_begun.add(task.index)
         if result.text:

@@ -13,7 +13,9 @@ MAX_CHECKPOINTS = 32
 
 
 def usable(slot: FakeSlot, shared: int, n_prompt: int, shape: Shape) -> tuple[int, int]:
-    """Tokens that need not be computed (one always is), and the lowest position whose KV is then in memory."""
+    """Return how many tokens need not be computed (one always is), and the lowest position whose KV is then
+    in memory.
+    """
     n_past = min(shared, n_prompt - 1)
     if n_past <= 0:
         return 0, 0
@@ -31,10 +33,10 @@ def usable(slot: FakeSlot, shared: int, n_prompt: int, shape: Shape) -> tuple[in
 
 
 def begin(slot: FakeSlot, shared: int, task: Task, shape: Shape) -> int:
-    """Cut the slot back to what can be reused of the ``shared`` tokens, and return how many that are.
+    """Cut the slot back to what can be reused of the ``shared`` tokens, and return how many tokens that are.
 
-    So near the end of a prompt that a batch beginning there would have left a checkpoint, one is made: a request for
-    the last token of what a slot holds leaves one before that token.
+    If computing begins so near the prompt's end that checkpoints are made there, one is made where it begins. So a
+    request for the last token of what a slot holds leaves a checkpoint before that token.
     """
     n_cache, slot.lowest = usable(slot, shared, task.n_prompt, shape)
     slot.cut(n_cache)
@@ -44,7 +46,7 @@ def begin(slot: FakeSlot, shared: int, task: Task, shape: Shape) -> int:
 
 
 def marks(task: Task, shape: Shape) -> list[int]:
-    """Where a prompt's batches are cut and checkpoints are made: near its end, and before each user message."""
+    """Return where a prompt's batches are cut and checkpoints are made: near its end, and before each user message."""
     if shape.kind == "dense":
         return []
     near_end = (task.n_prompt - min(shape.batch, shape.ubatch + 4), task.n_prompt - 4)
@@ -52,7 +54,7 @@ def marks(task: Task, shape: Shape) -> list[int]:
 
 
 def note(slot: FakeSlot, at: int) -> None:
-    """Make a checkpoint."""
+    """Make a checkpoint at ``at`` tokens."""
     slot.checkpoints = sorted({*slot.checkpoints, at})[-MAX_CHECKPOINTS:]
 
 

@@ -1,7 +1,7 @@
-"""A fake llama-server in router mode: a ``FakeServer`` for each model that is loaded, behind one address.
+"""A fake llama-server in router mode: a ``FakeServer`` for each loaded model, behind one address.
 
-As tools/server/server-models.cpp: a request for a model that is not loaded loads it, unless it says
-``autoload=false``; the least recently used model without a request makes room.
+As in tools/server/server-models.cpp: a request for a model that is not loaded loads it, unless it says
+``autoload=false``. The least recently used model without a request is unloaded to make room.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MISSING = "model name is missing from the request"
 
 
 class Child:
-    """A model, and its process while it is loaded. ``state``: as the router tells it."""
+    """A model, and its process while it is loaded. ``state``: the word with which the router reports it."""
 
     def __init__(self, name: str, server: FakeServer, sleep_s: float | None) -> None:
         self.name, self.server, self.sleep_s = name, server, sleep_s
@@ -39,7 +39,9 @@ class Child:
 
 
 class FakeRouter:
-    """``models``: by their names. ``max_models``: 0 for any number. ``woken``: what has loaded or woken a model."""
+    """``models``: by name. ``max_models``: how many may be loaded, 0 for any number. ``woken``: the requests that have
+    loaded or woken a model.
+    """
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class FakeRouter:
             self._changed.notify_all()
 
     async def load(self, child: Child) -> None:
-        """Until it is loaded; the least recently used one without a request makes room."""
+        """Load a model, and wait until it is loaded. The least recently used model without a request makes room."""
         while not child.is_running:
             running = [its for its in self.children.values() if its.is_running]
             if self.max_models and len(running) >= self.max_models:
@@ -131,12 +133,12 @@ class FakeRouter:
             await self._changed.wait_for(lambda: child.state != "loading")
 
     async def unload(self, child: Child) -> None:
-        """Its process ends, and its slots with it."""
+        """End the model's process, and its slots with it."""
         await child.server.kill()
         await self._set(child, "unloaded")
 
     async def fall_asleep(self, name: str) -> None:
-        """As after ``--sleep-idle-seconds``: the process stays, its slots are empty."""
+        """Let a model sleep as after ``--sleep-idle-seconds``: the process stays, its slots are empty."""
         child = self.children[name]
         for slot in child.server.engine.slots:
             slot.clear()

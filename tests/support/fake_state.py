@@ -33,7 +33,7 @@ from tests.support.fake_types import (
 
 
 class Engine:
-    """Slots and loop. ``run`` is the main loop; everything else is called by the routes."""
+    """The slots and the main loop. ``run`` is the main loop; the routes call everything else."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Engine:
         self._wake.set()
 
     def cancel(self, tasks: Iterable[Task]) -> None:
-        """The client is gone. Running tasks end after the step that is being computed."""
+        """The client has gone. Its running tasks end after the step that is computed now."""
         for task in tasks:
             task.cancelled = True
             for child in task.children:
@@ -79,7 +79,9 @@ class Engine:
         self._wake.set()
 
     async def ask(self, run: Callable[[], Any], first: bool = True) -> Any:
-        """Run ``run`` between two steps, as ``GET /slots`` does. Its answer renews everybody's second."""
+        """Call ``run`` between two steps, as GET /slots does. Its answer starts the second again after which the server
+        detects that clients have gone.
+        """
         call = Call(run, asyncio.get_running_loop().create_future())
         self.queue.appendleft(call) if first else self.queue.append(call)
         self._wake.set()
@@ -93,7 +95,7 @@ class Engine:
         return await call.future
 
     def hold(self) -> None:
-        """Compute nothing until ``allow`` or ``release``; tasks are still taken and cancelled."""
+        """Compute nothing until ``allow`` or ``release``. Tasks are still accepted and cancelled."""
         self._may_step.clear()
 
     def allow(self, n_steps: int) -> None:
@@ -237,7 +239,7 @@ class Engine:
         task.results.put_nowait(result)
 
     def metrics(self) -> dict[str, float]:
-        """What /metrics tells, without the prefix."""
+        """The samples of /metrics, named without their prefix."""
         counted = ("prompt_tokens_total", "prompt_tokens_cached_total", "tokens_predicted_total")
         return {
             **{name: self.counters[name] for name in counted},
@@ -362,7 +364,7 @@ class Engine:
             self._sample(sharer)
 
     def _sample(self, slot: FakeSlot) -> None:
-        """Sample the next token; the last one of an answer is never put into the slot."""
+        """Sample the next token. The last token of an answer is never put into the slot."""
         task = slot.task
         assert task is not None
         token = self.model.next_token(slot.tokens, slot.origins)

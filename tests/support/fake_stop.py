@@ -1,4 +1,6 @@
-"""What of an answer is told with each token: all but what may yet become a stop word, as seen running."""
+"""Which text of an answer is sent with each token: all but what may yet become a stop word (measured on the real
+server).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from tests.support.fake_types import Task
 
 
 def told(task: Task, model: FakeModel) -> tuple[str, str | None]:
-    """The text that comes with the token just sampled, perhaps none, and the stop word that it completes, if any."""
+    """Return the text that is sent with the token just sampled, perhaps none, and the stop word that it completes, if
+    any.
+    """
     if not task.stop:
         return text_of(task.generated[-1:], model), None
     text = text_of(task.generated, model)
@@ -21,7 +25,7 @@ def told(task: Task, model: FakeModel) -> tuple[str, str | None]:
 
 
 def text_of(ids: list[int], model: FakeModel) -> str:
-    """Special tokens say nothing."""
+    """The text of tokens. Special tokens have none."""
     return model.detokenize([i for i in ids if i < 256])
 
 

@@ -1,4 +1,4 @@
-"""The nouns of the fake llama-server: slots, tasks, and the results that a task sends to its client."""
+"""The classes of the fake llama-server: slots, tasks, and the results that a task sends to its client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What a task has done when it sent a result: later steps must not show in an earlier event."""
+    """What a task has done when it sent a result: an earlier event must not show later steps."""
 
     n_computed: int
     n_predicted: int

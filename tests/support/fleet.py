@@ -42,20 +42,20 @@ class Several(Front):
         return [set(pool.backends) for pool in self.registry.pools]
 
     async def start(self, *, wait: bool = True) -> None:
-        """Also until all are up."""
+        """Start llamaslot and the servers. ``wait``: also wait until all backends are up."""
         await super().start(wait=False)
         if wait:
             await self.all_up()
 
     async def all_up(self) -> None:
-        """Wait until all that run are connected."""
+        """Wait until the backends of all running servers are connected."""
         await self.until(lambda: all(its.health is Health.UP for its in self.registry.backends))
 
     def readout(self) -> str:
         return str([(its.name, its.health, its.leases.table) for its in self.registry.backends])
 
     async def rest(self) -> None:
-        """Wait until every slot is given back, nobody waits and no save is pending."""
+        """Wait until every slot is given back, no request waits and no save is pending."""
         every = [its.leases for its in self.registry.backends]
 
         def rests() -> bool:
@@ -69,7 +69,7 @@ class Several(Front):
         await self.until(rests)
 
     def check(self) -> None:
-        """Raise AssertionError when something is left."""
+        """Raise AssertionError if something is left."""
         for pool in self.registry.pools:
             pool.dispatcher.check()
 
@@ -81,7 +81,7 @@ class Fleet(Several):
     fakes: Mapping[str, FakeServer]
 
     def check(self) -> None:
-        """Also when something was done that must never be."""
+        """Also raise AssertionError if llamaslot has done something that a good proxy never does."""
         super().check()
         violations = {name: fake.violations for name, fake in self.fakes.items() if fake.violations}
         assert not violations, violations
@@ -172,5 +172,5 @@ async def fleet(
 
 
 def backend_of(answer: Answer) -> str:
-    """Where it was answered."""
+    """The name of the backend that gave the answer."""
     return answer.headers["x-llamaslot-backend"]

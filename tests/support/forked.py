@@ -1,8 +1,8 @@
 """``llamaslot`` and the embedded llama.cpp without their imports, which take 0.7 and 0.1 s of CPU: a process that has
-made them forks itself.
+imported them forks itself for each.
 
-For tests of what they do while they run. Their start as programs is tested with the programs themselves
-(``tests/web/test_service.py``, ``tests/real/test_run.py``, ``test_embedded.py``, ``tests/unit/test_cli.py``).
+For tests of what they do while they run. Tests that start the programs themselves: ``tests/web/test_service.py``,
+``tests/real/test_run.py``, ``test_embedded.py``, ``tests/unit/test_cli.py``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _forker: Forker | None = None
 
 
 def die_with_parent() -> None:
-    """In a child: SIGKILL when its parent ends, however that ends (Linux' PR_SET_PDEATHSIG)."""
+    """Called in a child: it gets SIGKILL when its parent ends, in whatever way (Linux' PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Forked:
-    """A process of the forker, with what is used of asyncio's ``Process``."""
+    """A process that the forker has made. It has the methods of asyncio's ``Process`` that tests use."""
 
     def __init__(self, forker: Forker, pid: int) -> None:
         self.pid = pid
@@ -81,7 +81,7 @@ class Forker:
         self._process = process
 
     def ask(self, what: dict[str, Any]) -> Any:
-        """Its answer. It takes some milliseconds: nothing is awaited."""
+        """Send a request to the forker, and return its answer. It takes some milliseconds, without an await."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(what).encode() + b"\n")
@@ -91,7 +91,7 @@ class Forker:
 
 @contextlib.contextmanager
 def forking() -> Iterator[None]:
-    """While this lasts, there is such a process."""
+    """A context manager: in its block there is a forker."""
     global _forker
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.forked"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -104,13 +104,13 @@ def forking() -> Iterator[None]:
 
 
 def is_forking() -> bool:
-    """Whether there is one."""
+    """True if there is a forker."""
     return _forker is not None
 
 
 def forked(module: str, words: Sequence[str], *, out: Path, err: Path, **environment: str) -> Forked:
-    """``LLAMASLOT`` or ``ENGINE`` with these words, and with ``environment`` besides that of this process. What it says
-    is added to the two files; its standard input never ends.
+    """Run ``module`` (``LLAMASLOT`` or ``ENGINE``) with the arguments ``words``, and ``environment`` besides that of
+    this process. Its output is added to the two files; its standard input never ends.
     """
     assert _forker is not None, "only while forking"
     what = {"module": module, "words": words, "outputs": [str(out), str(err)]}
@@ -118,7 +118,7 @@ def forked(module: str, words: Sequence[str], *, out: Path, err: Path, **environ
 
 
 def main() -> None:
-    """Fork for each line of standard input, and tell how children ended, until it ends."""
+    """Fork for each line of standard input, and report how children ended, until standard input ends."""
     die_with_parent()
     gc.disable()
     import_module("llamaslot.llama.quick_import").import_aiohttp()  # as a start does, without certificates

@@ -1,8 +1,8 @@
-"""Bodies that nobody would send, to the routes of completions: valid ones, changed field by field, and garbage.
+"""Bodies that no client would send, to the routes of completions: valid ones, changed field by field, and garbage.
 
-``Bodies(seed)``: an endless, repeatable row of them; ``body(n)`` is always the same for the same seed and ``n``.
-``await fuzz(front, bodies, range(n))``: each is sent and must be answered, within ``LIMIT_S`` and not by a mistake of
-llamaslot's; AssertionError says which was not, with what it takes to send it again.
+``Bodies(seed)`` is an endless series of them: ``body(n)`` is always the same for the same seed and ``n``.
+``await fuzz(front, bodies, range(n))`` sends each, which must be answered within ``LIMIT_S`` and without an error of
+llamaslot's own. An AssertionError names the body that was not, with what is needed to send it again.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Fuzzed:
 
 
 class Bodies:
-    """``body(n)`` for any ``n``."""
+    """``body(n)`` is a body for any ``n``."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -180,12 +180,12 @@ class Bodies:
 
 
 def _is_small(limit: Any) -> bool:
-    """Whether it is no number at all, or one that makes no answer long."""
+    """True if a limit is no number at all, or a number that makes no long answer."""
     return not isinstance(limit, int | float) or 0 <= limit < 9
 
 
 def _changed(body: Any, rng: random.Random) -> Any:
-    """The same, with one value anywhere in it put in, replaced, left out, doubled or wrapped."""
+    """The same body, with one value anywhere in it inserted, replaced, left out, doubled or wrapped."""
     places = list(_places(body))
     if not places or rng.random() < 0.3:
         if isinstance(body, dict):
@@ -239,7 +239,7 @@ def _value(rng: random.Random, depth: int = 0) -> Any:
 
 
 def _written(body: Any, rng: random.Random) -> bytes:
-    """As JSON: compact or not, characters escaped or not, now and then with a key that is there twice."""
+    """The body as JSON: compact or not, characters escaped or not, sometimes with a key twice."""
     is_ascii = rng.random() < 0.5
     try:
         text = json.dumps(body, ensure_ascii=is_ascii, separators=rng.choice([None, (",", ":")]))
@@ -297,7 +297,7 @@ class Mistakes(logging.Handler):
 async def fuzz(
     front: Front, bodies: Bodies, numbers: Iterable[int], tell: Callable[[str], None] = lambda _: None
 ) -> Counter[int]:
-    """How many answers had which status."""
+    """Send the bodies with these ``numbers``. Returns how many answers had which status."""
     statuses: Counter[int] = Counter()
     rest, began = iter(numbers), time.monotonic()
     with Mistakes() as mistakes:
@@ -339,7 +339,7 @@ async def fuzz(
 
 
 def _is_ours(answer: Answer) -> bool:
-    """A failure that llamaslot is to blame for."""
+    """True if the answer is a failure that is llamaslot's fault."""
     return b"internal error in llamaslot" in answer.raw or (
         answer.status >= 500 and b"llamaslot" in answer.raw
     )
@@ -351,7 +351,7 @@ def _found(bodies: Bodies, n: int, what: str) -> str:
 
 
 def _waiting() -> list[str]:
-    """Where each request in llamaslot stands."""
+    """Where in its code each request in llamaslot waits."""
     found = []
     for task in asyncio.all_tasks():
         coroutine: Any = task.get_coro()
@@ -365,8 +365,9 @@ def _waiting() -> list[str]:
 
 
 def forgiving(fake: FakeServer) -> None:
-    """Let the fake answer 500 in its own words, or break off, where it does not cope with a body: that is no fault of
-    llamaslot's."""
+    """Let the fake answer 500 in its own words, or break off, for a body that it cannot handle: that is not llamaslot's
+    fault.
+    """
     answer = fake.routes._answer
 
     async def answered(request: web.BaseRequest, seen: Seen, data: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""Generations of the index on disk, grown without a process: that takes 0.4 s to begin, each time."""
+"""New versions of the disk index, made without a process: each process takes 0.4 s to begin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 
 
 def grow_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on a thread does what the process would, from the same input to the same files."""
+    """From now on a thread does what the process would do, from the same input to the same files."""
 
     async def grow(self: DiskIndexRebuild, id_: str) -> None:
         await asyncio.to_thread(disk_index_files.grow, self._directory, id_)

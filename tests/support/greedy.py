@@ -20,7 +20,9 @@ N_MODEST, N_SLOTS, N_STREAMS = 5, 4, 20
 
 @dataclass(slots=True)
 class Waits:
-    """Seconds to the first token of the modest users' requests, by user; ``n_greedy``: answers of the greedy one."""
+    """Seconds to the first token of the modest users' requests, by user. ``n_greedy``: number of answers to the greedy
+    user.
+    """
 
     ttft_s: dict[str, list[float]] = field(default_factory=dict)
     n_greedy: int = 0
@@ -31,7 +33,7 @@ class Waits:
 
     @property
     def medians_s(self) -> list[float]:
-        """Of each user."""
+        """The median for each user."""
         return [statistics.median(seconds) for seconds in self.ttft_s.values()]
 
     def add(self, other: Waits) -> None:
@@ -47,10 +49,11 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """``think_s``: mean pause of a modest user between an answer and its next question; the greedy one has none.
+    """The settings of a run. ``think_s``: the mean pause of a modest user between an answer and its next question; the
+    greedy user makes none.
 
-    Answers have 0.5 to 1.5 times ``n_answer`` tokens: of equal ones all end at once, and who waits at all waits for a
-    whole one. A conversation that has had ``n_turns`` is followed by another one.
+    Answers have 0.5 to 1.5 times ``n_answer`` tokens. If all were equally long, all would end at once, and a request
+    that waits would wait for a whole answer. After ``n_turns`` a conversation is replaced by a new one.
     """
 
     n_context: int = 1500
@@ -60,8 +63,9 @@ class Scene:
 
 
 class Team:
-    """The six of them. Their first conversations have begun when a round starts: it is a piece of a day, not the moment
-    at which twenty new contexts come at once."""
+    """The six users. Their first conversations have begun before a round starts. So a round is like a piece of a
+    working day, not like the moment at which twenty new contexts come at once.
+    """
 
     def __init__(self, url: str, scene: Scene) -> None:
         self._url, self._scene = url, scene
@@ -85,7 +89,7 @@ class Team:
         return User(f"{name}-{number}", self._scene.n_context, random.Random(f"{name} {number}"))
 
     async def _turn(self, user: User, client: Client, n_answer: int) -> float:
-        """Seconds to its first token."""
+        """Ask once. Returns the seconds to the first token."""
         turn = await user.turn(client, max_tokens=n_answer)
         assert not turn.reply.error, turn.reply.error
         if user.n_turns % self._scene.n_turns == 0:
@@ -93,8 +97,9 @@ class Team:
         return turn.reply.ttft_s
 
     async def round(self, n_streams: int, n_turns: int) -> Waits:
-        """Until each of the modest users has had ``n_turns`` follow-ups; the greedy one asks all the time with
-        ``n_streams``."""
+        """Run until each of the modest users has had ``n_turns`` follow-ups. The greedy user asks all the time, with
+        ``n_streams`` at once.
+        """
         waits, scene = Waits(), self._scene
 
         def n_answer(rng: random.Random) -> int:
@@ -129,8 +134,9 @@ class Team:
 
 @dataclass(frozen=True, slots=True)
 class Rush:
-    """The greedy user's streams begin at once, each request with a context of its own; ``lead_s`` later come the
-    others, who were not here before, and ask one request after the other: ``n_requests`` of them, or for ``for_s``."""
+    """The greedy user's streams begin at once, each request with a context of its own. ``lead_s`` later the other users
+    come, for the first time, and ask one request after the other: ``n_requests`` each, or for ``for_s`` seconds.
+    """
 
     n_prompt: int = 1200
     n_answer: int = 60
@@ -142,7 +148,7 @@ class Rush:
     for_s: float = 0.0
 
     async def run(self, url: str, n_streams: int, name: str) -> Waits:
-        """``name`` tells the users of this run from those of others."""
+        """``name`` begins the names of this run's users, so that they are not those of other runs."""
         waits, loop, names = Waits(), asyncio.get_running_loop(), itertools.count()
 
         async def ask(client: Client, user: str) -> float:
@@ -183,7 +189,7 @@ class Rush:
 
 
 async def _end(streams: Sequence[asyncio.Task[None]]) -> None:
-    """Their clients leave. AssertionError if one has failed before."""
+    """Let the clients of these streams leave. Raises AssertionError if one has failed before."""
     for stream in streams:
         stream.cancel()
     await asyncio.wait(streams)
@@ -192,7 +198,7 @@ async def _end(streams: Sequence[asyncio.Task[None]]) -> None:
 
 
 async def rest(stack: Stack) -> None:
-    """Until all that clients have left behind is over."""
+    """Wait until llama-server has ended all work for clients that have left."""
     while True:
         status = await stack.status()
         if not status["queue"] and all(

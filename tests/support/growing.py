@@ -1,4 +1,4 @@
-"""Conversations through llamaslot on the real llama.cpp, and what lies on disk for them."""
+"""Conversations through llamaslot on the real llama.cpp, and the files on disk for them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Messages = list[dict[str, str]]
 
 @dataclass(slots=True)
 class Stored:
-    """Of a directory: snapshots, whole ones among them, files, bytes; of states alone. ``is_still``: no file is one
-    that no snapshot has a part in: none is being written, or about to be removed.
+    """What is in a directory: numbers of snapshots, of whole ones among them, and of files; bytes in all, and of
+    states. ``is_still``: every file belongs to a snapshot, so none is being written or about to be removed.
     """
 
     n_snapshots: int = 0
@@ -54,7 +54,7 @@ class Stored:
 
 @dataclass(slots=True)
 class Place:
-    """A stack with one slot: each conversation that comes saves the one before and restores its own."""
+    """A stack with one slot: each conversation that comes saves the one before it, and restores its own."""
 
     stack: Stack
     front: Client
@@ -70,7 +70,7 @@ class Place:
         return reply
 
     async def turn(self, messages: Messages, n_tokens: int) -> Reply:
-        """Ask, and let the conversation go on with another question of ``n_tokens``."""
+        """Ask, and append the answer and another question of ``n_tokens`` to the conversation."""
         reply = await self.ask(messages)
         messages += [
             {"role": "assistant", "content": reply.text},
@@ -82,7 +82,7 @@ class Place:
         return (await self.stack.own_metrics()).get(f"llamaslot_{name}", 0.0)
 
     async def stored(self, directory: Path) -> Stored:
-        """What lies in ``directory``, once all saves are committed and what they replace is gone."""
+        """What is in ``directory``, once all saves are committed and the files that they replace are gone."""
         async with asyncio.timeout(30):
             while True:
                 with contextlib.suppress(FileNotFoundError):  # it was replaced between listing and looking
@@ -96,7 +96,7 @@ class Place:
         await self.ask([{"role": "user", "content": words(self.rng, 40)}], 2)
 
     async def layout(self, n_tokens: int) -> SlotLayout:
-        """Of a slot file that llama-server writes of so many tokens."""
+        """The layout of a slot file that llama-server writes for ``n_tokens`` tokens."""
         prompt = [self.rng.randrange(97, 122) for _ in range(n_tokens)]
         await self.server.post("/slots/0?action=erase", {})
         await self.server.post("/completion", {"prompt": prompt, "n_predict": 0, "id_slot": 0})
@@ -107,8 +107,9 @@ class Place:
         return layout
 
     async def n_other_answers(self, n: int) -> int:
-        """Of ``n`` answers so far, how many are not those of llama-server with nothing cached, but for
-        rounding. llamaslot is stopped."""
+        """How many of the last ``n`` answers differ from those that llama-server gives with nothing cached, apart from
+        rounding. llamaslot is stopped.
+        """
         await self.stack.llamaslot.stop()
         n_other = 0
         for messages, text in self.rng.sample(self.said, min(n, len(self.said))):
@@ -132,7 +133,9 @@ async def place_of(
     seed: int = 1,
     landing: Path | None = None,
 ) -> AsyncIterator[Place]:
-    """A llama-server with one slot and llamaslot in front of it. ``landing``: where the former writes."""
+    """A llama-server with one slot, and llamaslot in front of it. ``landing``: the directory into which llama-server
+    writes.
+    """
     model = kind(directory.parent / "models")
     settings = None
     if landing is not None:
@@ -145,7 +148,9 @@ async def place_of(
 
 @dataclass(slots=True)
 class Growth:
-    """One conversation. ``added``: bytes that its saves have added; ``whole``: of a slot file of it without states."""
+    """The figures of one conversation. ``added``: bytes that its saves have added. ``whole``: bytes of a slot file of
+    all of it, without states.
+    """
 
     n_tokens: int
     added: float
@@ -163,7 +168,7 @@ class Growth:
 
 
 async def grow(place: Place, n_turns: int, n_tokens: int) -> tuple[Growth, Messages]:
-    """A conversation of ``n_turns``; a short other one after each makes it leave the slot."""
+    """Have a conversation of ``n_turns``. After each turn another short conversation makes it leave the slot."""
     messages: Messages = [{"role": "user", "content": words(place.rng, n_tokens)}]
     for _ in range(n_turns):
         await place.turn(messages, n_tokens - 60)

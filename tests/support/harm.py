@@ -1,4 +1,4 @@
-"""The same users with and without llamaslot in front of a server that was started with some flags: does it do harm?"""
+"""The same users with and without llamaslot, on a server that was started with some flags: does llamaslot do harm?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RAM_COPIES = ("--no-kv-unified", "--cache-ram", "8192", "--cache-idle-slots")
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """What a llama-server is started with, and whether llamaslot can place requests there."""
+    """The flags of a llama-server, and whether llamaslot can place requests on it."""
 
     name: str
     extra: Sequence[str]

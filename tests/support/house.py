@@ -1,4 +1,6 @@
-"""Scheduler, slot table, leases, steps, turns, drains and idle save of one backend, with a stub, and its clients."""
+"""One backend's scheduler, slot table, leases, steps, turns, drains and idle save, with a stub as llama-server, and its
+clients.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def tokens_of(first: int, n: int) -> bytes:
 
 
 def outcome(task: asyncio.Task[Any]) -> BaseException | None:
-    """What the client ended with; None when it was served."""
+    """The error that the client ended with; None if it was served."""
     assert task.done(), task
     return task.exception()
 
@@ -59,7 +61,7 @@ RULES = Rules(similarity_min=0.85, small_prompt_tokens=50, chunk_threshold_s=0.2
 
 
 class _Misplaced(Exception):
-    """The slot holds much less than was expected: ``n_found`` tokens."""
+    """The slot holds much less than expected: ``n_found`` tokens."""
 
     def __init__(self, n_found: int) -> None:
         super().__init__(n_found)
@@ -67,7 +69,7 @@ class _Misplaced(Exception):
 
 
 class House:
-    """Made around a ``VirtualLoop``. ``close`` it, for it listens to the log."""
+    """All of it, around a ``VirtualLoop``. It listens to the log until ``close``."""
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class House:
     # -- the server's life ---------------------------------------------------------------------------------------
 
     async def meet(self) -> None:
-        """What the handshake does: an idle slot is emptied, one at work drains; snapshots are offered."""
+        """Connect: an idle slot is emptied, a slot at work drains, and snapshots are offered."""
         n = len(self.server.slots_)
         table = SlotTable("stub", n, 10_000, rules=self.rules, rates=self.rates)
         table.can_save = table.can_erase = True
@@ -137,12 +139,14 @@ class House:
         self.dispatcher.attach(table)
 
     def restart(self) -> None:
-        """The server is another process; nobody knows yet."""
+        """Replace the server by another process. llamaslot has not noticed yet."""
         self.server.restart()
         self.is_unnoticed = True
 
     def notice(self, *, is_down: bool) -> None:
-        """The restart is noticed: the slots are forgotten. With ``is_down`` those who wait are told."""
+        """Let llamaslot notice the restart, so that it forgets the slots. With ``is_down`` waiting requests get an
+        error.
+        """
         for op in list(
             self.server.pending
         ):  # what was on its way to the new process is not there before it is met
@@ -155,7 +159,7 @@ class House:
             self.leases.table.drop_snapshot(snapshot.id)
 
     def _guard(self, slot_id: int) -> None:
-        """Called by the stub for whatever is sent to a slot."""
+        """Called by the stub for each call to a slot. Raises if the call is one that must not be sent."""
         table = self.leases.table
         if self.is_unnoticed or table is None:
             return
@@ -163,7 +167,7 @@ class House:
             self.server.violation(f"something was sent to {table.slots[slot_id]!r}")
 
     def _asker(self, slot_id: int) -> Request | None:
-        """Whose prompt is computed in a slot; None for what is only made ready to be saved."""
+        """The request whose prompt is computed in a slot; None if the slot is only prepared for a save."""
         leases = self.dispatcher.leases
         mine = [lease for lease in leases if lease.slot is not None and lease.slot_id == slot_id]
         acting = (LeaseState.ACTING, LeaseState.RELEASE_PENDING)
@@ -171,7 +175,9 @@ class House:
         return clients[0].request if clients and not self.is_unnoticed else None
 
     def _guard_landing(self, slot_id: int) -> None:
-        """A slot whose answer has just ended may be hit; one whose holder is between two steps must not."""
+        """Check the slot that the server has chosen. It may be one whose answer has just ended, but not one whose
+        request is between two steps.
+        """
         table, turn = self.leases.table, self.leases.exclusive
         if self.is_unnoticed or table is None:
             return
@@ -196,11 +202,11 @@ class House:
             self.faults.append(f"{task.get_name()}: {error!r}")
 
     async def ask(self, job: Request, answer: bytes = b"") -> int:
-        """One request as ``web`` serves it; the tokens that were reused for it."""
+        """Serve one request as ``http`` does. Returns how many tokens were reused for it."""
         return await _Asking(self, job, answer, self.loop.time()).run()
 
     async def ask_unpinned(self, job: Request, tokens: bytes) -> None:
-        """A request whose slot the server chooses, as ``web`` serves it."""
+        """Serve a request whose slot the server chooses, as ``http`` does."""
         with await self.dispatcher.lease(job) as lease:
             async with self.exclusive.section(lease, _say_nothing) as turn:
                 async with self.server.run_unpinned(tokens, job):
@@ -208,7 +214,7 @@ class House:
                 await turn.settle()
 
     async def keep_one_on_disk(self) -> None:
-        """A context that is on disk only: saved, then overwritten by another in the same slot."""
+        """Make a context that is only on disk: it is saved, and then another one overwrites it in the same slot."""
         await self.idle_save.save_all()
         assert self.leases.table is not None
         slot = min(self.leases.table.slots, key=lambda slot: slot.used_at)
@@ -266,7 +272,7 @@ class House:
             )
 
     def finish(self) -> None:
-        """Let all who are here get to their end."""
+        """Let all clients get to their end."""
         for _ in range(3000):  # some hundreds of batches may be left, one at a time
             self.loop.settle()
             for op in list(self.server.pending):
@@ -282,7 +288,7 @@ class House:
         return self.leases.table.slots if self.leases.table else []
 
     def check_nothing_is_left(self) -> None:
-        """Raise AssertionError naming what somebody has not given back."""
+        """Raise AssertionError that names what was not given back."""
         dispatcher, table = self.dispatcher, self.leases.table
         assert not self.clients, (
             f"nobody waits for ever: {list(self.clients.values())}, {self.server.pending}"
@@ -310,7 +316,7 @@ class House:
 
 @dataclass(slots=True)
 class _Asking:
-    """One request, until a place was what it was taken for."""
+    """One request, served again until its slot was as expected."""
 
     house: House
     request: Request
@@ -384,7 +390,7 @@ def _say_nothing(_: object) -> None:
 
 
 class _Collector(logging.Handler):
-    """Tasks that died of something that nobody has caught."""
+    """Collects tasks that ended with an exception that no code has caught."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__(logging.ERROR)

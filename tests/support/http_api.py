@@ -1,8 +1,8 @@
-"""llama-server's HTTP API as a table: what to ask of each of its routes, and how two answers are compared.
+"""llama-server's HTTP API as a table: what to send to each of its routes, and how two answers are compared.
 
-``TABLE`` has a line for each line of ``llamaslot.llama.routes.ROUTES``. What is asked is the usual request of the
-route, as a stream too where there is one, and what clients get wrong: a field that is missing or of a wrong type, a
-body that is none, another method.
+``TABLE`` has a line for each line of ``llamaslot.llama.routes.ROUTES``. Each route gets its usual request, also as a
+stream if it has streams, and the mistakes of clients: a field that is missing or has a wrong type, a body that is not
+JSON, another method.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ReportedCounts:
 
     @property
     def value(self) -> Any:
-        """What two answers to the same request have in common: ids and times are replaced by what they are."""
+        """What two answers to the same request must have in common. Ids and times are replaced by their types."""
         if self.content_type.startswith("text/event-stream"):
             return _by_answer([_event(part) for part in self.raw.decode().split("\n\n") if part])
         if self.content_type.startswith("application/json") and self.raw:
@@ -56,7 +56,7 @@ class ReportedCounts:
 
     @property
     def end_to_end(self) -> dict[str, str]:
-        """Its headers but for those of one connection, and for those that tell browsers what pages may read."""
+        """Its headers, except those of one connection, and those that tell browsers which pages may read the answer."""
         return {
             name.lower(): value
             for name, value in self.headers.items()
@@ -68,7 +68,7 @@ _OF_A_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "server", "
 
 
 async def tell(session: aiohttp.ClientSession, url: str, ask: Ask) -> ReportedCounts:
-    """Send it. The session must not decompress; any status is an answer."""
+    """Send the request, and return the answer; any status is an answer. ``session`` must not decompress."""
     data = ask.body if isinstance(ask.body, bytes | None) else json.dumps(ask.body).encode()
     skip = ("Content-Type", "Accept-Encoding", "User-Agent", "Accept")
     async with session.request(
@@ -87,7 +87,9 @@ def _event(text: str) -> list[Any]:
 
 
 def _by_answer(events: list[list[Any]]) -> list[list[Any]]:
-    """Several answers in one stream come in any order, each in its own; ``data: null`` stands between prompts."""
+    """The events sorted by the answer that they belong to, because several answers in one stream come mixed.
+    ``data: null`` separates the prompts.
+    """
     numbers = [_answer_of(event) for event in events]
     if len(set(numbers) - {None}) < 2:
         return events
@@ -114,9 +116,9 @@ _TIMES = {
 
 
 def plain(value: Any) -> Any:
-    """A JSON value without what is of its time, or of the slot that it came from.
+    """A JSON value without what depends on the time or on the slot.
 
-    Anthropic's ``input_tokens`` are those that were computed: their sum with those that were not is compared.
+    Anthropic's ``input_tokens`` are only the computed ones, so their sum with the reused ones is compared.
     """
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -149,7 +151,9 @@ def post(path: str, *asks: tuple[str, Any]) -> list[Ask]:
 
 
 def faults(path: str, usual: Mapping[str, Any], *wanted: str) -> list[Ask]:
-    """What clients get wrong. ``wanted``: fields of ``usual`` without which there is nothing to be done."""
+    """The mistakes that clients make in the request ``usual``. ``wanted``: the fields without which llama-server
+    refuses it.
+    """
     wrong: list[tuple[str, Any]] = [
         ("nothing asked", {}),
         ("an empty list", []),
@@ -183,7 +187,7 @@ def other_methods(path: str, *methods: str) -> list[Ask]:
 def completion(
     path: str, usual: Mapping[str, Any], wanted: str, *more: tuple[str, Any], limit: str = "max_tokens"
 ) -> list[Ask]:
-    """A route that answers with text, in one piece or as a stream."""
+    """The requests to a route that answers with text, in one piece or as a stream."""
     usual = {**FIRM, **usual, limit: 4}
     bodies = [("usual", usual), *((name, {**usual, **body}) for name, body in more)]
     streamed = [(f"{name}, streamed", {**body, "stream": True}) for name, body in bodies]
@@ -281,7 +285,7 @@ def messages(path: str) -> list[Ask]:
 
 
 def inputs(path: str, name: str, *more: tuple[str, Any], value: Any = "hi") -> list[Ask]:
-    """A route that answers with something else than text."""
+    """The requests to a route that answers with something other than text."""
     usual = {name: value}
     bodies = [("usual", usual), *((called, {**usual, **body}) for called, body in more)]
     return (
@@ -293,7 +297,7 @@ def inputs(path: str, name: str, *more: tuple[str, Any], value: Any = "hi") -> l
 
 
 def page(path: str, *queries: str) -> list[Ask]:
-    """What is read by GET, and by HEAD."""
+    """The requests for a page, by GET and by HEAD."""
     return [
         Ask("usual", "GET", path),
         Ask("head", "HEAD", path),

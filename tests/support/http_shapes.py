@@ -1,7 +1,7 @@
-"""Requests by hand, byte for byte, and what comes back on the connection: for the comparison of two servers.
+"""Requests written byte for byte, and what comes back on the connection, to compare two servers.
 
-``SHAPES`` has what differs between clients of HTTP: versions, connections that are kept, chunks, methods, expectations,
-forms of an address, several requests at once, a half that is closed. ``look`` sends one and tells what a client sees.
+``SHAPES`` has what differs between HTTP clients: versions, kept connections, chunks, methods, expectations, forms of an
+address, several requests at once, a half-closed connection. ``look`` sends one shape and returns what a client sees.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _PROBE = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """``sends``: what goes out, each piece when an answer (a ``100 Continue`` too) has come to the one before."""
+    """A sequence of bytes to send. ``sends``: its pieces; each is sent when the piece before has got an answer, a
+    ``100 Continue`` included.
+    """
 
     name: str
     sends: Sequence[bytes]
@@ -38,7 +40,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Got:
-    """One answer as a client sees it. ``value``: its body without what is of its time."""
+    """One answer as a client sees it. ``value``: its body without what depends on the time."""
 
     version: str
     status: int
@@ -49,20 +51,20 @@ class Got:
 
 @dataclass(slots=True)
 class Seen:
-    """``ending``: what a client finds that asks once more on the same connection."""
+    """All answers to a shape. ``ending``: what happens to one more request on the same connection."""
 
     answers: list[Got] = field(default_factory=list)
     ending: Literal["kept", "closed", "hangs"] = "hangs"
 
     @property
     def brief(self) -> str:
-        """``200 chunks; kept``"""
+        """A short form, such as ``200 chunks; kept``."""
         answers = ", ".join(f"{got.status} {got.framing}" for got in self.answers)
         return f"{answers}; {self.ending}"
 
 
 async def look(port: int, shape: Shape) -> Seen:
-    """What comes back."""
+    """Send a shape, and return what comes back."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     seen = Seen()
     try:
@@ -164,7 +166,7 @@ _CONNECTIONS = {"": (), ", keep-alive": (KEEP,), ", close": (CLOSE,)}
 
 
 def _combined() -> list[Shape]:
-    """Every version with every wish for the connection and every kind of answer."""
+    """Shapes with every HTTP version, every Connection header and every kind of answer."""
     return [
         Shape(
             f"{version}{wish}, {kind}", [request("/completion", JSON, *headers, version=version, body=body)]

@@ -1,6 +1,6 @@
-"""A loop whose time passes only while nothing happens: for tests of limits of time, on however busy a machine.
+"""An event loop whose time passes only while nothing happens, for tests of time limits on a busy machine.
 
-All sockets are of this process, so while the loop has nothing to do, everybody waits. Work takes no time at all.
+All sockets belong to this process. So while the loop has nothing to do, all tasks wait, and work takes no time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ IDLE_S, PASSES_S = 0.001, 0.005
 
 
 class IdleClock(asyncio.SelectorEventLoop):
-    """A second passes in a fifth of it without any event, and not while a thread works for the loop."""
+    """One second of its time passes in 0.2 s without any event, and none while a thread works for the loop."""
 
     def __init__(self) -> None:
         self._passed_s = 0.0
@@ -36,7 +36,9 @@ class IdleClock(asyncio.SelectorEventLoop):
         self._n_working -= 1
 
     def idle(self, timeout_s: float | None) -> None:
-        """Nothing has happened for ``IDLE_S``; the next timer is due in ``timeout_s``."""
+        """Called when nothing has happened for ``IDLE_S``. ``timeout_s``: seconds until the next timer, None without
+        one.
+        """
         if not self._n_working:
             self._passed_s += PASSES_S if timeout_s is None else min(timeout_s, PASSES_S)
 

@@ -1,11 +1,11 @@
-"""llamaslot in the test's own loop, in front of the fake server, with the very runner that ``llamaslot serve`` uses.
+"""llamaslot in the test's own loop, in front of the fake server, started as ``llamaslot serve`` starts it.
 
 ``async with served(tmp_path, slots=2) as it:``
     ``it.fake``: the fake llama-server; ``it.backend``: what llamaslot has made of it; ``it.url``: where clients ask;
     ``await it.ask(prompt=…)``, ``await it.chat(text)``: one request, read to its end, as bytes and parsed;
     ``async with it.asking(body) as answer``: one that is looked at while it runs, and left by leaving the block.
 
-At the end nothing may be left: every slot is given back, the queue is empty, no half-written file lies about, and the
+At the end nothing may be left: every slot is given back, the queue is empty, there is no half-written file, and the
 fake has seen nothing that a good proxy never does.
 """
 
@@ -53,7 +53,9 @@ QUIET: Settings = {
 
 
 def of_kind(kind: str, directory: Path) -> dict[str, Any]:
-    """What makes a fake of this kind. With a sliding window there is a file that tells how long that is."""
+    """The arguments that make a fake of this kind of model. For a sliding window there is a GGUF file with
+    its length.
+    """
     return {"kind": kind, **({"model": FakeModel(path=str(models.swa(directory)))} if kind == "swa" else {})}
 
 
@@ -64,7 +66,7 @@ def letters(seed: int, n: int) -> str:
 
 
 def right(fake: FakeServer, prompt: str, n: int = 4) -> str:
-    """What the model that runs now answers when everything is computed from nothing."""
+    """The answer of the model that runs now if everything is computed from nothing."""
     model, tokens = fake.model, pack(fake.model.tokenize(prompt))
     ids = []
     for _ in range(n):
@@ -74,7 +76,9 @@ def right(fake: FakeServer, prompt: str, n: int = 4) -> str:
 
 
 async def line_with(response: aiohttp.ClientResponse, text: str) -> str:
-    """Read a stream up to the line that contains ``text``, and return that. AssertionError if it ends without."""
+    """Read a stream up to the line that contains ``text``, and return that line. AssertionError if the stream ends
+    without it.
+    """
     lines = []
     async with asyncio.timeout(PATIENCE_S):
         async for line in response.content:
@@ -119,7 +123,7 @@ class Front:
             await self.until(lambda: self.backend.health is Health.UP)
 
     async def stop(self) -> None:
-        """As ``serve`` ends."""
+        """Stop llamaslot as ``serve`` ends."""
         await self._running.aclose()
 
     async def _close(self) -> None:
@@ -131,7 +135,9 @@ class Front:
         await self.start()
 
     async def until(self, condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
-        """Wait for what no event tells. AssertionError with the state after ``timeout_s``."""
+        """Wait until ``condition()`` is true, for conditions without an event. Raises AssertionError with the state
+        after ``timeout_s``.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 while not condition():  # noqa: ASYNC110  # llamaslot has no event for it
@@ -144,7 +150,7 @@ class Front:
         return str(table.slots if table else self.backend.health)
 
     async def at_rest(self) -> None:
-        """Wait until every slot is given back and nobody waits."""
+        """Wait until every slot is given back and no request waits."""
 
         def rests() -> bool:
             dispatcher = self.pool.dispatcher
@@ -199,7 +205,9 @@ class Front:
     async def asking(
         self, prompt: Any, *, path: str = NATIVE, n: int = 4, **more: Any
     ) -> AsyncIterator[asyncio.Task[Answer]]:
-        """A completion under way. Who leaves the block before it has ended closes its connection."""
+        """A context manager for a completion that runs in its block. Leaving the block before the answer's end closes
+        the connection.
+        """
         task = spawn(self.ask(prompt, path=path, n=n, **more))
         try:
             yield task
@@ -211,7 +219,9 @@ class Front:
     async def streaming(
         self, prompt: Any, *, path: str = NATIVE, n: int = 4, **more: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A stream whose headers have come. Who leaves the block before its end closes its connection."""
+        """A context manager for a stream whose headers have come. Leaving the block before the stream's end closes the
+        connection.
+        """
         limit = {"n_predict": n} if path == NATIVE else {"max_tokens": n}
         body = {"prompt": prompt, **limit, "temperature": 0, "stream": True, **more}
         async with self.session.post(self.url + path, json=body) as response:
@@ -220,31 +230,31 @@ class Front:
     # -- questions -----------------------------------------------------------------------------------------------
 
     async def metrics(self) -> dict[str, float]:
-        """llamaslot's own samples, by name with labels, without that of the only backend."""
+        """llamaslot's own samples, by name with labels, without the label of the only backend."""
         lines = (await self.get("/llamaslot/metrics")).raw.decode().splitlines()
         pairs = (line.rpartition(" ") for line in lines if line and line[0] != "#")
         return {without_backend(name): float(value) for name, _, value in pairs}
 
     async def count(self, name: str) -> float:
-        """One of llamaslot's own counters, 0 where it has not been counted yet."""
+        """The value of one of llamaslot's own counters, 0 if it was not counted yet."""
         return (await self.metrics()).get(f"llamaslot_{name}", 0.0)
 
     def files(self) -> list[Path]:
-        """Snapshots that lie in the directory."""
+        """The names of the snapshots in the directory."""
         return sorted(self.save_dir.glob("*.kv"))
 
     async def saved(self) -> None:
-        """Wait until no file is half written, nor a snapshot about to be listed: that goes on after the answer."""
+        """Wait until no file is half written, and all saved snapshots are listed. Both go on after the answer."""
         await self.until(lambda: not self._parts())
         await self.backend.executor.saving.settle()
 
     def check(self) -> None:
-        """Raise AssertionError when something is left."""
+        """Raise AssertionError if something is left."""
         self.pool.dispatcher.check()
         assert not self._parts(), f"{self._parts()}, {self.pool.dispatcher.journal.latest(5)}"
 
     def _parts(self) -> list[str]:
-        """Half-written files."""
+        """The names of half-written files."""
         return [part.name for part in self.save_dir.glob("*.part")]
 
 
@@ -263,7 +273,7 @@ class Served(Front):
 
     @contextlib.asynccontextmanager
     async def busy(self, n_slots: int = 1) -> AsyncIterator[list[asyncio.Task[Answer]]]:
-        """So many slots at work for others, whose answers go on with ``fake.go()``."""
+        """In the block ``n_slots`` slots work for other clients, whose answers go on with ``fake.go()``."""
         self.fake.hold()
         async with contextlib.AsyncExitStack() as stack:
             others = []
@@ -273,25 +283,26 @@ class Served(Front):
             yield others
 
     def n_computed(self, *texts: str) -> int:
-        """Tokens that the fake has computed so far of prompts that begin like one of ``texts`` (their first 100
-        letters), also for who has left meanwhile."""
+        """How many tokens the fake has computed so far of prompts that begin like one of ``texts`` (their first 100
+        letters), also for clients that have left.
+        """
         starts = tuple(pack(self.fake.model.tokenize(text[:100])) for text in texts)
         every = (task for seen in self.fake.requests for task in seen.tasks)
         return sum(task.n_computed for task in every if task.tokens.startswith(starts))
 
     def check(self) -> None:
-        """Also when something was done that must never be."""
+        """Also raise AssertionError if llamaslot has done something that a good proxy never does."""
         assert self.fake.violations == [], self.fake.violations
         super().check()
 
 
 def spawn(coroutine: Any) -> asyncio.Task[Any]:
-    """A client of its own; who spawns one awaits or cancels it."""
+    """Start a client as a task. The caller awaits or cancels it."""
     return asyncio.get_running_loop().create_task(coroutine)
 
 
 def configured(directory: Path, backends: list[dict[str, Any]], settings: Settings) -> Config:
-    """What a config file with these backends and settings says; ``settings`` go over ``QUIET``."""
+    """The configuration that a file with these backends and settings gives. ``settings`` replace those of ``QUIET``."""
     sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
     for name, values in settings.items():
         if isinstance(values, Mapping):
@@ -305,7 +316,7 @@ def configured(directory: Path, backends: list[dict[str, Any]], settings: Settin
 
 
 def with_one_backend(directory: Path, url: str, save_dir: Path | None, settings: Settings) -> Config:
-    """As ``configured``, of one backend; ``settings["backend"]``: more of its keys."""
+    """As ``configured``, with one backend. ``settings["backend"]``: more of the backend's keys."""
     backend: dict[str, Any] = {"name": "gpu0", "url": url}
     if save_dir is not None:
         backend["slot_save_path"] = str(save_dir)
@@ -373,7 +384,7 @@ async def fronted(
 
 
 def a_session() -> aiohttp.ClientSession:
-    """A client without limits of its own but for a test that hangs; each request on a fresh connection."""
+    """A client session without time limits, except one for a test that hangs. Each request has a fresh connection."""
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=2 * PATIENCE_S),
         connector=aiohttp.TCPConnector(limit=0, force_close=True),

@@ -1,7 +1,7 @@
-"""The main job as black-box runs: each drives a Stack over HTTP and returns figures; tests say what they must be.
+"""llamaslot's main job as black-box runs: each uses a Stack over HTTP and returns figures; tests say what they must be.
 
-The same functions run small in ``make test`` and in full size in ``make soak``, and against llama-server alone
-(``Stack(alone=True)``) to show that the figures mean something.
+The same functions run small in ``make test`` and in full size in ``make soak``. They also run against llama-server
+alone (``Stack(alone=True)``) to show that the figures mean something.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support.users import (
 
 @asynccontextmanager
 async def clients(stack: Stack) -> AsyncIterator[tuple[Client, Client]]:
-    """Two clients: of where users ask, and of llama-server itself."""
+    """Two clients: one of the address that users ask, one of llama-server itself."""
     async with Client(stack.url) as front, Client(stack.server.url) as server:
         yield front, server
 
@@ -91,10 +91,10 @@ async def take_turns_over_restarts(
     quiet_s: float | None = 5.0,
     seed: int = 1,
 ) -> dict[str, Tally]:
-    """One turn of everybody, then for each restart another turn of everybody in another order.
+    """One turn of each user, then for each restart another turn of each, in another order.
 
-    A clean restart comes between turns, ``quiet_s`` after the last answer, or (None) once everything is saved: a
-    llama-server that is told to stop does not save its slots, so what nobody has saved by then is lost.
+    A clean restart comes between turns, ``quiet_s`` after the last answer, or (None) once everything is saved. A
+    llama-server that is told to stop does not save its slots, so what llamaslot has not saved by then is lost.
     """
     figures = {}
     async with team_of(stack, n_users, n_context, seed=seed) as (team, meter):
@@ -109,7 +109,7 @@ async def take_turns_over_restarts(
 
 
 async def quiet(stack: Stack, seconds: float | None) -> None:
-    """``seconds`` pass, or (None) as many as it takes until llamaslot has saved what is worth it."""
+    """Wait for ``seconds``, or (None) until llamaslot has saved all that is worth it."""
     if seconds is not None:
         await asyncio.sleep(seconds)
         return
@@ -126,14 +126,14 @@ ALL_SAVED_S = 60.0  # on a busy machine
 
 @dataclass(frozen=True, slots=True)
 class Killed:
-    """What came back after llama-server was killed."""
+    """What was reused after llama-server was killed."""
 
     tally: Tally  # of the turns after the kill, against an unlimited cache
     n_on_disk: int  # of those turns' prompts, the tokens that snapshots held at the moment of the kill
 
     @property
     def of_disk(self) -> float:
-        """Of what was on disk, the part that was reused."""
+        """The share of what was on disk that was reused."""
         n_reused = self.tally.n_prompt - self.tally.n_computed
         return n_reused / self.n_on_disk if self.n_on_disk else 1.0
 
@@ -150,9 +150,9 @@ async def kill_server(
     quiet_s: float | None = 5.0,
     seed: int = 1,
 ) -> Killed:
-    """SIGKILL llama-server some time after the last answer (see ``quiet``), or ``is_asking``: while everybody asks.
+    """SIGKILL llama-server after the last answer (see ``quiet``), or, with ``is_asking``, while all users ask.
 
-    Then one more turn. Users whose request died with the server ask the same again.
+    Then each user has one more turn. Users whose request ended with the server ask the same again.
     """
     async with team_of(stack, n_users, n_context, seed=seed) as (team, meter):
         await team.round()
@@ -190,7 +190,7 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def snapshot_files(directory: Path) -> list[tuple[Path, list[int]]]:
-    """Every finished snapshot, that is one with a sidecar, and its tokens from the header of the slot file."""
+    """Each finished snapshot, that is, each with a sidecar, and its tokens from the header of the slot file."""
     found = []
     for path in directory.glob("*.kv"):
         if not path.with_suffix(".json").exists():
@@ -208,7 +208,7 @@ def snapshot_files(directory: Path) -> list[tuple[Path, list[int]]]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One question asked twice: through llamaslot, and a llama-server without it."""
+    """One question asked twice: through llamaslot, and of a llama-server without it."""
 
     through_s: float
     direct_s: float
@@ -218,9 +218,10 @@ class Pair:
 async def compare_alone(
     stack: Stack, direct: RealServer, *, n_context: int = 30_000, n_turns: int = 12, seed: int = 1
 ) -> list[Pair]:
-    """One user follows up at once, again and again, the same conversation on both; who goes first alternates.
+    """One user asks follow-ups without a pause, in the same conversation on both sides; who is asked first alternates.
 
-    The two llama-servers are the same model and flags; while one is asked the other is idle. Times to first token.
+    The two llama-servers have the same model and flags; while one is asked the other is idle. Compares times to the
+    first token.
     """
     pairs = []
     async with Client(stack.url) as front, Client(direct.url) as other:
@@ -238,12 +239,12 @@ async def compare_alone(
 
 
 def median_ratio(pairs: Sequence[Pair]) -> float:
-    """Median through llamaslot over the median without it."""
+    """The median through llamaslot divided by the median without it."""
     return statistics.median(p.through_s for p in pairs) / statistics.median(p.direct_s for p in pairs)
 
 
 def ratio_of(pairs: Sequence[Pair]) -> str:
-    """One line: medians, and the ratio of them."""
+    """One line with both medians and their ratio."""
     through = statistics.median(pair.through_s for pair in pairs) * 1e3
     alone = statistics.median(pair.direct_s for pair in pairs) * 1e3
     return f"{len(pairs)} pairs: {through:.0f} ms through, {alone:.0f} ms direct, ratio {median_ratio(pairs):.3f}"
@@ -258,9 +259,10 @@ async def ask_while_saved(
     at_most_s: float = 0.1,
     seed: int = 1,
 ) -> Tally:
-    """One user more than slots: the newcomer takes the oldest slot, and its owner asks again while it is being saved.
+    """One user more than slots. The newcomer takes the slot used longest ago, and its owner asks again while it is
+    being saved.
 
-    ``at_most_s``: the owner asks up to so long after the newcomer, drawn anew each time.
+    ``at_most_s``: the owner asks at most this many seconds after the newcomer, drawn anew each time.
     """
     async with team_of(stack, n_users, n_context, seed=seed) as (team, meter):
         order = team.users[:]
@@ -287,7 +289,9 @@ async def ask_at_idle_save(
     spread_s: float = 0.1,
     seed: int = 1,
 ) -> Tally:
-    """Four users follow up together just when the idle save of their contexts is due, give or take ``spread_s``."""
+    """Four users ask follow-ups together just when the idle save of their contexts is due, at most ``spread_s`` before
+    or after.
+    """
     async with team_of(stack, 4, n_context, seed=seed) as (team, meter):
         turns = await team.round()
         for _ in range(n_rounds):
@@ -299,8 +303,9 @@ async def ask_at_idle_save(
 async def exchange_model(
     stack: Stack, path: Path, other: Path, reference: RealServer, *, n_users: int = 8, n_context: int = 3000
 ) -> Answers:
-    """Turns, then another GGUF of the same shape under the same path, then two rounds of turns again, which
-    ``reference`` judges: it serves the other model and is asked each prompt cold."""
+    """Turns; then another GGUF of the same shape under the same path; then two more rounds of turns. ``reference``,
+    which serves the other model and computes each prompt cold, says which answers are right.
+    """
     asked = []
     async with team_of(stack, n_users, n_context) as (team, _), Client(reference.url) as cold:
         await team.round()
@@ -321,7 +326,7 @@ async def exchange_model(
 
 
 def exchange(path: Path, other: Path) -> None:
-    """Put another GGUF under the same path; the old file stays whole for who has it open or mapped."""
+    """Put another GGUF under the same path. A process that has opened or mapped the old file keeps all of it."""
     temporary = path.with_suffix(".new")
     shutil.copyfile(other, temporary)
     temporary.replace(path)
@@ -330,9 +335,9 @@ def exchange(path: Path, other: Path) -> None:
 async def ask_many(
     stack: Stack, *, n_context: int = 3000, n_rounds: int = 3, seed: int = 1
 ) -> tuple[Tally, int]:
-    """Between the turns of as many users as slots: n = 3, and a list of three prompts, by somebody else.
+    """Other clients ask with ``n`` = 3, and with a list of three prompts, between the turns of as many users as slots.
 
-    Returns the users' tally without what the others' prompts cost, and the number of answers that those brought.
+    Returns the users' tally without the cost of the others' prompts, and the number of answers to the others.
     """
     async with team_of(stack, 4, n_context, seed=seed) as (team, meter):
         turns = await team.round()

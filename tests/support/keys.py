@@ -1,4 +1,4 @@
-"""A file of keys, and those who hold them."""
+"""A file of keys, and the users that hold them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from llamaslot.config.keys import editing, made_now, new_key
 
 
 class KeyFile:
-    """A file of keys as ``llamaslot keys`` writes it, there even without any; ``keys``: each by its name."""
+    """A file of keys as ``llamaslot keys`` writes it; it exists even without any key. ``keys``: each key by
+    its name.
+    """
 
     def __init__(self, path: Path, *names: str) -> None:
         self.path, self.keys = path, dict[str, str]()

@@ -26,7 +26,7 @@ N_ANSWER = (
 
 @dataclass(slots=True)
 class Killing:
-    """What was seen over all kills."""
+    """The figures over all kills."""
 
     quota_bytes: int
     n_kills: int = 0
@@ -62,10 +62,10 @@ async def kill_llamaslot(
     longest_s: float = 3.0,
     seed: int = 1,
 ) -> Killing:
-    """Users work; llamaslot is killed up to ``longest_s`` later; it starts, its snapshots are tried, and so on.
+    """Users work; llamaslot is killed up to ``longest_s`` later; it starts, its snapshots are tried; and so on.
 
-    ``other`` is a llama-server of the same model with the same directory, used for restores only: so a snapshot is
-    judged by llama.cpp and not by llamaslot. A foreign file lies in the directory and must stay as it is.
+    ``other``: a llama-server with the same model and directory, used for restores only. So llama.cpp judges a snapshot,
+    not llamaslot. The directory also has a foreign file, which must not change.
     """
     rng = random.Random(seed)
     directory = stack.server.save_dir
@@ -113,9 +113,10 @@ async def work_within_quota(
     n_answer: int = 500,
     n_turns: int = 3,
 ) -> Killing:
-    """Nobody is killed: users with long answers evict each other all the time, and the directory is watched.
+    """Users with long answers evict each other all the time, and the directory is watched. Nothing is killed.
 
-    A slot holds the answer too, which llamaslot has not counted: what is reserved for its file must cover that.
+    A slot also holds the answer, which llamaslot has not counted: the bytes reserved for its file must cover the
+    answer.
     """
     figures = Killing(quota_bytes)
     async with team_of(stack, n_users, n_context) as (team, _), asyncio.TaskGroup() as group:
@@ -134,7 +135,7 @@ async def start(stack: Stack, figures: Killing) -> None:
 
 
 async def watch(directory: Path, figures: Killing) -> None:
-    """Look every 5 ms at what llamaslot's files weigh: its own ones begin with ``ls-``."""
+    """Look every 5 ms at the bytes of llamaslot's files: those that begin with ``ls-``."""
     while True:
         held = held_by(directory)
         total = sum(size for name, size in held.items() if not name.endswith(".json"))
@@ -145,7 +146,7 @@ async def watch(directory: Path, figures: Killing) -> None:
 
 
 def held_by(directory: Path) -> dict[str, int]:
-    """The size of each file of llamaslot's own naming."""
+    """The size of each file with llamaslot's own form of name."""
     return {path.name: size_of(path) for path in directory.glob("ls-*")}
 
 
@@ -179,7 +180,7 @@ async def try_snapshots(directory: Path, other: RealServer, figures: Killing) ->
 
 
 def unlisted(directory: Path) -> list[Path]:
-    """Files of llamaslot's own naming that no sidecar stands for, or names."""
+    """The files with llamaslot's own form of name that no sidecar belongs to or names."""
     needed = set[str]()
     for path in directory.glob("ls-*.json"):
         with suppress(FileNotFoundError):
@@ -188,7 +189,7 @@ def unlisted(directory: Path) -> list[Path]:
 
 
 async def settled(left: Callable[[], list[Path]], figures: Killing, *, patience_s: float = 10.0) -> None:
-    """Give what is being saved just now the time to become whole, then count what is left over."""
+    """Wait until the saves that run now are complete, then count the files that are left over."""
     with suppress(TimeoutError):
         async with asyncio.timeout(patience_s):
             while left():  # noqa: ASYNC110  a directory sets no event

@@ -1,9 +1,8 @@
-"""Clients that leave, while another client streams all the time: how soon their slot works for somebody else.
+"""Clients that leave while another client streams all the time: how soon does their slot work for another client?
 
-Asking llama-server often would spoil the measurement: each answer of its ``/slots`` and ``/metrics`` starts the second
-anew after which it notices that a client has gone. So it is asked once, two seconds (or two batches) after the
-leaving, and at the end. What tells the time is the newcomer: a short question that can only run in the slot that is
-given up.
+llama-server detects that a client has gone after a second without an answer; each answer of its ``/slots`` and
+``/metrics`` starts that second again. So it is asked only once, two seconds (or two batches) after the client has left,
+and at the end. The newcomer measures the time: its short question can only run in the slot that is given up.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ N_SHORT, N_ANSWER = 30, 7  # tokens of the newcomer's prompt and answer
 
 
 def slots_for(stage: Stage) -> int:
-    """So many that the newcomer has no other slot than the one that is given up."""
+    """The number of slots at which the newcomer has no other slot than the one that is given up."""
     return 3 if stage == "later prefill" else 2
 
 
@@ -44,7 +43,7 @@ class Left:
 
     @property
     def limit_s(self) -> float:
-        """Two seconds, or two of the server's batches if that is longer."""
+        """The allowed time: two seconds, or two of the server's batches if those take longer."""
         return max(2.0, 2 * self.batch_s)
 
     def __str__(self) -> str:
@@ -65,8 +64,9 @@ async def leave(
 ) -> Left:
     """One client leaves at ``stage``; the stack has ``slots_for(stage)`` slots.
 
-    ``after_s``: how long the client stays (mid-stream: 50 tokens). In the queue all slots are held by streams, one of
-    which ends when the client leaves; as the later of two prefills the first one started half a second before it.
+    ``after_s``: how long the client stays (mid-stream: until 50 tokens have come). In the queue, streams hold all
+    slots, and one of them ends when the client leaves. As the later of two prefills, it started half a second after the
+    other one.
     """
     rng = random.Random(seed)
     async with clients(stack) as (front, _), AsyncExitStack() as held:
@@ -137,24 +137,26 @@ async def leave(
 
 
 def longest(times: list[float]) -> float:
-    """The longest step of the server: the gap between two tokens of a stream, the one that lasts now included."""
+    """The longest step of the server: the longest gap between two tokens of a stream, the present one included."""
     return max(b - a for a, b in pairwise([*times, time.perf_counter()]))
 
 
 def is_newcomers(slot: dict[str, Any]) -> bool:
-    """Whether the slot works on the newcomer's request: nobody else asks for so few tokens, and for more than one."""
+    """True if the slot works on the newcomer's request: only that asks for so few tokens, and for more than one."""
     return bool(slot["is_processing"]) and 1 < slot["next_token"][0]["n_remain"] <= N_ANSWER
 
 
 async def computed(stack: Stack) -> float:
-    """Prompt tokens computed so far, whole or in part: the counter grows batch by batch."""
+    """How many prompt tokens llama-server has computed so far. The counter grows batch by batch."""
     return (await stack.server.metrics())["llamacpp:prompt_tokens_total"]
 
 
 def spawn(
     client: Client, body: dict[str, Any], under_way: asyncio.Event | None = None
 ) -> asyncio.Task[Reply]:
-    """Ask in a task of its own; ``under_way`` is set when 50 tokens have come. Canceling it is leaving."""
+    """Ask in a task of its own. ``under_way`` is set when 50 tokens have come. Canceling the task lets the client
+    leave.
+    """
     n_tokens = 0
 
     async def note(event: Event) -> None:
@@ -167,7 +169,7 @@ def spawn(
 
 
 async def first_token_at(asked: asyncio.Task[Reply], since: float) -> float:
-    """Seconds from ``since`` to the end of a short answer: so few tokens that it is nearly its first one."""
+    """Seconds from ``since`` to the end of a short answer, which is nearly the time of its first token."""
     reply = await asked
     assert not reply.error, reply.error
     return asyncio.get_running_loop().time() - since

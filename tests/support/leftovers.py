@@ -1,4 +1,6 @@
-"""A fixture for every test of what the client sees: it leaves no task, socket, open file, process or warning behind."""
+"""A fixture for tests of what clients see: the test must leave no task, socket, open file, process or
+warning behind.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ import pytest_asyncio
 
 
 def open_files() -> Counter[str]:
-    """What this process has open: paths, and how many sockets, pipes and so on.
+    """What this process has open: paths, and the numbers of sockets, pipes and so on.
 
-    Not which ones: uvloop makes its own pair of sockets anew each time it runs. From its first listener on it keeps
-    ``/dev/null`` open, for the day when there are no more descriptors.
+    Only numbers, because uvloop makes its own pair of sockets each time it runs. From its first listener on it keeps
+    ``/dev/null`` open, for the case that no more files can be opened.
     """
     found = Counter[str]()
     for entry in Path("/proc/self/fd").iterdir():
@@ -44,7 +46,7 @@ def tasks() -> set[asyncio.Task[object]]:
 
 @pytest_asyncio.fixture(autouse=True)
 async def nothing_left(caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
-    """Fails a test that leaves something behind, or has logged a traceback of llamaslot's."""
+    """Fail a test that leaves something behind, or during which llamaslot has logged a traceback."""
     before = tasks(), open_files(), children()
     yield
     left: list[object] = []

@@ -28,7 +28,7 @@ CHUNK_S = PrefillSharing().chunk_s
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the main loop has done: a batch (of a prompt whose client may have gone) or a slot action."""
+    """One piece of work of the main loop: a batch (perhaps of a prompt whose client has gone) or a slot action."""
 
     kind: str
     slot: int
@@ -42,7 +42,7 @@ class Work:
 
 
 class MainLoop:
-    """One thing at a time, and nothing stops it: slot actions first, then a batch of the lowest slot with a prompt."""
+    """Does one thing at a time, to its end: slot actions first, then a batch of the lowest slot with a prompt."""
 
     def __init__(self, loop: VirtualLoop, server: StubServer, answer_s: float) -> None:
         self.loop, self.server, self.answer_s = loop, server, answer_s
@@ -60,7 +60,7 @@ class MainLoop:
         return DISK_S if op.kind in ("reserve", "commit", "verify") else SEND_S
 
     def _soon(self) -> None:
-        """When everybody has had his say: what follows a batch in its slot comes before another slot's."""
+        """Go on when all ready tasks have run: what follows a batch in its slot comes before another slot's batch."""
         self.loop.call_later(1e-6, self._go_on)
 
     def _go_on(self) -> None:
@@ -120,16 +120,16 @@ class Paced(House):
         return self.loop.time()
 
     def come(self, job: Request, answer: bytes = b"") -> asyncio.Task[Any]:
-        """A client that asks now."""
+        """Start a client that asks now."""
         self.asked_at[job.id] = self.now
         return self.start(self.ask(job, answer), job.id)
 
     def wait(self, *clients: asyncio.Task[Any]) -> None:
-        """Until they are through."""
+        """Wait until these clients have ended."""
         self.loop.run(_gather(clients))
 
     def drive(self) -> None:
-        """Until all who are here are through, however they end."""
+        """Run until all clients have ended, in whatever way."""
         if self.clients:
             self.loop.run(asyncio.wait(set(self.clients)))
 
@@ -138,7 +138,7 @@ class Paced(House):
         self.loop.settle()
 
     def leave_after(self, client: asyncio.Task[Any], seconds: float) -> None:
-        """Its client leaves after so long; its slot drains."""
+        """The client leaves after ``seconds``; its slot drains."""
         self.loop.pass_time(seconds)
         self.leave(client)
         self.loop.pass_time(4.0)
@@ -148,12 +148,12 @@ class Paced(House):
         self.server.fail(op, BackendDown("no connection") if kind == "send" else UpstreamError(500, b"{}"))
 
     def until_leased(self, client: asyncio.Task[Any]) -> None:
-        """Until ``client`` has a slot, and is computed in it."""
+        """Wait until ``client`` has a slot, and its prompt is computed there."""
         self.loop.pass_time(0.02)
         assert not client.done()
 
     def until(self, seconds: float) -> None:
-        """Let time pass until so long after the beginning of the test, as ``begin`` has set it."""
+        """Let time pass until ``seconds`` after the beginning of the test, which ``begin`` has set."""
         self.loop.pass_time(max(self.began + seconds - self.now, 0.0))
 
     def begin(self) -> None:
@@ -163,7 +163,7 @@ class Paced(House):
         self.main.works.clear()
 
     def talk(self, n: int = 1) -> None:
-        """``n`` conversations of 600 tokens, in the lowest slots that are free, each given back."""
+        """Have ``n`` conversations of 600 tokens, in the lowest slots that are free. Each gives its slot back."""
         for i in range(n):
             self.loop.run(self.ask(talk(i)))
         self.loop.pass_time(1.0)
@@ -172,7 +172,7 @@ class Paced(House):
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Everybody comes to his end, and nothing is left; after a failure it is only closed."""
+        """Let all clients get to their end, and check that nothing is left. After a failure only close."""
         try:
             if kind is None:
                 self.finish()
@@ -191,10 +191,10 @@ def talk(i: int, n_more: int = 0) -> Request:
 
 
 def long(name: str, n: int, at: int = 1, **more: Any) -> Request:
-    """A long prompt that shares nothing with those elsewhere."""
+    """A long prompt that has no prefix in common with another one."""
     return Request(name, tokens_of(20_000_000 + 1_000_000 * at, n), **more)
 
 
 def short(name: str, at: int = 1, n: int = 100) -> Request:
-    """A prompt that is computed at once."""
+    """A prompt that is computed in one batch."""
     return Request(name, tokens_of(90_000_000 + 1000 * at, n))

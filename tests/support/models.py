@@ -94,12 +94,12 @@ def infill(directory: Path, marks: tuple[str, ...] = INFILL) -> Path:
 
 
 def draft(directory: Path, seed: int = 1) -> Path:
-    """The first layer of ``dense(seed)`` alone: a draft model for speculative decoding that is right now and then."""
+    """The first layer of ``dense(seed)`` alone: a draft model for speculative decoding that is sometimes right."""
     return dense(directory, seed, layers=1)
 
 
 def lora(directory: Path, *, width: int = 64) -> Path:
-    """An adapter for ``dense`` that changes what its first layer says: other answers, and another KV cache."""
+    """An adapter for ``dense`` that changes the output of its first layer: other answers, and another KV cache."""
     return _cached(directory / f"lora-{width}-r{RECIPE}.gguf", lambda path: _lora(path, width))
 
 
@@ -127,7 +127,7 @@ def hybrid(directory: Path, seed: int = 1, *, width: int = 64) -> Path:
 
 
 def of_kind(kind: str, directory: Path) -> Path:
-    """That of ``dense``, ``swa``, ``recurrent`` or ``hybrid``."""
+    """The model of this kind: ``dense``, ``swa``, ``recurrent`` or ``hybrid``."""
     return {"dense": dense, "swa": swa, "recurrent": recurrent, "hybrid": hybrid}[kind](directory)
 
 
@@ -137,7 +137,9 @@ def mrope(directory: Path, seed: int = 1) -> Path:
 
 
 def _cached(path: Path, write: Callable[[Path], None]) -> Path:
-    """``path``, written if it is not there. Renamed into place, so that processes may race for it."""
+    """Return ``path``; call ``write`` first if it is not there. The file is renamed into place, so processes may do
+    this at the same time.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -384,8 +386,9 @@ def _mrope(path: Path, seed: int, layers: int, width: int) -> None:
 
 
 def eyes(directory: Path, seed: int = 1) -> Path:
-    """What llama-server takes as ``--mmproj`` with any of these models of width 64: four tokens' place for an image of
-    28 by 28, which follow from its colours."""
+    """A file that llama-server takes as ``--mmproj`` with any of these models of width 64. An image of 28 by 28 becomes
+    four tokens' embeddings, which depend on its colours.
+    """
     return _cached(directory / f"eyes-s{seed}-r{RECIPE}.gguf", lambda path: _eyes(path, seed))
 
 

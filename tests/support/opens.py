@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Opens:
-    """Every file that is opened, whoever does it and however, by Python's audit hook: that one stays for ever."""
+    """Notes every file that this process opens, by Python's audit hook, which can never be removed."""
 
     def __init__(self) -> None:
         self._seen: list[str] | None = None
@@ -22,7 +22,9 @@ class Opens:
 
     @contextmanager
     def noted(self) -> Iterator[list[str]]:
-        """The names of slot files and sidecars that are opened in the block, when it has ended."""
+        """A context manager: after its block, its list has the names of the slot files and sidecars opened in the
+        block.
+        """
         self._seen = seen = list[str]()
         found: list[str] = []
         try:

@@ -1,4 +1,4 @@
-"""What llamaslot predicts to be reused against what is, request by request: from its own journal."""
+"""Compares, request by request, how much reuse llamaslot has predicted with how much there was, by its own journal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.users import Tally, Team, Turn, User, tally
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Of one request. ``n_answer``: tokens of the answer before it in the same conversation."""
+    """The prediction for one request. ``n_answer``: tokens of the answer before it in the same conversation."""
 
     source: str
     n_prompt: int
@@ -25,7 +25,9 @@ class Prediction:
 
     @property
     def is_good(self) -> bool:
-        """At most 1 % of the prompt too much, and too little only by what nobody could know: the last answer."""
+        """True if it predicts at most 1 % of the prompt too much, and too little by no more than the last answer, whose
+        tokens llamaslot cannot know.
+        """
         is_kept = self.n_reused >= self.n_expected - 0.01 * self.n_prompt
         return is_kept and self.n_reused - self.n_expected <= self.n_answer
 
@@ -66,9 +68,9 @@ async def predict(
     reworded: float = 0.0,
     seed: int = 1,
 ) -> Accuracy:
-    """A team of more users than slots whose answers have 1 to ``n_answer`` tokens. First turns predict nothing.
+    """A team of more users than slots, whose answers have 1 to ``n_answer`` tokens. First turns are left out.
 
-    ``reworded``: of the answers, how many the client does not send back as they were.
+    ``reworded``: the share of answers that the client does not send back unchanged.
     """
     async with team_of(stack, n_users, n_context, seed=seed) as (team, meter):
         rng = random.Random(f"{seed} answers")

@@ -1,7 +1,7 @@
-"""Long prompts and who has to wait for them, as black-box runs: each drives a Stack and returns figures.
+"""Long prompts, and the requests that have to wait for them, as black-box runs: each uses a Stack and returns figures.
 
-The same function runs through llamaslot and on llama-server directly, right after one another: ``both``. Other people's
-work on the machine hits both; what it takes from llama-server is left out where a figure says so (``Took``).
+The same function runs through llamaslot and on llama-server directly, one after the other: ``both``. Other processes on
+the machine disturb both; the time that they take from llama-server is left out where a figure says so (``Took``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Both(Generic[T]):
     direct: T
 
     def ratio(self, of: Callable[[T], float]) -> float:
-        """A figure through llamaslot over the same one directly."""
+        """The figure ``of`` the run through llamaslot divided by the same figure of the direct run."""
         return of(self.through) / of(self.direct)
 
     def __str__(self) -> str:
@@ -66,7 +66,9 @@ async def both(
 
 
 def median_ratio(pairs: Sequence[Both[T]], of: Callable[[T], float]) -> float:
-    """The median of the ratios, each of one pair: what the machine does changes more slowly than the pairs do."""
+    """The median of the ratios of the pairs. The two runs of a pair are near in time, so the machine's load
+    is similar.
+    """
     return statistics.median(pair.ratio(of) for pair in pairs)
 
 
@@ -126,11 +128,11 @@ async def rush(
     after_s: float = 1.0,
     seed: int = 1,
 ) -> Rush:
-    """Four conversations in four slots, number ``oldest`` the one used longest ago. A stranger loads ``n_long`` tokens,
-    the other three follow up ``after_s`` later.
+    """Four conversations in four slots; ``oldest`` is the slot used longest ago. A stranger sends a prompt of
+    ``n_long`` tokens, the other three ask follow-ups ``after_s`` later.
 
-    Directly each conversation is pinned to the slot of its number and the stranger to that of the oldest: slot 0 is the
-    bad case, for llama-server fills its batch by slot number.
+    Directly, each conversation is pinned to the slot of its number, and the stranger to that of the oldest. Slot 0 is
+    the bad case, because llama-server fills its batch by slot number.
     """
     rng = random.Random(seed)
     users = [User(f"user {number}", n_context, rng) for number in range(N_SLOTS)]
@@ -186,7 +188,7 @@ class Beside:
 
 
 async def stream_beside(stack: Stack, *, n_prompt: int = 14_000, seed: int = 1) -> Beside:
-    """Somebody streams all the time, somebody else loads ``n_prompt`` tokens. The stack has two slots."""
+    """One client streams all the time while another sends a prompt of ``n_prompt`` tokens. The stack has two slots."""
     rng = random.Random(seed)
     async with clients(stack) as (front, _):
         clock = ServerClock(stack.server.pid)
@@ -202,7 +204,9 @@ async def stream_beside(stack: Stack, *, n_prompt: int = 14_000, seed: int = 1) 
 
 @dataclass(frozen=True, slots=True)
 class Undisturbed:
-    """A conversation with nobody else on the server: its first question, cold, and follow-ups at once (the median)."""
+    """Seconds of a conversation with no other on the server: its first question, cold, and its follow-ups
+    (the median).
+    """
 
     cold: Took
     hot: Took
@@ -237,8 +241,9 @@ async def converse(
 async def compare_undisturbed(
     model: Path, directory: Path, n_pairs: int, *, n_context: int = 12_000, seed: int = 1, **options: Any
 ) -> list[Both[Undisturbed]]:
-    """Conversations on two idle servers in turn; who goes first alternates. Each pair has a slot of its own, so that
-    nothing is evicted."""
+    """Conversations on two idle servers in turn; who is asked first alternates. Each pair has a slot of its own, so
+    that nothing is evicted.
+    """
     pairs = []
     async with AsyncExitStack() as entered:
         sides = {}
@@ -259,7 +264,7 @@ async def compare_undisturbed(
 
 @dataclass(frozen=True, slots=True)
 class Abandoned:
-    """A client that does not stream and leaves while its answer is decoded, beside somebody who streams."""
+    """A client without a stream that leaves while its answer is decoded, beside another client that streams."""
 
     newcomer_s: float  # from its leaving to the first token of who can only run in its slot
     batch_s: float  # the longest step of the server: gap in the other client's stream
@@ -271,7 +276,7 @@ class Abandoned:
 
     @property
     def limit_s(self) -> float:
-        """Two seconds, or two of the server's batches if that is longer."""
+        """The allowed time: two seconds, or two of the server's batches if those take longer."""
         return max(2.0, 2 * self.batch_s)
 
     def __str__(self) -> str:
@@ -284,10 +289,10 @@ class Abandoned:
 async def abandon(
     stack: Stack, *, n_prompt: int = 200, n_answer: int = 4000, after_s: float = 2.0, seed: int = 1
 ) -> Abandoned:
-    """The client leaves ``after_s`` after it has asked, the newcomer asks at once. The stack has two slots.
+    """The client leaves ``after_s`` after it has asked, and the newcomer asks at once. The stack has two slots.
 
-    llama-server is asked once, before the leaving: each answer of its ``/slots`` starts the second anew after which it
-    notices that a client has gone.
+    llama-server is asked only before the client leaves: each answer of its ``/slots`` starts the second again after
+    which it detects that a client has gone.
     """
     rng = random.Random(seed)
     async with clients(stack) as (front, _), talking(front, rng) as times:

@@ -26,8 +26,9 @@ _taken: set[int] = set()
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 below those that Linux gives to outgoing connections: no client, of this test or of another,
-    can take it before it is listened on. No two of a run are the same: workers share them out."""
+    """A port of 127.0.0.1 below those that Linux gives to outgoing connections, so that no client can take it before a
+    server listens on it. The workers of a test run share the ports out, so no two of them get the same.
+    """
     n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     first = 20_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
@@ -92,7 +93,7 @@ class RealServer:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and not stopped since."""
+        """True if it was started and not stopped since."""
         return self._process is not None
 
     @property
@@ -154,7 +155,7 @@ class RealServer:
             await process.wait()
 
     def save_into(self, directory: Path) -> None:
-        """Its ``--slot-save-path`` from the next start on."""
+        """Set its ``--slot-save-path`` for its next start."""
         at = self._flags.index("--slot-save-path") + 1
         self.save_dir, self._flags[at] = directory, str(directory)
 

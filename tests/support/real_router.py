@@ -35,7 +35,7 @@ def program() -> Path:
 
 
 class RealRouter:
-    """Models ``m1``, ``m2``, … of one shape, with 2 slots each; ``max_models`` are loaded at a time."""
+    """A router with the models ``m1``, ``m2``, … of one shape, with 2 slots each; at most ``max_models`` are loaded."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class RealRouter:
         self._logs.cleanup()
 
     async def start(self) -> None:
-        """Until it answers; no model is loaded."""
+        """Start it, and wait until it answers. No model is loaded."""
         with (Path(self._logs.name) / "log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 str(self.program),
@@ -121,7 +121,7 @@ class RealRouter:
             return answer.status, await answer.json(content_type=None)
 
     async def states(self) -> dict[str, str]:
-        """Of each model, as the router tells them."""
+        """The state of each model, as the router reports it."""
         _, told = await self.get("/models")
         return {model["id"]: model["status"]["value"] for model in told["data"]}
 

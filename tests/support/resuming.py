@@ -1,5 +1,6 @@
-"""Prefills that do not run through, as black-box runs: clients that leave and come back, others' requests in between,
-and a server that is not what it was."""
+"""Prefills that do not run through, as black-box runs: clients that leave and come back, other requests in between, and
+a server that was restarted.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ UNSEEN = {
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """A client that left a prefill and asked the same again. What was computed is told by llama-server's counter, which
-    has it all once a request has ended or was given up."""
+    """A client that left a prefill and sent the same prompt again. The computed tokens are by llama-server's counter,
+    which counts a request once it has ended or was given up.
+    """
 
     n_prompt: int
     n_told: int  # what the last comment had said when it left, 0 where there are none
@@ -41,7 +43,7 @@ class Returned:
 
     @property
     def again(self) -> float:
-        """The part that was computed when it asked again."""
+        """The share of the prompt that was computed when the client came back."""
         return self.n_again / self.n_prompt
 
     @property
@@ -60,7 +62,7 @@ def short(rng: random.Random, n_answer: int = 2) -> dict[str, Any]:
 
 
 def told(comment: str) -> int:
-    """The 8192 of ``prefill 8192 of 14000``; 0 if a comment says something else."""
+    """The 8192 of ``prefill 8192 of 14000``; 0 for any other comment."""
     what, _, rest = comment.partition(" ")
     n_done, _, _ = rest.partition(" of ")
     return int(n_done) if what == "prefill" and n_done.isdigit() else 0
@@ -76,8 +78,9 @@ async def leave_and_return(
     rest_s: float = 3.0,
     seed: int = 1,
 ) -> Returned:
-    """One client leaves when ``at`` of its prompt is computed; somebody asks something short at once, and ``rest_s``
-    later the client comes back. ``is_busy``: beside somebody who streams all the time."""
+    """One client leaves when the share ``at`` of its prompt is computed. Another one asks a short question at once, and
+    ``rest_s`` later the first client comes back. ``is_busy``: another client streams all the time.
+    """
     rng = random.Random(seed)
     n_told = 0
 
@@ -118,17 +121,20 @@ async def leave_and_return(
 
 
 async def drained(stack: Stack) -> None:
-    """Wait until llamaslot has seen that what was left is over; it is asked, and not llama-server. Before that a model
-    that computes the whole prompt in half a second had better do so than wait for the slot."""
+    """Wait until llamaslot has seen that the abandoned work is over. llamaslot is asked, not llama-server. Until then a
+    model that computes the whole prompt in half a second does better to compute it than to wait for the slot.
+    """
     while any(slot["state"] == "DRAINING" for slot in (await stack.status())["backends"][0]["slots"]):  # noqa: ASYNC110
         await asyncio.sleep(0.05)
 
 
 async def prefilled(stack: Stack, asked: asyncio.Task[Any], n_tokens: float) -> int:
-    """Wait until so much of a prompt is computed, or its request has ended; how much it was at the last look.
+    """Wait until ``n_tokens`` of a prompt are computed, or its request has ended. Returns how many were at the last
+    look.
 
-    Told by ``n_prompt_tokens`` of ``/slots``: the counter grows batch by batch only while others get tokens. Somebody
-    who streams all the time is told by how much he still wants.
+    The figure is ``n_prompt_tokens`` of ``/slots``, because the counter of /metrics grows batch by batch only while
+    other requests get tokens. A client that streams all the time is recognised by the number of tokens that it still
+    wants.
     """
     n_now = 0
     while n_now < n_tokens and not asked.done():
@@ -141,7 +147,7 @@ async def prefilled(stack: Stack, asked: asyncio.Task[Any], n_tokens: float) -> 
 
 @dataclass(frozen=True, slots=True)
 class TokenizeCache:
-    """A prefill between which others' short requests were served, and what its slot is as a file."""
+    """A prefill during which other clients' short requests were served, and the size of its slot as a file."""
 
     n_prompt: int
     n_short: int  # that were answered before the long prompt's first token
@@ -159,8 +165,9 @@ class TokenizeCache:
 async def prefill_in_pieces(
     stack: Stack, *, n_prompt: int = 14_000, n_interruptions: int = 5, seed: int = 1
 ) -> TokenizeCache:
-    """Somebody asks something short each time that another part of a long prompt is computed. Afterwards, when nothing
-    runs, llama-server itself saves the slot."""
+    """One client asks a short question each time that another part of a long prompt is computed. Afterwards, when
+    nothing runs, llama-server itself saves the slot.
+    """
     rng = random.Random(seed)
     user = User("user", n_prompt, rng)
     async with clients(stack) as (front, _):
@@ -192,7 +199,7 @@ async def size_of_largest(stack: Stack) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Surprised:
-    """A follow-up after a restart of llama-server that nobody has noticed."""
+    """A follow-up after a restart of llama-server that llamaslot has not noticed."""
 
     n_prompt: int
     n_on_disk: int  # of the prompt, the tokens that the best snapshot holds
@@ -201,7 +208,7 @@ class Surprised:
 
     @property
     def n_excess(self) -> int:
-        """Computed beyond what no snapshot holds."""
+        """How many tokens were computed besides those that no snapshot holds."""
         return self.n_computed - (self.n_prompt - self.n_on_disk)
 
     def __str__(self) -> str:
@@ -249,5 +256,5 @@ async def turn(user: User, client: Client) -> None:
 
 
 def session(stack: Stack) -> int:
-    """How often llamaslot has met its llama-server so far: a restart that it notices makes it one more."""
+    """How often llamaslot has connected to its llama-server so far. Each restart that it notices adds one."""
     return stack.llamaslot.log.count(" slots of ")

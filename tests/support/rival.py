@@ -1,7 +1,7 @@
-"""llamaslot against the strongest rival: llama-server alone with a RAM cache (``--cache-ram``) that holds everything.
+"""llamaslot against its strongest rival: llama-server alone with a RAM cache (``--cache-ram``) that holds everything.
 
-Both serve the same users with the same model; a pair is one run of each, right after one another, on fresh servers, so
-that what else the machine does meanwhile hits both.
+Both serve the same users with the same model. A pair is one run of each, one after the other, on fresh servers, so that
+other work on the machine disturbs both.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ async def run(stack: Stack, *, n_users: int, n_context: int, n_turns: int, at_a_
 
 
 async def take_turns_alone(model: Path, directory: Path, *, cache_mib: int = 8192, seed: int = 1) -> Tally:
-    """The workload on llama-server alone, with so large a RAM cache."""
+    """The workload on llama-server alone, with a RAM cache of ``cache_mib``."""
     flags = ("--cache-ram", str(cache_mib))
     async with Stack(model, directory, alone=True, extra=flags) as stack:
         return await take_turns(stack, seed=seed)

@@ -1,7 +1,7 @@
-"""Answers at temperature 0 against those of an idle server that computes each prompt cold.
+"""Answers at temperature 0 compared with those of an idle server that computes each prompt cold.
 
-Batches of another size round differently, and a context is made of other batches where an answer was decoded into it,
-or others were computed beside it. So a right answer may part from the cold one, where two tokens are as likely.
+Batches of other sizes round differently. A context is made of other batches if an answer was decoded into it, or other
+requests were computed beside it. So a right answer may differ from the cold one where two tokens are equally likely.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LIKELY_NATIVE: dict[str, Any] = {"n_probs": 20}
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Answers against those of an idle server asked cold.
+    """Answers compared with those of an idle server that computes each prompt cold.
 
-    An answer that parts from the idle server's at a token which that one finds as likely as its own, but for
-    ``ROUNDING``, counts as rounded; where a wrong context has answered, it is an arbitrary token.
+    An answer counts as rounded if it differs first at a token that the idle server finds as likely as its own, within
+    ``ROUNDING``. With a wrong context the first different token is an arbitrary one.
     """
 
     n_all: int
@@ -35,7 +35,7 @@ class Answers:
 
     @property
     def are_right(self) -> bool:
-        """None differs, and rounding is the exception."""
+        """True if no answer differs, and few are rounded."""
         return not self.differ and len(self.rounded) <= self.n_all / 3
 
     def __str__(self) -> str:
@@ -47,8 +47,9 @@ class Answers:
 
 
 async def answers_of(asked: Iterable[tuple[dict[str, Any], Reply]], idle: Client) -> Answers:
-    """``asked``: bodies that ask ``idle`` for a chat completion in one piece, computed cold, each with the reply to
-    judge. AssertionError where a reply is an error."""
+    """Compare the replies in ``asked`` with the answers of ``idle``. ``asked`` has bodies, each with its reply; they
+    ask for a chat completion in one piece. Raises AssertionError if a reply is an error.
+    """
     n_all, rounded, differ = 0, [], []
     for body, reply in asked:
         assert not reply.error, reply.error
@@ -63,14 +64,15 @@ async def answers_of(asked: Iterable[tuple[dict[str, Any], Reply]], idle: Client
 
 
 def is_right(text: str, answer: dict[str, Any]) -> bool:
-    """Whether ``text`` is an idle server's ``answer``, but for rounding."""
+    """True if ``text`` is an idle server's ``answer``, apart from rounding."""
     return parting_gap(text, answer) <= ROUNDING
 
 
 def parting_gap(text: str, answer: dict[str, Any]) -> float:
-    """By how much an idle server finds the token less likely (in ln) with which ``text`` parts from its own answer: 0
-    if it does not, infinity if the token is none of its likeliest 20. ``answer`` was asked for with ``LIKELY_CHAT`` or
-    ``LIKELY_NATIVE``."""
+    """By how much, in ln, an idle server finds the first different token of ``text`` less likely than its own: 0 if
+    ``text`` does not differ, infinity if the token is none of its likeliest 20. ``answer`` was requested with
+    ``LIKELY_CHAT`` or ``LIKELY_NATIVE``.
+    """
     if "completion_probabilities" in answer:
         tokens = answer["completion_probabilities"]
     else:

@@ -1,4 +1,4 @@
-"""What the tests of the clients' own libraries have in common: a stack to talk to, and its return to rest."""
+"""What tests with the clients' own libraries have in common: a stack, and waiting until it is at rest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sdk_stack(directory: Path, **settings: Any) -> Stack:
 
 
 async def until(stack: Stack, condition: Callable[[dict[str, Any]], bool]) -> None:
-    """Wait for what llamaslot's status says. AssertionError with the status if it never does."""
+    """Wait until ``condition`` is true of llamaslot's status. Raises AssertionError with the status if it never is."""
     status: dict[str, Any] = {}
     try:
         async with asyncio.timeout(PATIENCE_S):
@@ -62,7 +62,7 @@ async def at_work(stack: Stack) -> None:
 
 
 async def at_rest(stack: Stack) -> None:
-    """Wait until every slot is given back and nobody waits."""
+    """Wait until every slot is given back and no request waits."""
 
     def rests(status: dict[str, Any]) -> bool:
         return not status["queue"] and all(

@@ -1,4 +1,4 @@
-"""Conversations that begin with the same system prompt, as agents' do, and what of it is computed again."""
+"""Conversations that begin with the same system prompt, as agents' do, and how much of it is computed again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tests.support.users import Client, Meter, common, rendered, symbols, words
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The first turn of a conversation: tokens of its prompt, those that others have computed before, and those that
-    llama-server computed for it, by its own counter."""
+    """The first turn of a conversation: the tokens of its prompt, how many of them other conversations have computed
+    before, and how many llama-server has computed for it, by its own counter.
+    """
 
     when: str
     n_prompt: int
@@ -24,7 +25,7 @@ class Opening:
 
     @property
     def share(self) -> float:
-        """Of what others have computed, the part that was not computed again."""
+        """The share of the tokens computed before that was not computed again."""
         return (self.n_prompt - self.n_computed) / self.n_shared
 
     def __str__(self) -> str:
@@ -43,7 +44,7 @@ class Agent:
         return [self.system, {"role": "user", "content": words(self.rng, n_question)}]
 
     async def turn(self, messages: list[dict[str, str]], n_question: int = 80) -> int:
-        """Ask; the conversation goes on with the answer and the next question. The tokens of the prompt."""
+        """Ask, and append the answer and the next question to the conversation. Returns the tokens of the prompt."""
         body: dict[str, Any] = {
             "messages": list(messages),
             "max_tokens": 20,
@@ -69,8 +70,9 @@ _A, _B = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
 
 
 async def share_a_system_prompt(stack: Stack, *, n_system: int, n_turns: int = 10) -> list[Opening]:
-    """New conversations: right after the first one has begun, when it has gone further, and when llama-server has been
-    restarted, so that all there is lies on disk."""
+    """New conversations: right after the first one has begun, when that has gone further, and after a restart of
+    llama-server, when all contexts are only on disk.
+    """
     async with clients(stack) as (front, _):
         meter = Meter(stack.server.metrics)
         await meter.resume()
@@ -89,7 +91,9 @@ async def share_a_system_prompt(stack: Stack, *, n_system: int, n_turns: int = 1
 
 
 async def find_prewarmed(stack: Stack, *, n_system: int) -> list[Opening]:
-    """New conversations that begin with what ``prewarm`` names: the first ever, and after both have been restarted."""
+    """New conversations that begin with what ``prewarm`` names: the first of all, and one after llama-server and
+    llamaslot have been restarted.
+    """
     async with clients(stack) as (front, _):
         meter = Meter(stack.server.metrics)
         await meter.resume()

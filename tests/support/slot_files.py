@@ -1,6 +1,6 @@
-"""Slot files in llama-server's own layout, without one: made by another hand than the code that reads them.
+"""Slot files in llama-server's own layout, written without llama-server, and without the code that reads them.
 
-Each row and state is a function of the tokens up to it, so those of two files are equal where their tokens are.
+Each row and state is a function of the tokens up to it, so two files have equal ones where their tokens are equal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import xxhash
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What decides on the layout. ``layers``: of full attention, with a window, with a recurrent state."""
+    """What determines the layout. ``layers``: the numbers of layers with full attention, with a window, with a
+    recurrent state.
+    """
 
     layers: tuple[int, int, int] = (2, 0, 0)
     row_bytes: int = 16
@@ -58,7 +60,7 @@ def slot_file(model: Model, tokens: Sequence[int], checkpoints: Sequence[int] = 
 
 
 def row(model: Model, tokens: Sequence[int], tensor: int) -> bytes:
-    """That of the last of ``tokens``."""
+    """The row of the last of ``tokens``."""
     digest = xxhash.xxh3_128_digest(struct.pack(f"<{len(tokens)}i", *tokens), seed=model.seed)
     return _row(digest, tensor, model.row_bytes)
 

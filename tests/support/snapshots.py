@@ -1,4 +1,6 @@
-"""A snapshot directory for tests: slot files as llama-server writes them, a clock by hand, what really lies on disk."""
+"""A snapshot directory for tests: slot files as llama-server writes them, a clock by hand, and what is
+really on disk.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,12 @@ def slot_file(
 
 
 def some_tokens(n_tokens: int, seed: int = 0) -> bytes:
-    """Distinct conversations for distinct seeds; the same beginning for the same seed."""
+    """``n_tokens`` tokens: other seeds give other conversations; the same seed always gives the same beginning."""
     return pack([seed, *range(1, n_tokens)])
 
 
 def listed(id_: str, tokens: bytes, size_bytes: int) -> WithTokens:
-    """An entry of a catalog of which only these fields matter."""
+    """A catalog entry in which only these fields matter."""
     return WithTokens.of(
         tokens,
         id=id_,
@@ -91,7 +93,9 @@ class Shelter:
         self.has_dropped.set()
 
     def tick(self) -> float:
-        """Each look at the clock is a second later, so that nothing is used at the same time."""
+        """The clock of the catalog. Each call is one second later, so that no two snapshots are used at the
+        same time.
+        """
         self.time += self.seconds_per_look
         return self.time
 
@@ -100,7 +104,7 @@ class Shelter:
         return self.catalog
 
     async def reopen(self, *, has_manifest: bool = True) -> Catalog:
-        """A clean restart; without the register all files are read."""
+        """A clean restart. Without ``has_manifest`` the list of snapshots is missing, so all files are read."""
         await self.catalog.settle()
         await self.catalog.write_manifest()
         if not has_manifest:
@@ -116,13 +120,13 @@ class Shelter:
         return len(data)
 
     def put(self, name: str, data: bytes = b"") -> Path:
-        """Anything at all under this name."""
+        """Write any file of this name."""
         path = self.directory / name
         path.write_bytes(data)
         return path
 
     def sidecar(self, id_: str, **changes: Any) -> dict[str, Any]:
-        """What the sidecar says, after changing it if there are changes."""
+        """Return the sidecar's content, after making the ``changes`` in it, if any."""
         path = self.directory / f"{id_}.json"
         fields: dict[str, Any] = json.loads(path.read_bytes()) | changes
         if changes:
@@ -146,17 +150,18 @@ class Shelter:
         return await self.commit(draft, tokens, self.write(draft, tokens), **changes)
 
     async def settled(self) -> set[str]:
-        """``names()``, once all that was begun is done: sidecars are written again in the background."""
+        """As ``names()``, once all work in the background is done: sidecars are written again there."""
         await self.catalog.settle()
         return self.names()
 
     def names(self) -> set[str]:
-        """Everything in the directory but the lock and the hits."""
+        """The names of everything in the directory, except the lock and the file of hits."""
         return {entry.name for entry in self.directory.iterdir()} - {".llamaslot.lock", ".llamaslot.hits"}
 
     def bytes_on_disk(self) -> int:
-        """What counts for the quota: the real sizes of our files but sidecars. Counted again if one gets another name
-        meanwhile or goes: a thread may look, and a file system would not miss it."""
+        """The bytes that count for the quota: the sizes of our files except sidecars. They are counted again if a file
+        is renamed or removed meanwhile, because threads of the catalog may be at work.
+        """
         while True:
             names = [path.name for path in self.directory.iterdir()]
             ours = [name for name in names if (own := own_name(name)) and own[1] in (KV, EXT, PART)]
@@ -166,14 +171,14 @@ class Shelter:
                     return total
 
     def whole(self) -> set[str]:
-        """The names that the listed snapshots have: a settled directory holds exactly these."""
+        """The names of the files that the listed snapshots have. A settled directory has exactly these."""
         listed = self.catalog.snapshots.values()
         return {name for its in listed for name in (*its.files, f"{its.id}.json")}
 
 
 @asynccontextmanager
 async def opened(directory: Path) -> AsyncIterator[Shelter]:
-    """A catalog with a quota of 10,000 bytes; at the end everything must be accounted for."""
+    """A catalog with a quota of 10,000 bytes. At the end every file must belong to a snapshot."""
     shelter = Shelter(directory)
     await shelter.open()
     yield shelter
@@ -183,7 +188,7 @@ async def opened(directory: Path) -> AsyncIterator[Shelter]:
 
 
 def refuse(patch: pytest.MonkeyPatch, step: str, code: int, wanted: Callable[[Path], bool]) -> None:
-    """From now on ``os.<step>`` fails for paths that are ``wanted``."""
+    """From now on ``os.<step>`` fails with ``code`` for paths of which ``wanted`` is true."""
     real = getattr(os, step)
 
     def operation(path: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -195,14 +200,16 @@ def refuse(patch: pytest.MonkeyPatch, step: str, code: int, wanted: Callable[[Pa
 
 
 class Killed(BaseException):
-    """SIGKILL, for one thread of a test: no ``except`` of ours catches it."""
+    """SIGKILL, for one thread of a test: no ``except`` in llamaslot catches it."""
 
 
 STEPS = ("open", "fsync", "fdatasync", "utime", "rename", "unlink")
 
 
 class Killer:
-    """Lets ``n_steps`` file operations pass; from then on the process is dead: every further one raises."""
+    """Lets ``n_steps`` file operations pass. From then on the process counts as dead: every further one raises
+    ``Killed``.
+    """
 
     def __init__(self, n_steps: int) -> None:
         self.n_steps = n_steps

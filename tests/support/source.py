@@ -16,5 +16,5 @@ SOURCE_GROUP = pytest.mark.xdist_group("source")
 
 @cache
 def parsed(module: Path) -> ast.Module:
-    """Its tree, which nobody changes."""
+    """The syntax tree of ``module``. Tests must not change it."""
     return ast.parse(module.read_text())

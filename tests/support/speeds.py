@@ -1,4 +1,4 @@
-"""Models of three speeds and three kinds: what is worth a request more on one of them is not on another."""
+"""Models of three speeds and three kinds. One more request is worth its cost on one of them, and not on another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPEEDS: tuple[Speed, ...] = ("2x64", "2x128", "4x256")
 
 
 def model_of(kind: Kind, speed: Speed, directory: Path) -> Path:
-    """Layers and width as ``speed`` says, but for the six layers that a sliding window takes."""
+    """A model with the layers and width of ``speed``; one with a sliding window always has six layers."""
     layers, width = map(int, speed.split("x"))
     if kind == "dense":
         return models.dense(directory, layers=layers, width=width)

@@ -1,4 +1,4 @@
-"""The whole thing as a user runs it: a real llama.cpp server and ``llamaslot serve`` as a process in front of it."""
+"""All of it as a user runs it: a real llama.cpp server, and ``llamaslot serve`` as a process in front of it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Proxy:
 
     @property
     def log(self) -> str:
-        """All that it has logged so far, over restarts."""
+        """All that llamaslot has logged so far, over its restarts."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     async def start(self, *, wait: bool = True) -> None:
@@ -241,12 +241,14 @@ class Stack:
 
 
 def without_backend(sample: str) -> str:
-    """The name of a sample without the labels ``backend`` and ``model``, the same in all where there is one."""
+    """The name of a sample without the labels ``backend`` and ``model``, which are the same in all samples of one
+    backend.
+    """
     return re.sub(r'(backend|model)="[^"]*",?', "", sample).replace("{}", "").replace(",}", "}")
 
 
 def size_of(path: Path) -> int:
-    """The size of a file, 0 when it has just gone."""
+    """The size of a file in bytes, 0 if it has just gone."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 """A reader of server-sent events that is as strict as the strictest clients: openai-go before its 2026 releases takes
-each blank line for the end of an event, and fails where that has no data."""
+each blank line for the end of an event, and fails if that event has no data.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event. ``comments``: those that came before it."""
+    """One event. ``comments``: the comments that came before it."""
 
     data: str
     name: str = ""
@@ -17,8 +18,9 @@ class Event:
 
 
 def strict(raw: bytes) -> list[Event]:
-    """The events of a stream; what is left behind the last blank line must be comments, or half an event that was never
-    finished. AssertionError for an event without data, and for a comment within an event."""
+    """The events of a stream. After the last blank line only comments may follow, or half an event that was never
+    finished. Raises AssertionError for an event without data, and for a comment inside an event.
+    """
     return list(_events(raw.decode()))
 
 

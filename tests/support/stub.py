@@ -1,9 +1,9 @@
 """Stand-ins for llama-server and the catalog inside the test's own loop: no sockets, no files, no time of their own.
 
-Whatever takes time is an ``Op`` that waits until the test serves it, makes it fail, or lets ``pace`` do that. The
-stub keeps the rules that LLAMA servers do not enforce (nothing may be sent to a slot at work, a restore needs an empty
-slot): ``violations`` lists what broke them, ``n_computed`` counts the prompt tokens that were computed. What a slot can
-go on from is up to ``cache_kind``: the end of what it holds, or a checkpoint, where it cannot go back to any token.
+Each call that takes time is an ``Op`` that waits until the test serves it, makes it fail, or lets ``pace`` do so. The
+stub knows rules that llama-server does not enforce: nothing may be sent to a slot at work, a restore needs an empty
+slot. ``violations`` lists the calls that broke them; ``n_computed`` counts the computed prompt tokens. ``cache_kind``
+decides from where a slot can go on: from any token, or only from the end of what it holds or a checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NEAR = 16  # so far back from its end its slot can go
 
 @dataclass(eq=False)
 class Op:
-    """Something that the server, or the disk, is asked to do. ``effect`` is what it does once it is served."""
+    """A call to the server, or to the disk, that takes time. ``effect`` is what it does once it is served."""
 
     kind: str
     slot: int | None
@@ -72,7 +72,7 @@ class StubSlot:
 
 
 class StubServer:
-    """``pace``: seconds that an op takes; None for those that wait for the test."""
+    """``pace``: seconds that an op takes; None: ops wait for the test."""
 
     url = "stub"
 
@@ -119,14 +119,14 @@ class StubServer:
                 op.done.set_result(None)
 
     def fail(self, op: Op, error: Exception) -> None:
-        """Let ``op`` fail; what only the server does (notice that a client has gone) cannot."""
+        """Let ``op`` fail. An op of the server itself (detecting that a client has gone) cannot fail."""
         if op in self.pending and op.kind != "notice":
             self.pending.remove(op)
             if not op.done.done():
                 op.done.set_exception(error)
 
     def restart(self) -> None:
-        """Another process: nothing in the slots, every connection gone."""
+        """Become another process: its slots are empty, and every connection is closed."""
         self.n_boots += 1
         self.slots_ = [StubSlot(slot.id) for slot in self.slots_]
         for op in list(self.pending):
@@ -138,7 +138,7 @@ class StubServer:
         self.violations.append(text)
 
     def lose(self, slot_id: int) -> None:
-        """The slot is emptied, and nobody is told."""
+        """Empty the slot without telling any client."""
         slot = self.slots_[slot_id]
         slot.tokens, slot.checkpoints, slot.is_lost = b"", (), True
 
@@ -147,7 +147,7 @@ class StubServer:
     async def op(
         self, kind: str, slot: int | None, effect: Callable[[], None] = lambda: None, n_tokens: int = 0
     ) -> None:
-        """One thing that takes time. Its effect happens when it is served, whether its caller is still there or not."""
+        """Wait for one op. Its effect happens when it is served, even if its caller has been cancelled."""
         boot = self.n_boots
         op = self._asked(kind, slot, effect, n_tokens)
         try:
@@ -167,7 +167,7 @@ class StubServer:
         return op
 
     def _notice(self, slot: StubSlot) -> None:
-        """The client of ``slot`` has gone: the server goes on until it notices that, at the end of a batch."""
+        """The client of ``slot`` has gone. The server goes on until it detects that, at the end of a batch."""
         n_more = count(slot.batch) - count(slot.tokens) if slot.batch is not None else 0
 
         def effect() -> None:
@@ -190,7 +190,7 @@ class StubServer:
         return slot
 
     def _usable(self, slot: StubSlot, tokens: bytes) -> int:
-        """What need not be computed again of what the slot holds. One token always is."""
+        """How many tokens need not be computed again, because the slot holds them. One token is always computed."""
         limit, n_held = min(common(slot.tokens, tokens), count(tokens) - 1), count(slot.tokens)
         if self.cache_kind is CacheKind.DENSE:
             return limit
@@ -255,8 +255,10 @@ class StubServer:
         no_cache: bool = False,
         on_found: Callable[[int], None] = lambda n: None,
     ) -> AsyncIterator[Answer]:
-        """A client's own request: entered when the answer begins; ``Answer.rest`` waits for its end. ``on_found`` is
-        called with what is reused, before anything is computed: what it raises ends the request."""
+        """A client's own request, as a context manager that is entered when the answer begins. ``Answer.rest`` waits
+        for its end. ``on_found`` is called with the number of reused tokens before anything is computed; an exception
+        in it ends the request.
+        """
         self.guard(slot_id)
         await self.op("send", slot_id)
         by = self.asker(slot_id)
@@ -404,8 +406,7 @@ class Answer:
 
 @dataclass
 class StubCatalog:
-    """A catalog in memory with room for ``room`` snapshots; ``Catalog``'s surface as far as ``PlanExecutor`` uses
-    it."""
+    """A catalog in memory with room for ``room`` snapshots, with the part of ``Catalog`` that ``PlanExecutor`` uses."""
 
     server: StubServer
     room: int = 1000
@@ -516,7 +517,7 @@ class StubCatalog:
     async def given_out(
         self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
     ) -> AsyncIterator[Given]:
-        """Its whole file."""
+        """The whole file of ``snapshot``."""
         yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
 
     async def drop(self, id_: str) -> None:
@@ -525,7 +526,7 @@ class StubCatalog:
         await asyncio.sleep(0)
 
     def discard(self, id_: str) -> None:
-        """Out of the list at once; the file of a pinned one stays until it is unpinned."""
+        """Remove a snapshot from the list at once. The file of a pinned one stays until it is unpinned."""
         snapshot = self.snapshots.pop(id_)
         if self.pins[id_]:
             self.pending_delete.add(id_)

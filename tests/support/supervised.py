@@ -29,7 +29,7 @@ CHAT = "/v1/chat/completions"
 
 
 def tagged(tag: str) -> list[int]:
-    """The processes, other than zombies, that have ``tag`` in their environment: a command's whole offspring."""
+    """The processes, except zombies, that have ``tag`` in their environment: all that a command has started."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -41,7 +41,7 @@ def tagged(tag: str) -> list[int]:
 
 
 class Supervised:
-    """One ``cmd:``. ``line``: llama-server's command line, behind ``--``; ``options``: of ``llamaslot run``."""
+    """One ``cmd:``. ``line``: llama-server's command line, after ``--``; ``options``: those of ``llamaslot run``."""
 
     def __init__(
         self, line: Sequence[str], store: Path, *options: str, environment: dict[str, str] | None = None
@@ -57,7 +57,7 @@ class Supervised:
 
     @classmethod
     def of(cls, model: Path, store: Path, *options: str, flags: Sequence[str] = ()) -> Supervised:
-        """The embedded engine with 2 slots; the port stands in its own command line, as ``${PORT}`` does."""
+        """The embedded engine with 2 slots. Its own command line has the port as ``${PORT}``."""
         it = cls((), store, *options)
         it._words += [
             *ENGINE,
@@ -106,7 +106,7 @@ class Supervised:
 
     @property
     def offspring(self) -> list[int]:
-        """All its processes but llamaslot itself."""
+        """All its processes except llamaslot itself."""
         return [pid for pid in tagged(self.tag) if pid != self.pid]
 
     async def start(self) -> None:
@@ -159,7 +159,7 @@ class Supervised:
         await self.ended()
 
     async def ended(self) -> int:
-        """Wait for its end and that of its output. Returns the exit status."""
+        """Wait until it has ended and its output is read to the end. Returns the exit status."""
         assert self._process is not None
         assert self._reading is not None
         status = await self._process.wait()
@@ -168,7 +168,7 @@ class Supervised:
         return status
 
     async def chat(self, messages: list[dict[str, str]], n: int = 8, **more: Any) -> dict[str, Any]:
-        """One answer, whole."""
+        """Ask for one answer in one piece."""
         body = {"messages": messages, "max_tokens": n, "temperature": 0, **more}
         async with aiohttp.request("POST", self.url + CHAT, json=body) as answer:
             assert answer.status == 200, await answer.text()

@@ -1,4 +1,6 @@
-"""Prompts that come at the same moment, as black-box runs: what they have in common, and what they answer."""
+"""Prompts that come at the same moment and have a prefix in common, as black-box runs: what is computed and
+answered.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class Together:
 
     @property
     def share(self) -> float:
-        """Computed tokens over distinct ones: 1 when nothing is computed twice."""
+        """Computed tokens divided by distinct ones: 1 if nothing is computed twice."""
         return self.n_computed / self.n_distinct
 
     def __str__(self) -> str:
@@ -55,7 +57,7 @@ class Together:
 
 
 def beginning(place: Place, common_part: str, own: str) -> tuple[str, dict[str, Any], str]:
-    """Route, body and prompt of a new conversation; the prompt in symbols, one for each token."""
+    """Route, body and prompt of a new conversation. The prompt is in symbols, one for each token."""
     options = {"max_tokens": 8, "temperature": 0, "stream": True}
     if place == "completions":
         return "/v1/completions", {"prompt": common_part + own, **options}, common_part + own
@@ -68,8 +70,9 @@ def beginning(place: Place, common_part: str, own: str) -> tuple[str, dict[str, 
 async def begin_together(
     stack: Stack, place: Place, *, n_new: int = 4, n_common: int = 12_000, n_own: int = 500, seed: int = 1
 ) -> Together:
-    """``n_new`` conversations at once, with ``n_common`` tokens in common and ``n_own`` of their own. ``place``: the
-    common ones are the system message, the beginning of the first user message, or of a prompt for completions."""
+    """``n_new`` conversations at once, with ``n_common`` tokens in common and ``n_own`` of their own. ``place``: where
+    the common tokens are: in the system message, at the beginning of the first user message, or of a plain prompt.
+    """
     rng = random.Random(seed)
     common_part = words(rng, n_common)
     requests = [beginning(place, common_part, words(rng, n_own)) for _ in range(n_new)]
@@ -88,7 +91,7 @@ async def begin_together(
 
 
 def distinct(prompts: Sequence[str]) -> int:
-    """Tokens of all prompts, those of a common prefix once: the nodes of their trie."""
+    """The number of tokens of all prompts, those of a common prefix counted once: the nodes of their trie."""
     ordered = sorted(prompts)
     before = ["", *ordered[:-1]]
     return sum(len(prompt) - common(prompt, other) for prompt, other in zip(ordered, before, strict=True))
@@ -103,8 +106,9 @@ async def answer_beside_others(
     n_answer: int = 40,
     seed: int = 1,
 ) -> Answers:
-    """A conversation of each size, all asking at the same moment, beside somebody who streams all the time; every other
-    one streams. ``reference`` is the same model: it gets each prompt afterwards, one after another."""
+    """A conversation of each size; all ask at the same moment, every other one for a stream, beside another client that
+    streams all the time. ``reference`` has the same model: it gets each prompt afterwards, one after another.
+    """
     rng = random.Random(seed)
     users = [User(f"user {number}", size, rng) for number, size in enumerate(sizes)]
     bodies: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""A catalog that takes in slot files in llama-server's own layout, and what it holds of them."""
+"""A catalog that takes in slot files in llama-server's own layout, and checks of what it stores of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ APPENDIX = struct.pack("<I", 0x504B4353)
 
 
 def words(n_tokens: int, seed: int = 0) -> list[int]:
-    """Tokens of a conversation; those of another seed share none."""
+    """The tokens of a conversation. Conversations of different seeds have none in common."""
     rng = random.Random(seed)
     return [rng.randrange(1, 1000) for _ in range(n_tokens)]
 
@@ -36,7 +36,7 @@ def _file(model: Model, tokens: tuple[int, ...]) -> bytes:
 
 
 class Tree(Shelter):
-    """Knows the tokens of all that was saved, as the prefix index does."""
+    """Knows the tokens of all saved snapshots, as the prefix index does."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class Tree(Shelter):
         self.drops_bases = False  # while a save goes on from them
 
     def file(self, tokens: Sequence[int]) -> bytes:
-        """What llama-server writes of a slot that holds these."""
+        """What llama-server writes for a slot that holds ``tokens``."""
         return _file(self.model, tuple(tokens))
 
     def write_file(self, draft: Reservation, tokens: Sequence[int]) -> int:
-        """Save as llama-server does; the size in bytes."""
+        """Save as llama-server does. Returns the size in bytes."""
         data = self.file(tokens)
         (self.catalog.slot_files / draft.part_name).write_bytes(data)
         return len(data)
@@ -64,7 +64,7 @@ class Tree(Shelter):
     async def take(
         self, tokens: Sequence[int], *, after: str = "", data: bytes | None = None, **changes: Any
     ) -> WithTokens:
-        """Save a slot with these tokens; ``after``: the snapshot that it goes on from."""
+        """Save a slot with these tokens. ``after``: the snapshot that the slot goes on from."""
         data = self.file(tokens) if data is None else data
         draft = await self.catalog.reserve(len(data))
         (self.catalog.slot_files / draft.part_name).write_bytes(data)
@@ -88,7 +88,7 @@ class Tree(Shelter):
         self.most_bytes = max(self.most_bytes, self.bytes_on_disk())
 
     async def given(self, id_: str, n_tokens: int | None = None) -> bytes:
-        """The slot file that a restore of its first tokens gets."""
+        """The slot file that a restore of the first ``n_tokens`` of a snapshot gets; None: of all."""
         snapshot = await self.catalog.verify(id_)
         with self.catalog.pin(id_):
             async with self.catalog.given_out(snapshot, n_tokens or snapshot.n_tokens) as given:
@@ -96,8 +96,8 @@ class Tree(Shelter):
                 return (self.catalog.slot_files / given.name).read_bytes()
 
     async def check_all(self) -> None:
-        """Each snapshot is given out with its rows and its last state as llama-server wrote them; there are no other
-        files than those of the snapshots, each as it was written, and all are accounted for.
+        """Check that each snapshot is given out with its rows and its last state as llama-server wrote them. There must
+        be no files except those of the snapshots, each unchanged, and every file must be accounted for.
         """
         for id_, snapshot in list(self.catalog.snapshots.items()):
             tokens = (await self.catalog.verify(id_)).tokens

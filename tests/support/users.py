@@ -1,6 +1,6 @@
-"""Simulated users: what a team's IDEs do to an OpenAI endpoint, with exact bookkeeping of what a cache could reuse.
+"""Simulated users: what the IDEs of a team send to an OpenAI endpoint, with an exact count of what a cache could reuse.
 
-The generated models have one token per byte of printable ASCII and one per special token, so token counts and common
+The generated models have one token for each byte of printable ASCII and for each special token. So tokens and common
 prefixes are counted here, independently of the server and of llamaslot. ``Team.check_counts`` compares prompt and count
 with the server's own ``/apply-template`` and ``/tokenize`` once.
 """
@@ -82,12 +82,12 @@ class Reply:
 
     @property
     def slot(self) -> int | None:
-        """The slot that llamaslot names in its header, None when asked directly."""
+        """The slot that llamaslot names in its header; None if llama-server was asked directly."""
         value = self.headers.get("x-llamaslot-slot")
         return int(value) if value and value.isdigit() else None
 
     def learn(self, body: dict[str, Any]) -> None:
-        """Take the numbers out of whatever carries some: ``usage`` (OpenAI) and ``timings`` (llama-server)."""
+        """Take the figures from ``body``, where it has ``usage`` (OpenAI) or ``timings`` (llama-server)."""
         if usage := body.get("usage"):
             self.n_prompt = usage["prompt_tokens"]
         if timings := body.get("timings"):
@@ -111,7 +111,7 @@ async def events(response: aiohttp.ClientResponse, t0: float) -> AsyncIterator[E
 
 
 class Client:
-    """An HTTP client without any waiting of its own: a fresh connection for each request, no time limit."""
+    """An HTTP client without delays of its own: a fresh connection for each request, no time limit."""
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         self.url, self._headers = url, headers
@@ -147,7 +147,7 @@ class Client:
     ) -> Reply:
         """Send a completion, streaming or not, and read it to its end.
 
-        A failure is told in ``Reply.error``, never raised. Canceling closes the connection: the client has left.
+        ``Reply.error`` reports a failure, which is never raised. Canceling closes the connection: the client has left.
         """
         reply, t0 = Reply(), time.perf_counter()
         try:
@@ -188,7 +188,9 @@ class Client:
 
 
 def learn_comment(reply: Reply, comment: str) -> None:
-    """Where the HTTP headers went early, the x-llamaslot ones come as comments: ``x-llamaslot-slot: 2``."""
+    """Take a header of llamaslot from a comment (``x-llamaslot-slot: 2``), which replaces it if the HTTP headers were
+    sent before.
+    """
     for part in comment.replace(";", ",").split(","):
         name, separator, value = part.strip().partition(":")
         if separator and name.lower().startswith("x-"):
@@ -208,7 +210,7 @@ def content_of(body: dict[str, Any]) -> str:
 
 @dataclass(slots=True)
 class Turn:
-    """One question of one user, and what became of it."""
+    """One question of one user, and its result."""
 
     user: str
     number: int  # 1 is the first
@@ -218,7 +220,7 @@ class Turn:
 
 
 class User:
-    """One conversation: a long context, then question after question, each with all that went before."""
+    """One conversation: a long context, then one question after another, each with all messages before it."""
 
     def __init__(self, name: str, n_context: int, rng: random.Random, *, n_question: int = 60) -> None:
         self.name, self.rng, self.n_question = name, rng, n_question
@@ -255,7 +257,7 @@ class User:
         }
 
     async def turn(self, client: Client, **options: Any) -> Turn:
-        """Ask once; the conversation goes on with the answer and the next question only when it was answered."""
+        """Ask once. The conversation gets the answer and the next question only if the request was answered."""
         prompt = symbols(rendered(self.messages))
         n_unlimited = min(common(self.known, prompt), len(prompt) - 1)
         reply = await client.ask("/v1/chat/completions", self.body(**options))
@@ -269,10 +271,10 @@ class User:
 
 
 class Team:
-    """Some users who take turns, a few at a time, in an order drawn at random.
+    """Some users that take turns, a few at a time, in an order drawn at random.
 
-    ``n_context`` is the size of their contexts, or several sizes that go round. ``client`` is where they ask
-    (llamaslot, or llama-server directly), ``server`` is llama-server itself.
+    ``n_context``: the tokens of their contexts, or several sizes that are used in turn. ``client`` asks (llamaslot, or
+    llama-server directly); ``server`` is llama-server itself.
     """
 
     def __init__(
@@ -294,7 +296,7 @@ class Team:
         ]
 
     async def check_counts(self) -> None:
-        """The server renders a conversation and counts its tokens as this module does."""
+        """Check that the server renders a conversation and counts its tokens as this module does."""
         conversation = [
             *self.users[0].messages,
             {"role": "assistant", "content": " an answer"},
@@ -307,7 +309,9 @@ class Team:
         assert n_tokens == len(symbols(text)), "the model does not have one token per byte"
 
     async def run(self, n_turns: int, *, at_a_time: int = 4, **options: Any) -> list[Turn]:
-        """Every user has ``n_turns`` more turns; who is next is drawn at random among those who are not waiting."""
+        """Every user has ``n_turns`` more turns. The next one is drawn at random among the users that do not wait for
+        an answer.
+        """
         left = {user.name: n_turns for user in self.users}
         ready = {user.name: user for user in self.users}
         done: list[Turn] = []
@@ -342,10 +346,10 @@ class Team:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What a number of turns asked for and what llama-server computed for them.
+    """How many tokens a number of turns asked for, and how many llama-server computed for them.
 
-    ``n_computed`` is the difference of ``llamacpp:prompt_tokens_total``, so it includes whatever llamaslot itself
-    computes: probes, prefills in steps, work done twice.
+    ``n_computed`` is the difference of ``llamacpp:prompt_tokens_total``. So it includes what llamaslot itself computes:
+    probes, prefills in steps, work done twice.
     """
 
     n_turns: int
@@ -359,9 +363,9 @@ class Tally:
 
     @property
     def ratio(self) -> float:
-        """Of the tokens that an unlimited cache would have reused on follow-up turns, the part that was reused.
+        """The share that was reused of the tokens that an unlimited cache would have reused on follow-up turns.
 
-        Counted against llamaslot: all that first turns may have found counts as not reused by the others.
+        It may be too low for llamaslot: tokens that first turns have reused count as not reused by the others.
         """
         return (self.n_prompt - self.n_computed - self.n_first_shared) / max(self.n_unlimited, 1)
 
@@ -416,7 +420,9 @@ async def talking(
     max_tokens: int = 100_000,
     clock: Callable[[], float] = time.perf_counter,
 ) -> AsyncIterator[list[float]]:
-    """Another client that streams all the time; yields the times, by ``clock``, at which its tokens came."""
+    """A context manager: in its block another client streams all the time. Gives the times, by ``clock``, at which the
+    tokens of that stream came.
+    """
     times: list[float] = []
     started = asyncio.Event()
 

@@ -1,7 +1,7 @@
 """Tiny GGUF models with a SentencePiece vocabulary: BOS, spaces as U+2581, one put in front of each piece of text.
 
-What ``models.py`` makes has byte tokens and no BOS, so that tokens can be counted. These are for what depends on how
-a text is cut: words of several characters, and what llama.cpp does around special tokens.
+The models of ``models.py`` have byte tokens and no BOS, so that tokens can be counted. These are for what depends on
+how a text is tokenized: words of several characters, and what llama.cpp does around special tokens.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def sentencepiece(
 ) -> Path:
     """One layer of a ``llama`` with random weights.
 
-    ``name`` "phi-3" makes llama.cpp strip the spaces after most special tokens (it goes by general.name).
-    ``adds_eos`` makes it append EOS to whatever is tokenized with ``add_special``. ``infill``: what the special tokens,
-    in their order, are for /infill (``models.INFILL``).
+    ``name``: "phi-3" makes llama.cpp strip the spaces after most special tokens (it goes by general.name). ``adds_eos``
+    makes it append EOS to each text tokenized with ``add_special``. ``infill``: the meanings for /infill of the special
+    tokens, in their order (``models.INFILL``).
     """
     path = directory / f"spm-{name}{'-eos' if adds_eos else ''}-{len(infill)}.gguf"
     directory.mkdir(parents=True, exist_ok=True)

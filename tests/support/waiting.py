@@ -1,8 +1,8 @@
-"""Time without what other processes took: what a comparison of two servers is made in on a machine that has others.
+"""Time without the time that other processes took, to compare two servers on a machine that also does other work.
 
-Linux notes for each thread how long it ran and how long it was ready to run while others had the CPUs. Of a
-llama-server with one compute thread the busiest thread is its main loop; the time that this one waited for a CPU says
-nothing about what is measured.
+Linux notes for each thread how long it ran, and how long it was ready to run while other threads had the CPUs. The
+busiest thread of a llama-server with one compute thread is its main loop. The time that it waited for a CPU is no part
+of what is measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ LOOK_S = 0.2  # for the busiest thread
 
 
 def threads(pid: int) -> dict[str, tuple[float, float]]:
-    """Of each thread the seconds that it ran and that it waited for a CPU (``/proc/<pid>/task/*/schedstat``)."""
+    """For each thread, the seconds that it ran and the seconds that it waited for a CPU
+    (``/proc/<pid>/task/*/schedstat``).
+    """
     found = {}
     for path in Path(f"/proc/{pid}/task").iterdir():
         if (ran_waited := read(path)) is not None:
@@ -25,7 +27,7 @@ def threads(pid: int) -> dict[str, tuple[float, float]]:
 
 
 def read(task: Path) -> tuple[float, float] | None:
-    """None for a thread that has ended, or where Linux keeps no such account."""
+    """The same for one thread; None if it has ended, or if Linux keeps no such account."""
     try:
         ran, waited, _ = (task / "schedstat").read_text().split()
     except OSError:
@@ -36,7 +38,7 @@ def read(task: Path) -> tuple[float, float] | None:
 def busiest(
     before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]
 ) -> tuple[str, float, float]:
-    """The thread that ran longest in between, and how long it ran and waited for a CPU."""
+    """The thread that ran longest between ``before`` and ``after``, and how long it ran and waited for a CPU."""
     since = {
         name: (ran - before.get(name, (0.0, 0.0))[0], waited - before.get(name, (0.0, 0.0))[1])
         for name, (ran, waited) in after.items()
@@ -46,13 +48,13 @@ def busiest(
 
 
 class Stopwatch:
-    """Wall time from its making on, and what of it the server's main loop waited for a CPU."""
+    """Measures time from its creation on, and how much of it the server's main loop waited for a CPU."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._before, self._begin = pid, threads(pid), time.perf_counter()
 
     def stop(self) -> tuple[float, float]:
-        """Seconds in all, and seconds without waiting for a CPU."""
+        """The seconds in all, and the seconds without waiting for a CPU."""
         seconds = time.perf_counter() - self._begin
         _, _, waited = busiest(self._before, threads(self._pid))
         return seconds, seconds - waited

@@ -1,4 +1,4 @@
-"""HTTP by hand, for what no well-behaved client sends; and an upstream that is not llama-server's."""
+"""HTTP written by hand, for what no good client sends; and an upstream server that is not a llama-server."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Wire:
         await self.writer.drain()
 
     async def head(self) -> str:
-        """The next status line and headers."""
+        """Read the next status line and headers."""
         async with asyncio.timeout(PATIENCE_S):
             return (await self.reader.readuntil(b"\r\n\r\n")).decode()
 
     async def rest(self) -> bytes:
-        """What comes until the connection is closed."""
+        """Read what comes until the connection is closed."""
         async with asyncio.timeout(PATIENCE_S):
             return await self.reader.read()
 
     async def answer(self) -> tuple[str, bytes]:
-        """The next head, and the body that its length announces."""
+        """Read the next status line and headers, and the body of the length that they announce."""
         head = await self.head()
         lengths = [line for line in head.lower().split("\r\n") if line.startswith("content-length:")]
         async with asyncio.timeout(PATIENCE_S):
@@ -48,7 +48,9 @@ class Wire:
 
 @contextlib.asynccontextmanager
 async def wire(front: Front, *, window: int | None = None) -> AsyncIterator[Wire]:
-    """A connection; with ``window`` the kernel takes no more than about that for a client that does not read."""
+    """A connection. With ``window`` (bytes) the kernel buffers no more than about that for a client that
+    does not read.
+    """
     sock = socket.socket()
     sock.setblocking(False)
     if window is not None:
@@ -72,7 +74,7 @@ def request(method: str, path: str, body: bytes = b"", *headers: str, version: s
 
 @contextlib.asynccontextmanager
 async def upstream(serve: Serve) -> AsyncIterator[str]:
-    """A server that speaks for itself; its address."""
+    """A server that answers by ``serve``. Gives its address."""
 
     async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -94,7 +96,7 @@ async def until_open(pool: KeepAlivePool, n: int) -> None:
 
 
 def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names that the running loop looks up from now on."""
+    """The host names that the running loop looks up from now on."""
     names: list[str] = []
     loop = asyncio.get_running_loop()
     look_up = loop.getaddrinfo
