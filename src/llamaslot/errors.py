@@ -141,7 +141,7 @@ class QueueFull(Unavailable):
 
 
 class TooManyRequests(QueueFull):
-    """As many requests of the same user as allowed are waiting already."""
+    """The user of the request already has as many requests in the queue as it may have."""
 
     status = 429
     type = "rate_limit_error"

@@ -89,8 +89,8 @@ class ChatAssembly(OpenAIAssembly):
     """Assembles the answer to a chat from its events."""
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """Take one event. The events of an answer come in this order: one for each delta of a token, the last delta of
-        a token with ``timings``; then the finish reason; then the totals.
+        """Take one event. A token has an event for each of its deltas; the last of these has ``timings``. After the
+        tokens of an answer come its finish reason and its totals.
 
         The totals have no index, but directly follow their finish reason (to_json_oaicompat_chat_stream).
         """

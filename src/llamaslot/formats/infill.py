@@ -128,8 +128,8 @@ class Infill:
         return b"".join((_last(extra, layout.room), layout.bos, *whole, layout.middle))
 
     async def extra(self, chunks: Any, whose: str) -> bytes:
-        """Return the packed tokens of ``chunks``, the other files in a body (``input_extra``), with the tokens before
-        each. Raises PromptNotTokenizable if ``chunks`` has another form, or more than 512 files.
+        """Return the packed tokens of ``chunks``, the other files in a body (``input_extra``), each with its mark and
+        name before its text. Raises PromptNotTokenizable if ``chunks`` has another form, or more than 512 files.
         """
         layout = self.layout
         parts = [layout.repository]

@@ -69,8 +69,8 @@ class MessagesFormat(Format):
         return dry_run(kept | dict(chat or {}), is_chat=chat is not None, tokens=tokens, n=n)
 
     def stream_start(self, id_: str, body: Mapping[str, Any], n_total: int, n_reused: int) -> bytes:
-        """The ``message_start`` event. llamaslot sends it because llama-server omits it when the first token is half a
-        character (measured), and clients then fail.
+        """The ``message_start`` event. llamaslot sends it if llama-server omits it, as it does when the first token is
+        half a character (measured): clients fail without it.
         """
         usage = {"cache_read_input_tokens": n_reused, "input_tokens": n_total - n_reused, "output_tokens": 0}
         message = {

@@ -26,8 +26,8 @@ _DIGITS = 9  # of a number in a query that are read; int() refuses more than 4,3
 
 
 class Status:
-    """Answers requests for the pages below ``/llamaslot/`` that are about all backends. ``prompts``: the rules for
-    system prompts, whose counters the status page shows.
+    """Answers requests for llamaslot's own pages, except those that serve the operator page (``PageApi``). ``prompts``:
+    the rules for system prompts, whose counters the status page shows.
     """
 
     def __init__(self, registry: Registry, prompts: SystemPrompts, reload: Reload) -> None:

@@ -114,7 +114,7 @@ class App:
         self._tasks.spawn(self._history.load(), "read the history")
 
     async def _stop_watching(self, _: web.Application) -> None:
-        """At a shutdown, end the event streams of open operator pages, because the shutdown waits for streams."""
+        """At a shutdown, end the event streams of open operator pages: aiohttp waits until all answers have ended."""
         await self._events.close()
 
     async def _close(self, _: web.Application) -> None:

@@ -272,8 +272,8 @@ class _Exchange:
     # -- several prompts -----------------------------------------------------------------------------------------
 
     def _is_long(self, parsed: ParsedRequest) -> bool:
-        """True if any prompt of a list but the first takes long to compute. The first is always computed ahead, in
-        chunks.
+        """True if any prompt of a list but the first takes long to compute. The first, if long, is computed ahead in
+        any case.
         """
         return self.pool.takes_long(max(prompt.n_tokens for prompt in parsed.prompts[1:]))
 
@@ -390,8 +390,9 @@ class _Exchange:
         context: ModelContext,
         earlier: EarlierPlaces,
     ) -> Answering:
-        """Perform the steps of the plan. If llama-server will choose slots (``n`` > 1, /v1/messages), also wait until
-        it can only choose the right ones; the end of ``stack`` lets other requests begin again. Raises RetryPlacement.
+        """Perform the steps of the plan. If llama-server will choose slots, then wait until it can choose them. For
+        ``n`` > 1: no other request is between two steps; the end of ``stack`` lets others begin again. On /v1/messages:
+        no idle slot shares more with the prompt than the slot of ``lease``. Raises RetryPlacement.
         """
         backend, say = self.backend, self.down.say
         here = await backend.executor.prepare(lease, say, may_replan=earlier.may_replan, can_stop=True)

@@ -205,7 +205,8 @@ class Answering:
         """Report the reuse to the client once llama-server has reported it: in headers, or, after they are sent, in
         comments.
 
-        ``at_last``: the answer follows. If the reuse is still unknown, the forecast is sent under its own name.
+        ``at_last``: the answer follows. If the reuse is still unknown, the forecast is sent instead, in a header of its
+        own.
         """
         if self._is_reuse_told or not (at_last or self.n_reused is not None):
             return
@@ -411,8 +412,8 @@ class Answering:
         )
 
     def note(self) -> int:
-        """Pass the figures of the answer to the history, once; those so far if the client has left. Returns how many
-        tokens of the prompt were computed.
+        """Pass the figures of the answer to the history, at the first call only; if the client has left, the figures so
+        far. Returns how many tokens of the prompt were computed.
         """
         prefill_stats, reading = self.prefill_stats, self._reading
         n_computed = prefill_stats.n_tokens - prefill_stats.n_reused if prefill_stats is not None else 0

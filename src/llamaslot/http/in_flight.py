@@ -138,8 +138,8 @@ def begins(request: web.Request, pool: Pool, model: object, down: ClientSide | N
 
 
 def placed(request: web.Request, lease: Lease, down: ClientSide | None = None) -> None:
-    """Record that the request has got ``lease``: a slot, or the right to be sent. ``down``: its client's side, None if
-    that is recorded already.
+    """Record that the request has got ``lease``: a slot or, while llama-server chooses slots, the right to be sent.
+    ``down``: its client's side, None if that is recorded already.
     """
     if (flight := in_flight(request)) is not None:
         flight.lease, flight.down = lease, down or flight.down

@@ -1,5 +1,5 @@
 """The files of the operator page at ``/llamaslot/``, the same for every user. They hold no data, so they need no key.
-The page gets its data from llamaslot's other pages, which need a key.
+The page gets its data from llamaslot's other pages, which may need one.
 """
 
 from __future__ import annotations

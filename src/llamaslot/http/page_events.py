@@ -56,7 +56,7 @@ class PageEvents:
         may_watch: Callable[[], bool] = lambda: True,
     ) -> web.StreamResponse:
         """Send a viewer the whole state, then its changes: for ``seconds`` (None: until the viewer leaves), and only
-        while ``may_watch()`` is True. Raises ClientGone. Canceling is safe.
+        while ``may_watch()`` is True. Raises ClientGone if the viewer has left. Canceling is safe.
         """
         response = web.StreamResponse(headers=SSE_HEADERS)
         await begin(response, request)

@@ -62,8 +62,8 @@ class Passthrough:
         the request's body is read whole, because it may name the model and may be sent to a second backend.
 
         A request that changes the model (its LoRA scales, or which model is loaded) makes all cached content invalid.
-        So llamaslot connects to that llama-server again before the client gets the answer. Canceling closes the
-        connection to llama-server.
+        So before the client gets the answer, llamaslot stops using that llama-server and connects to it again.
+        Canceling closes the connection to llama-server.
         """
         if self._router.are_several:
             if route.path in _MODEL_LISTS and route.method == "GET":

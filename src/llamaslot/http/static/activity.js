@@ -12,11 +12,11 @@ let rows = []; // newest first
 let shown = STEP;
 let busy = false;
 let again = false;
-let drawnOn = ''; // a day: of the day before, rows show the date too
+let drawnOn = ''; // the day of the last drawing: rows of earlier days show their date too
 const open = new Map(); // details by serial
 let now = () => Date.now() / 1000;
 
-// Fetch what has ended since; all of it, if llamaslot has another history now.
+// Fetch the requests that have ended since the newest row; all requests if llamaslot has another history now.
 export async function refresh() {
   if (busy) {
     again = true;
@@ -29,7 +29,7 @@ export async function refresh() {
     const isSame = last === 0 || ended.some((its) => its.serial === last && its.at === rows[0].at);
     rows = isSame ? [...ended.filter((its) => its.serial > last), ...rows].slice(0, KEPT) : (await get('activity', { n: KEPT })).ended;
     draw();
-  } catch { /* the stream tells that there is no connection */ } finally {
+  } catch { /* the stream of events reports a lost connection */ } finally {
     busy = false;
     if (again) {
       again = false;
@@ -38,7 +38,8 @@ export async function refresh() {
   }
 }
 
-// Rows that have just ended, newest first. Where others are missing before them, it is asked for those.
+// Add the rows of requests that have just ended, newest first. If rows between the old and the new ones are missing,
+// they are fetched.
 export function add(ended) {
   const last = rows[0]?.serial ?? 0;
   const its = ended.filter(({ serial }) => serial > last);

@@ -89,7 +89,7 @@ at('login').addEventListener('submit', (event) => {
   connect();
 });
 
-// A tab that nobody sees watches nothing.
+// A hidden tab closes its stream of events.
 document.addEventListener('visibilitychange', () => {
   if (document.hidden) {
     stream?.abort();
@@ -101,7 +101,7 @@ document.addEventListener('visibilitychange', () => {
 
 const all = (prefix) => [...state].filter(([what]) => what.startsWith(prefix)).map(([what, value]) => ({ ...value, key: what.slice(prefix.length) }));
 
-// ``kinds``: of what has changed; null for everything.
+// Draw the parts of the state whose keys have changed. ``kinds``: the beginnings of these keys; null for all.
 function draw(kinds) {
   const has = (kind) => kinds === null || kinds.has(kind);
   if (has('headline') || has('store')) headline();

@@ -1,4 +1,4 @@
-// Building blocks. Texts of others become text nodes only, never markup.
+// Building blocks of the page. Texts from llamaslot become text nodes only, never markup.
 
 export function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -24,7 +24,7 @@ export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-// Let the children of a parent be those of the items, in order: what is there already is kept, with its focus.
+// Give ``parent`` one child for each item, in their order. A child with the same key is kept, with its focus.
 export function keyed(parent, items, keyOf, make, update) {
   const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   let next = parent.firstElementChild;
@@ -43,7 +43,7 @@ export function keyed(parent, items, keyOf, make, update) {
   for (const child of known.values()) child.remove();
 }
 
-// A question in a dialog; resolves to whether it was confirmed.
+// Ask a question in a dialog. Resolves to true if the user confirms it, else to false.
 export function confirmed(question, yes) {
   const dialog = at('ask');
   say(at('ask-text'), question);

@@ -9,7 +9,7 @@ const EVERY_MS = 30_000;
 
 const share = (point) => (point.n_reused + point.n_computed ? point.n_reused / (point.n_reused + point.n_computed) : null);
 
-// What each figure draws: [legend, value of a point]; ``gap``: where nothing was asked there is no value, not a zero.
+// What each figure draws: [legend, value of a point]. ``gap``: a time without requests has no value, not a zero.
 const FIGURES = [
   { title: 'Prompt tokens reused', say: percent, most: 1, gap: true, lines: [['', share]] },
   { title: 'Prefill saved', say: seconds, lines: [['', (point) => point.saved_s]] },
@@ -26,7 +26,7 @@ export async function refresh() {
   asked = Date.now();
   try {
     draw(await get('history', { span: at('span').value, by: at('by').value }));
-  } catch { /* the stream tells that there is no connection */ }
+  } catch { /* the stream of events reports a lost connection */ }
 }
 
 function draw(told) {
@@ -58,7 +58,7 @@ function valuesOf(figure, value, times, points) {
 
 const TIMES = [0.1, 0.2, 0.4, 1, 2, 4, 10, 20, 40, 60, 120, 240, 600, 1200, 2400, 3600, 7200, 14400, 36000, 72000];
 
-// The top of a scale, whose half is a round number too.
+// Return the top of a scale for values up to ``most``: a number whose half is round too.
 function niceTop(most, figure) {
   if (figure.say === seconds && most <= TIMES.at(-1)) return TIMES.find((top) => top >= most);
   const unit = figure.say === bytes ? 1024 ** Math.floor(Math.log2(most) / 10) : 1;
@@ -112,7 +112,7 @@ function latest(figure, line) {
   return value == null ? 'nothing yet' : figure.say(value);
 }
 
-// One path; single points between gaps become dots.
+// Draw one line. A single point between two gaps becomes a dot.
 function path(line, x, y) {
   let data = '';
   line.values.forEach((value, i) => {

@@ -1,4 +1,4 @@
-// What llamaslot tells, and what it can be told. The admin key goes into a header, never into an address.
+// Requests to llamaslot's own routes. The admin key goes into a header, never into an address.
 
 const KEY = 'llamaslot.key';
 
@@ -24,14 +24,15 @@ async function send(method, path, query, signal) {
   let message = `${answer.status} ${answer.statusText}`;
   try {
     message = (await answer.json()).error.message;
-  } catch { /* no JSON: the status says it */ }
+  } catch { /* no JSON: the message is the status */ }
   throw new Refused(answer.status, message);
 }
 
 export const get = async (path, query) => (await send('GET', path, query)).json();
 export const post = async (path, query) => (await send('POST', path, query)).json();
 
-// Calls told(name, state) for each event, and heard() for all that comes, until the stream ends or the signal aborts it.
+// Watch the stream of events until it ends or ``signal`` aborts it. Calls told(name, state) for each event, and heard()
+// for each piece of data, comments included.
 export async function watch(told, heard, signal) {
   const answer = await send('GET', 'events', {}, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();

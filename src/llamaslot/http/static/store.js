@@ -1,4 +1,4 @@
-// What fills the disk: snapshots side by side, as wide as their bytes, below what they begin with alike.
+// The picture of the disk: snapshots side by side, as wide as their bytes, below the prefix that they share.
 
 import { at, confirmed, el, keyed, say } from './parts.js';
 import { get, post } from './server.js';
@@ -10,7 +10,7 @@ const LEAST = 0.25; // percent of the width; thinner ones are drawn together
 const ALIKE = 64; // tokens
 const USERS = 12; // listed by name
 const PAUSE_MS = 4000;
-const SPREAD_MS = 1000; // many pages do not ask in the same moment
+const SPREAD_MS = 1000; // a random delay, so that many pages do not ask at the same moment
 
 let tree = null;
 let chosenKey = null;
@@ -41,7 +41,7 @@ async function load() {
   }
 }
 
-// Rows come so that those with the same beginning are neighbours, and say how much of it: n_common.
+// Make the tree of prefixes. Rows with the same beginning are neighbours; ``n_common`` is its number of tokens.
 export function treeOf(rows) {
   const root = { key: 'all', depth: 0, children: [], level: 'all' };
   [...rows].sort((a, b) => a.value - b.value).forEach((row, i) => { row.rank = (i + 1) / rows.length; });
@@ -70,7 +70,7 @@ export function treeOf(rows) {
 
 const sum = (list, of) => list.reduce((all, its) => all + of(its), 0);
 
-// Its own bytes, and its share of the files that others need too.
+// The bytes of a snapshot: its own, and its share of the files that other snapshots need too.
 const held = (row) => row.size_bytes + row.share_bytes;
 
 function weigh(node) {

@@ -27,7 +27,7 @@ export function seconds(s) {
   return `${Math.round(s / 86400)} d`;
 }
 
-// Of something that runs: 7 s, 1:07, 1:02:05.
+// The time for which something has run: 7 s, 1:07, 1:02:05.
 export function elapsed(s) {
   const whole = Math.max(Math.floor(s), 0);
   const [h, m, sec] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
@@ -38,10 +38,10 @@ export function elapsed(s) {
 
 export const percent = (share) => (share == null ? '–' : `${(share * 100).toFixed(share === 1 || share === 0 || (share >= 0.1 && share < 0.95) ? 0 : 1)} %`);
 
-// Of a path, as llama-server names a model without an alias, the file's name.
+// The name of a model. llama-server names a model without an alias by its path: then the file's name.
 export const modelName = (name) => name.replace(/^.*\//, '').replace(/\.gguf$/, '');
 
-// key:ada, named:ada and at:10.0.0.5, as people call them.
+// The name of a user, without the ``key:``, ``named:`` or ``at:`` before it.
 export const person = (user) => (user ? user.replace(/^(key|named|at):/, '') : 'llamaslot');
 
 export function clock(at) {
