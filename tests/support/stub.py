@@ -502,8 +502,11 @@ class StubCatalog:
 
     def inherit(self, id_: str, from_id: str) -> None: ...
 
-    async def change_kind(self, id_: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:
-        self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, is_pinned=is_pinned)
+    async def change_kind(
+        self, id_: str, kind: SnapshotKind, *, is_pinned: bool, is_prewarmed: bool = False
+    ) -> Snapshot:
+        pin = {"is_pinned": is_pinned, "is_prewarmed": is_prewarmed}
+        self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, **pin)
         await asyncio.sleep(0)
         return self.snapshots[id_]
 

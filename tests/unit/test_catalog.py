@@ -180,6 +180,7 @@ async def test_a_sidecar_holds_no_tokens_and_is_closed_to_others(shelter: Shelte
         "boot": None,
         "kind": "leaf",
         "is_pinned": False,
+        "is_prewarmed": False,
         "space": "",
         "digest": snapshot.digest,
     }

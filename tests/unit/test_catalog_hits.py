@@ -140,7 +140,7 @@ async def test_a_context_is_as_old_as_its_last_use(shelter: Shelter) -> None:
 
 async def test_kind_and_pin_survive_a_restart(shelter: Shelter) -> None:
     """They are in the sidecar."""
-    trunk = await shelter.save(TOKENS, kind=SnapshotKind.TRUNK, is_pinned=True)
+    trunk = await shelter.save(TOKENS, kind=SnapshotKind.TRUNK, is_prewarmed=True)
     leaf = await shelter.save(some_tokens(40, 1))
     assert repr(trunk) == f"<Snapshot {trunk.id} 40 tok 1000 B victim trunk pinned>"
     catalog = await shelter.reopen()
@@ -169,7 +169,7 @@ async def test_a_sidecar_of_an_unknown_kind_is_broken(shelter: Shelter, changes:
 
 async def test_a_pinned_snapshot_is_not_evicted(shelter: Shelter) -> None:
     """Neither for a save nor by a smaller quota at the next start."""
-    pinned = await shelter.save(TOKENS, 4_000, is_pinned=True)
+    pinned = await shelter.save(TOKENS, 4_000, is_prewarmed=True)
     other = await shelter.save(some_tokens(40, 1), 4_000)
     with pytest.raises(QuotaExceeded):
         await shelter.catalog.reserve(6_001)
@@ -182,7 +182,7 @@ async def test_a_pinned_snapshot_is_not_evicted(shelter: Shelter) -> None:
 
 async def test_a_pinned_snapshot_of_another_model_is(shelter: Shelter) -> None:
     """Nobody can use it, and it goes before anything that can be used."""
-    pinned = await shelter.save(TOKENS, 4_000, is_pinned=True, fingerprint="model-b")
+    pinned = await shelter.save(TOKENS, 4_000, is_prewarmed=True, fingerprint="model-b")
     await shelter.save(some_tokens(40, 1), 4_000, fingerprint="model-a")
     shelter.catalog.serve("gpu0", "model-a")
     await shelter.catalog.reserve(5_000)
@@ -191,6 +191,6 @@ async def test_a_pinned_snapshot_of_another_model_is(shelter: Shelter) -> None:
 
 async def test_a_pinned_snapshot_can_be_dropped(shelter: Shelter) -> None:
     """The pin is against eviction, not against one who says so."""
-    pinned = await shelter.save(TOKENS, is_pinned=True)
+    pinned = await shelter.save(TOKENS, is_prewarmed=True)
     await shelter.catalog.drop(pinned.id)
     assert not shelter.catalog.snapshots

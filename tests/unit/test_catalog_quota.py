@@ -541,7 +541,7 @@ def test_no_limit_is_ever_broken(seed: int) -> None:
         with tempfile.TemporaryDirectory() as directory:
             shelter = await limited(Path(directory), max_files=6, min_free_bytes=1_000)
             disk = FileSystem(shelter, 12_000, patch)
-            pinned = await shelter.save(some_tokens(10, 999), 700, is_pinned=True)
+            pinned = await shelter.save(some_tokens(10, 999), 700, is_prewarmed=True)
             disk.others_bytes = rng.randrange(0, 10_000)
             await asyncio.gather(*(saver(shelter, disk, number) for number in range(3)))
             assert pinned.id in shelter.catalog.snapshots

@@ -73,7 +73,7 @@ class StoppedStore(Shelter):
         """A pinned trunk; a leaf that was asked for twice; one of another model; one that was left behind."""
         await self.open()
         trunk = await self.save(
-            some_tokens(400, 0), 4_000, fingerprint=OURS, kind=SnapshotKind.TRUNK, is_pinned=True
+            some_tokens(400, 0), 4_000, fingerprint=OURS, kind=SnapshotKind.TRUNK, is_prewarmed=True
         )
         leaf = await self.save(some_tokens(1_500, 1), 9_000, fingerprint=OURS)
         other = await self.save(some_tokens(300, 2), 3_000, fingerprint=OTHERS)

@@ -34,7 +34,7 @@ async def shelter(tmp_path: Path) -> AsyncIterator[Shelter]:
         shelter.quota_bytes = 1 << 30
         await shelter.reopen()
         for n in range(N):
-            special: dict[str, Any] = {"kind": SnapshotKind.TRUNK, "is_pinned": True} if n == 3 else {}
+            special: dict[str, Any] = {"kind": SnapshotKind.TRUNK, "is_prewarmed": True} if n == 3 else {}
             await shelter.save(some_tokens(40, n), checkpoints=(n,), fingerprint=f"model-{n % 2}", **special)
         for id_ in list(shelter.catalog.snapshots)[::3]:
             shelter.catalog.touch(id_)

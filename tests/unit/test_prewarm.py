@@ -144,6 +144,19 @@ def test_one_that_is_not_asked_for_any_more_is_unpinned(house: House) -> None:
     assert len(house.catalog.snapshots) == 2
 
 
+def test_what_a_user_has_pinned_stays_pinned(house: House) -> None:
+    """Pinned on the page, it was never a matter of the configuration."""
+    run(house, prewarm(house, AGENT))
+    (one,) = pinned(house)
+    table = house.leases.table
+    assert table is not None
+    for is_pinned in (False, True):
+        table.kind_changed(house.loop.run(house.catalog.change_kind(one.id, one.kind, is_pinned=is_pinned)))
+    run(house, prewarm(house, OTHER))
+    assert {snapshot.n_tokens for snapshot in pinned(house)} == {N}
+    assert len(pinned(house)) == 2
+
+
 def test_nothing_is_unpinned_while_a_body_cannot_be_rendered(house: House) -> None:
     """It may be the one."""
     run(house, prewarm(house, AGENT))

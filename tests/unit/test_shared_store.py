@@ -180,7 +180,7 @@ async def test_what_another_may_need_now_is_spared(house: House) -> None:
 async def test_pinned_snapshots_of_others_are_spared(house: House) -> None:
     """They must be there before they are asked for."""
     one, two = await house.part("one", time=1000), await house.part("two", time=2000)
-    pinned = await one.save(some_tokens(40, 0), 3_000, is_pinned=True)
+    pinned = await one.save(some_tokens(40, 0), 3_000, is_prewarmed=True)
     await one.save(some_tokens(40, 1), 3_000)
     await two.save(some_tokens(40, 2), 6_000)
     assert {file.stem for file in one.directory.glob("*.kv")} == {pinned.id}

@@ -89,7 +89,7 @@ async def test_a_model_has_its_own_prewarm(tmp_path: Path) -> None:
         "store": {"idle_save_s": 0},
     }
     async with fleet(tmp_path, [A, B], settings, is_shared=False) as it:
-        await it.until(lambda: bool(it.named("gpu1").leases.table.pinned()))  # type: ignore[union-attr]
+        await it.until(lambda: bool(it.named("gpu1").leases.table.prewarmed()))  # type: ignore[union-attr]
         await it.rest()
         assert [its.n_snapshots for its in (it.pool_of(name).status() for name in it.fakes)] == [0, 1]
 

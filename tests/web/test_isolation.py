@@ -305,7 +305,7 @@ async def test_what_prewarm_names_is_for_all(tmp_path: Path, kind: str) -> None:
     settings: Settings = {**PER_USER, "prewarm": ["coder.json"], "store": {"idle_save_s": 0.05}}
     async with served(tmp_path, settings, **of_kind(kind, tmp_path)) as it:
         await it.until(lambda: len(it.files()) == 1)
-        await it.until(lambda: it.backend.leases.table and it.backend.leases.table.pinned())
+        await it.until(lambda: it.backend.leases.table and it.backend.leases.table.prewarmed())
         question = {"role": "user", "content": letters(2, 300)}
         answers = {}
         for user in ("anna", "bert"):

@@ -301,7 +301,7 @@ class Saving:
                 checkpoints=lease.table.rewind_model.in_file(content.checkpoints),
                 source=lease.request.id,
                 kind=kind,
-                is_pinned=kind is SnapshotKind.TRUNK and lease.request.is_prewarm,
+                is_prewarmed=kind is SnapshotKind.TRUNK and lease.request.is_prewarm,
                 namespace=content.namespace.text,
                 idle_s=max(file.started - used_at, 0.0),
                 find_base=partial(_base, lease.table, content),

@@ -250,8 +250,9 @@ class SlotTable:
     def best_snapshot(self, request: Request) -> str | None:
         return self._candidates.best_snapshot(request) if self.can_save else None
 
-    def pinned(self) -> list[Snapshot]:
-        return [snapshot for snapshot in self._snapshots.values() if snapshot.is_pinned]
+    def prewarmed(self) -> list[Snapshot]:
+        """The snapshots that are pinned because ``prewarm`` names or named them."""
+        return [snapshot for snapshot in self._snapshots.values() if snapshot.is_prewarmed]
 
     def kind_changed(self, snapshot: Snapshot) -> None:
         """``snapshot`` is of another kind now; conversations that have continued it in slots are separate ones."""

@@ -131,10 +131,10 @@ class Prewarm:
         return PrewarmTarget(name, prompt.tokens, n_tokens)
 
     async def _unpin_others(self, table: SlotTable, targets: Sequence[PrewarmTarget | None]) -> None:
-        """Unpin snapshots of an earlier configuration, so that they may be evicted."""
+        """Unpin snapshots of an earlier configuration, so that they may be evicted. What a user has pinned stays."""
         if None in targets:
             return  # it may be one of these
-        for snapshot in table.pinned():
+        for snapshot in table.prewarmed():
             if not any(
                 one is not None
                 and table.model_snapshots.snapshot_at(one.trunk, table.rules.public) == snapshot
@@ -147,7 +147,9 @@ class Prewarm:
         with contextlib.suppress(KeyError):  # it has just been dropped
             catalog = self._catalog_of(table)
             table.kind_changed(
-                await catalog.change_kind(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned)
+                await catalog.change_kind(
+                    snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned, is_prewarmed=is_pinned
+                )
             )
 
     # -- one of them ---------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     llama-server's answer. ``tokens_expected``: the file must begin with these. ``idle_s``: seconds since the last use
     of the slot. ``find_base(tokens)``: the snapshot that shares most with the file; without it, the file is kept
     whole. ``marks``: token counts to which a later request may rewind. ``on_checked(tokens)`` is called once the file
-    is known to hold what it must; what is copied and synced then is so within ``turn``. The other fields are those of
-    the ``Snapshot``.
+    is known to hold what it must; what is copied and synced then is so within ``turn``. ``is_prewarmed``: ``prewarm``
+    names it, so it is pinned. The other fields are those of the ``Snapshot``.
     """
 
     tokens_expected: bytes
@@ -59,7 +59,7 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     checkpoints: tuple[int, ...]
     source: str
     kind: SnapshotKind = SnapshotKind.LEAF
-    is_pinned: bool = False
+    is_prewarmed: bool = False
     namespace: str = ""
     idle_s: float = 0.0
     find_base: Callable[[bytes], Base | None] | None = None
@@ -79,7 +79,8 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
             source=self.source,
             boot=sidecar.boot_id(),
             kind=self.kind,
-            is_pinned=self.is_pinned,
+            is_pinned=self.is_prewarmed,
+            is_prewarmed=self.is_prewarmed,
             namespace=self.namespace,
         )
 

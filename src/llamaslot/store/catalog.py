@@ -361,10 +361,13 @@ class Catalog:
             self._table.inherit(id_, from_id, self._now())
             self._upkeep.date(id_)
 
-    async def change_kind(self, id_: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:
+    async def change_kind(
+        self, id_: str, kind: SnapshotKind, *, is_pinned: bool, is_prewarmed: bool = False
+    ) -> Snapshot:
         """Change a snapshot's kind and pin, in memory and on disk. Raises KeyError. Canceling is safe."""
         with self.pin(id_):
-            return await self._upkeep.change_kind(self._table.change_kind(id_, kind, is_pinned))
+            changed = self._table.change_kind(id_, kind, is_pinned, is_prewarmed)
+            return await self._upkeep.change_kind(changed)
 
     async def verify(self, id_: str) -> WithTokens:
         """Check that the snapshot's file exists, has the recorded size, and has its tokens in the header. Returns the

@@ -379,6 +379,7 @@ def _shortened(
         checkpoints=tuple(at for at in noted.checkpoints if at <= n_tokens),
         boot=sidecar.boot_id(),
         is_pinned=False,
+        is_prewarmed=False,
         kind=SnapshotKind.LEAF,
         digest=sidecar.digest_of(head(tokens, n_tokens)),
     )

@@ -64,8 +64,9 @@ class Snapshot(Struct, frozen=True):
     """A complete saved slot, as it is listed: its tokens are in the file's header and in the index.
 
     ``digest``: a hash of the tokens; ``created_at``: seconds since the epoch; ``checkpoints``: token counts to which
-    a model that cannot rewind can return; ``source``: what it was saved for. ``is_pinned``: it must be there before
-    it is requested (prewarmed), so it is neither evicted nor superseded. ``namespace``: the namespace that may resume
+    a model that cannot rewind can return; ``source``: what it was saved for. ``is_pinned``: it is
+    neither evicted nor superseded. ``is_prewarmed``: it was pinned because the configuration's ``prewarm`` names it,
+    and is unpinned when that no longer does. ``namespace``: the namespace that may resume
     from it (``cache.namespaces``), "" for all. ``parts``: where its content is: rows from the first token to the last,
     then states by position; empty for a whole slot file. ``row_bytes``: of each token's rows. ``own_from``: the
     rows before this token were taken from another conversation; those that its slot computed may differ by rounding.
@@ -82,6 +83,7 @@ class Snapshot(Struct, frozen=True):
     source: str
     kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
+    is_prewarmed: bool = False
     namespace: str = ""
     parts: tuple[Part, ...] = ()
     row_bytes: int = 0
@@ -171,6 +173,7 @@ class Noted(Struct, frozen=True):
     boot: str | None  # boot of the machine, until the .kv file is known to be on disk
     kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
+    is_prewarmed: bool = False
     namespace: str = ""
     parts: tuple[Part, ...] = ()
     row_bytes: int = 0
@@ -223,6 +226,7 @@ def parse(name: str, data: bytes) -> Noted:
         # Later fields: a sidecar without them is of a plain conversation.
         kind=_kind(name, _field(name, {"kind": SnapshotKind.LEAF.value, **fields}, "kind", str)),
         is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
+        is_prewarmed=_field(name, {"is_prewarmed": False, **fields}, "is_prewarmed", bool),
         namespace=_field(name, {"space": "", **fields}, "space", str),
         parts=_parts(name, _field(name, {"parts": [], **fields}, "parts", list), fields["n_tokens"]),
         row_bytes=_field(name, {"row_bytes": 0, **fields}, "row_bytes", int),
@@ -324,13 +328,20 @@ def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
     write(directory, replace(noted, boot=None), last_used)
 
 
+def marked(noted: Noted, snapshot: Snapshot) -> Noted:
+    """The sidecar with the kind and the pin of ``snapshot``."""
+    return replace(
+        noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned, is_prewarmed=snapshot.is_prewarmed
+    )
+
+
 def change_kind(directory: Path, snapshot: Snapshot) -> None:
     """Write kind and pin of the snapshot into its sidecar, and leave the rest. Blocking; raises OSError and
     SnapshotInvalid.
     """
     path = directory / (snapshot.id + JSON)
     noted = parse(path.name, path.read_bytes())
-    noted = replace(noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned)
+    noted = marked(noted, snapshot)
     write(directory, noted, path.stat().st_mtime)
 
 

@@ -299,9 +299,13 @@ class SnapshotTable:
                 stats.size_bytes = self.files.own_bytes(self.snapshots[id_])
                 self._ranking.put(id_)
 
-    def change_kind(self, id_: str, kind: SnapshotKind, is_pinned: bool) -> Snapshot:
+    def change_kind(
+        self, id_: str, kind: SnapshotKind, is_pinned: bool, is_prewarmed: bool = False
+    ) -> Snapshot:
         """Change a snapshot's kind and pin. Raises KeyError for an unlisted id."""
-        self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, is_pinned=is_pinned)
+        self.snapshots[id_] = replace(
+            self.snapshots[id_], kind=kind, is_pinned=is_pinned, is_prewarmed=is_prewarmed
+        )
         self.stats[id_].kind = kind
         self._ranking.put(id_)
         return self.snapshots[id_]

@@ -11,8 +11,6 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from msgspec.structs import replace
-
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
@@ -131,7 +129,7 @@ class Upkeep:
             if noted.id not in self._table.snapshots:
                 return
             snapshot = self._table.snapshots[noted.id]
-            noted = replace(noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned)  # marked meanwhile
+            noted = sidecar.marked(noted, snapshot)  # meanwhile
             dated = self._table.stats[noted.id].last_used
             try:
                 await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)
