@@ -386,7 +386,7 @@ class OfflineStore(Struct, frozen=True):
         models = [Identity.from_text(rates.model) for rates in learned]
         known = tuple(model for model in models if model is not None) if None not in models else ()
         hit_rates = HitRateModel.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
-        limits = Limits(store.quota, store.max_files, store.min_free)
+        limits = Limits(store.quota, max_files=store.max_files, min_free_bytes=store.min_free)
         return cls(Path(str(config.directory_of(backend))), limits, now, known, rates, hit_rates)
 
     def is_ours(self, item: Item) -> bool:

@@ -30,11 +30,13 @@ from llamaslot.config.values import (
 from llamaslot.errors import ConfigError
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
+from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import SIMILARITY_MIN, SMALL_PROMPT_TOKENS
 from llamaslot.scheduling.prefill_policy import PrefillSharing
 from llamaslot.sizes import GIB, MIB
 
 _SHARING = PrefillSharing()  # the defaults of ``prefill``
+_FAIRNESS = Fairness()  # the defaults of ``queue``
 
 
 def _managed(value: object, info: ValidationInfo) -> object:
@@ -226,9 +228,9 @@ class QueueConfig(Section):
     # Slots of one user at a time. None: as many as no other user needs. A key's own limit wins.
     user_max_running: Annotated[Count, Field(gt=0)] | None = None
     # Slot time by which small requests may overtake a waiting request in all; 0: never.
-    small_request_max_overtake_s: Seconds = 10.0
+    small_request_max_overtake_s: Seconds = _FAIRNESS.max_overtake_s
     # So long after its last answer a user is expected back, and a slot is left idle for it.
-    return_grace_s: Seconds = 10.0
+    return_grace_s: Seconds = _FAIRNESS.return_grace_s
 
 
 class ModelConfig(Section):

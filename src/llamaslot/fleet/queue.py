@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -30,10 +31,12 @@ _LITTLE = 0.1  # of a usual answer's time: so short that it delays no other requ
 
 
 class QueueLimits(Struct, frozen=True):
-    """The limits of the queue. ``max_wait_s``: the longest wait in seconds, None for no limit."""
+    """The limits of the queue; by default none. ``max_waiting``: requests that may wait at a time. ``max_wait_s``: the
+    longest wait in seconds, None for no limit.
+    """
 
-    max_waiting: int = 256
-    max_wait_s: float | None = 600.0
+    max_waiting: int = sys.maxsize
+    max_wait_s: float | None = None
     fairness: Fairness = field(default_factory=Fairness)
 
     @property

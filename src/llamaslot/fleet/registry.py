@@ -396,7 +396,7 @@ def _pool_settings(config: Config, model: ModelConfig | None = None) -> PoolSett
 
 
 def _store_limits(settings: StoreConfig) -> Limits:
-    return Limits(settings.quota, settings.max_files, settings.min_free)
+    return Limits(settings.quota, max_files=settings.max_files, min_free_bytes=settings.min_free)
 
 
 def _limits(config: Config, model: ModelConfig | None = None) -> QueueLimits:
@@ -407,22 +407,27 @@ def _limits(config: Config, model: ModelConfig | None = None) -> QueueLimits:
             update={key: getattr(model.queue, key) for key in model.queue.model_fields_set}
         )
     fairness = Fairness(
-        queue.user_max_running,
-        queue.user_max_waiting,
-        queue.small_request_max_overtake_s,
-        queue.return_grace_s,
+        max_running=queue.user_max_running,
+        max_waiting=queue.user_max_waiting,
+        max_overtake_s=queue.small_request_max_overtake_s,
+        return_grace_s=queue.return_grace_s,
     )
-    return QueueLimits(queue.max_waiting, queue.max_wait_s, fairness)
+    return QueueLimits(max_waiting=queue.max_waiting, max_wait_s=queue.max_wait_s, fairness=fairness)
 
 
 def _rules(config: Config) -> Rules:
     routing, prefill = config.routing, config.prefill
-    sharing = PrefillSharing(prefill.decode_share, prefill.chunk_s, prefill.starvation_s, prefill.max_yield_s)
+    sharing = PrefillSharing(
+        decode_share=prefill.decode_share,
+        chunk_s=prefill.chunk_s,
+        starvation_s=prefill.starvation_s,
+        max_yield_s=prefill.max_yield_s,
+    )
     return Rules(
-        routing.similarity_min,
-        routing.small_prompt_tokens,
-        prefill.chunk_threshold_s,
-        sharing,
+        similarity_min=routing.similarity_min,
+        small_prompt_tokens=routing.small_prompt_tokens,
+        chunk_threshold_s=prefill.chunk_threshold_s,
+        sharing=sharing,
         is_isolated=config.cache.isolation == "per_user",
     )
 

@@ -63,7 +63,7 @@ class App:
     def __init__(self, config: Config, registry: Registry, reload: Reload) -> None:
         self.config, self._registry, self._metrics = config, registry, registry.metrics
         timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
-        rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)
+        rules = StreamRules(config.stream.keepalive_s, has_comments=config.stream.comments, timeouts=timeouts)
         uploads = Uploads(config.listen.max_body, config.listen.read_timeout_s)
         self._prompts = prompts = SystemPrompts(config.rules, registry.metrics)
         unassisted = Unassisted(rules)

@@ -36,7 +36,7 @@ class StreamRules(Struct, frozen=True):
     ``keepalive_s`` seconds.
     """
 
-    keepalive_s: float = 10.0
+    keepalive_s: float
     has_comments: bool = True
     timeouts: Timeouts = field(default_factory=Timeouts)
 

@@ -82,7 +82,7 @@ class Limits(Struct, frozen=True):
     """
 
     quota_bytes: int
-    max_files: int = 10_000
+    max_files: int = sys.maxsize  # no limit
     min_free_bytes: int = 0
 
 
