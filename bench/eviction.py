@@ -18,8 +18,8 @@ from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import pack
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.eviction import ByValue
 from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.snapshot_value import ByValue
 from llamaslot.store import WithTokens
 from llamaslot.store.snapshot_table import SnapshotTable
 

@@ -18,7 +18,7 @@ from bench.simulator.server import File, Origin, SimulatedServer
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import MIN_SHARED_TOKENS, head
 from llamaslot.errors import OtherConversation, SnapshotInvalid
-from llamaslot.scheduling.eviction import ByValue
+from llamaslot.scheduling.snapshot_value import ByValue
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.giving_out import Given, outgoing
 from llamaslot.store.quota import NoRoomYet, Turnover

@@ -27,8 +27,8 @@ from bench.virtual import VirtualLoop
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.scheduling.eviction import ByValue
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.snapshot_value import ByValue
 from llamaslot.store.snapshot_table import SnapshotTable
 from llamaslot.tasks import TaskOwner
 

@@ -1,11 +1,11 @@
-"""The orders of eviction that llamaslot's own (``scheduling.eviction.ByValue``) is compared with."""
+"""The orders of eviction that llamaslot's own (``scheduling.snapshot_value.ByValue``) is compared with."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 
-from llamaslot.scheduling.eviction import SnapshotStats
+from llamaslot.scheduling.snapshot_value import SnapshotStats
 
 
 class ByUse:

@@ -19,8 +19,8 @@ from bench.simulator.server import SimulatedServer
 from bench.simulator.trace import Trace
 from bench.simulator.users import Foresight, Users
 from bench.virtual import VirtualLoop
-from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.snapshot_value import ByValue, Order, SnapshotStats
 from llamaslot.store.snapshot_table import SnapshotTable
 from llamaslot.tasks import TaskOwner
 

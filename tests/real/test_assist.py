@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend.probes import Probes
+from llamaslot.backend.abilities import Probes
 from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.cost import Rates
 from tests.support import models

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend.probes import Files, Probes
+from llamaslot.backend.abilities import Files, Probes
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.cost import Rates

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llamaslot.cache.ids import pack
-from llamaslot.scheduling.eviction import ByValue, Order
+from llamaslot.scheduling.snapshot_value import ByValue, Order
 from llamaslot.store import Catalog, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.quota import Limits
 from llamaslot.store.sidecar import EXT, KV, PART, own_name

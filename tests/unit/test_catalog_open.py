@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llamaslot.store import DirectoryUnusable, QuotaExceeded, sidecar
-from llamaslot.store.upkeep import Upkeep
+from llamaslot.store.sidecar_upkeep import Upkeep
 from tests.support.snapshots import Shelter, opened, refuse, slot_file, some_tokens
 
 TOKENS = some_tokens(40)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from llamaslot.backend.probes import Probes
+from llamaslot.backend.abilities import Probes
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SlotActionFailed
 from llamaslot.llama.client import LlamaServer

@@ -11,7 +11,7 @@ from llamaslot.fleet.pool import PoolSettings
 from llamaslot.fleet.registry import Registry
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.eviction import HitRateModel, ReuseClass
+from llamaslot.scheduling.snapshot_value import HitRateModel, ReuseClass
 from llamaslot.store.snapshot_store import SnapshotStore
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bench.simulator.orders import ByUse
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.scheduling.eviction import ByValue, ReuseClass
+from llamaslot.scheduling.snapshot_value import ByValue, ReuseClass
 from llamaslot.store import Snapshot
 from llamaslot.store.sidecar import Part
 from llamaslot.store.snapshot_table import SnapshotTable

@@ -16,9 +16,9 @@ from llamaslot.cache.ids import pack
 from llamaslot.store import Snapshot
 from llamaslot.store.assemble import assemble
 from llamaslot.store.manifest import Manifest
+from llamaslot.store.sidecar_upkeep import Upkeep
 from llamaslot.store.slot_layout import read_layout
 from llamaslot.store.taking_in import Base
-from llamaslot.store.upkeep import Upkeep
 from tests.support.trees import Tree, words
 
 A = words(700, 1)

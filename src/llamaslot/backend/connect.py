@@ -15,6 +15,7 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from llamaslot.backend.abilities import Probes
 from llamaslot.backend.assist import (
     StandingAside,
     all_at_work,
@@ -28,7 +29,6 @@ from llamaslot.backend.assist import (
     silent,
     wrong_key,
 )
-from llamaslot.backend.probes import Probes
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.cache.content import NOTHING

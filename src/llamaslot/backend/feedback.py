@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from llamaslot.backend.abilities import NO_CHECKPOINTS, SNAPSHOTS_UNUSABLE
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.probes import NO_CHECKPOINTS, SNAPSHOTS_UNUSABLE
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS

@@ -1,4 +1,5 @@
-"""Whether a llama-server is there, awake and to be trusted.
+"""Whether a llama-server is there, awake and to be trusted. ``Backend._until_gone`` in ``backend.py`` watches the
+server and decides that it is down.
 
 A server is not there all the time: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it
 and starts it again when a request comes for its model, or it is one model of a router. A server that may hang, or

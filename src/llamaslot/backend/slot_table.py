@@ -23,7 +23,6 @@ from llamaslot.cache.prefix_index import PrefixIndex, Shared
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.placement import (
     BackendView,
     Rules,
@@ -34,6 +33,7 @@ from llamaslot.scheduling.placement import (
 from llamaslot.scheduling.plan import Plan, PrefillTo, Save
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
+from llamaslot.scheduling.snapshot_value import SnapshotStats
 from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots, PendingSave
 

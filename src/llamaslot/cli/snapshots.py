@@ -28,7 +28,7 @@ from llamaslot.cli.running import load, with_config_or_store
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
+from llamaslot.scheduling.snapshot_value import ByValue, HitRateModel, SnapshotStats
 from llamaslot.sizes import readable_size
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.inventory import FileState, Item, Stock, read_headers, remove, take_stock

@@ -30,10 +30,10 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
 from llamaslot.llama.router_mode import ModelRouter, ModelServer, RouterModel
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.scheduling.snapshot_value import SnapshotStats
 from llamaslot.store import Snapshot
 from llamaslot.store.quota import Limits
 from llamaslot.store.snapshot_store import SnapshotStore

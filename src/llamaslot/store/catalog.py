@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
-from llamaslot.scheduling.eviction import Order
+from llamaslot.scheduling.snapshot_value import Order
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan, sidecar
 from llamaslot.store.acceptance import Acceptance, Reservation, ReservationState, SavedSlot
@@ -26,8 +26,8 @@ from llamaslot.store.landing import Landing
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota, Turnover
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens
+from llamaslot.store.sidecar_upkeep import Sweep, Upkeep
 from llamaslot.store.snapshot_table import Pin, SnapshotTable
-from llamaslot.store.upkeep import Sweep, Upkeep
 from llamaslot.tasks import TaskOwner, in_thread, outcome
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
+from llamaslot.scheduling.snapshot_value import ByValue, HitRateModel, SnapshotStats
 from llamaslot.store.catalog import Catalog
 from llamaslot.store.learned import LearnedFile
 from llamaslot.store.model_snapshots import Libraries

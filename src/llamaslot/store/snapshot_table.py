@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager
 from msgspec.structs import replace
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.priority_heap import Rank, Ranking
+from llamaslot.scheduling.snapshot_value import ByValue, Order, SnapshotStats
 from llamaslot.store.learned import NEVER, Hits
 from llamaslot.store.sidecar import EXT, KV, Snapshot
 

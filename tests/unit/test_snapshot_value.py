@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bench.simulator.orders import ByUse
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.scheduling.eviction import (
+from llamaslot.scheduling.snapshot_value import (
     N_BUCKETS,
     ByValue,
     HitRateModel,
