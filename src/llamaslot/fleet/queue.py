@@ -31,9 +31,7 @@ _LITTLE = 0.1  # of a usual answer's time: so short that it delays no other requ
 
 
 class QueueLimits(Struct, frozen=True):
-    """The limits of the queue; by default none. ``max_waiting``: requests that may wait at a time. ``max_wait_s``: the
-    longest wait in seconds, None for no limit.
-    """
+    """The limits of the queue; none by default. ``max_waiting``: in requests. ``max_wait_s``: of one request."""
 
     max_waiting: int = sys.maxsize
     max_wait_s: float | None = None
