@@ -35,7 +35,7 @@ class ChangeEvent:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], None] = {}  # in the order of their calls
+        self._waiting: dict[asyncio.Future[None], None] = {}  # one for each ``wait``, in order
         self._calls: list[Callable[[], None]] = []
 
     @property

@@ -91,8 +91,8 @@ class PromptKind(enum.Enum):
 class UsageCounts(Struct, frozen=True):
     """The token counts in one ``usage`` object; None or 0 where it has none."""
 
-    n_cached: int | None = None  # of the prompt, reused
-    n_prompt: int | None = None  # of the whole prompt
+    n_cached: int | None = None  # reused tokens of the prompt
+    n_prompt: int | None = None  # tokens of the whole prompt
     n_predicted: int = 0
 
 

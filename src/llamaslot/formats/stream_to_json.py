@@ -153,7 +153,7 @@ class PartialAnswer:
         self.n_said = 0  # number of tokens up to the last event with content
         self.n_tokens = 0  # of the whole answer, as the totals tell
         self.finish_reason: str | None = None
-        self.totals: dict[str, Any] = {}  # its last event, in the form of the answer
+        self.totals: dict[str, Any] = {}  # the last event of the answer, in the form of a JSON answer
 
     def tell(self, n_tokens: int, says_something: bool) -> None:
         """Record an event for a token: ``n_tokens`` so far, and whether the event ``says_something``, that is, has

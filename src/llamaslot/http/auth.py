@@ -79,7 +79,7 @@ class Keyring:
             faults = "; ".join(error.faults)
             log.error("keys: %s: %s; the keys read before stay in force", self._path, faults)
             return
-        self._watch.known = (mark,)  # of what was read: the file may have changed since
+        self._watch.known = (mark,)  # the id of the file as it was read: it may have changed since
         self._take(keys)
         log.info("keys: %s has changed, %d keys are in force", self._path, len(keys))
 

@@ -59,7 +59,7 @@ def _with_own_version(
         # The target of CONNECT is no path, so aiohttp finds no route for it, and takes the bytes that follow for the
         # data of a tunnel.
         message = message._replace(url=URL("/"), should_close=True, upgrade=False)
-    elif message.url.absolute and message.url.raw_path == "/":  # also without a slash at its end
+    elif message.url.absolute and message.url.raw_path == "/":  # ``http://host`` as ``http://host/``
         url = URL.build(path="/", query_string=message.url.raw_query_string, encoded=True)
         message = message._replace(url=url, path=str(url))
     own = Writer(protocol, asyncio.get_running_loop())
@@ -181,7 +181,7 @@ def in_one_line(record: logging.LogRecord) -> bool:
     """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, HttpProcessingError | web.RequestPayloadError):
-        # It quotes the invalid text, which may be a key or a part of a prompt.
+        # The traceback quotes the invalid text, which may be a key or a part of a prompt.
         said = _QUOTED.sub("", " ".join(str(error).split()))
         record.msg, record.args = "%s: %s", (record.getMessage(), said)
         record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"

@@ -87,7 +87,7 @@ class Downstream:
     progress: Callable[[Prefilling], bytes] | None = None
     state: object = Comment.TOKENIZING
     response: web.StreamResponse | None = None
-    is_answered: bool = False  # something of llama-server's answer was sent, or is about to be
+    is_answered: bool = False  # a part of llama-server's answer was sent, or is about to be
     told: dict[str, Any] = field(default_factory=dict)  # values that later parts of the answer must repeat
     errors: ErrorEvents = field(init=False)
     _has_moved: asyncio.Event = field(default_factory=asyncio.Event)

@@ -147,8 +147,8 @@ class _Exchange:
         a garbage collection.
         """
         self.served, self.request, self.raw, self.body = served, served.request, raw, body
-        self.in_one_piece = False  # the answer cannot be assembled from a stream
-        self.must_load = False  # the model is not loaded, and ``pool`` may be another one's
+        self.in_one_piece = False  # True: the answer cannot be assembled from a stream
+        self.must_load = False  # True: the model is not loaded, and ``pool`` may be another model's
         self.id = id_of(self.request)
         if down is None:
             headers = {"x-request-id": self.id}

@@ -113,7 +113,7 @@ class Answering:
         if not self._has_events:
             return
         is_looked_at = False
-        may_stop = self._is_one_prompt and not self.parsed.is_head  # its slot content is known then
+        may_stop = self._is_one_prompt and not self.parsed.is_head  # else its slot's content would be unknown
         while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self._answer_begins(events)

@@ -15,7 +15,7 @@ from llamaslot.errors import DeadlinePassed, LlamaslotError, SlotWedged
 from llamaslot.tasks import TaskOwner
 
 _NO_LIMIT = contextlib.nullcontext()
-_LOOKS = 4  # polls per silence limit
+_LOOKS = 4  # calls of ``look`` within ``silence_s``
 
 
 class Timeouts(Struct, frozen=True):

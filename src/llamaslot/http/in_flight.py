@@ -153,7 +153,7 @@ def by_operator(request: web.Request) -> Cancelled:
     """
     flight, task = in_flight(request), asyncio.current_task()
     if flight is None or task is None or not flight.is_cancelled or task.uncancel():
-        raise  # called while it is handled
+        raise  # the CancelledError that the caller handles
     return Cancelled("an operator has cancelled this request")
 
 
@@ -172,7 +172,7 @@ class Requests:
         self.last_users: dict[SlotKey, str] = {}  # the user whose content a slot holds
         self._held_since: dict[SlotKey, float] = {}  # when that user's request was sent
         self._looked_at = 0.0
-        self.has_changed = asyncio.Event()  # the operator page should look again
+        self.has_changed = asyncio.Event()  # set when the operator page should look again
 
     def begin(self, request: web.Request, route: Route) -> InFlight:
         flight = InFlight(

@@ -41,8 +41,9 @@ class PageApi:
         self._is_admitted = is_admitted
         self._page_state = PageState(registry, requests)
         self._listings: dict[str, Listing] = {}
-        self._names: dict[str, str] = {}  # of models, kept while llama-server restarts
-        self._listed: tuple[float, tuple[object, ...], bytes] | None = None  # when, of what, as JSON
+        self._names: dict[str, str] = {}  # of models by their ids in rows, kept while llama-server restarts
+        # The last list of snapshots: when it was made, what it was made of, and the list as JSON.
+        self._listed: tuple[float, tuple[object, ...], bytes] | None = None
         self._n_changes = 0
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:

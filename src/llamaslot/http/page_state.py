@@ -123,7 +123,7 @@ class PageState:
         for slot in told["slots"]:
             own, lease = table.slots[slot["id"]], leases.get(slot["id"])
             if lease is None:
-                slot["n_tokens"] = own.content.n_held  # with its last answer
+                slot["n_tokens"] = own.content.n_held  # including its last answer
             slot["snapshot"] = own.content.snapshot
             slot["last_user"] = self._requests.last_users.get(own.key)
             slot["used_at"] = round(time.time() - (now - own.used_at)) if own.used_at else None

@@ -23,8 +23,8 @@ from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media
 from llamaslot.tokens.tokenizer import NoPrompt, Prompt
 
-# The slots of the other answers would wait for the first to finish its prompt, which it never begins: they are lost
-# until llama-server is restarted (measured on xllamacpp 2026.10.11549).
+# With an empty prompt and several answers, the slots of the other answers wait until the first has computed the prompt,
+# which it never does. They are lost until llama-server is restarted (measured on xllamacpp 2026.10.11549).
 _NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"
 
 

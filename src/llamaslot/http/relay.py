@@ -22,7 +22,7 @@ from llamaslot.llama.sse import n_whole, without_empty_events
 
 log = logging.getLogger(__name__)
 
-_HELD_BYTES = 1 << 15  # of half an event
+_HELD_BYTES = 1 << 15  # of an incomplete event that are held until the rest comes
 _LAST_EVENT = b'"message_stop"'  # of /v1/messages; inside a text the quotes would be escaped
 
 

@@ -72,7 +72,7 @@ class Reload:
             added, removed, other = _backends(self.config, new)
             at_once = [key for key in changed if key.startswith(_AT_ONCE)]
             restart = [key for key in changed if not key.startswith(_AT_ONCE)]
-            self.apply(new)  # first: it may find that a file of keys has just gone
+            self.apply(new)  # before all else: it raises ConfigError if a file of keys has just gone
         except ConfigError as error:
             raise NotReloaded(f"{error}; the old configuration stays in force") from None
         logging.getLogger().setLevel(new.log.level.upper())

@@ -103,7 +103,7 @@ class Upload:
         try:
             async for piece in self._uploads.pieces(self._request):
                 yield piece
-        except LlamaslotError as error:  # aiohttp's client would report a broken connection
+        except LlamaslotError as error:  # the client of llama-server will report only a broken connection
             self.failure = error
             raise
 

@@ -181,8 +181,8 @@ def keep_answers_flowing() -> None:
     """Set garbage collection and thread switching so that they delay the event loop little from now on."""
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
-    # A request leaves few cycles, and 32 of them have thousands of objects: by default every few requests cause a
-    # collection.
+    # 32 requests have thousands of objects, so with Python's defaults every few requests would cause a collection. But
+    # a request leaves few cycles to collect.
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
 

@@ -221,7 +221,7 @@ class Reading:
             return
         timings = payload.get("timings")
         if isinstance(timings, dict) and not index_of(payload):
-            self.timings = timings if self._corrections is None else dict(timings)  # these change it
+            self.timings = timings if self._corrections is None else dict(timings)  # kept uncorrected
         for usage in self._format.usages(payload):
             counts = self._format.counts(usage)
             self.n_cached = counts.n_cached if self.n_cached is None else self.n_cached
