@@ -45,7 +45,7 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The same workload with fewer slots than users, and with one for everybody."""
+    """The same workload with fewer slots than users, and with a slot for each user."""
 
     tight: Watched
     roomy: Watched

@@ -407,7 +407,7 @@ TABLE: dict[str, Sequence[Ask]] = {
     "GET /index.html": page("/index.html"),
 }  # fmt: skip
 
-#: Paths that are nobody's, and methods that nobody has.
+#: Paths and methods for which llama-server has no route.
 UNKNOWN = [
     *(Ask("unknown path", method, "/nothing", {} if method in ("POST", "PUT", "PATCH") else None)
       for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")),

@@ -105,7 +105,7 @@ def _reword(user: User, rng: random.Random) -> None:
 
 
 async def _round(team: Team, rng: random.Random, n_answer: int) -> list[Turn]:
-    """One turn of everybody, four at a time, in an order of its own."""
+    """One turn of each user, four at a time, in an order drawn anew."""
     busy = asyncio.Semaphore(4)
 
     async def ask(user: User) -> Turn:
