@@ -1,5 +1,5 @@
-"""Slots whose client has left while llama-server was at work there: given back when llama-server reports that they are
-idle.
+"""Slots whose client has left while llama-server was at work in them. Each is given back once llama-server reports
+that it is idle.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 FIRST_POLL_S = 0.2
 # llama-server checks for clients that have left after a full second without any result, and each answer to GET /slots
-# is a result: polled every 0.3 s, the poll itself kept an abandoned answer alive for 11.5 s. At 1.25 s there is a
-# whole second without a poll, and a client that has left is detected within 2 s.
+# is a result. With a poll every 0.3 s an abandoned answer went on for 11.5 s. With a poll every 1.25 s there is a full
+# second between two polls, and llama-server notices within 2 s that a client has left.
 POLL_S = 1.25
 # A request whose start was not confirmed may still be in the server's HTTP thread, which tokenizes it (7 ms per 1,000
 # tokens on a slow machine) before the slot shows anything.
@@ -34,22 +34,20 @@ UNCONFIRMED_S_PER_TOKEN = 2e-5
 
 
 class _Abandoned(Struct, eq=False):
-    """A slot that was released while llama-server may work in it. ``content``: the most that it may hold.
-    ``not_before``: if found idle before that time, its request may not have begun yet.
+    """A slot that was released while llama-server may work in it. ``content``: the most that the slot may hold.
+    ``not_before``: until this time the request may not have begun yet, so an idle slot proves nothing.
     """
 
     table: SlotTable
     slot: Slot
     content: Content
     not_before: float
-    id_task: int | None = None  # of the task that runs in it, once that was seen
-    charge: Charge | None = None  # to the user whose request was left running
+    id_task: int | None = None  # llama-server's task in the slot, once a poll has shown it
+    charge: Charge | None = None  # the account of the request that was left running
 
 
 class AbandonedSlots:
-    """The abandoned slots of one backend, and the only poller of its ``/slots``. ``add`` is synchronous; ``run`` is a
-    task of the backend.
-    """
+    """The abandoned slots of one backend. ``run`` is the task of the backend that polls ``/slots`` for them."""
 
     def __init__(self, api: LlamaServer, leases: Leases, now: Callable[[], float]) -> None:
         self._api, self._leases, self._now = api, leases, now
@@ -58,8 +56,8 @@ class AbandonedSlots:
         self.on_failure: Callable[[], None] = lambda: None
 
     def add(self, lease: Lease, charge: Charge | None) -> None:
-        """Take over the slot of a lease whose client has left while llama-server was at work. ``charge``: to its user,
-        until the slot is idle.
+        """Take over the slot of ``lease``, whose client has left while llama-server was at work. ``charge`` is the
+        account of its user, which is charged until the slot is idle.
         """
         assert lease.slot is not None
         delay = FIRST_POLL_S
@@ -79,8 +77,8 @@ class AbandonedSlots:
         self._added.set()
 
     def end_gone(self) -> bool:
-        """Forget the slots of llama-server processes that are gone. Returns whether there were any; then the caller
-        dispatches.
+        """Forget the slots of llama-server processes that no longer exist. Returns True if there were any; then the
+        caller must dispatch.
         """
         gone = [entry for entry in self._abandoned if not entry.table.is_current]
         for entry in gone:
@@ -113,7 +111,7 @@ class AbandonedSlots:
                     continue
                 if info.is_processing:
                     self._at_work(entry, info)
-                elif asked_at >= entry.not_before:  # else it may arrive later
+                elif asked_at >= entry.not_before:  # else the request may arrive later
                     self._ended(entry)
                     self._settle(entry, info)
                     self._leases.dispatch()
@@ -123,17 +121,16 @@ class AbandonedSlots:
         self._leases.paid(entry.charge)
 
     def _at_work(self, entry: _Abandoned, info: SlotInfo) -> None:
-        """Record that the abandoned request has arrived in its slot: an exclusive section need not wait for it,
-        however long it runs.
-        """
+        """Record that the abandoned request runs in its slot. From now on an exclusive request does not wait for it."""
         if entry.id_task is None and entry.table.is_current:
             entry.id_task = info.id_task
             entry.table.seen_at_work(entry.slot)
             self._leases.dispatch()
 
     def _settle(self, entry: _Abandoned, info: SlotInfo) -> None:
-        """llama-server has finished the work that a departed client left in this slot: give the slot back, holding the
-        first ``info.n_tokens`` of what was sent.
+        """Give back a slot in which llama-server has finished the abandoned request. The slot is kept with the first
+        ``info.n_tokens`` tokens of what was sent, or emptied if it has none. It is SUSPECT if another task has run in
+        it meanwhile.
         """
         if not entry.table.is_current or entry.slot.state is not SlotState.DRAINING:
             return
@@ -145,9 +142,9 @@ class AbandonedSlots:
             event = SlotEvent.FAIL  # a higher id_task: llama-server has run another request there since
         else:
             event = SlotEvent.KEEP
-            # No more than was sent: a prefill that stopped early, and nothing follows.
+            # If the slot has no more tokens than were sent, the prefill has stopped early, and no answer follows.
             is_exact, n_more = n <= content.n_tokens, max(n - content.n_tokens, 0)
             if content.has_media:
-                n_more = 0  # media are counted too, so this number says nothing about where a prompt resumes
+                n_more = 0  # llama-server counts media as tokens too, so ``n`` does not tell where a prompt resumes
             content = replace(content.head(n), is_exact=is_exact, n_more=n_more)
         entry.table.give_back(entry.slot, event, content, self._now())

@@ -1,4 +1,4 @@
-"""One llama-server over its whole life: connected, served, lost, connected again."""
+"""One llama-server over its whole life: llamaslot connects to it, sends it requests, loses it, and connects again."""
 
 from __future__ import annotations
 
@@ -48,42 +48,44 @@ log = logging.getLogger(__name__)
 
 _HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # the last one repeats
 _WATCH_S = 2.0
-_JITTER = 0.2  # of a pause: the checks of many backends do not come at the same moment
+_JITTER = 0.2  # part by which a pause varies, so that many backends are not checked at the same moment
 _jitter = random.Random()
-# A server that does not answer a small question for _SUSPECT_S gets no more requests while another backend can take
-# them, and is down after the rest.
+# A llama-server that does not answer GET /props for _SUSPECT_S gets no more requests while another backend can take
+# them. It is down if it does not answer for _SILENT_S more, and then not to GET /health within _HEALTH_S.
 _SUSPECT_S, _SILENT_S, _HEALTH_S = 2.0, 3.0, 2.0
-_RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0  # pauses between attempts to probe the server, each twice the last
+_RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0  # first and longest pause between attempts to probe the server
 _LOOK_AGAIN_S = 600.0  # after slots have lost their content
-_CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just restarted
+_CONNECT_WAIT_S = 120.0  # a request waits at most this long for a server that has just restarted
 
 
 class Members(Protocol):
-    """The interface by which a backend reports its state to the fleet."""
+    """The interface by which a backend tells the fleet about its state."""
 
     @property
     def are_several(self) -> bool:
-        """Whether there are several backends: then others may take the requests of one that does not answer."""
+        """True if there are several backends, so that another one can take the requests of one that hangs."""
         ...
 
     async def replace_by_models(self, backend: Backend, max_models: int) -> None:
-        """``backend`` is a router: put its models in its place. Raises BackendDown if it has none."""
+        """Replace ``backend``, a router with at most ``max_models`` models loaded (0: any number), by one backend for
+        each of its models. Raises BackendDown if it has none."""
         ...
 
     def check_process(self, backend: Backend, props: Props) -> None:
-        """Raise NotReady if ``props``, just told by a process, are those of another backend's process."""
+        """Raise NotReady if ``props``, just told to ``backend``, are those of another backend's process."""
         ...
 
     def connecting(self, backend: Backend, session: ServerSession) -> None:
-        """The model of ``backend`` is known now: put the backend into that model's pool."""
+        """The model of ``backend`` is known now. Put the backend into the pool of that model."""
         ...
 
     def connected(self, backend: Backend, session: ServerSession) -> None:
-        """llama-server is up: the slots of the backend may be leased from now on."""
+        """llama-server is up. From now on the slots of ``backend`` may be leased."""
         ...
 
     def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
-        """The backend's slots are gone. With ``error`` it is down; without it, it is being connected to again."""
+        """The slots of ``backend`` no longer exist. With ``error`` the backend is down. With None llamaslot connects
+        to it again, or llama-server sleeps until a request comes for its model."""
         ...
 
 
@@ -103,7 +105,7 @@ class Backend:
         idle_save_s: float,
         store: SnapshotStore | None,
     ) -> None:
-        """``store``: of the directory that the backend shares with llamaslot; None if there is none."""
+        """``store``: the snapshots in the directory that llama-server shares with llamaslot; None without one."""
         self.name, self.api, self.leases, self.metrics = name, api, leases, metrics
         self.now = time.monotonic
         self._members, self._rules = members, rules
@@ -125,9 +127,9 @@ class Backend:
             leases.pin = catalog.pin
         self.health = Health.DOWN
         self._look_again_at, self._n_retries = -math.inf, 0  # consecutive attempts to probe the server
-        self.streams_are_known = True  # whether answers can be assembled from the events of a stream
+        self.streams_are_known = True  # True if answers can be assembled from the events of a stream
         self.session: ServerSession | None = None
-        self.last_session: ServerSession | None = None  # of the model that it serves, or has served last
+        self.last_session: ServerSession | None = None  # the present session, or else the last one
         self._why_down = "has not answered yet"
         self._doubt = asyncio.Event()
         self._is_settled = asyncio.Event()  # set unless it is being connected to
@@ -137,26 +139,25 @@ class Backend:
 
     @property
     def model_name(self) -> str | None:
-        """The name of the model that the backend serves, or served last; None before the first connection."""
+        """The name of the model that llama-server serves, or served last; None before the first connection."""
         return self.last_session.model_name if self.last_session is not None else None
 
     @property
     def why_down(self) -> str | None:
-        """Why the backend serves no requests, in words for its users; None unless it is down."""
+        """The reason why the backend serves no requests, for users to read; None unless it is down."""
         return f"llama-server at {self.api.url} {self._why_down}" if self.health is Health.DOWN else None
 
     @property
     def is_unloaded(self) -> bool:
-        """Whether the model is not loaded, and will be for the next request."""
+        """True if the model is not loaded now, but llamaslot will load it for the next request."""
         return self.presence.on_demand is not None and self.session is None
 
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def confirm(self, table: SlotTable) -> None:
-        """Check that the process that ``table`` describes is still there, before anything is done in its slots. Raises
-        BackendRestarted, and BackendDown if it does not answer soon: other backends can take the request. Canceling is
-        safe.
-        """
+        """Check that the llama-server process of ``table`` is still there, before anything is done in its slots.
+        Raises BackendRestarted if another process has taken its place. Raises BackendDown if llama-server is down, or
+        does not answer within 2 s; then another backend can take the request. Canceling is safe."""
         try:
             async with asyncio.timeout(_SUSPECT_S):
                 session = await self.ready()
@@ -167,19 +168,18 @@ class Backend:
             raise BackendRestarted
 
     async def ready(self) -> ServerSession:
-        """The connected server, checked to be the same process as before. Raises BackendDown at once if it is down.
+        """Return the session with llama-server, once it is connected and its process is known to be alive. Raises
+        BackendDown at once if llama-server is down, and after two minutes if it has not come back from a restart.
 
-        ``/props`` has a mark that is random for each process, so a restart is noticed before anything is planned. It
-        is not asked again while the connection on which it was told is open (the kernel closes those of a dead
-        process), that was a moment ago, and the server has worked since: then it has not fallen asleep either.
-        Canceling is safe.
-        """
+        Before each placement llama-server is asked for ``/props``, which has a random mark for each process, so a
+        restart is noticed before anything is planned. The question is left out while ``use_if_proved`` is true.
+        Canceling is safe."""
         if self.session is None and self.leases.is_drained:
             raise BackendDown(self.leases.why_not or "")
         await self.presence.serving()
         while (session := self.session) is not None:
             if not session.is_assisted or self.use_if_proved():
-                return session  # without assist nothing is assumed about its slots
+                return session  # when llamaslot stands aside, it assumes nothing about the slots
             try:
                 props = await self.api.props()
             except BackendDown:
@@ -197,7 +197,7 @@ class Backend:
                 await self._is_settled.wait()
         except TimeoutError:
             raise BackendDown(f"llama-server at {self.api.url} has restarted and is not ready yet") from None
-        if self.session is None:  # down, perhaps after it was up for a moment
+        if self.session is None:  # llama-server is down, perhaps after it was up for a moment
             raise BackendRestarted if self.presence.is_replaced else self._is_down()
         return self.session
 
@@ -206,7 +206,8 @@ class Backend:
         await self._is_settled.wait()
 
     def use_if_proved(self) -> bool:
-        """Whether the process is known to be alive and awake, and so used for a request now. Else ``ready`` asks it."""
+        """True if the process is known to be alive and awake without a question. Then this call also counts as a use
+        of the model, which keeps it loaded. If False, ``ready`` must ask llama-server."""
         return self._proof.use()
 
     @property
@@ -215,12 +216,11 @@ class Backend:
         return self._proof.is_same_process
 
     def _prove(self, session: ServerSession, props: Props) -> None:
-        """Record that the process of ``session`` has just told ``props``, so it is alive."""
         if session is self.session:
             self._proof.renew(props)
 
     def lost(self, table: SlotTable) -> None:
-        """llama-server is another process than ``table`` describes: connect again, while queued requests wait."""
+        """llama-server has restarted, so ``table`` is of another process: connect again. Queued requests wait."""
         if self.session is not None and self.session.table is table:
             log.warning("%s: llama-server has restarted: its slots are empty", self.name)
             self.metrics.restarts.inc()
@@ -228,44 +228,46 @@ class Backend:
         self._doubt.set()
 
     def changed(self, why: str) -> None:
-        """Connect again for the reason ``why``: what was found out about this process is not valid any more."""
+        """Connect again for the reason ``why``: what llamaslot knows of this process is no longer valid."""
         if self.session is not None:
             log.info("%s: %s; reconnecting to llama-server", self.name, why)
             self._forget(Health.CONNECTING)
         self._doubt.set()
 
     def sleep(self, why_down: str = "") -> None:
-        """llama-server is stopped until ``wake`` is called; queued requests wait, or fail with ``why_down``."""
+        """Record that llama-server is stopped until ``wake``. Queued requests wait, or fail with ``why_down`` if
+        given."""
         self._why_down = why_down or "is asleep: the next request for its model starts it"
         self.presence.set(is_awake=False)
         self._forget(Health.DOWN if why_down else Health.ASLEEP)
         self._doubt.set()
 
     def wake(self) -> None:
-        """llama-server is being started: connect to it."""
+        """Record that llama-server is being started, and connect to it."""
         self._set(Health.DOWN)
         self.presence.set(is_awake=True)
 
     def _slots_were_lost(self) -> None:
-        """Connect again, at most every few minutes: slots lose their content, so probe llama-server anew."""
+        """Connect again, to probe why slots have lost their content. At most once in ten minutes."""
         if self.now() >= self._look_again_at:
             self._look_again_at = self.now() + _LOOK_AGAIN_S
             self.changed("slots have lost their contexts three times in ten minutes")
 
     def doubt(self) -> None:
-        """A request to the server failed: check immediately whether it is still there."""
+        """A request to llama-server has failed: check at once if the process is still there."""
         self._proof.clear()
         self._doubt.set()
 
     def suspect(self) -> None:
-        """As ``doubt``; until the server has answered, requests go to other backends if there are any."""
+        """As ``doubt``. Until llama-server has answered a question, other backends get the requests, if there
+        are any."""
         self.doubt()
         self.suspicion.begin()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Load the learned rates from disk; the catalog must be open. Canceling is safe."""
+        """Read the learned rates from disk. The catalog must be open. Canceling is safe."""
         if (rates := await self.rates_file.read()) is not None:
             self.rates.take_over(Rates.from_json(rates))
         if self._catalog is not None:
@@ -280,18 +282,18 @@ class Backend:
         self.tasks.spawn(self.idle_save.run(), f"{self.name}: idle save")
 
     async def save_all(self, save_s: float) -> None:
-        """Save dirty slots, for at most ``save_s`` seconds. Canceling is safe."""
+        """Save dirty slots for at most ``save_s`` seconds, if the backend is up. Canceling is safe."""
         if self.health is Health.UP and save_s > 0:
             await self.idle_save.save_before_stop(save_s)
 
     async def close(self) -> None:
-        """End all tasks, and write what was learned to disk."""
+        """End all tasks of the backend, and write the learned rates to disk."""
         await self.tasks.close()
         await self.rates_file.write(self.rates.to_json())
         await self.api.close()
 
     async def _live(self) -> None:
-        """Connect to the server, watch it until it is gone, and repeat. Ends only if it is a router."""
+        """Connect to llama-server, watch it until it is gone, and repeat. Returns only if it is a router."""
         complaint = ""
         is_retry = False
         while True:
@@ -319,7 +321,7 @@ class Backend:
             self._n_retries = self._n_retries + 1 if is_retry else 0
 
     async def _connect(self, *, is_retry: bool) -> ServerSession | RouterMode:
-        """Identify the server and probe its abilities. Raises BackendDown and BackendRestarted."""
+        """Identify the model and probe what llama-server can do. Raises BackendDown and BackendRestarted."""
         handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
         handshake.check_process = partial(self._members.check_process, self)
         handshake.probes.has_others_files = self.store is not None and self.store.n_backends > 1
@@ -356,7 +358,7 @@ class Backend:
             session.table.take(slot, Request("left over"), self.now(), has_answer=False)
             session.table.give_back(slot, SlotEvent.LEAVE, NOTHING, self.now())
             self.abandoned_slots.add_slot(session.table, slot, NOTHING)
-        if self._catalog is not None and session.table.can_save:  # some were dropped while connecting
+        if self._catalog is not None and session.table.can_save:  # snapshots may have gone while connecting
             session.table.keep_only(self._catalog.snapshots)
         for known in (self.route_availability, self.dry_runs):
             known.forget()
@@ -413,7 +415,8 @@ class Backend:
                 self.changed("a slot is idle now")
 
     async def _watched_props(self) -> Props:
-        """``GET /props``; other backends soon replace a silent server. Raises LlamaslotError."""
+        """Return the answer to ``GET /props``. While it takes more than 2 s, other backends get the requests, if there
+        are any. Raises LlamaslotError."""
         if not self._members.are_several:
             return await self.api.props()
         timer = asyncio.get_running_loop().call_later(_SUSPECT_S, self.suspect)

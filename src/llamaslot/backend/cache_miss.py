@@ -1,10 +1,12 @@
-"""Explains cache misses: where a long prompt diverges from the cached prompt that it could have continued.
+"""Explains cache misses: finds the place where a long prompt diverges from the cached prompt that it could have
+continued.
 
-A divergence between two conversations is normal and costs nothing. A divergence with the same text on both sides of
-it is expensive: a date in the system prompt, an id, tools in another order, an old message that was shortened. So
-what follows the divergence is compared.
+Two different conversations diverge too, which is normal and costs nothing. A divergence is expensive if the text
+behind it is the same in both prompts: a date in the system prompt, an id, tools in another order, an old message that
+was shortened. So the tokens behind the divergence are compared.
 
-Runs beside the request, once it has its slot, and only if much must be computed although much is cached.
+The search runs beside the request, once the request has its slot, and only if many tokens must be computed although
+many are cached.
 """
 
 from __future__ import annotations
@@ -32,26 +34,28 @@ from llamaslot.tokens.tokenizer import Prompt
 
 log = logging.getLogger(__name__)
 
-#: Fewer recomputed tokens than this are not reported.
+#: A miss is reported only if at least so many tokens are computed again because of it.
 LOST_MIN = 1024
-#: If this share of a prompt is reused, nothing is reported.
+#: A miss is not reported if this part of the prompt is reused.
 ENOUGH = 0.9
 
-_WINDOW = 24  # a common run of so many tokens is not chance
-_MOST_PROBES = 1000  # 0.05 ms each in a context of 60,000 tokens
-_SAME_CONVERSATION = 0.7  # share of the text after the divergence that must be common
-_SAME_SYSTEM = 0.5  # the same for the system part: tools in another order count too
+_WINDOW = 24  # 24 equal tokens in a row are not chance
+_MOST_PROBES = 1000  # searches for such a window; each takes 0.05 ms in a context of 60,000 tokens
+_SAME_CONVERSATION = 0.7  # the part of the tokens behind the divergence that must be common to both prompts
+_SAME_SYSTEM = 0.5  # the same for the system part; less, because tools may be in another order
 
-_AT_ONCE = 8  # further requests are not examined: the first ones show the cause
-_N_HOLDERS = 16  # that are compared closely
-_N_SNAPSHOTS = 256  # considered: those of its namespaces that share most, or came last
-_N_OF_A_KIND = 5  # taken of each kind
-_EXCERPT = 80  # characters on each side
-_EXCERPT_TOKENS = 80  # of at least one character each
+_AT_ONCE = 8  # requests examined at the same time; others are not examined, because these show the cause
+_N_HOLDERS = 16  # slots and snapshots that are compared closely
+_N_SNAPSHOTS = 256  # snapshots considered: those that share most with the prompt, and the most recent
+_N_OF_A_KIND = 5  # snapshots taken of those nearest in length, and of the most recent
+_EXCERPT = 80  # characters shown on each side of the difference
+_EXCERPT_TOKENS = 80  # tokens detokenized for that; each has at least one character
 
 
 class Holder(Struct, frozen=True):
-    """A slot or snapshot with cached tokens; ``name`` is for the log, such as ``slot 2``."""
+    """A slot or snapshot with cached tokens, of which the prompt shares the first ``n_shared``. ``name`` is for the
+    log, such as ``slot 2``.
+    """
 
     name: str
     tokens: bytes
@@ -63,11 +67,12 @@ class Holder(Struct, frozen=True):
 
 
 async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
-    """The slots and snapshots that the request of ``lease`` may resume from, or might if its prompt began like them;
-    only of its own namespaces.
+    """Return the slots and snapshots whose tokens are compared with the prompt of ``lease``. All are in namespaces
+    that the request may reuse.
 
-    ``contents``: of the slots, in order, when the lease was given. Of the snapshots: those that share most, the
-    nearest in length, and the most recent; the previous turn is usually one of these. Canceling is safe.
+    ``contents`` has the content of each slot, in order, at the time when the lease was given. Of the snapshots these
+    are taken: the one that shares most, five nearest in length, and the five most recent; the conversation's previous
+    turn is usually among these. Canceling is safe.
     """
     request, index = lease.request, lease.table.model_snapshots.in_namespaces
     found = [
@@ -89,7 +94,7 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
         *(snapshot.id for snapshot in islice(long, _N_OF_A_KIND)),
     ]
     for id_ in dict.fromkeys(ids):
-        await asyncio.sleep(0)  # a millisecond for the tokens of each: let others run first
+        await asyncio.sleep(0)  # the tokens of a snapshot take a millisecond: let other tasks run first
         with contextlib.suppress(KeyError):  # dropped meanwhile
             tokens = index.tokens(id_)
             found.append(Holder(f"snapshot {id_}", tokens, common(tokens, request.tokens)))
@@ -97,8 +102,8 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
 
 
 class CacheMisses:
-    """Finds out where the requests of one backend diverge from cached prompts. ``tells_texts``: the journal may show
-    the differing text.
+    """Finds the places where the prompts of one backend's requests diverge from cached prompts. ``tells_texts``: True
+    if the log and the journal may show the text there.
     """
 
     def __init__(self, api: LlamaServer, metrics: BackendMetrics, tasks: TaskOwner) -> None:
@@ -107,8 +112,9 @@ class CacheMisses:
         self._n_under_way = 0
 
     def examine(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], format_: Format) -> None:
-        """Start to look for the cached prompt that the request of ``lease`` misses, while nothing was done in its slot
-        yet. Returns at once; the result goes to the journal, the log and the metrics.
+        """Start a task that looks for the cached prompt which the request of ``lease`` misses. Returns at once; the
+        task writes its result to the journal, the log and the metrics. Call it before anything is done in the slot.
+        Without effect if the request reuses enough.
         """
         request, plan = lease.request, lease.plan
         if plan is None or request.no_cache or self._n_under_way >= _AT_ONCE:
@@ -116,16 +122,18 @@ class CacheMisses:
         if request.n_tokens - plan.n_reused < LOST_MIN or plan.n_reused >= ENOUGH * request.n_tokens:
             return
         self._n_under_way += 1
-        # Including its own slot, whose content changes when the lease ends.
+        # The content of all slots as it is now; that of the lease's own slot will change.
         contents = [slot.content for slot in lease.table.slots]
         self._tasks.spawn(self._examine(lease, contents, prompt, body, format_), f"{request.id} diverges")
 
     async def _examine(
         self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
-        """Find where the prompt left the cached one, and report it. Canceling is safe: nothing is reported then."""
+        """Find the place where the prompt diverges from a cached prompt, and report it. Canceling is safe: nothing is
+        reported then.
+        """
         try:
-            with contextlib.suppress(LlamaslotError):  # llama-server has gone: no texts are known
+            with contextlib.suppress(LlamaslotError):  # llama-server is gone and cannot detokenize
                 held = await holders(lease, contents)
                 if (found := await asyncio.to_thread(_worst, lease.request, held)) is not None:
                     await self._report_changed(lease, *found, prompt, body, format_)
@@ -143,8 +151,8 @@ class CacheMisses:
         body: Mapping[str, Any],
         format_: Format,
     ) -> None:
-        """Report a prompt of which only a part has changed: before and after that its text is the same as in the
-        cached prompt.
+        """Report a prompt that has changed in one place only: before and behind this place it has the same tokens as
+        the cached prompt of ``holder``.
         """
         where, texts = await self._where(prompt, parted.at, body, format_), await self._texts(lease, holder)
         self._metrics.cache_misses.labels(where.where).inc()
@@ -158,8 +166,8 @@ class CacheMisses:
     async def _report_left_behind(
         self, lease: Lease, holder: Holder, prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
-        """Report a prompt that goes another way than the cached one: a user went back in the conversation, or the
-        prompt differs in the last answer already. That is expensive if the model can only rewind to a checkpoint.
+        """Report a prompt that leaves a cached prompt for good. Either the user went back in the conversation, or this
+        model can only rewind to a checkpoint, so that tokens before the divergence must be computed again.
         """
         request, at, n_lost = lease.request, holder.n_shared, _n_behind_checkpoint(lease, holder)
         has_left_much = can_lose(request.n_tokens, at, holder.n_tokens) and at < ENOUGH * request.n_tokens
@@ -190,8 +198,8 @@ class CacheMisses:
         return whereabouts(prompt.text, await self._offset(prompt.text, prompt.tokens, at), body, format_)
 
     async def _offset(self, text: str, tokens: bytes, at: int) -> int:
-        """The index of the character in ``text`` at which token ``at`` begins; the shorter side of it
-        is detokenized.
+        """Return the index of the character in ``text`` at which token ``at`` begins. Only the shorter part of the
+        prompt, before or behind this token, is detokenized.
         """
         if at > count(tokens) // 2:
             return max(len(text) - len(await self._api.detokenize(tokens[at * WIDTH :])), 0)
@@ -200,8 +208,8 @@ class CacheMisses:
         return min(len(before) - max(bos, 0), len(text))
 
     async def _texts(self, lease: Lease, holder: Holder) -> dict[str, str] | None:
-        """The text before the difference, and the text after it, in the prompt and in the cached prompt; None if the
-        journal may not show texts.
+        """Return the text before the difference, the text behind it in the prompt, and the text behind it in the
+        cached prompt. None if texts may not be shown.
         """
         if not self.tells_texts:
             return None
@@ -239,8 +247,8 @@ def _note(
 
 
 def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | None:
-    """The holder of which most tokens would be reused if it began like the prompt, and where both part; None if
-    nothing was lost.
+    """Return the holder that costs the request most tokens by diverging from its prompt, and the divergence. None if
+    too few tokens are lost.
     """
     n_best = max((holder.n_shared for holder in held), default=0)
     if n_best >= ENOUGH * request.n_tokens:
@@ -256,8 +264,8 @@ def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | Non
 
 
 def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
-    """The holder that shares most tokens with the prompt, if both go on after them, and the common part is more than
-    the beginning of all conversations.
+    """Return the holder that shares most tokens with the prompt, if both have further tokens behind the common ones,
+    and the common ones are more than the system part. Otherwise None.
     """
     best = max(held, key=lambda holder: holder.n_shared, default=None)
     if best is None or best.n_shared in (best.n_tokens, lease.request.n_tokens):
@@ -266,19 +274,21 @@ def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
 
 
 def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:
-    """The number of tokens that the prompt shares with the holder but that this model cannot rewind to."""
+    """Return the number of tokens that the prompt shares with ``holder``, but that must be computed again because this
+    model cannot rewind to their end.
+    """
     plan = lease.plan
     if plan is None or lease.table.rewind_model.is_rewindable:
         return 0
     if holder.name not in (f"slot {plan.slot.id}", f"snapshot {plan.snapshot}"):
-        return 0  # it was placed elsewhere for other reasons
+        return 0  # the request does not resume from this holder, for other reasons
     return max(holder.n_shared - plan.n_reused, 0)
 
 
 class Parting(Struct, frozen=True):
-    """Where a prompt parts from a cached one. ``at``: tokens that the prompt shares with a holder of ``n_held``
-    tokens. ``n_lost``: tokens of the prompt after the divergence that the holder contains too, but no cached prefix
-    covers.
+    """The place where a prompt diverges from a cached one. ``at``: the number of tokens that both begin with.
+    ``n_held``: the length of the cached prompt in tokens. ``n_lost``: the tokens of the prompt behind the divergence
+    that the cached prompt has too, but that cannot be reused.
     """
 
     at: int
@@ -287,16 +297,19 @@ class Parting(Struct, frozen=True):
 
 
 def can_lose(n_prompt: int, n_shared: int, n_held: int) -> bool:
-    """Whether prompt and holder both continue after the common prefix for long enough to justify a closer look."""
+    """True if prompt and holder both have more than ``LOST_MIN`` tokens behind their common prefix, so that a close
+    look is worth it.
+    """
     return min(n_prompt, n_held) - n_shared > LOST_MIN
 
 
 def parting(tokens: bytes, held: bytes, n_best: int, n_system: int) -> Parting | None:
-    """Compare ``tokens`` with ``held``. Returns the divergence if both are the same conversation, or have the same
-    system part, and at least ``LOST_MIN`` tokens are recomputed because of it; else None.
+    """Compare a prompt's ``tokens`` with the cached tokens ``held``. Returns the divergence if both are the same
+    conversation, or have much the same system part, and at least ``LOST_MIN`` tokens must be computed again because of
+    the difference. Otherwise None.
 
-    ``n_best``: tokens of the longest cached prefix of any holder. ``n_system``: tokens of the system part and tools,
-    0 if unknown. Takes 1 ms as a rule with 60,000 tokens on each side, 50 ms if many short pieces are common.
+    ``n_best``: the tokens of the longest cached prefix that any holder has. ``n_system``: the tokens of system part
+    and tools, 0 if unknown. Usually takes 1 ms for 60,000 tokens on each side; 50 ms if many short pieces are common.
     """
     n = common(tokens, held)
     if not can_lose(count(tokens), n, count(held)):
@@ -312,8 +325,9 @@ def parting(tokens: bytes, held: bytes, n_best: int, n_system: int) -> Parting |
 
 
 def alike(tokens: bytes, held: bytes, n: int) -> list[tuple[int, int]]:
-    """The pieces of ``tokens`` after the first ``n`` that ``held`` contains anywhere after its first ``n``. Returns
-    ranges [begin, end) in ``tokens``, ascending, whatever their order in ``held``; short pieces are skipped.
+    """Return the pieces of ``tokens`` behind the first ``n`` tokens that ``held`` also has anywhere behind its first
+    ``n``. Each piece is a range [begin, end) in ``tokens``, ascending. Their order in ``held`` does not matter, and
+    short pieces are left out.
     """
     behind = held[n * WIDTH :]
     runs: list[tuple[int, int]] = []
@@ -339,7 +353,7 @@ def alike(tokens: bytes, held: bytes, n: int) -> list[tuple[int, int]]:
 
 
 def _find(tokens: bytes, window: bytes) -> int:
-    """The index of the first token of ``window`` in ``tokens``; -1 if it is not there."""
+    """Return the index of the token in ``tokens`` at which ``window`` begins; -1 if ``tokens`` does not contain it."""
     where = tokens.find(window)
     while where > 0 and where % WIDTH:
         where = tokens.find(window, where + 1)

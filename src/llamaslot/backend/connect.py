@@ -1,8 +1,8 @@
-"""Connects to a llama-server: identifies its model, probes its abilities, and adopts the content of its slots.
+"""Connects to a llama-server: identifies its model, probes what it can do, and adopts the content of its slots.
 
-Slots that are not empty were filled by an earlier run of llamaslot: they are saved, and the file's header shows their
-tokens. The probes need an empty slot; if there is none, the slot with the fewest tokens is saved and erased for them.
-"""
+Slots that are not empty were filled before llamaslot connected. llama-server saves each of them, and llamaslot reads
+the tokens from the file's header. The probes need an empty slot. If there is none, the slot with the fewest tokens is
+saved and erased for them."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ from llamaslot.store.sidecar import digest_of
 
 log = logging.getLogger(__name__)
 
+# Slots in use by clients of a llamaslot that has crashed become idle within so many polls.
 _SETTLE_POLL_S = 1.5
-_SETTLE_POLLS = 4  # how long slots used by clients of a crashed llamaslot may take to become idle
+_SETTLE_POLLS = 4
 
 _NO_ISOLATION_ASIDE = (
     "cache.isolation is per_user, and llamaslot cannot keep it with this llama-server: %s. Mend that, or set"
@@ -78,9 +79,8 @@ _NO_ISOLATION = (
 
 
 class RouterMode(Struct, frozen=True):
-    """Returned instead of a session if the server is a router, which has no model of its own. ``max_models``: as
-    ``Props`` has it.
-    """
+    """The result of connecting to a router, which has no model of its own. ``max_models``: the number of models that
+    it can have loaded at a time, 0 for any number."""
 
     max_models: int
 
@@ -92,18 +92,18 @@ _NO_SERVER = (
 
 
 class ServerSession(Struct, frozen=True):
-    """The result of connecting: the slots of the server as they are now, and its model."""
+    """The result of connecting: the model of llama-server, and its slots as they are now."""
 
     table: SlotTable
     props: Props
     model_name: str
     fingerprint: str
-    identity: Identity | None = None  # None if unproved: llama-server chooses slots
-    names: tuple[str, ...] = ()  # of the model, as the server tells them
-    entry: Mapping[str, Any] = field(default_factory=dict)  # the model's of /v1/models
-    found_busy: tuple[Slot, ...] = ()
+    identity: Identity | None = None  # None if llamaslot stands aside, so that it need not know the model
+    names: tuple[str, ...] = ()  # all names of the model that llama-server tells
+    entry: Mapping[str, Any] = field(default_factory=dict)  # the model's entry in /v1/models
+    found_busy: tuple[Slot, ...] = ()  # slots that were at work while llamaslot connected
     warnings: tuple[str, ...] = ()
-    # If set, llama-server chooses slots, and the slot table only counts requests.
+    # The reason why llamaslot stands aside: llama-server chooses slots, and the slot table only counts requests.
     aside: StandingAside | None = None
 
     @property
@@ -114,9 +114,8 @@ class ServerSession(Struct, frozen=True):
 class Handshake:
     """One attempt to connect to a llama-server.
 
-    Raises BackendDown, and NotReady while the model loads or if isolation is impossible. Canceling is safe: the next
-    attempt starts over.
-    """
+    Its coroutines raise BackendDown, and NotReady while the model loads or if users cannot be isolated as configured.
+    Canceling is safe: the next attempt starts over."""
 
     def __init__(
         self,
@@ -127,10 +126,11 @@ class Handshake:
         rates: Rates,
         rules: Rules,
     ) -> None:
-        """``libraries`` and ``catalog``: of the snapshot directory; both None without one."""
+        """``catalog`` and ``libraries`` belong to the snapshot directory; both are None without one."""
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
         self.libraries = libraries
-        self.check_process: Callable[[Props], None] = lambda props: None  # told at once; raises NotReady
+        # Called with the first properties; raises NotReady if another backend has the same process.
+        self.check_process: Callable[[Props], None] = lambda props: None
         self.probes = Probes(api, catalog, rates)
         self._identity: Identity | None = None
         self._is_usable = dict[str, bool]()  # by the text of the fingerprint
@@ -139,9 +139,9 @@ class Handshake:
         self._reservations = contextlib.AsyncExitStack()
 
     async def run(self, now: float, *, is_retry: bool = False) -> ServerSession | RouterMode:
-        """Connect. ``is_retry``: the last attempt found no slot for the probes, and one is idle now: do not wait for
-        the others.
-        """
+        """Connect, and return the session, or ``RouterMode`` if the server is a router. ``is_retry``: the last attempt
+        found no idle slot for the probes, and now there is one, so this attempt does not wait for other slots to
+        become idle."""
         async with self._reservations:
             props = None
             try:
@@ -164,9 +164,8 @@ class Handshake:
                 return self._stand_aside(silent(error), props)
 
     async def _another_kind(self, why: str, props: Props | None) -> ServerSession:
-        """The session with a server of another kind, at which llamaslot stands aside. Raises NotReady if the server
-        names no model: then any program may have answered.
-        """
+        """Return the session with another kind of server; llamaslot stands aside there. Raises NotReady if the server
+        names no model, because then any program may have answered."""
         try:
             self._model = self._model or await self.api.model_info()
         except (NotUnderstood, UpstreamError):
@@ -175,15 +174,13 @@ class Handshake:
         return self._stand_aside(not_understood(why), props)
 
     def give_up(self, error: Exception) -> ServerSession:
-        """The session after a bug in llamaslot prevented the connection: llamaslot stands aside. Raises NotReady under
-        isolation.
-        """
+        """Return the session after a bug in llamaslot (``error``) has prevented the connection; llamaslot stands
+        aside. Raises NotReady if users are isolated."""
         return self._stand_aside(mistake(error), None)
 
     def _stand_aside(self, reason: StandingAside, props: Props | None) -> ServerSession:
-        """A session at which llamaslot stands aside: without usable slots, with only what the server reports. Raises
-        NotReady under isolation.
-        """
+        """Return a session in which llamaslot stands aside for ``reason``: it has no usable slots, and only what the
+        server reports. Raises NotReady if users are isolated."""
         if self.rules.is_isolated:
             raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
         props = props or Props(None, 0, "", "")
@@ -206,7 +203,7 @@ class Handshake:
         table = SlotTable(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
-            # The quota has no space for its content, so a probe cannot save either. A probe would overwrite the rest.
+            # The quota has no room for the slot's content, so the content is lost: the probes will overwrite it.
             await self._erased(first.id)
             first = replace(first, n_tokens=0)
         can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
@@ -254,7 +251,7 @@ class Handshake:
         return ServerSession(table, props, _name(model), fingerprint, identity, names, model, busy, warnings)
 
     async def _probe_files(self, table: SlotTable, slot: int) -> bool:
-        """Find out what files of the model's contexts keep. Returns whether they can be used."""
+        """Find out what slot files of this model contain. Returns True if snapshots can be used."""
         await self.probes.size(slot)
         if table.cache_kind is CacheKind.DENSE:
             return True
@@ -265,9 +262,8 @@ class Handshake:
         return files.are_usable
 
     async def _were_emptied(self, others: list[SlotInfo]) -> bool:
-        """Whether probes of another slot have emptied idle slots. With two slots this is the only sign of a unified KV
-        cache, because no empty slot is left for a probe of that.
-        """
+        """True if slots in ``others`` had tokens and have become empty while another slot was probed. With two slots
+        this is the only sign of a unified KV cache, because no empty slot is left for ``Probes.is_unified``."""
         held = {info.id for info in others if info.n_tokens}
         return bool(held) and any(info.id in held and not info.n_tokens for info in await self.api.slots())
 
@@ -283,9 +279,8 @@ class Handshake:
     async def _empty(self, table: SlotTable, slot: int, now: float, *, is_shared: bool) -> None:
         """Erase a slot of unknown content. If that fails, the slot is marked SUSPECT.
 
-        Without slot actions, content in the shared namespace (``is_shared``) is left as it is: llama-server compares
-        tokens by itself.
-        """
+        If llama-server cannot erase slots at all, content in the shared namespace (``is_shared``) stays in the slot.
+        That is harmless, because llama-server compares tokens itself."""
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
             log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
             table.take(table.slots[slot], Request("adoption"), now, has_answer=False)
@@ -302,7 +297,8 @@ class Handshake:
     # -- adoption ------------------------------------------------------------------------------------------------
 
     async def _written(self, info: SlotInfo) -> tuple[Reservation, SlotAction] | None:
-        """Have llama-server save a slot of unknown content to a reserved file; None if that failed, which is logged."""
+        """Have llama-server save a slot of unknown content to a reserved file. Returns None if that failed, and logs
+        why."""
         assert self.catalog is not None
         reservation = None
         try:
@@ -321,9 +317,8 @@ class Handshake:
     async def _commit(
         self, table: SlotTable, written: tuple[Reservation, SlotAction], fingerprint: str
     ) -> WithTokens | None:
-        """Make the saved file a snapshot, with the tokens of its header; if a snapshot with the same tokens exists,
-        return that one.
-        """
+        """Make the saved file a snapshot, with the tokens in its header, and return it. If a snapshot with the same
+        tokens exists, return that one and drop the file. Returns None if the file is not usable, and logs why."""
         assert self.catalog is not None
         reservation, saved = written
         try:
@@ -349,7 +344,8 @@ class Handshake:
         return snapshot
 
     def _listed(self, tokens: bytes) -> WithTokens | None:
-        """The snapshot of this model, in the shared namespace, that holds exactly ``tokens``; None if there is none."""
+        """Return the snapshot of this model in the shared namespace that has exactly ``tokens``; None if there is
+        none."""
         assert self.catalog is not None
         digest = digest_of(tokens)
         for snapshot in self.catalog.snapshots.values():
@@ -358,17 +354,17 @@ class Handshake:
         return None
 
     def _guessed_checkpoints(self, table: SlotTable, n_tokens: int) -> tuple[int, ...]:
-        """The likely last checkpoint of an adopted context: near the end of its last prompt. Where that is, is
-        unknown, because an answer follows. A guess too early costs a little; a guess too late is detected at the first
-        use.
-        """
+        """Return a guess at the last checkpoint of an adopted context: near the end of its last prompt, whose length
+        is unknown because an answer follows. A guess that is too early costs a little computing; one that is too late
+        shows at the first reuse."""
         if table.cache_kind is CacheKind.DENSE:
             return ()
         n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
         return (n_tokens - n_answer,)
 
     async def _adopt(self, table: SlotTable, info: SlotInfo, fingerprint: str, now: float) -> bool:
-        """Learn the content of a slot by saving it, and keep the slot for reuse. False if it cannot be saved."""
+        """Learn the content of a slot by saving it, and keep the slot for reuse. Returns False if the slot cannot be
+        saved."""
         written = await self._written(info)
         snapshot = await self._commit(table, written, fingerprint) if written is not None else None
         if snapshot is None:
@@ -383,15 +379,14 @@ class Handshake:
         return True
 
     def _forget_rates_of_others(self, current: Identity) -> None:
-        """Forget the learned rates if they are of another model."""
+        """Reset the learned rates if they were learned with another model."""
         if not current.is_same_as(self.rates.model):
             self.rates.forget()
             self.rates.model = current.to_text()
 
     async def _admit(self, table: SlotTable, current: Identity) -> str:
-        """Add the snapshots of this model to the index. Returns the model's fingerprint, as the newest of them has
-        it.
-        """
+        """Add the snapshots of this model to the index. Returns the fingerprint under which new snapshots are saved:
+        that of the newest existing one, or else the present one."""
         assert self.catalog is not None
         assert self.libraries is not None
         snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
@@ -410,7 +405,7 @@ class Handshake:
         return fingerprint
 
     def _is_ours(self, snapshot: Snapshot) -> bool:
-        """Whether a snapshot is of the connected model."""
+        """True if ``snapshot`` is of the connected model."""
         text = snapshot.fingerprint
         if text not in self._is_usable:
             self._is_usable[text] = self._identity is not None and self._identity.is_same_as(text)
@@ -422,16 +417,15 @@ def _name(model: Mapping[str, Any]) -> str:
 
 
 def _names(model: Mapping[str, Any]) -> tuple[str, ...]:
-    """All names of the model in its entry of /v1/models."""
+    """Return all names of the model in ``model``, its entry of /v1/models."""
     aliases = model.get("aliases")
     names = [model.get("id"), *(aliases if isinstance(aliases, list) else ())]
     return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name))
 
 
 def _reason(error: UpstreamError) -> StandingAside:
-    """Why llamaslot stands aside at a server that answers with this error. Raises NotReady while the server loads its
-    model.
-    """
+    """Return why llamaslot stands aside at a server that has answered with ``error``. Raises NotReady while the server
+    loads its model."""
     if error.status == 503:
         raise NotReady(str(error)) from error
     if error.status in (401, 403):

@@ -1,4 +1,6 @@
-"""Takes a backend out of service without losing anything: running answers end, slots are saved, nothing new comes."""
+"""Takes a backend out of service without losing contexts: no request begins, running answers end, then slots are
+saved.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ log = logging.getLogger(__name__)
 
 
 class Drain:
-    """The switch that takes one backend out of service. It stays as it is when llama-server restarts, and ends with
-    llamaslot.
+    """The switch that takes one backend out of service. It stays as it is when llama-server restarts. A restart of
+    llamaslot ends it.
     """
 
     def __init__(self, backend: str, leases: Leases, idle_save: IdleSave, tasks: TaskOwner) -> None:
@@ -24,7 +26,7 @@ class Drain:
 
     @property
     def unsaved(self) -> list[int]:
-        """The numbers of the slots that could not be saved; empty unless the backend is ``drained``."""
+        """The numbers of the slots that could not be saved; empty while ``state`` is not ``drained``."""
         return [slot.id for slot in self._idle_save.worth_saving()] if self.state == "drained" else []
 
     @property
@@ -35,8 +37,8 @@ class Drain:
         return "drained" if self._is_saved else "draining"
 
     def begin(self) -> None:
-        """From now on no request begins at this backend; once the running ones have ended, its slots are saved.
-        Idempotent; slots that could not be saved are then tried again.
+        """Let no request begin at this backend, and save its slots once the running requests have ended. If that has
+        been done already, try again to save the slots that could not be saved.
         """
         if self._leases.is_drained and not self.unsaved:
             return
@@ -46,7 +48,7 @@ class Drain:
         self._leases.dispatch()
 
     def end(self) -> None:
-        """Requests may begin at this backend again. Idempotent."""
+        """Let requests begin at this backend again. Idempotent."""
         if not self._leases.is_drained:
             return
         log.info("%s: undrained: requests may begin here again", self._backend)

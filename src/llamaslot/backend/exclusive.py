@@ -1,8 +1,9 @@
-"""The exclusive section: for requests whose slots llama-server chooses by itself.
+"""The exclusive section: for requests for which llama-server chooses the slots.
 
-``n`` > 1 takes the lowest idle slots for its children and clears them at the end; a route that cannot be pinned runs
-in any idle slot. So before such a request is sent, no other may be between two steps, and every slot that it may take
-is leased, and saved if that is worth it. Once it runs, the slots that it did not take are released.
+With ``n`` > 1 llama-server takes the lowest idle slots for the children, and clears these slots at the end. A request
+on a route without ``id_slot`` may run in any idle slot. So before such a request is sent, no other request may be
+between two steps. Every slot that llama-server may choose is leased, and saved if that is worth it. Once the request
+runs, the slots that llama-server has not chosen are released.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot
 from llamaslot.tasks import TaskOwner
 
-# As for draining slots: more frequent polls keep requests of clients that have left alive.
+# With more frequent polls llama-server would not notice that clients have left (as for abandoned slots).
 _CONFIRM_EVERY_S = 1.5
-# How long it waits for long prefills and foreign answers with the gate open: while the gate is shut, every request
-# would wait for the last one.
+# For so long an exclusive request waits for long prefills and foreign answers while other requests are admitted. While
+# the gate is shut, all other requests wait.
 _TIMEOUT_S = 60.0
-_SHUT_S = 15.0  # how long all requests wait for foreign answers, the first time
+_SHUT_S = 15.0  # for so long the gate is shut the first time, if foreign answers do not end
 _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
 
 _NOT_EMPTIED = (
@@ -49,8 +50,8 @@ _NOT_PREPARED = (
 
 
 class UnpinnedRequest:
-    """A request whose slots llama-server chooses, and all slots that it may take; ``settle`` finds out which ones it
-    took.
+    """A request for which llama-server chooses the slots, and the leases of all slots that it may choose (``others``).
+    ``settle`` finds out which slots it has chosen.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class UnpinnedRequest:
         self._settled = False
 
     async def watch_landing(self) -> None:
-        """Wait until the server works on the request, then admit other requests again. Canceling is safe."""
+        """Poll ``/slots`` until llama-server works on the request, then admit other requests again. Canceling
+        is safe.
+        """
         for wait_s in itertools.chain(_LANDING_POLLS_S, itertools.repeat(_CONFIRM_EVERY_S)):
             await asyncio.sleep(wait_s)
             try:
@@ -79,8 +82,8 @@ class UnpinnedRequest:
                 return
 
     def has_landed(self, infos: list[SlotInfo]) -> bool:
-        """Whether the server works on the request. If so, slots that the request did not take are released, and other
-        requests are admitted again.
+        """True if llama-server works on the request, as ``infos`` shows. Then the slots that it has not chosen are
+        released, and other requests are admitted again.
         """
         others = self._look_up(infos)
         if sum(info.is_processing for _, info in others) < (self._lease.request.n_children or 1):
@@ -95,8 +98,8 @@ class UnpinnedRequest:
         return True
 
     def _look_up(self, infos: list[SlotInfo]) -> list[tuple[Lease, SlotInfo]]:
-        """What the server reports of the slots that the request may have taken. These include slots of other requests
-        that have ended since it was sent: such slots are leased before another request can get them.
+        """Return each leased slot that the request may have got, with its entry in ``infos``. First, slots of other
+        requests that have ended since the request was sent are leased too, before any other request can get them.
         """
         leases = self._leases
         if leases.table is self._lease.table and leases.has_exclusive(self._lease):
@@ -106,14 +109,16 @@ class UnpinnedRequest:
         return [(lease, by_id[lease.slot_id]) for lease in held if lease.slot_id in by_id]
 
     async def settle(self) -> None:
-        """The request has ended: find out what is in its slots, and release them."""
+        """The request has ended: find out what its slots hold now, and release them. If llama-server does not answer,
+        ``abort`` must release them.
+        """
         if self._settled:
             return
         try:
             infos = await self._api.slots()
         except LlamaslotError:
-            return  # nothing is known: treat as aborted
-        self._settled = True  # set before the await: if cancelled there, ``abort`` releases the slots
+            return  # nothing is known of the slots: ``abort`` releases them
+        self._settled = True  # only after the await: if that is cancelled, ``abort`` releases the slots
         held = self._look_up(infos)
         taken = [info for _, info in held if not info.is_processing and not self._is_untouched(info)]
         for lease, info in held:
@@ -127,8 +132,8 @@ class UnpinnedRequest:
         self._leases.end_exclusive(self._lease)
 
     def abort(self) -> None:
-        """The client has left, perhaps before its request began: every slot drains until the server has reported its
-        content.
+        """Release the slots without knowing what they hold. The client has left, perhaps before its request began, so
+        each slot drains until llama-server has reported what it holds. No effect after ``settle``.
         """
         if self._settled:
             return
@@ -157,11 +162,12 @@ class ExclusiveSection:
     async def section(
         self, lease: Lease, report: Report, left: Content | None = None
     ) -> AsyncIterator[UnpinnedRequest]:
-        """Wait until no other request is between two steps, then lease and save the slots that the request may take.
+        """Wait until no other request is between two steps, then lease and save the slots that llama-server may choose
+        for the request. The request is sent in the block.
 
-        ``lease``: of the parent (``n`` > 1), or one without a slot. ``left``: the content of its one slot at its end,
-        as far as known. Canceling is safe: all leases are released. Raises BackendRestarted, and SlotNotEmptied as
-        ``_empty`` does.
+        ``lease``: the lease of the parent (``n`` > 1), or a lease without a slot. ``left``: the content of the
+        request's only slot at its end, as far as known. Canceling is safe: all leases are released. Raises
+        BackendRestarted. Raises SlotNotEmptied if another user's slot cannot be erased.
         """
         report(Comment.WAITING_FOR_TURN)
         others: list[Lease] = []
@@ -176,7 +182,7 @@ class ExclusiveSection:
                 raise BackendRestarted
             await self._take_idle(lease.request, others)
             before = {info.id: info for info in await self._api.slots()}
-            lease.check_current()  # a request sent now would run in slots that the new table considers idle
+            lease.check_current()  # after a restart the request would run in slots that the new table has as idle
             lease.end_wait()
             if lease.slot is None:
                 lease.begin_request()
@@ -185,7 +191,7 @@ class ExclusiveSection:
             try:
                 yield unpinned
             except UpstreamError:
-                await unpinned.settle()  # refused: llama-server reports which slots it has used, if any
+                await unpinned.settle()  # refused; but llama-server may have used slots
                 raise
             finally:
                 watcher.cancel()
@@ -199,8 +205,8 @@ class ExclusiveSection:
             self._leases.end_exclusive(lease)
 
     async def _take_idle(self, request: Request, others: list[Lease]) -> None:
-        """Lease the idle slots that llama-server may choose for the request, and add the leases to ``others``. Each is
-        saved if that is worth it, and emptied if the request must not use its content.
+        """Lease the idle slots that llama-server may choose for ``request``, and add the leases to ``others``. Each
+        slot is saved if that is worth it, and erased if the request must not use its content.
         """
         fresh = self._leases.lease_idle(request, request.n_children or None)
         while fresh:
@@ -209,14 +215,15 @@ class ExclusiveSection:
                 await self._save_if_worth(other)
                 if request.placement is Placement.SERVER_CHOSEN and not _may_land_in(other, request):
                     await self._empty(other, request)
-            fresh = self._leases.lease_idle(request)  # slots whose answers have ended meanwhile
+            fresh = self._leases.lease_idle(request)  # slots that have become idle meanwhile
 
     async def _until_quiet(self, lease: Lease) -> None:
-        """Wait until no other request is between two steps and no foreign request runs, then shut the gate.
+        """Wait until no other request is between two steps and no foreign request runs. Then the gate is shut: no
+        other request begins. A foreign request is one whose content the request of ``lease`` must not use.
 
-        While a foreign request runs, or a request between two steps waits for it, the gate stays open, so that others
-        can go on. With many requests such a moment may never come. Then the gate is shut for a while, each time for
-        longer, and open for as long in between.
+        As long as a foreign request runs, the gate stays open, so that other requests go on. With many requests there
+        may never be a moment without one. Then the gate is shut for ``_SHUT_S``, next time for twice as long, and
+        stays open for at least as long in between.
         """
         leases, shut_s = self._leases, _SHUT_S
         while True:
@@ -229,8 +236,8 @@ class ExclusiveSection:
             shut_s *= 2
 
     async def _until_likely(self, lease: Lease, wait_s: float) -> None:
-        """Wait, while other requests are admitted, for what takes long: foreign answers, and long prefills, which make
-        room.
+        """Wait for foreign answers and long prefills while other requests are admitted, for at most ``wait_s``. Long
+        prefills are asked to make room.
         """
         leases = self._leases
         until = leases.now() + wait_s
@@ -242,8 +249,8 @@ class ExclusiveSection:
             await leases.changes.wait(_CONFIRM_EVERY_S)
 
     async def _is_quiet_within(self, lease: Lease, shut_s: float) -> bool:
-        """Wait until no request is between two steps and no foreign answer runs. False if an answer takes longer than
-        ``shut_s``; steps are awaited to their end.
+        """Wait until no request is between two steps and no foreign answer runs. Returns False if a foreign answer
+        runs for longer than ``shut_s``. Steps are awaited to their end.
         """
         leases = self._leases
         asked_at = leases.now()
@@ -258,21 +265,23 @@ class ExclusiveSection:
         return True
 
     def _takes_long(self, lease: Lease) -> bool:
-        """Whether the section of ``lease`` must wait for the end of an answer: one whose content the request must not
-        use, or one that is foreign in this sense to a request which waits for its end.
+        """True if the section of ``lease`` must wait for the end of an answer. Either a slot runs a request whose
+        content the request of ``lease`` must not use, or a steered request waits in ``evict_competitors``, perhaps for
+        such an answer.
         """
         is_waited_for = any(not other.is_released for other in self._clearing)
         return is_waited_for or self._leases.is_other_namespace_at_work(lease)
 
     async def evict_competitors(self, lease: Lease, here: PrefillStats | None) -> None:
-        """Wait until llama-server, given the request's prompt, will choose the slot of ``lease`` among the idle ones:
-        the slot with the longest common prefix. Other slots that share as much are saved, if that is worth it, and
-        erased; one between two steps is awaited. If one cannot be erased and the request may use its content, the
-        request is sent all the same: landing there only costs time. Canceling is safe.
+        """Wait until llama-server would choose the slot of ``lease`` for the request's prompt: among the idle slots it
+        chooses the one with the longest common prefix. Other slots that share as much are saved if that is worth it,
+        and erased. If such a slot is between two steps, this waits for its end. If a slot cannot be erased but the
+        request may use its content, that is accepted, because landing there only costs time. Canceling is safe.
 
-        Raises RetryPlacement with ``here`` if two requests would wait for each other; then the slot was released, and
-        the other request has finished. Raises BackendRestarted. Raises SlotNotEmptied as ``_empty`` does, or if the
-        prompt is not in the slot of ``lease``, because then any slot may share more.
+        Raises RetryPlacement with ``here`` if two requests would wait for each other; then the slot has been released,
+        and the other request has ended. Raises BackendRestarted. Raises SlotNotEmptied if a slot cannot be erased
+        whose content the request must not use, or if the prompt is not in the slot of ``lease``, because then any slot
+        may share more.
         """
         if not _is_prepared(lease):
             raise SlotNotEmptied(_NOT_PREPARED)
@@ -280,7 +289,7 @@ class ExclusiveSection:
         lease.begin_wait()
         try:
             while competing_slots := self._competitors(lease):
-                if not lease.table.can_erase:  # nor later: the other content stays there
+                if not lease.table.can_erase:  # the content of these slots stays there
                     if any(lease.table.is_other_namespace(slot, lease.request) for slot in competing_slots):
                         raise SlotNotEmptied(_NOT_EMPTIED)
                     return
@@ -307,9 +316,9 @@ class ExclusiveSection:
             self._leases.changes.notify()
 
     def _competitors(self, lease: Lease) -> list[Slot]:
-        """The other slots that llama-server could choose: their common prefix is as long as ours. A slot that surely
-        runs a request, with content that the request may use, does not count: llama-server skips busy slots, and if
-        that request ends just then, landing there only costs time.
+        """Return the other slots that llama-server could choose, because they share as many tokens with the prompt as
+        the slot of ``lease``. A slot is left out if it surely runs a request whose content the request of ``lease``
+        may use: llama-server skips busy slots, and if that request ends just then, landing there only costs time.
         """
         table, request = lease.table, lease.request
         at_work = {
@@ -323,8 +332,8 @@ class ExclusiveSection:
         ]
 
     def _first(self, lease: Lease, competing_slots: set[int]) -> Lease | None:
-        """A lease with precedence over ``lease`` that holds one of the ``competing_slots``, for which ``lease`` waits.
-        It waits for ``lease`` in turn, so ``lease`` must give up its slot. None if there is no such lease.
+        """Return a lease that holds one of the ``competing_slots`` and has precedence over ``lease``: it waits for
+        ``lease``, and ``lease`` waits for it. So ``lease`` must give up its slot. None if there is no such lease.
         """
         earlier = itertools.takewhile(lambda other: other is not lease, self._clearing)
         turns = (other for other in self._leases.leases if self._leases.has_exclusive(other))
@@ -335,8 +344,9 @@ class ExclusiveSection:
         )
 
     async def _empty(self, other: Lease, request: Request) -> bool:
-        """Erase a slot that llama-server may choose for ``request``. If that fails: returns False if the request may
-        use its content, which only costs time; else raises SlotNotEmptied, and nothing may be sent.
+        """Erase the slot of ``other``, which llama-server may choose for ``request``. Returns True if it is erased,
+        and False if it is not but the request may use its content. Raises SlotNotEmptied if the request must not use
+        it; then nothing may be sent.
         """
         if other.table.can_erase and await self._executor.erase_now(other):
             return True
@@ -353,7 +363,9 @@ class ExclusiveSection:
                 self._executor.saving.say_failed(lease, error)
 
     async def _confirm_running(self) -> None:
-        """Ask the server which unstreamed answers have begun: they send no headers before their end."""
+        """Ask llama-server which of the sent requests have begun. Unstreamed answers have no headers before their end
+        that would tell it.
+        """
         waiting = [
             lease
             for lease in self._leases.leases
@@ -371,15 +383,16 @@ class ExclusiveSection:
 
 
 def _may_land_in(lease: Lease, request: Request) -> bool:
-    """Whether ``request`` may use the content of the slot of ``lease``, if llama-server chooses that slot."""
+    """True if ``request`` may use the content of the slot of ``lease``, if llama-server chooses that slot."""
     return lease.content is not None and request.may_use(lease.content)
 
 
 def _is_prepared(lease: Lease) -> bool:
-    """Whether the slot has all but one token of the request, so that llama-server, which takes the slot with the
-    longest common prefix, chooses it.
+    """True if the slot of ``lease`` has all tokens of the request but the last, so that llama-server chooses it: it
+    takes the slot with the longest common prefix.
 
-    The prefill may have been refused; in a shared namespace, with nothing else in the slot, that only costs time.
+    Also true if llama-server has refused the prefill, but the request is in a shared namespace and may use what the
+    slot holds: then another slot only costs time.
     """
     request, content = lease.request, lease.content
     n_needed = request.n_tokens - 1
@@ -393,9 +406,8 @@ def _is_prepared(lease: Lease) -> bool:
 
 
 def _is_quiet(leases: Leases, lease: Lease) -> bool:
-    """Whether every slot is one of these: idle and not leased; leased by this section; surely running another
-    request. If llama-server may choose the slot of such a request when it ends, the request must be allowed to use its
-    content.
+    """True if every slot is idle and not leased, leased by this section, or surely running another request whose
+    content the request may use. Also true after a restart of llama-server, because then there is nothing to wait for.
     """
     table, request = lease.table, lease.request
     if leases.table is not table:

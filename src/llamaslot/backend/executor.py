@@ -1,5 +1,5 @@
-"""Performs the steps of a plan in a leased slot. A failed step falls back to the next best one and never fails the
-request.
+"""Performs the steps of a plan in a leased slot. If a step fails, the request goes on without it. A failed step never
+fails the request.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from llamaslot.tasks import outcome
 
 log = logging.getLogger(__name__)
 _NOT_RESTORED = "%s: snapshot %s was not restored: %s"  # request, snapshot, reason
-_SET_ASIDE_S = 10.0  # a snapshot that could not be restored for want of room, open files or a right
+_SET_ASIDE_S = 10.0  # no request gets a snapshot for so long that could not be restored for a passing reason
 T = TypeVar("T")
 
 
 class _Answer(NamedTuple):
-    """llama-server's answer to a restore, and the ``seconds`` until it came. ``waited_s``: for its turn;
-    ``prepared_s``: for reading and copying the file before that.
+    """llama-server's answer to a restore. ``seconds``: from the request to the answer. ``waited_s``: the wait for
+    other saves and restores before that. ``prepared_s``: reading and copying the file, before that wait.
     """
 
     result: SlotAction
@@ -54,7 +54,7 @@ class _Answer(NamedTuple):
 
 
 class PlanExecutor:
-    """Performs the steps of plans on one backend, whose saves are ``saving``."""
+    """Performs the steps of plans on one backend. ``saving`` saves the slots of this backend."""
 
     def __init__(self, saving: Saving) -> None:
         self.saving = saving
@@ -69,12 +69,15 @@ class PlanExecutor:
     async def prepare(
         self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False
     ) -> PrefillStats | None:
-        """Perform the plan's steps. Returns what a prefill reused and computed; None without a prefill.
+        """Perform the steps of the plan of ``lease``. Returns the tokens that its prefill has reused and computed;
+        None without a prefill.
 
-        Raises BackendDown, BackendRestarted, and RetryPlacement as ``ChunkedPrefill.run`` does; with ``may_replan``
-        also after a failed restore, so that it resumes from the next best slot or snapshot. With ``can_stop`` raises
-        Preempted between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or
-        restore under way is carried out and the slot given back after it; a prefill is closed and its slot drains.
+        Raises BackendDown and BackendRestarted. Raises RetryPlacement if an exclusive request (one for which
+        llama-server chooses the slot) needs the place of a long prefill. With ``may_replan`` also raises it if the
+        slot holds much less than expected, or a restore has failed; then the request can be placed where it reuses
+        more. With ``can_stop`` raises Preempted between two steps if the slot is wanted for another user. Canceling is
+        safe: a running save, erase or restore is carried out, and then the slot is given back; a prefill is closed,
+        and its slot drains.
         """
         assert lease.plan is not None
         if can_stop and not lease.request.is_exclusive:
@@ -82,8 +85,8 @@ class PlanExecutor:
         prefill_stats = await self._prepare(lease, lease.plan, report, may_replan)
         lease.raise_if_preempted(prefill_stats)
         lease.forbid_preemption()
-        # If a shared prefix was not saved, requests waiting for it are placed again. After a failure that happens
-        # when the slot is released, not before: they may resume from what it holds by then.
+        # If a shared prefix was not saved, requests that wait for it are placed again now. After an exception they are
+        # placed again when the slot is released, because they may resume from what it holds by then.
         if lease.table.end_expected_trunks(lease.slot_id):
             self._leases.dispatch()
         return prefill_stats
@@ -112,7 +115,7 @@ class PlanExecutor:
         return await self.chunked_prefill.run(lease, stops, report, self._keep, may_replan=may_replan)
 
     async def _perform(self, lease: Lease, plan: Plan, report: Report, may_replan: bool) -> list[int]:
-        """Carry out the saves, erases and restores of the plan. Returns the tokens at which its prefill stops."""
+        """Carry out the saves, erases and restores of the plan. Returns the token counts at which its prefill stops."""
         stops = list[int]()
         restored = {step.slot for step in plan.steps if isinstance(step, Restore)}
         for step in plan.steps:
@@ -125,15 +128,17 @@ class PlanExecutor:
                     if not await self._carry_out(lease, partial(self._act, lease, step)):
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
                         if may_replan and isinstance(step, Restore) and lease.content == NOTHING:
-                            raise RetryPlacement(None)  # that snapshot is no longer offered, or not just now
+                            raise RetryPlacement(
+                                None
+                            )  # plans no longer have that snapshot, or not for a while
                 case _:
                     assert_never(step)
         return stops
 
     @staticmethod
     def _forecast(lease: Lease, content: Content) -> ReuseForecast:
-        """The expected reuse of the slot's present content. Made after save, erase and restore: it equals the plan's
-        figure unless one of these steps has failed.
+        """Return the expected reuse of ``content``, which the slot holds after save, erase and restore. It equals the
+        plan's number unless one of these steps has failed.
         """
         request, rewind_model = lease.request, lease.table.rewind_model
         n_shared, n_held = (
@@ -164,7 +169,7 @@ class PlanExecutor:
             self.metrics.steps_failed.labels("keep").inc()
 
     async def _carry_out(self, lease: Lease, action: Callable[[], Awaitable[T]]) -> T:
-        """Run a slot action to its end, even if the client leaves. Raises what the action raises."""
+        """Run a slot action to its end, even if the client leaves meanwhile. Raises what the action raises."""
         lease.begin_action()
         acting = outcome(action, LlamaslotError)  # as a result: the client may have left
         task = self.tasks.spawn(acting, f"{lease.request.id} acts on slot {lease.slot_id}")
@@ -175,8 +180,8 @@ class PlanExecutor:
         return result
 
     async def _act(self, lease: Lease, step: Save | Erase | Restore) -> bool:
-        """Perform one slot action of the plan. True if it succeeded. Expected failures are logged; BackendDown and
-        BackendRestarted are raised.
+        """Perform one slot action of the plan. Returns True if it succeeded. Expected failures are logged; BackendDown
+        and BackendRestarted are raised.
         """
         match step:
             case Save():
@@ -193,8 +198,8 @@ class PlanExecutor:
     async def save_now(
         self, lease: Lease, must_give_way: Callable[[], bool] = never
     ) -> asyncio.Task[WithTokens | None] | None:
-        """Save a slot that was leased only for that, as ``Saving.save`` does. Canceling is safe: the save is
-        completed.
+        """Save a slot that was leased only to be saved. Returns and raises as ``Saving.save`` does. Canceling is safe:
+        the save is completed.
         """
         return await self._carry_out(lease, partial(self.saving.save, lease, must_give_way))
 
@@ -212,12 +217,15 @@ class PlanExecutor:
         return True
 
     async def erase_now(self, lease: Lease) -> bool:
-        """Erase a slot that was leased only for that. Canceling is safe: the erase is completed."""
+        """Erase a slot that was leased only to be erased. Returns True if that succeeded. Canceling is safe: the erase
+        is completed.
+        """
         return await self._carry_out(lease, partial(self.erase, lease))
 
     async def _restore(self, lease: Lease, snapshot_id: str) -> bool:
-        """Restore a snapshot into the slot, which the previous step has erased. False if it failed; the content is
-        then known all the same.
+        """Restore a snapshot into the slot, which the previous step has erased. Returns False if it failed, or
+        restored only a part; the lease knows the content of the slot in each case. Raises BackendDown and
+        BackendRestarted.
         """
         assert self.catalog is not None
         if lease.content != NOTHING:
@@ -230,7 +238,7 @@ class PlanExecutor:
         except (LlamaslotError, KeyError, OSError) as error:  # KeyError: it has just been evicted
             self._not_restored(lease, snapshot_id, error)
             return False
-        lease.set_content(None)  # unknown until the restore is verified, for this process
+        lease.set_content(None)  # unknown until it is certain that this process has restored the snapshot
         if (await self.api.props()).boot_id != self.boot_id:
             raise BackendRestarted
         self._learn(given, answer)
@@ -255,7 +263,9 @@ class PlanExecutor:
         return True
 
     async def _give(self, lease: Lease, snapshot_id: str) -> tuple[WithTokens, Given, _Answer]:
-        """Have llama-server restore what the request needs of a snapshot."""
+        """Have llama-server restore those tokens of a snapshot that the request needs. Raises LlamaslotError, KeyError
+        if the snapshot was evicted, and OSError.
+        """
         assert self.catalog is not None
         began = self.now()
         snapshot = await self.catalog.verify(snapshot_id)
@@ -277,8 +287,8 @@ class PlanExecutor:
         self.metrics.restored(given.size_bytes, answer.seconds)
 
     def _not_restored(self, lease: Lease, snapshot_id: str, error: Exception) -> None:
-        """Offer the snapshot to this llama-server no more after a failed restore; if the reason may pass, only for a
-        while.
+        """Offer the snapshot to no request at this llama-server after a failed restore: for ``_SET_ASIDE_S`` if the
+        reason may pass, else never again.
         """
         if is_passing(error):
             if not isinstance(error, NoLanding):  # the landing place has logged why
@@ -290,18 +300,18 @@ class PlanExecutor:
         lease.recorder.record_step(lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
 
     async def refused(self, lease: Lease, status: int) -> None:
-        """Record that llama-server has refused the client's own request: the slot holds what it held before.
+        """Record that llama-server has refused the client's own request, so that the slot holds the same as before.
 
-        After a 4xx that is certain. A 500 may be a refusal too (llama-server uses it for some faults of clients) or a
-        failure in the slot: then llama-server is asked how many tokens the slot has.
+        After a 4xx this is certain. A 500 may be a refusal too (llama-server uses it for some faults of clients), or a
+        failure in the slot. Then llama-server is asked how many tokens the slot has.
         """
         is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
         lease.finish(lease.before if is_sure else None)
 
     async def stopped(self, lease: Lease, n_found: int, *, is_misplaced: bool = True) -> None:
-        """The client's own request was cancelled before its first token, after llama-server had found ``n_found``
-        tokens of it in the slot: wait until the server is idle, and record what it has computed. ``is_misplaced``: it
-        was cancelled because these were too few.
+        """Record what the slot holds after the client's own request was cancelled before its first token. llama-server
+        had found ``n_found`` of its tokens in the slot. This waits until llama-server is idle there. ``is_misplaced``:
+        the request was cancelled because ``n_found`` was much less than expected.
         """
         content = prefilled(
             lease.content or Content(namespace=lease.request.namespace), lease.request.tokens, n_found
@@ -315,8 +325,8 @@ class PlanExecutor:
     ) -> None:
         """The request was answered: learn from its figures, and record what the slot holds now.
 
-        ``prefill_stats``: what was computed ahead of the request in this slot. ``left``: the tokens of the prompt that
-        ran last; empty if unknown.
+        ``prefill_stats``: what llamaslot computed ahead of the request in this slot. ``left``: the tokens of the
+        prompt that ran last; empty if unknown.
         """
         before = lease.content or Content(namespace=lease.request.namespace)
         self.feedback.answered(lease, reported, prefill_stats)
@@ -326,11 +336,11 @@ class PlanExecutor:
 
 
 def _n_needed(snapshot: WithTokens, lease: Lease) -> int:
-    """How many of the snapshot's tokens are restored for the request of ``lease``: those that it shares with the
-    prompt.
+    """Return how many of the snapshot's tokens must be restored for the request of ``lease``: those that it shares
+    with the prompt.
 
-    A model that cannot rewind is an exception: of a snapshot with states, the tokens up to the last state within the
-    common prefix; of a whole file, all. Raises SnapshotInvalid if there is none.
+    For a model that cannot rewind these are the tokens up to the snapshot's last state within the common prefix, or
+    all tokens if the snapshot is one whole file. Raises SnapshotInvalid if there are none.
     """
     n_shared = common(snapshot.tokens, lease.request.tokens)
     states = [part.end for part in snapshot.parts if part.is_state]
@@ -345,8 +355,8 @@ def _n_needed(snapshot: WithTokens, lease: Lease) -> int:
 
 
 def _record_hit(catalog: Catalog, lease: Lease) -> None:
-    """Record that a request has a slot whose content it resumes from: a hit of that content's snapshot, although it
-    needs no restore. A restore is recorded as a hit when it has succeeded.
+    """Record a hit of a snapshot if the request resumes from a slot that holds the snapshot's content, although
+    nothing is restored. A restore records its own hit when it has succeeded.
     """
     plan, content, request = lease.plan, lease.content, lease.request
     if plan is None or content is None or content.snapshot is None or request.no_cache:
@@ -359,8 +369,8 @@ def _record_hit(catalog: Catalog, lease: Lease) -> None:
 
 
 def _comment(step: Save | Erase | Restore, *, is_restored: bool) -> Comment:
-    """The comment that the client gets about a step. ``is_restored``: the plan restores a snapshot into the slot of
-    this step.
+    """Return the comment that tells the client of a step. ``is_restored``: the plan restores a snapshot into the slot
+    of this step, so that an erase is only the first part of the restore.
     """
     if isinstance(step, Save):
         return Comment.SAVING

@@ -1,5 +1,5 @@
-"""What is learned of a backend from answers and prefills: reuse compared with the forecast, and the speed of
-llama-server. What is learned from its count of prompt tokens is in ``fleet.model_context``.
+"""Learns about a backend from answers and prefills: compares reuse with the forecast, and measures the speed of
+llama-server. ``fleet.model_context`` learns from its counts of prompt tokens.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 
 
 class ReportedCounts(Struct, frozen=True):
-    """The counts that llama-server reported at the end of an answer; None or 0 where it reported none.
+    """The numbers that llama-server reported at the end of an answer; None or 0 where it reported none.
 
-    ``n_found``: tokens of the prompt that it found in the slot. ``n_prompt``: tokens of the whole prompt, by its
-    count. ``n_computed`` of them took ``prompt_s`` seconds, and ``n_predicted`` tokens of answer ``predicted_s``.
+    ``n_found``: the tokens of the prompt that it found in the slot. ``n_prompt``: the tokens of the whole prompt.
+    ``n_computed``: the tokens of the prompt that it computed, which took ``prompt_s`` seconds. ``n_predicted``: the
+    tokens of the answer, which took ``predicted_s`` seconds.
     """
 
     n_found: int | None
@@ -41,7 +42,9 @@ class ReportedCounts(Struct, frozen=True):
 
 
 class Feedback:
-    """Learns from the answers and prefills of one backend. Saves, restores and waits are timed where they are done."""
+    """Learns from the answers and prefills of one backend. Saves, restores and waits are measured by the code that
+    performs them.
+    """
 
     def __init__(
         self,
@@ -56,8 +59,8 @@ class Feedback:
         self._strikes = Strikes()
 
     def answered(self, lease: Lease, reported: ReportedCounts, prefill_stats: PrefillStats | None) -> None:
-        """Learn from the answer to the request of ``lease``. ``prefill_stats``: what was computed ahead of the request
-        in this slot.
+        """Learn from the answer to the request of ``lease``. ``prefill_stats``: what llamaslot computed ahead of the
+        request in this slot; None if nothing.
         """
         n_reused = prefill_stats.n_reused if prefill_stats is not None else reported.n_found
         if n_reused is not None and lease.request.tokens:
@@ -69,18 +72,18 @@ class Feedback:
             self.rates.answer.observe(reported.n_predicted, reported.predicted_s)
 
     def progressed(self, table: SlotTable, last: Progress, event: Progress, end: int) -> None:
-        """Learn the speed from one more progress event of a prefill of llamaslot's own, ``event`` after ``last``.
-        ``end``: the number of tokens at which the prefill ends.
+        """Learn the speed from ``event``, the next progress event after ``last`` in a prefill of llamaslot's own.
+        ``end``: the token at which the prefill ends.
         """
         n_tokens = event.processed - last.processed
         if n_tokens >= NEGLIGIBLE_TOKENS:
             self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
-        if event.processed < end:  # a full batch, not the remainder
+        if event.processed < end:  # a full batch; the last one may be smaller
             table.n_batch = max(table.n_batch, n_tokens)
 
     def piece_ended(self, table: SlotTable, more_s: float, *, is_alone: bool) -> None:
-        """Record that sending a piece of a prompt took ``more_s`` seconds in addition to its computation.
-        ``is_alone``: no batch of another request ran in between.
+        """Record that sending one piece of a prompt took ``more_s`` seconds besides its computation. ``is_alone``:
+        llama-server computed nothing for other requests meanwhile.
         """
         if table.rewind_model.is_rewindable:
             self.rates.interruption.observe(more_s)
@@ -88,7 +91,7 @@ class Feedback:
             self.rates.request.observe(more_s)
 
     def misplaced(self, lease: Lease, n_found: int) -> None:
-        """Record that the slot of ``lease`` held only ``n_found`` tokens of the prompt: so few that the request is
+        """Record that the slot of ``lease`` had only ``n_found`` tokens of the prompt, so few that the request is
         placed again.
         """
         self.metrics.replanned.inc()
@@ -100,7 +103,9 @@ class Feedback:
         )  # fmt: skip
 
     def _compare(self, lease: Lease, n_reused: int) -> None:
-        """Compare the ``n_reused`` tokens of the prompt with the lease's forecast, and learn from the difference."""
+        """Compare the ``n_reused`` tokens of the prompt with the forecast of ``lease``, and learn from the
+        difference.
+        """
         assert lease.plan is not None
         forecast = lease.forecast
         source = lease.plan.source if n_reused else Source.COLD
@@ -135,7 +140,7 @@ class Feedback:
         is_resident = lease.restored is None and forecast.n_expected >= NEGLIGIBLE_TOKENS
         if is_resident and n_reused < forecast.n_expected / 2:
             table.lost_slots.count(self._now())
-        # Nothing was reused of content that only had to be continued: it was lost, whatever the model.
+        # Without a rewind this tells nothing about the model: then the slot has lost its content.
         is_lost = forecast.is_rewind and n_reused == 0 and forecast.n_expected >= NEGLIGIBLE_TOKENS
         if not is_lost or table.cache_kind is not CacheKind.DENSE or table.is_cache_kind_sure:
             return
@@ -147,8 +152,8 @@ class Feedback:
             table.cache_kind = CacheKind.SWA
 
     def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
-        """Learn, from the first restored snapshots that needed a rewind, whether slot files contain checkpoints. True
-        if missing checkpoints explain, or may explain, this failure.
+        """Learn from restored snapshots whose reuse needed a rewind if slot files contain checkpoints. Returns True if
+        this failure is due to missing checkpoints, or may be.
         """
         table, forecast = lease.table, lease.forecast
         is_end = forecast.n_usable >= restored.n_tokens

@@ -1,9 +1,9 @@
-"""Whether a llama-server is there, awake and to be trusted. ``Backend._until_gone`` in ``backend.py`` watches the
+"""Tells if a llama-server is there, awake, and likely to answer. ``Backend._until_gone`` in ``backend.py`` watches the
 server and decides that it is down.
 
-A server is not there all the time: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it
-and starts it again when a request comes for its model, or it is one model of a router. A server that may hang, or
-answers with errors, gets requests only if no other can take them.
+It is not always there: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it and starts it
+again for the next request, or it is one of the models of a router. A llama-server that may hang, or that answers with
+errors, gets requests only if no other backend can take them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from llamaslot.tasks import ChangeEvent
 
 log = logging.getLogger(__name__)
 
-# A server that has answered a request within this time has not fallen asleep: --sleep-idle-seconds is 1 at least, and
-# counts from when llama-server has finished, of which a busy machine hears late.
+# A llama-server that has answered a request within this time is still awake. --sleep-idle-seconds is at least 1, and
+# counts from the end of the answer, of which llamaslot may hear late on a busy machine.
 _AWAKE_S = 0.5
-# For which a server that answers with errors is avoided: each pause is twice the last.
+# The first and the longest pause in which a server that answers with errors is avoided; each pause is twice the last.
 _PAUSE_S, _PAUSE_AT_LAST_S = 2.0, 60.0
 
 
@@ -39,26 +39,28 @@ class Health(enum.Enum):
 
 
 class ModelLoader(Protocol):
-    """Starts and stops backends on demand, by their names."""
+    """The interface of what starts and stops backends on demand, by their names."""
 
     def use_if_loaded(self, name: str) -> bool:
-        """Whether the model is loaded. If so, it is used for a request now, and stays loaded for a while."""
+        """True if the model of backend ``name`` is loaded. Then the call counts as a use: the model stays loaded for a
+        while.
+        """
         ...
 
     async def serving(self, name: str) -> None:
-        """Wait until the model is loaded. Raises BackendDown. Canceling is safe."""
+        """Wait until the model of backend ``name`` is loaded. Raises BackendDown. Canceling is safe."""
         ...
 
 
 class Presence:
-    """Whether a backend's process is there. ``on_demand``: what starts and stops this backend; None if it is always
-    there. ``changes`` is notified when the backend's health has changed.
+    """Knows if the llama-server process of one backend is there. ``on_demand`` starts and stops this process; None if
+    it runs all the time. ``changes`` is notified when the backend's health has changed.
     """
 
     def __init__(self, backend: str) -> None:
         self._backend, self.changes = backend, ChangeEvent()
         self.on_demand: ModelLoader | None = None
-        self.is_replaced = False  # by the models of the router that it is
+        self.is_replaced = False  # it is a router, and backends for its models have taken its place
         self._is_awake = asyncio.Event()
         self._is_awake.set()
 
@@ -73,16 +75,16 @@ class Presence:
 
     @property
     def is_coming(self) -> bool:
-        """Whether the backend is being loaded on demand, or was."""
+        """True if the model is loaded on demand, and is loaded or being loaded now."""
         return self.on_demand is not None and self.is_awake
 
     @property
     def is_awake(self) -> bool:
-        """Whether there is a llama-server process to connect to."""
+        """True if there is a llama-server process to connect to."""
         return self._is_awake.is_set()
 
     def set(self, *, is_awake: bool) -> None:
-        """Record whether there is a llama-server process to connect to."""
+        """Record if there is a llama-server process to connect to."""
         if is_awake:
             self._is_awake.set()
         else:
@@ -94,8 +96,9 @@ class Presence:
 
 
 class Proof:
-    """Shows without a question whether the process of a session is alive and awake: it told its properties a moment
-    ago, on a connection that is still open.
+    """Shows without asking it that the llama-server process of a session is alive and awake: it has told its
+    properties less than half a second ago, on a connection that is still open. The kernel closes the connections of a
+    dead process.
     """
 
     def __init__(self, presence: Presence, leases: Leases) -> None:
@@ -104,7 +107,9 @@ class Proof:
         self._told_at = -math.inf
 
     def use(self) -> bool:
-        """Whether the backend is known to be alive and awake. If so, it is used for a request now."""
+        """True if the process is known to be alive and awake, and has worked for a client within the last half second,
+        so that it has not fallen asleep. If so, this call counts as a use of a model that is loaded on demand.
+        """
         props = self._props
         return (
             props is not None
@@ -116,11 +121,11 @@ class Proof:
 
     @property
     def is_same_process(self) -> bool:
-        """Whether the process that told its properties last is alive, however long ago that was."""
+        """True if the process that told its properties last is still alive, however long ago it told them."""
         return self._props is not None and self._props.is_connected()
 
     def renew(self, props: Props) -> None:
-        """Record that the process has just told ``props``; no proof if it sleeps."""
+        """Record that the process has just told ``props``. No effect if it sleeps."""
         if not props.is_sleeping:
             self._props, self._told_at = props, self._leases.now()
 
@@ -129,8 +134,8 @@ class Proof:
 
 
 def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
-    """Record whether llama-server sleeps. If it does, it has unloaded its model, and the content of its idle slots is
-    gone (measured).
+    """Record if llama-server sleeps. A sleeping llama-server has unloaded its model, so its idle slots are marked
+    empty (measured).
     """
     leases.is_asleep = is_asleep
     table = leases.table
@@ -148,8 +153,9 @@ def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
 class Suspicion:
     """A circuit breaker: while a backend is suspect, requests go to other backends.
 
-    A silent one is suspect until it answers a question; one that has failed, for a pause. Then a request tries it
-    again, and goes to another backend if that fails too. Each pause is twice the last, until a request was answered.
+    A backend that is silent is suspect until it answers a question. A backend that has answered with an error is
+    suspect for a pause; then a request tries it again, and goes to another backend if that fails too. Each pause is
+    twice as long as the last one, until the backend has answered a request.
     """
 
     def __init__(self, leases: Leases) -> None:
@@ -157,14 +163,14 @@ class Suspicion:
         self._n_errors, self._until = 0, -math.inf
 
     def begin(self) -> None:
-        """Suspect the backend: it may hang. Idempotent."""
+        """Suspect the backend, because it may hang. Idempotent."""
         if self._leases.table is not None and not self._leases.is_suspect:
             self._leases.is_suspect = True
             self._leases.dispatch()
 
     def blame(self, error: UpstreamError) -> None:
-        """Suspect the backend for a pause: it has failed at a request that another one can take, or at a question of
-        llamaslot's own.
+        """Suspect the backend for a pause, because it has answered with ``error`` to a request that another backend
+        can take, or to a question of llamaslot's own.
         """
         pause_s = min(_PAUSE_S * 2 ** min(self._n_errors, 30), _PAUSE_AT_LAST_S)
         self._n_errors, self._until = self._n_errors + 1, self._leases.now() + pause_s
@@ -175,11 +181,11 @@ class Suspicion:
         self.begin()
 
     def has_worked(self) -> None:
-        """The backend has answered a request: the next pause is short again."""
+        """Record that the backend has answered a request: the next pause is short again."""
         self._n_errors = 0
 
     def end(self) -> None:
-        """The backend has answered a question: trust it again. No effect during a pause."""
+        """Record that the backend has answered a question: it is no longer suspect. No effect during a pause."""
         if self._leases.is_suspect and self._leases.now() >= self._until:
             self._leases.is_suspect = False
             self._leases.dispatch()

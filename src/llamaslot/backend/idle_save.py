@@ -1,4 +1,6 @@
-"""Saves dirty slots while no request waits, so that an eviction or a crash does not lose them."""
+"""Saves dirty slots while no request waits, so that their contexts are not lost when slots are overwritten or
+llama-server crashes.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,18 @@ _LOOK_EVERY_S = 0.5
 
 
 class IdleSave:
-    """The task of one backend that saves idle slots. It leases a slot only while no client needs the backend, for as
-    long as the save takes.
+    """Saves the idle slots of one backend, while no client has used the backend for ``idle_save_s`` seconds. It leases
+    a slot only for the time of its save.
     """
 
     def __init__(self, leases: Leases, executor: PlanExecutor, idle_save_s: float) -> None:
         self._leases, self._executor, self.idle_save_s = leases, executor, idle_save_s
         self._serial = itertools.count(1)
-        # A slot that could not be saved is not tried again until its content has changed.
+        # Slots that could not be saved, with their tokens. A slot is tried again once its tokens have changed.
         self._failed: dict[Slot, bytes] = {}
 
     async def run(self) -> None:
-        """Save slots, one after the other, until cancelled; a running save is then completed."""
+        """Save one slot after the other until cancelled. A save that is running then is completed."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._leases.idle_s >= self.idle_save_s:
@@ -42,12 +44,12 @@ class IdleSave:
                     await self._save(lease, self._has_requests)
 
     async def save_all(self) -> int:
-        """Save every idle slot that is worth it, for a clean stop; also those that could not be saved before. Returns
-        the number of saved slots.
+        """Save every idle slot that is worth saving, for a clean stop; also slots that could not be saved before.
+        Returns the number of saved slots.
         """
         table, n_saved = self._leases.table, 0
         self._failed.clear()
-        for _ in table.slots if table is not None else ():  # each once, whether it could be saved or not
+        for _ in table.slots if table is not None else ():  # each slot is tried once
             slot = self._next()
             if slot is None or (lease := self._lease(slot)) is None:
                 break
@@ -56,7 +58,7 @@ class IdleSave:
         return n_saved
 
     async def save_before_stop(self, save_s: float) -> None:
-        """As ``save_all``, for at most ``save_s`` seconds: what is not saved by then is logged."""
+        """As ``save_all``, but for at most ``save_s`` seconds. A warning tells if slots are not saved by then."""
         try:
             async with asyncio.timeout(save_s):
                 n_saved = await self.save_all()
@@ -75,8 +77,9 @@ class IdleSave:
         return self._leases.try_lease(slot, request)
 
     async def _save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """Save the slot, which is given back before the commit. None if that failed: then the slot is not tried again
-        until its content has changed.
+        """Save the slot, which is given back before the commit has ended. Returns the snapshot, None without one.
+        Unless the save gave way to a request, a slot that could not be saved is not tried again until its tokens have
+        changed.
         """
         assert lease.slot is not None
         has_given_way = False
@@ -93,7 +96,7 @@ class IdleSave:
             except LlamaslotError as error:
                 self._executor.saving.say_failed(lease, error)
                 commit = None
-            gave_way = commit is None and gives_way()  # also if the request has gone since it gave way to it
+            gave_way = commit is None and gives_way()  # true also if the request to which it gave way is gone
         snapshot = await asyncio.shield(commit) if commit is not None else None
         if snapshot is None and not gave_way:
             self._failed[slot] = before if commit is None else slot.content.tokens
@@ -102,14 +105,14 @@ class IdleSave:
         return snapshot
 
     def _has_requests(self) -> bool:
-        """Whether a request has come while space was being reserved: it must not wait for this save, nor may its
-        stream pause.
+        """True if a request has come while room was being reserved. The save then gives way, so that neither this
+        request nor its stream waits for it.
         """
         return self._leases.idle_s == 0
 
     def _next(self) -> Slot | None:
-        """The slot to save next: the one with most tokens. None if no slot is worth a save, or all such saves have
-        failed.
+        """Return the slot to save next, the one with most tokens. None if no slot is worth saving, or all that are
+        could not be saved.
         """
         table = self._leases.table
         if table is None:
@@ -119,7 +122,7 @@ class IdleSave:
         return max(worth, key=lambda slot: slot.content.n_tokens, default=None)
 
     def worth_saving(self) -> list[Slot]:
-        """The idle slots whose content is not on disk and is worth a save."""
+        """Return the idle slots whose content is not on disk and is worth a save."""
         table = self._leases.table
         slots = table.slots if table is not None else []
         return [

@@ -1,6 +1,5 @@
-"""A lease: the right of one request to one slot, as a table of states. A lease changes only by its own methods, and
-tells its ``Owner`` when it changes and when it ends.
-"""
+"""A lease: the right of one request to one slot, with its states as a table. A lease changes only by its own methods.
+It tells its ``Owner`` when it changes and when it ends."""
 
 from __future__ import annotations
 
@@ -42,32 +41,32 @@ from llamaslot.store.snapshot_table import Pin
 
 T = TypeVar("T")
 
-_LITTLE_S = 2.0  # to the first token of a small request; longer if only longer prefills count as long
+_LITTLE_S = 2.0  # a request has priority for so long; for longer if a prefill counts as long only above that
 
 
 class Owner(Protocol):
-    """Grants leases, and is notified of their changes. Must not await, nor change the lease."""
+    """The interface of the object that grants leases. Its methods must not await, nor change the lease."""
 
     def on_change(self, lease: Lease) -> None:
-        """Other requests may have to yield to the lease's request now, or no longer have to."""
+        """The lease has changed: from now on long prefills must let its request go first, or need no longer do so."""
 
     def on_look_again(self, lease: Lease) -> None:
-        """Waiting requests may be placed otherwise now that this lease has changed: place them again, soon."""
+        """The lease has changed so that waiting requests may now get a slot, or a better one: place them again soon."""
 
     def on_end(self, lease: Lease) -> None:
-        """The lease has ended: its slot is free (RELEASED), or llama-server may still work in it (DRAINING)."""
+        """The lease has ended. Its slot is free (RELEASED), or llama-server may still work in it (DRAINING)."""
 
 
 class Lease:
-    """The right of one request to one slot. ``release`` is idempotent, and allowed in every state; ``with`` calls it.
+    """The right of one request to one slot. ``release`` is idempotent and allowed in every state; leaving a ``with``
+    block calls it.
 
-    ``plan`` is None for llamaslot's own work, and if llama-server chooses the slot; ``slot`` is None until
-    llama-server has done so. ``content``: what the slot holds, as far as known; None if unknown. ``before``: what it
-    held when the request itself was sent. ``restored``: the snapshot that was restored into the slot. ``n_done``:
-    tokens of the prompt that are present, as far as known. ``sent_at``: when the request itself was sent. ``came_at``,
-    ``n_preempted``: since when the request waits, and how often it was preempted. ``was_computing``: the lease was
-    released while llama-server computed the prompt.
-    """
+    ``plan``: None for llamaslot's own work, and if llama-server chooses the slot. ``slot``: None until llama-server
+    has chosen it. ``content``: what the slot holds; None if unknown. ``before``: what it held when the client's own
+    request was sent. ``restored``: the snapshot that was restored into the slot. ``n_done``: the number of prompt
+    tokens that the slot has. ``sent_at``: when the client's own request was sent. ``came_at``: since when the request
+    waits. ``n_preempted``: how often it has lost a slot to another user. ``was_computing``: the lease was released
+    while llama-server computed the prompt."""
 
     def __init__(
         self,
@@ -83,7 +82,7 @@ class Lease:
         came_at: float | None = None,
         n_preempted: int = 0,
     ) -> None:
-        """``pin``: protects the plan's snapshot until the slot is released."""
+        """``pin`` protects the plan's snapshot from eviction until the slot is released."""
         self._owner, self.now = owner, now
         self.table, self.slot, self.request, self.recorder = table, slot, request, recorder
         self.came_at = now() if came_at is None else came_at
@@ -92,11 +91,11 @@ class Lease:
         self.content = None if is_unknown else slot.content if slot is not None else NOTHING
         self.before = self.content
         self.state = LeaseState.PREPARING
-        self._is_confirmed = False  # llama-server has begun with what was sent last
+        self._is_confirmed = False  # llama-server has begun to work on the last thing sent to it
         self._is_left_at_work = False  # an action has ended, but llama-server may still compute for it
         is_first = plan is not None and is_long(plan, table.long_s)
         self._long_prefill = LongPrefill.WAITING if is_first else LongPrefill.NONE
-        # Whether a long prefill precedes its request, in turn with those of others. Each placement asks all leases.
+        # True while a long prefill precedes the client's request. An attribute, because each placement asks all leases.
         self.is_long = is_first
         self._preemption = Preemption.FORBIDDEN
         self._stop: Callable[[], None] | None = None  # stops the present work on preemption
@@ -106,7 +105,7 @@ class Lease:
         self.restored: Snapshot | None = None
         self.forecast = NO_REUSE
         self._pin = pin
-        # The content that its plan saves first; others find it until the snapshot is there.
+        # The content that the plan saves first. Other requests can wait for its snapshot from now on.
         self._leaving = None
         if slot is not None:
             self._leaving = table.take(slot, request, now(), plan, has_answer=plan is not None)
@@ -123,7 +122,7 @@ class Lease:
         self.release()
 
     def _become(self, event: LeaseEvent) -> None:
-        """Apply the transition that the table gives for ``event``. Raises IllegalTransition naming state and event."""
+        """Change the state as ``NEXT`` says for ``event``. Raises IllegalTransition if it has no such transition."""
         try:
             self.state = NEXT[self.state, event]
         except KeyError:
@@ -147,22 +146,22 @@ class Lease:
 
     @property
     def is_released(self) -> bool:
-        """Whether ``release`` was called, even if the slot is not free yet."""
+        """True once ``release`` was called, even if the slot is not free yet."""
         return self.state in ENDED
 
     @property
     def is_at_work(self) -> bool:
-        """Whether llama-server may be working in the leased slot. Closing the connection ends that, with a delay."""
+        """True if llama-server may be working in the slot. It stops some time after the connection was closed."""
         return self.slot is not None and (self.state in AT_WORK or self._is_left_at_work)
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether llama-server has begun with what was sent to it last for this lease."""
+        """True if llama-server has begun with the last prefill or request sent to it for this lease."""
         return self._is_confirmed
 
     @property
     def is_running(self) -> bool:
-        """Whether llama-server has begun with the request itself: it is no longer between two steps."""
+        """True if llama-server has begun with the client's own request, the last step."""
         return self.state in RUNNING
 
     @property
@@ -171,31 +170,32 @@ class Lease:
 
     @property
     def is_own(self) -> bool:
-        """Whether the lease is for llamaslot's own work (a save, a probe), not for a client's request."""
+        """True if the lease is for llamaslot's own work (a save, a probe), not for a client's request."""
         return self.plan is None and self.slot is not None and not self.request.is_exclusive
 
     @property
     def is_in_line(self) -> bool:
-        """Whether the request has a long prefill that waits for its first turn."""
+        """True if the request has a long prefill that has not had its first turn yet."""
         return self._long_prefill is LongPrefill.WAITING and not self.is_released
 
     @property
     def can_stop(self) -> bool:
-        """Whether the request may be stopped to give its slot to another user's request."""
+        """True if the request may lose its slot to another user's request now."""
         return self._preemption is not Preemption.FORBIDDEN
 
     @property
     def is_preempted(self) -> bool:
-        """Whether the request is to give its slot to another user's request."""
+        """True if the request must give its slot to another user's request."""
         return self._preemption is Preemption.REQUESTED
 
     @property
     def is_latency_sensitive(self) -> bool:
-        """True while the request's first token is only a short time away, so that long prefills must yield to it.
-        False once it waits for an exclusive section, and once its answer has not begun for a while.
+        """True while long prefills must let this request go first, because its first token is expected soon.
 
-        Of a request with a long prefill only the slot actions count: each would wait for a batch of another prefill.
-        """
+        This begins with the lease, and ends with the first token, while it waits for an exclusive section, or 2 s
+        after its last step began (more if only longer prefills are long). Of a request with a long prefill only its
+        saves, erases and restores count, because each would wait for a batch of another prefill. llamaslot's own work
+        never counts."""
         if self.state in NEVER_FIRST:
             return False
         is_sent = self.state in OWN_REQUEST
@@ -209,7 +209,7 @@ class Lease:
         return is_sent if self.request.is_exclusive else self.plan is not None
 
     def check_current(self) -> None:
-        """Raise BackendRestarted if the process of the slot is gone: the number is another slot's now."""
+        """Raise BackendRestarted if the llama-server process is gone: the slot number is another slot's now."""
         if not self.table.is_current:
             raise BackendRestarted
 
@@ -220,70 +220,70 @@ class Lease:
         self.content = content
 
     def set_restored(self, snapshot: WithTokens, content: Content) -> None:
-        """Record that ``snapshot``, or the part of it that is in ``content``, was restored into the slot."""
+        """Record that ``snapshot`` was restored into the slot, as far as ``content`` has its tokens."""
         is_other = self.is_other_conversation(content.n_tokens, snapshot.n_tokens)
         self.restored = snapshot.cut(content.n_tokens)
         self.content = replace(content, snapshot=None) if is_other else content
 
     def clear_restored(self) -> None:
-        """From now on a shortfall of reuse does not count against the restored snapshot."""
+        """Let a failure of reuse no longer count against the restored snapshot."""
         self.restored = None
 
     def set_forecast(self, forecast: ReuseForecast) -> None:
-        """Record the expected reuse, once the slot actions are over."""
+        """Record the expected reuse, after the last save, erase or restore."""
         self.forecast = forecast
 
     def end_pending_save(self) -> None:
-        """The save at the beginning of the plan has ended, successful or not. Idempotent."""
+        """Record that the save at the beginning of the plan has ended, successful or not. Idempotent."""
         if self._leaving is not None:
             self.table.end_pending_save(self._leaving)
 
     def stop_keeping(self) -> None:
-        """A shared-prefix snapshot could not be saved: save no more of them for this request."""
+        """Save no more shared-prefix snapshots for this request, because one could not be saved."""
         self.can_keep = False
 
     def set_progress(self, n_done: int) -> None:
-        """Record that ``n_done`` tokens of the prompt are present in the slot."""
+        """Record that the slot has the first ``n_done`` tokens of the prompt."""
         self.n_done = n_done
 
     def replace_steps(self, steps: tuple[Step, ...]) -> None:
-        """Replace the steps of the plan, none of which has begun."""
+        """Replace the steps of the plan, before the first of them has begun."""
         assert self.plan is not None, "it has a plan"
         self.plan = dataclasses.replace(self.plan, steps=steps)
 
     # -- slot actions and prefills -------------------------------------------------------------------------------
 
     def begin_action(self) -> None:
-        """A save, erase or restore begins. Raises BackendRestarted."""
+        """Record that a save, erase or restore begins. Raises BackendRestarted."""
         self.check_current()
         self._become(LeaseEvent.ACT)
         self._acting_at, self._is_left_at_work = self.now(), False
         self._owner.on_change(self)
 
     def end_action(self) -> None:
-        """The save, erase or restore has ended. If the lease was released meanwhile, the slot is released now."""
+        """Record that the save, erase or restore has ended. If the lease was released meanwhile, release the slot."""
         if self.state is LeaseState.RELEASE_PENDING:
             self._give_back()
         else:
             self._become(LeaseEvent.ACTED)
 
     def lose_track(self) -> None:
-        """During a slot action: the content is unknown now, and llama-server may work on after the action."""
+        """During a slot action: record that the content is unknown, and that llama-server may work on after it."""
         self.content, self._is_left_at_work = None, True
 
     def plan_prefill(self, *, is_long: bool) -> None:
-        """The slot actions are over. ``is_long``: the prefill ahead of the request takes long."""
+        """Record that saves, erases and restores are over. ``is_long``: a long prefill comes next."""
         if not is_long:
             self.end_prefill()
         elif self._long_prefill is LongPrefill.NONE:
             self._long_prefill, self.is_long = LongPrefill.WAITING, True
 
     def take_prefill_turn(self) -> None:
-        """The long prefill has its turn; after the first, another one may get a slot to wait in."""
+        """Record that the long prefill has its turn. After its first turn another long prompt may get a slot."""
         self._leave_line(LongPrefill.RUNNING)
 
     def end_prefill(self) -> None:
-        """The prefill ahead of the request is over."""
+        """Record that the prefill ahead of the client's request is over."""
         self._leave_line(LongPrefill.NONE)
 
     def _leave_line(self, after: LongPrefill) -> None:
@@ -293,7 +293,7 @@ class Lease:
             self._owner.on_look_again(self)
 
     def begin_prefill(self) -> None:
-        """A part of the prompt is being sent. Raises BackendRestarted."""
+        """Record that a part of the prompt is being sent. Raises BackendRestarted."""
         self.check_current()
         self._become(LeaseEvent.PREFILL)
         self._cut_back()
@@ -301,16 +301,16 @@ class Lease:
     # -- the request itself --------------------------------------------------------------------------------------
 
     def begin_wait(self) -> None:
-        """The request waits until llama-server can choose only the right slots for it."""
+        """Record that the request waits until llama-server can choose only slots that the request may get."""
         self._become(LeaseEvent.WAIT)
 
     def end_wait(self) -> None:
-        """The request no longer waits for the right slots. No effect if the lease was released meanwhile."""
+        """Record that this wait is over. No effect if the lease was released meanwhile."""
         if not self.is_released:
             self._become(LeaseEvent.ADMIT)
 
     def begin_request(self) -> None:
-        """The request itself is being sent. Raises BackendRestarted."""
+        """Record that the client's own request is being sent. Raises BackendRestarted."""
         self.check_current()
         self.before = self.content
         self._become(LeaseEvent.SEND)
@@ -319,7 +319,7 @@ class Lease:
             self._cut_back()
 
     def _cut_back(self) -> None:
-        """Only the common prefix of old and new tokens is certain until the server has confirmed its begin."""
+        """Reduce the content to what it shares with the prompt: only that is certain before llama-server has begun."""
         self._is_confirmed = False
         if (content := self.content) is None:
             return
@@ -331,7 +331,7 @@ class Lease:
             self.content = self._in_its_space(content)
 
     def is_other_conversation(self, n_common: int, n_tokens: int) -> bool:
-        """Whether the request has no more in common with a content of ``n_tokens`` than conversations usually have."""
+        """True if of ``n_tokens`` the request shares only ``n_common``, no more than its system part."""
         return n_common <= self.request.n_system + NEGLIGIBLE_TOKENS < n_tokens
 
     def _in_its_space(self, content: Content) -> Content:
@@ -339,7 +339,8 @@ class Lease:
         return content if content.namespace == namespace else replace(content, namespace=namespace)
 
     def land(self, *, is_confirmed: bool) -> None:
-        """llama-server has chosen this slot for a request (``is_confirmed``), or may have: its content is unknown."""
+        """Record that llama-server has chosen this slot for the request (``is_confirmed``), or may have. Its content
+        is unknown from now on."""
         if self.state is LeaseState.PREPARING:
             self._become(LeaseEvent.SEND)
             self.sent_at, self._is_confirmed = self.now(), False
@@ -350,7 +351,7 @@ class Lease:
             self.mark_processing()
 
     def mark_processing(self) -> None:
-        """llama-server has begun with the request itself. No effect if that was known, or after the end."""
+        """Record that llama-server has begun with the client's own request. No effect if known, or after the end."""
         if self.state is LeaseState.SENT:
             self._become(LeaseEvent.CONFIRM)
             self._is_confirmed = True
@@ -358,19 +359,19 @@ class Lease:
                 self.table.begin_answer(self.slot, self.now())
 
     def confirm(self, content: Content) -> None:
-        """llama-server has begun with what was sent to it: the slot holds at most ``content``."""
+        """Record that llama-server has begun with what was sent, and that the slot holds at most ``content``."""
         self.content, self._is_confirmed = self._in_its_space(content), True
         self.mark_processing()
 
     def mark_decoding(self) -> None:
-        """The first token of the answer has come. Idempotent."""
+        """Record that the first token of the answer has come. Idempotent."""
         if self.state is not LeaseState.DECODING:
             self._become(LeaseEvent.TOKEN)
             self.forbid_preemption()
             self._owner.on_change(self)
 
     def finish(self, content: Content | None) -> None:
-        """llama-server has finished what was sent to it, and the slot holds ``content``."""
+        """Record that llama-server has finished what was sent, and that the slot holds ``content`` (None: unknown)."""
         self._become(LeaseEvent.PREFILLED if self.state is LeaseState.PREFILLING else LeaseEvent.SETTLE)
         self.content, self._is_left_at_work = content, False
 
@@ -381,20 +382,21 @@ class Lease:
             self._preemption = Preemption.ALLOWED
 
     def forbid_preemption(self) -> None:
-        """The request cannot be stopped any more: if it was to be, another may be chosen for that."""
+        """Do not let the request lose its slot any more. If it was about to, another request may be chosen for that."""
         was_preempted, self._preemption = self.is_preempted, Preemption.FORBIDDEN
         if was_preempted:
             self._owner.on_look_again(self)
 
     def preempt(self, *, is_wanted: bool) -> None:
-        """Ask a request that can stop to give up its slot, or (``is_wanted`` false) withdraw that."""
+        """Ask a request that can be stopped to give up its slot. ``is_wanted`` False withdraws that."""
         if self._preemption is not Preemption.FORBIDDEN:
             self._preemption = Preemption.REQUESTED if is_wanted else Preemption.ALLOWED
             if is_wanted and self._stop is not None:
                 self._stop()
 
     async def unless_preempted(self, work: Coroutine[Any, Any, T]) -> T | Literal[Stopped.STOPPED]:
-        """The result of ``work``; STOPPED, with ``work`` cancelled, on preemption. Canceling this cancels ``work``."""
+        """Return the result of ``work``. If the slot is wanted for another user, cancel ``work`` and return STOPPED.
+        Canceling this cancels ``work``."""
         loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
         self.allow_preemption()
         try:
@@ -411,16 +413,15 @@ class Lease:
             self._stop = None
 
     def raise_if_preempted(self, prefill_stats: PrefillStats | None) -> None:
-        """Raise Preempted if the slot is for another user now. llama-server must not be working in it."""
+        """Raise Preempted if the slot is wanted for another user. llama-server must not be working in it."""
         if self.is_preempted:
             raise Preempted(prefill_stats, self.came_at, self.n_preempted + 1)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Release the slot: at once, after the present slot action, or when llama-server is done with what is left in
-        the slot. Idempotent.
-        """
+        """Release the slot: at once, when the running slot action ends, or when llama-server has stopped working in
+        it. Idempotent."""
         if self.is_released:
             return
         if self.state is LeaseState.ACTING:

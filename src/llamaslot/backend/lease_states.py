@@ -1,4 +1,4 @@
-"""The states of a lease, the events between them, and what is known of a request that has given up a lease."""
+"""The states of a lease, the events between them, and what is known of a request that has lost its slot."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llamaslot.scheduling.plan import PrefillStats
 class LeaseState(enum.Enum):
     __hash__ = object.__hash__  # the enum's own is a call in Python
 
-    PREPARING = "preparing"  # before a step or between two: nothing of it runs in the slot
+    PREPARING = "preparing"  # before a step or between two: llama-server does nothing for it in the slot
     ACTING = "acting"  # a save, erase or restore is running; it is completed even if the client leaves
     PREFILLING = "prefilling"  # llamaslot computes a part of the prompt ahead of the request
-    WAITING_EXCLUSIVE = "waiting exclusive"  # until llama-server can choose only the right slots for it
+    WAITING_EXCLUSIVE = "waiting exclusive"  # until llama-server can choose only slots that it may get
     SENT = "sent"  # the request itself is on its way; llama-server may not have begun
     PROCESSING = "processing"  # llama-server computes its prompt, or a non-streamed answer
     DECODING = "decoding"  # the first token of its answer has come
@@ -62,7 +62,7 @@ NEXT: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
     (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
     (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.LEAVE): LeaseState.DRAINING,
     (LeaseState.SENT, LeaseEvent.CONFIRM): LeaseState.PROCESSING,
-    # Without a slot of its own it is seen running only later.
+    # A request without a slot of its own is seen in a slot only later.
     (LeaseState.SENT, LeaseEvent.TOKEN): LeaseState.DECODING,
     (LeaseState.SENT, LeaseEvent.SETTLE): LeaseState.SETTLED,  # refused
     (LeaseState.SENT, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,  # without a slot of its own
@@ -89,7 +89,7 @@ NEVER_FIRST = (LeaseState.DECODING, LeaseState.WAITING_EXCLUSIVE, LeaseState.SET
 
 
 class LongPrefill(enum.Enum):
-    """A prefill ahead of the request that is so long that it is computed in turn with those of other requests."""
+    """The phase of a long prefill ahead of the client's request. Long prefills of one backend are computed in turns."""
 
     NONE = "none"
     WAITING = "waiting"  # for its first turn
@@ -103,7 +103,7 @@ class Preemption(enum.Enum):
 
 
 class Stopped(enum.Enum):
-    """What ``unless_preempted`` returns instead of a result."""
+    """The type of ``STOPPED``, which ``Lease.unless_preempted`` returns if it has cancelled the work."""
 
     STOPPED = "stopped"
 
@@ -112,12 +112,13 @@ STOPPED: Literal[Stopped.STOPPED] = Stopped.STOPPED
 
 
 class RetryPlacement(Exception):
-    """Raised when a request needs another place: its slot is not as expected, or is needed for another purpose. The
-    slot's content is known, and computed tokens stay in it. ``prefill_stats``: what was done for the request so far.
+    """Raised when a request must be placed again: its slot holds less than expected, or is needed for another purpose.
+    The slot's content is known, and computed tokens stay in it. ``prefill_stats``: the prefill done for the request so
+    far.
 
-    It is an exception because it ends the steps of a plan at any depth, through context managers that release what
-    they hold; as a result it would have to pass four callers that can do nothing with it. Not a LlamaslotError: no
-    client sees it.
+    It is an exception because it ends the steps of a plan at any depth, through context managers that release leases
+    and locks. As a result it would pass four callers that can do nothing with it. It is not a LlamaslotError, because
+    no client sees it.
     """
 
     def __init__(self, prefill_stats: PrefillStats | None) -> None:
@@ -126,8 +127,9 @@ class RetryPlacement(Exception):
 
 
 class Preempted(RetryPlacement):
-    """Raised to give up a slot for a user that has fewer: the request returns to its place in the queue, by
-    ``came_at``. ``n_times``: how often it was preempted. An exception for the same reason as ``RetryPlacement``.
+    """Raised when a request loses its slot to a user with fewer slots. It returns to its place in the queue, by
+    ``came_at``. ``n_times``: how often this has happened to it. An exception for the same reason as
+    ``RetryPlacement``.
     """
 
     def __init__(self, prefill_stats: PrefillStats | None, came_at: float, n_times: int) -> None:
@@ -135,12 +137,13 @@ class Preempted(RetryPlacement):
         self.came_at, self.n_times = came_at, n_times
 
 
-MAX_REPLANS = 2  # for a slot that holds less than expected
+MAX_REPLANS = 2  # so often a request may be placed again because its slot holds less than expected
 
 
 class EarlierPlaces(Struct):
-    """The places that a request has had and lost. ``prefill_stats``: what was done for the request at all of them;
-    ``preempted``: its last preemption; ``is_back``: it lost its last place for another reason.
+    """The places that a request has had and lost. ``prefill_stats``: the prefill done for it at all of them.
+    ``preempted``: the exception of its last preemption, None without one. ``is_back``: it lost its last place for
+    another reason than preemption. ``n_replans``: how often that has happened.
     """
 
     prefill_stats: PrefillStats | None = None
@@ -150,12 +153,12 @@ class EarlierPlaces(Struct):
 
     @property
     def may_replan(self) -> bool:
-        """Whether the request may lose its next place too, if that is not as expected."""
+        """True if the request may lose its next place too if the slot is not as expected."""
         return self.n_replans < MAX_REPLANS
 
     def lost(self, prefill_stats: PrefillStats | None, preempted: Preempted | None = None) -> None:
-        """Record that the request has lost another place, where ``prefill_stats`` was done for it. ``preempted``:
-        given if that was the reason.
+        """Record that the request has lost another place, where the prefill ``prefill_stats`` was done for it.
+        ``preempted``: the exception, if it lost its place by preemption.
         """
         if self.prefill_stats is not None and prefill_stats is not None:
             prefill_stats = self.prefill_stats.then(prefill_stats)

@@ -1,7 +1,7 @@
-"""The leases of one backend, and its exclusive section: one request at a time for which llama-server chooses slots,
-while no other request may be between two steps.
+"""The leases of one backend, and its exclusive section. In an exclusive section llama-server chooses the slots of one
+request, while no other request is between two steps.
 
-Bookkeeping only, without an await. The pool of backends decides which request gets a slot next.
+Bookkeeping only, without an await. The pool of the backend decides which request gets a slot next.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llamaslot.tasks import ChangeEvent
 
 
 class Admission(Protocol):
-    """The interface of a pool to the backends in it."""
+    """The interface of a pool for the backends in it."""
 
     @property
     def n_waiting(self) -> int:
@@ -35,39 +35,43 @@ class Admission(Protocol):
         ...
 
     def dispatch(self, backend: str | None = None) -> None:
-        """Something has changed on ``backend``: give slots to waiting requests where possible."""
+        """Give slots to waiting requests where possible, because something has changed on ``backend`` (None:
+        on any).
+        """
         ...
 
     def snapshots_in_demand(self) -> set[str]:
-        """The snapshots that queued requests would resume from."""
+        """The ids of the snapshots that queued requests would resume from."""
         ...
 
     def recorder(self, request: Request) -> DecisionRecorder:
-        """The recorder that writes the journal entry of ``request``."""
+        """Return a recorder for the journal entry of ``request``."""
         ...
 
     def paid(self, charge: Charge | None) -> None:
-        """The slots that were charged to a user are free: end the charge. The caller dispatches."""
+        """End ``charge``: the user's slots that it counts are free. The caller dispatches afterwards."""
         ...
 
 
 class Leases:
-    """The leases of one backend. ``table``: the slots of the connected llama-server process, None without one."""
+    """The leases of one backend. ``table`` has the slots of the connected llama-server process; None while not
+    connected.
+    """
 
     def __init__(self, backend: str, admission: Admission, now: Callable[[], float]) -> None:
-        """``admission``: the interface of the pool to which the backend belongs at first."""
+        """``admission`` is the pool to which the backend belongs at first; ``move`` changes it."""
         self.backend, self.admission, self.now = backend, admission, now
         self.table: SlotTable | None = None
         self.leases: dict[Lease, None] = {}  # ordered: among equals the first one is chosen
-        self.changes = ChangeEvent()  # rings when anything has changed
-        self._charges: dict[Lease, Charge] = {}  # to users, while they have slots
+        self.changes = ChangeEvent()  # notified when a lease or the exclusive section has changed
+        self._charges: dict[Lease, Charge] = {}  # the accounts of users for the slots that they have now
         self.on_drain: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
         self.pin: Callable[[str], Pin] | None = None  # pins a snapshot
         self.exclusive: Request | None = None  # the one exclusive request, if any
         self.is_gate_shut = False  # no other request may begin its first step
         self.is_exclusive_wanted = False  # the exclusive request waits for others to finish
-        self.down: BackendDown | None = None  # set while llama-server is down: why
-        self.is_drained = False  # by the operator: no request begins here
+        self.down: BackendDown | None = None  # the reason, while llama-server is down
+        self.is_drained = False  # the operator drains the backend: no request begins here
         self.is_leaving = False  # its model is being unloaded: requests wait until it is loaded again
         self.is_asleep = False  # llama-server has unloaded its model by itself: any use loads it again
         self.is_suspect = False  # llama-server may hang: requests go to other backends if there are any
@@ -89,42 +93,44 @@ class Leases:
 
     @property
     def idle_s(self) -> float:
-        """The seconds since a client last used this backend."""
+        """The seconds since a client last used this backend; 0 while a client uses it or a request waits."""
         is_wanted = self.n_waiting or any(not lease.is_own for lease in self.leases)
         return 0.0 if is_wanted else self.now() - self._used_at
 
     @property
     def unused_s(self) -> float:
-        """The seconds since llama-server last worked for a client; 0 while it does."""
+        """The seconds since llama-server last worked on a client's request; 0 while it does."""
         return 0.0 if any(lease.is_running for lease in self.leases) else self.now() - self._worked_at
 
     @property
     def is_at_work(self) -> bool:
-        """Whether a client's request runs, or llama-server may still compute for one that has left."""
+        """True if a client's request has a lease, or llama-server may still compute for a client that has left."""
         slots = self.table.slots if self.table is not None else []
         is_leased = any(not lease.is_own for lease in self.leases)
         return is_leased or any(slot.state is SlotState.DRAINING for slot in slots)
 
     @property
     def prefilled_s(self) -> float:
-        """The seconds in all, since the start, in which llama-server has computed prompts ahead of their requests."""
+        """The total seconds, since the start, in which llama-server has computed prompts ahead of the clients'
+        requests.
+        """
         return self._prefilled_s + (self.now() - self._prefilling_since if self._n_prefilling else 0.0)
 
     @property
     def is_open(self) -> bool:
-        """Whether a request may begin its first step on this backend: it is connected, and no exclusive request keeps
-        others out.
+        """True if a request may begin its first step on this backend: it is connected, not drained or being unloaded,
+        and no exclusive request shuts the gate.
         """
         return self.table is not None and not (self.is_gate_shut or self.is_drained or self.is_leaving)
 
     @property
     def is_coming(self) -> bool:
-        """Whether llama-server is being connected to, so that requests may begin soon."""
+        """True if llamaslot is connecting to llama-server, so that requests may begin soon."""
         return self.table is None and self.down is None and not self.is_drained
 
     @property
     def why_not(self) -> str | None:
-        """Why no request can begin on this backend; None while one can, now or soon."""
+        """The reason why no request can begin on this backend; None if one can, now or soon."""
         if self.is_drained:
             return f"{self.backend} is drained: 'llamaslot undrain {self.backend}' ends that"
         return str(self.down) if self.down is not None else None
@@ -144,13 +150,13 @@ class Leases:
     # -- life of the table ---------------------------------------------------------------------------------------
 
     def attach(self, table: SlotTable) -> None:
-        """llama-server is connected, with the slots in ``table``."""
+        """Record that llama-server is connected and has the slots in ``table``."""
         self.table, self.down, self.is_suspect, self.is_asleep = table, None, False, False
         self.dispatch()
 
     def detach(self, error: BackendDown | None = None) -> None:
-        """The slots of llama-server are gone. Their leases end by themselves, without effect. With ``error`` the
-        backend is down.
+        """Record that the slots of llama-server no longer exist. Their leases end later, and that has no effect on the
+        next table. With ``error`` the backend is down.
         """
         self.down = error
         if self.table is not None:
@@ -159,7 +165,7 @@ class Leases:
         self.table = None
 
     def move(self, admission: Admission) -> None:
-        """The backend belongs to another pool from now on. What users were charged for leases of a past table is
+        """Move the backend to the pool of ``admission``. What users are charged for leases of an earlier table is
         settled with the old pool.
         """
         assert self.table is None, "only between two processes, or two models"
@@ -181,9 +187,9 @@ class Leases:
         came_at: float | None = None,
         n_preempted: int = 0,
     ) -> Lease:
-        """Lease ``slot`` to a request; None for an exclusive request whose slot llama-server will choose.
-        ``recorder``: of the request's journal entry, by default a new one. Raises KeyError, and leases nothing, if the
-        plan's snapshot is gone.
+        """Lease ``slot`` to ``request`` and return the lease. ``slot`` is None for an exclusive request whose slot
+        llama-server will choose. ``recorder`` writes the request's journal entry; None makes a new one. Raises
+        KeyError, and leases nothing, if the plan's snapshot is gone.
         """
         assert self.table is not None, "only what is attached has slots"
         source = plan.snapshot if plan is not None else None
@@ -199,7 +205,9 @@ class Leases:
         return lease
 
     def try_lease(self, slot: Slot, request: Request) -> Lease | None:
-        """Lease an idle slot for work of llamaslot's own (a save, a probe); None if a request waits for a slot."""
+        """Lease an idle slot for work of llamaslot's own (a save, a probe). Returns None if the slot is not idle, or a
+        request waits for a slot.
+        """
         if self.table is None or self.is_gate_shut or not slot.is_idle:
             return None
         if self.n_waiting and not (self.is_drained or self.is_leaving):
@@ -207,15 +215,18 @@ class Leases:
         return self.grant(slot, request)
 
     def lease_competitor(self, slot: Slot, lease: Lease) -> Lease | None:
-        """Lease an idle slot in order to erase it, so that llama-server chooses the slot of ``lease``. Also during an
-        exclusive section, which waits for that request too.
+        """Lease an idle slot to erase it, so that llama-server chooses the slot of ``lease`` instead. Allowed during
+        an exclusive section too, because that section waits for the request of ``lease``. Returns None if the slot is
+        not idle.
         """
         if self.table is not lease.table or not slot.is_idle:
             return None
         return self.grant(slot, Request(f"{lease.request.id} clears its way", slot.content.tokens))
 
     def lease_idle(self, request: Request, n: int | None = None) -> list[Lease]:
-        """Lease the ``n`` lowest idle slots, or all, for the exclusive request. Raises BackendRestarted."""
+        """Lease the ``n`` idle slots with the lowest numbers (None: all) for the exclusive request. Raises
+        BackendRestarted.
+        """
         assert self.exclusive is request, "only the exclusive request"
         if self.table is None:
             raise BackendRestarted
@@ -223,18 +234,18 @@ class Leases:
         return [self.grant(slot, request) for slot in idle]
 
     def charge(self, lease: Lease, charge: Charge | None) -> None:
-        """Charge the lease's slot time to its user until the lease ends, or until its slot has drained."""
+        """Charge the slot time of ``lease`` to its user, until the lease has ended and its slot has drained."""
         if charge is not None:
             self._charges[lease] = charge
 
     def prefill_began(self) -> None:
-        """llama-server computes one more chunk of a prompt."""
+        """Record that llama-server computes one more chunk of a prompt."""
         if not self._n_prefilling:
             self._prefilling_since = self.now()
         self._n_prefilling += 1
 
     def prefill_ended(self) -> None:
-        """llama-server has finished one chunk of a prompt."""
+        """Record that llama-server has finished one chunk of a prompt."""
         self._prefilled_s, self._prefilling_since = self.prefilled_s, self.now()
         self._n_prefilling -= 1
 
@@ -244,7 +255,7 @@ class Leases:
         self.changes.notify()
 
     def on_look_again(self, lease: Lease) -> None:
-        if self.n_waiting:  # not at once: it may be about to send something
+        if self.n_waiting:  # a moment later, because the lease may be about to send something
             asyncio.get_running_loop().call_soon(self.dispatch)
 
     def on_end(self, lease: Lease) -> None:
@@ -263,7 +274,7 @@ class Leases:
     # -- the exclusive section -----------------------------------------------------------------------------------
 
     def end_exclusive(self, lease: Lease) -> None:
-        """The exclusive section of the request is over. Idempotent."""
+        """End the exclusive section of the request of ``lease``, if it has one. Idempotent."""
         if self.exclusive is lease.request and (lease.plan is not None or lease.slot is None):
             self.exclusive, self.is_gate_shut, self.is_exclusive_wanted = None, False, False
             self.dispatch()
@@ -272,17 +283,17 @@ class Leases:
         return self.exclusive is lease.request
 
     def is_exclusive_waiting(self, lease: Lease) -> bool:
-        """Whether another exclusive request waits for other requests to finish."""
+        """True if an exclusive request, other than that of ``lease``, waits for other requests to finish."""
         return self.is_exclusive_wanted and self.exclusive is not lease.request
 
     def is_prefilling(self, lease: Lease) -> bool:
-        """Whether a long prefill of another request runs, or waits for its turn."""
+        """True if another lease has a long prefill that runs or waits for its turn."""
         if self.table is not lease.table:
             return False  # there is nothing to wait for any more
         return any(other.is_long for other in self.leases if other.table is self.table and other is not lease)
 
     def request_exclusive(self, lease: Lease) -> None:
-        """From now on long prefills make room for the exclusive request, and none begins."""
+        """From now on long prefills make room for the exclusive request of ``lease``, and no long prefill begins."""
         assert self.exclusive is lease.request, "only the exclusive request"
         if not self.is_exclusive_wanted:
             self.is_exclusive_wanted = True
@@ -294,19 +305,22 @@ class Leases:
         self.is_gate_shut = True
 
     def resume_admission(self, lease: Lease) -> None:
-        """Other requests may begin again, as before ``request_exclusive``; the exclusive request still waits."""
+        """Let other requests begin again, as before ``request_exclusive``. The exclusive request still waits."""
         assert self.exclusive is lease.request, "only the exclusive request"
         self.is_gate_shut = self.is_exclusive_wanted = False
         self.dispatch()
 
     def has_waited(self, lease: Lease) -> None:
-        """A request without a slot of its own has waited until now: its user is not charged for that time."""
+        """Record that the request of ``lease`` has waited until now. If it has no slot yet, its user is not charged
+        for the wait.
+        """
         if lease.slot is None and lease in self._charges:
             self._charges[lease] = replace(self._charges[lease], at=self.now())
 
     def is_other_namespace_at_work(self, lease: Lease) -> bool:
-        """Whether a slot that llama-server may choose for the request runs a request whose content the request must not
-        use."""
+        """True if llama-server may choose any slot for the request of ``lease``, and a slot runs a request whose
+        content this request must not use.
+        """
         table, request = lease.table, lease.request
         if self.table is not table or request.placement is not Placement.SERVER_CHOSEN:
             return False

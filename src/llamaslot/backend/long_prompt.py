@@ -1,4 +1,4 @@
-"""The state of a prompt that is computed ahead of its request."""
+"""The state of a prompt that llamaslot computes ahead of the client's request."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llamaslot.scheduling.plan import PrefillStats
 
 
 class Prefilling(Struct, frozen=True):
-    """The progress of a prefill: of ``n_tokens``, ``n_done`` are present, of which ``n_reused`` were there before,
-    after ``seconds`` of computing.
+    """The progress of a prefill to ``n_tokens``. The slot has the first ``n_done`` tokens; ``n_reused`` of these it
+    had before. ``seconds``: the time spent on computing.
     """
 
     n_done: int
@@ -26,7 +26,7 @@ class Prefilling(Struct, frozen=True):
         return Comment.PREFILL.format(n_done=self.n_done, n_tokens=self.n_tokens)
 
 
-Report = Callable[[object], None]  # the present activity: a text, or an object with one
+Report = Callable[[object], None]  # takes the present activity, a text or an object whose str() is one
 
 
 def no_report(_: object) -> None:
@@ -34,9 +34,10 @@ def no_report(_: object) -> None:
 
 
 class Chunk(Struct, eq=False):
-    """The part of a prompt that llama-server computes now, up to ``end`` tokens. ``is_cut``: it is sent as a part of
-    the prompt, so it ends by itself. ``is_by_right``: the prompt has been postponed for too long, so requests with a
-    short prefill no longer delay it. ``limit``: once it may be interrupted.
+    """The part of a prompt that llama-server computes now, up to ``end`` tokens. ``is_cut``: only this part was sent,
+    so the computation ends by itself; otherwise the prompt was sent as far as the next stop, and is interrupted.
+    ``is_by_right``: the prompt has been delayed long enough, so requests with a short prefill do not interrupt this
+    chunk before its full time. ``limit``: the timeout that interrupts it; None until it has begun.
     """
 
     end: int
@@ -47,8 +48,9 @@ class Chunk(Struct, eq=False):
 
 
 class LongPrompt(Struct, eq=False):
-    """A prefill in progress. ``at``: tokens that are present; ``stops``: where to stop on the way, and finally.
-    ``report``: called on progress; ``may_replan``: it may be given up for a better place.
+    """A prefill in progress. ``at``: the number of prompt tokens that the slot has. ``stops``: the token counts at
+    which the prefill stops, the last one being its end. ``report``: called with each progress. ``may_replan``:
+    RetryPlacement may be raised if the slot holds too little.
     """
 
     lease: Lease
@@ -58,17 +60,17 @@ class LongPrompt(Struct, eq=False):
     at: int
     came_at: float
     has_begun: bool = False
-    n_reused: int = 0  # found by the first chunk
+    n_reused: int = 0  # tokens that the first chunk found in the slot
     chunk: Chunk | None = None
-    # No interruption before that many tokens: a sliding window that is stopped before it is full keeps nothing.
+    # No interruption before so many tokens: a sliding window that is stopped before it is full keeps nothing.
     no_stop_before: int = 0
     seconds: float = 0.0  # of computing
-    counted_s: float = 0.0  # of these, seconds while other users waited
-    is_keeping: bool = False  # it is having a shared prefix saved, and does not wait for a turn
-    n_stopped: int = 0  # interruptions for other requests
-    paused_s: float = 0.0  # seconds of these for running streams
-    waited_s: float = 0.0  # for its turn, in total
-    gives_way_to: str = ""  # what it waits for now
+    counted_s: float = 0.0  # the part of ``seconds`` in which other users waited
+    is_keeping: bool = False  # a shared prefix is being saved, so the prefill does not wait for a turn
+    n_stopped: int = 0  # chunks that were interrupted
+    paused_s: float = 0.0  # the part of ``waited_s`` that went to running streams
+    waited_s: float = 0.0  # the time spent on waiting for turns
+    gives_way_to: str = ""  # the reason why it waits now, for users to read
 
     @property
     def user(self) -> str:
@@ -93,8 +95,8 @@ class LongPrompt(Struct, eq=False):
 
     @property
     def target(self) -> int:
-        """The number of tokens at which the prefill stops next: a stop of its own, or the end of a shared prefix that
-        other requests wait for.
+        """The token count at which the prefill stops next: one of ``stops``, or the end of a shared prefix that other
+        requests wait for.
         """
         stops = [*self.stops, *self.lease.table.expected_trunks(self.lease.slot_id)]
         return min(
