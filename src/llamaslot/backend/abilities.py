@@ -1,4 +1,6 @@
-"""Probes llama-server for what it does not report, in a slot that holds nothing worth keeping."""
+"""Probes llama-server to find out what it does not report. The probes run in a slot that holds nothing worth
+keeping.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from llamaslot.store import NotShared, QuotaExceeded, Reservation, prove_shared
 
 log = logging.getLogger(__name__)
 
-_FEW, _MORE = 10, 50  # tokens of two saves, from which the bytes per token follow
-_RAM_PROBE = 64  # tokens of the context that is displaced
+_FEW, _MORE = 10, 50  # tokens of two saves; their sizes give the bytes per token
+_RAM_PROBE = 64  # tokens of the context that a probe displaces from its slot
 _MAX_WINDOW = 8192  # a longer sliding window is not probed: it would take too long at each start
 
 NO_SAVE_PATH = (
@@ -54,32 +56,33 @@ STALE = (
 
 
 class SlotFiles(Protocol):
-    """Where probes have slots saved: the snapshot catalog, or a substitute of ``llamaslot doctor``, which keeps no
-    file.
+    """The interface of the place where probes save slots: the snapshot catalog, or a substitute in ``llamaslot
+    doctor`` that keeps no file.
     """
 
     @property
     def slot_files(self) -> Path:
-        """The directory where llama-server writes and reads slot files, as llamaslot sees it."""
+        """The directory in which llama-server writes and reads slot files, by the path that llamaslot uses."""
         ...
 
     @property
     def snapshots(self) -> Mapping[str, object]: ...
 
     async def reserve(self, size_bytes: int) -> Reservation:
-        """Reserve space for a file of ``size_bytes``. Raises QuotaExceeded and SnapshotInvalid."""
+        """Reserve room for a file of ``size_bytes``. Raises QuotaExceeded and SnapshotInvalid."""
         ...
 
     async def abandon(self, reservation: Reservation) -> None: ...
 
 
 class Files(Struct, frozen=True):
-    """Whether slot files of a model that cannot rewind to any token are useful.
+    """Tells if slot files of a model that cannot rewind to any token are useful.
 
-    ``keep_checkpoints``: files contain the slot's checkpoints. ``cache_kind``: shown by resuming from a restored slot.
-    Both None if that could not be probed. ``are_usable`` is False if nothing in them can be used (a sliding
-    window without checkpoints), or must be used: b9713 keeps a slot's checkpoints when another conversation is
-    restored into it, resumes from the other conversation's state, and answers wrongly (measured).
+    ``keep_checkpoints``: True if files contain the slot's checkpoints. ``cache_kind``: the kind that resuming from a
+    restored slot has shown. Both are None if the probe was not possible. ``are_usable`` is False in two cases: without
+    checkpoints in files, nothing of a sliding-window model's file can be reused; and builds such as b9713 answer
+    wrongly, because they keep the slot's checkpoints when another conversation is restored, and resume from these
+    (measured).
     """
 
     keep_checkpoints: bool | None = None
@@ -88,9 +91,9 @@ class Files(Struct, frozen=True):
 
 
 class Probes:
-    """Probes one llama-server. ``warnings``: what prevents reuse, each with its cost and its remedy.
+    """Probes one llama-server. ``warnings``: the findings that prevent reuse, each with its cost and its remedy.
 
-    Every coroutine raises BackendDown, SlotWedged, UpstreamError and NotUnderstood. Canceling is safe: the slot is
+    Every coroutine may raise BackendDown, SlotWedged, UpstreamError and NotUnderstood. Canceling is safe: the slot is
     left with a few dozen meaningless tokens.
     """
 
@@ -98,13 +101,13 @@ class Probes:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.warnings: list[str] = []
         self.can_erase = True
-        self.has_others_files = False  # other backends save into the same directory
+        self.has_others_files = False  # True if other backends save into the same directory
         self.is_cache_kind_sure = False
-        self.window: int | None = None  # of a sliding window, in tokens; None if no model file tells
+        self.window: int | None = None  # tokens of a sliding window; None if no model file tells
 
     async def has_room(self, n_tokens: int) -> bool:
-        """Evict what is necessary for a file of ``n_tokens``. False, and nothing is evicted, if there cannot be enough
-        room.
+        """Make room for a slot file of ``n_tokens`` by eviction. Returns False, and evicts nothing, if there cannot be
+        enough room.
         """
         if self.catalog is None:
             return False
@@ -114,7 +117,9 @@ class Probes:
         return room is not None
 
     async def can_save(self, slot: int, n_tokens: int) -> bool:
-        """Whether slot files can be used: tried with one that the server writes. ``n_tokens``: what the slot holds."""
+        """Return True if llama-server can save ``slot`` to a file that llamaslot can read. This saves the slot once to
+        find out. ``n_tokens``: the number of tokens in the slot.
+        """
         if not n_tokens:
             await self._fill(slot, _FEW)
         if self.catalog is None:
@@ -140,8 +145,8 @@ class Probes:
         directory = self.catalog.slot_files
         room = await self._quota(self.rates.size_bytes(n_tokens)) if n_tokens else None
         try:
-            # Not in a slot that holds a context: a restore that fails would lose it.
-            # Through a link, if that is where there is room.
+            # A restore is tried only in a slot without a context, because a failed restore would lose the context.
+            # If the room was reserved in a landing place, the file is written there through a link.
             name = room.part_name if room is not None else None
             can_lose = self.has_others_files and not n_tokens
             await prove_shared(directory, save, restore if can_lose else None, name)
@@ -170,11 +175,11 @@ class Probes:
         return None
 
     async def size(self, slot: int) -> None:
-        """Learn the bytes per token from two small saves: with a wrong guess a save would exceed the quota, or evict
-        everything.
+        """Learn the bytes per token from two small saves. With a wrong guess the first save could exceed the quota, or
+        evict everything.
 
-        Not needed if snapshots of this model show the size. If there are no snapshots at all, nothing can be evicted
-        for a probe.
+        Without effect if the size is known from snapshots of this model. If there are no snapshots at all, nothing is
+        evicted for a probe.
         """
         assert self.catalog is not None
         if self.rates.size.bytes(_MORE) is not None:
@@ -196,7 +201,9 @@ class Probes:
                 await self.catalog.abandon(room)
 
     async def cache_kind(self, slot: int, props: Props) -> CacheKind:
-        """The kind of model: from its GGUF if that can be read, and verified by a rewind in the slot."""
+        """Return how the model can rewind. The GGUF file tells it, if that can be read, and a rewind in the slot
+        verifies it.
+        """
         known = await architecture(Path(props.model_path)) if props.model_path else None
         self.is_cache_kind_sure, self.window = known is not None, known.window if known is not None else None
         window = known.window if known is not None else 0
@@ -219,14 +226,14 @@ class Probes:
         return cache_kind
 
     async def checkpoints(self, slot: int) -> Files:
-        """Whether slot files of a model that cannot rewind to any token are useful."""
+        """Find out if slot files of a model that cannot rewind to any token are useful."""
         assert self.catalog is not None
-        # Their beginning differs from what other probes have left.
+        # They begin with other tokens than the contexts of other probes.
         mine, other = meaningless_tokens(102)[8:], meaningless_tokens(101)[4:]
         parted = head(mine, 98) + head(other, 2)
         await self._prefill(slot, mine)
         if not await self._prefill(slot, parted):
-            return Files()  # it creates none
+            return Files()  # this build creates no checkpoints
         room = await self._quota(self.rates.size_bytes(count(parted)))
         if room is None:
             return Files()
@@ -239,7 +246,7 @@ class Probes:
         try:
             await self.api.save(slot, room.part_name)
             await self._prefill(slot, head(other, 20))  # now the slot has a checkpoint at 16, and no other
-            if await reused(head(mine, 20) + head(other, 2)):  # none of its own is this early
+            if await reused(head(mine, 20) + head(other, 2)):  # the file has no checkpoint this early
                 return self._useless(STALE)
             is_kept = await reused(mine) > 0
             is_end_enough = await reused(parted + head(other, 2)) == count(parted)
@@ -263,7 +270,7 @@ class Probes:
         return Files(False, are_usable=False)
 
     async def identity(self, slot: int, props: Props, model: Mapping[str, Any], lora: list[Any]) -> Identity:
-        """The identity of the model. Leaves the probe's tokens in the slot."""
+        """Return the identity of the model. The probe's tokens stay in the slot."""
         tokens = probe_tokens(_n_vocab(model))
         behaviour = await self.api.top_logprobs(slot, tokens, N_PROBS)
         mark = await gguf_mark(Path(props.model_path)) if props.model_path else None
@@ -271,18 +278,21 @@ class Probes:
         return Identity(told_properties(model, props.n_slots, lora), behaviour, mark)
 
     async def is_unified(self, slot: int, other: int) -> bool:
-        """Whether a task in ``other`` empties ``slot``, which holds the probe's tokens."""
+        """True if ``slot``, which holds the probe's tokens, is empty after a task in ``other``: then the KV cache is
+        unified.
+        """
         await self._fill(other, _FEW)
         left = next((info.n_tokens for info in await self.api.slots() if info.id == slot), None)
         return not left
 
     async def has_ram_cache(self, slot: int | None = None) -> bool:
-        """Whether llama-server finds a context again that was displaced from its slot (``--cache-ram``).
+        """Return True if llama-server finds a context again that was displaced from its slot (``--cache-ram``).
 
-        Three small requests, in ``slot`` or where llama-server chooses, as it would without llamaslot: what they
-        displace goes to the RAM cache, if there is one. The second keeps less than half of the first, so the first is
-        copied there; the third resumes from the first (tools/server/server-context.cpp: get_available_slot). Builds
-        differ in whether a request that names its slot is looked up there (xllamacpp 2026.10: yes).
+        Three small requests run in ``slot``, or, with None, where llama-server chooses. What they displace there goes
+        to the RAM cache, if there is one, as it would without llamaslot. The second one keeps less than half of the
+        first one's context, so llama-server copies that context to the RAM cache. The third one resumes from it
+        (tools/server/server-context.cpp: get_available_slot). Builds differ in whether they search the RAM cache for a
+        request that names its slot (xllamacpp 2026.10: yes).
         """
         mine, other = meaningless_tokens(102)[8:], meaningless_tokens(101)[4:]
         first = head(mine, _RAM_PROBE)
@@ -291,7 +301,7 @@ class Probes:
         return await self._complete(first + head(other, 8), slot) >= _RAM_PROBE // 2
 
     async def _complete(self, tokens: bytes, slot: int | None) -> int:
-        """Compute ``tokens`` as a prompt, in ``slot`` or (None) where llama-server chooses. Returns the number of
+        """Compute ``tokens`` as a prompt in ``slot``, or, with None, where llama-server chooses. Returns the number of
         reused tokens.
         """
         body: dict[str, Any] = {"prompt": unpack(tokens), "n_predict": 0, "cache_prompt": True}
@@ -302,14 +312,14 @@ class Probes:
         return int(timings["cache_n"]) if timings else 0
 
     async def _fill(self, slot: int, n_tokens: int) -> bytes:
-        """Compute ``n_tokens`` meaningless tokens, whatever the slot held."""
+        """Compute ``n_tokens`` meaningless tokens in ``slot``, and return them."""
         tokens = meaningless_tokens(n_tokens)
         await self._prefill(slot, tokens)
         return tokens
 
     async def _prefill(self, slot: int, tokens: bytes) -> int:
-        """Compute ``tokens`` in ``slot``, as chunks of a prefill are computed. Returns the number of reused tokens.
-        Learns the speed, and what a request costs apart from that.
+        """Compute ``tokens`` in ``slot``, as a chunk of a prefill is computed. Returns the number of reused tokens.
+        Learns the speed of prefill, and the cost of a request besides that.
         """
         n_reused, took_s, now = 0, 0.0, asyncio.get_running_loop().time
         began = now()
@@ -324,7 +334,7 @@ class Probes:
 
 
 def meaningless_tokens(n_tokens: int) -> bytes:
-    """``n_tokens`` tokens for a probe, without meaning."""
+    """Return ``n_tokens`` tokens without meaning, for a probe."""
     tokens = (probe_tokens(256) * (n_tokens // 50 + 1))[: n_tokens * 4]
     assert count(tokens) == n_tokens
     return tokens

@@ -1,11 +1,10 @@
-"""When llamaslot leaves the choice of slots to llama-server, why, and how to change that.
+"""Tells when llamaslot leaves the choice of slots to llama-server, why, and how the operator can change that.
 
-With *assist* on, llamaslot places each request in a slot, saves, restores and prefills. That helps as long as slots
-keep their content or slot files can be written. If neither is possible, a request that names its slot finds less than
-one that does not: llama-server searches its RAM cache (``--cache-ram``) only for a slot that it chooses by itself
-(measured on xllamacpp 2026.10.11549: 8 users on 4 slots with default flags reuse 1.00 directly, 0.06 to 0.10 where
-requests name their slots). Then llamaslot *stands aside*: requests are passed on unchanged, and no slot is saved,
-erased or overwritten.
+With *assist* on, llamaslot places each request in a slot, saves, restores and prefills. That helps if slots keep their
+content or slot files can be written. If neither is possible, a request that names its slot reuses less than one that
+does not: llama-server searches its RAM cache (``--cache-ram``) only if it chooses the slot itself (measured on
+xllamacpp 2026.10.11549: 8 users on 4 slots with default flags reuse 1.00 directly, 0.06 to 0.10 where requests name
+their slots). Then llamaslot *stands aside*: it passes requests on unchanged, and saves, erases and overwrites no slot.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ _BRINGS = (
     " requests"
 )
 _PASSES = "Its log may tell why. llamaslot looks again when a slot is idle"
-_MANY_LOST = 3  # one may be a late child of ``n`` > 1, or a request of another client
+_MANY_LOST = 3  # a single loss may be due to a late child of ``n`` > 1, or to another client's request
 _LOST_WITHIN_S = 600.0
 
 
 class StandingAside(Struct, frozen=True):
-    """Why llamaslot stands aside (assist is off) at one backend.
+    """The reason why llamaslot stands aside (assist is off) at one backend.
 
-    ``why``: what was found out about llama-server. ``remedy``: the command or setting that switches assist on, and its
-    effect. ``may_end``: the cause may be temporary; check again when a slot is idle.
+    ``why``: what llamaslot has found out about llama-server. ``remedy``: the command or setting that switches assist
+    on, and its effect. ``may_end``: the cause may pass, so llamaslot probes again when a slot is idle.
     """
 
     why: str
@@ -44,8 +43,9 @@ class StandingAside(Struct, frozen=True):
 
 
 class LostSlots:
-    """Detects that slots lose their content although llamaslot has not touched them: llama-server has other flags
-    than when it was connected to, or its unified KV cache is full. Then ``on_many`` is called, to probe it again.
+    """Counts slots that have lost their content although llamaslot has not touched them. Causes: llama-server was
+    restarted with other flags, or its unified KV cache is full. ``on_many`` is called after three losses in ten
+    minutes, to probe llama-server again.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class LostSlots:
         self.on_many: Callable[[], None] = lambda: None
 
     def count(self, now: float) -> None:
-        """Record that a slot held almost nothing of what it should have held."""
+        """Record that a slot had almost nothing of the tokens that it should have."""
         self._lost_at.append(now)
         if len(self._lost_at) == _MANY_LOST and now - self._lost_at[0] <= _LOST_WITHIN_S:
             self._lost_at.clear()
@@ -72,8 +72,8 @@ def clears_idle_slots(n_slots: int) -> StandingAside:
 
 
 def has_better_memory(n_slots: int, lacking: str) -> StandingAside:
-    """The reason to stand aside because llama-server's own RAM cache is better than slots without files. ``lacking``:
-    why slot files cannot be used.
+    """Return the reason to stand aside because llama-server's own RAM cache is better than slots without files.
+    ``lacking``: why slot files cannot be used.
     """
     return StandingAside(
         f"llama-server has a RAM cache, and llamaslot has no slot files to use instead ({lacking})",

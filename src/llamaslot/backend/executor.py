@@ -128,9 +128,7 @@ class PlanExecutor:
                     if not await self._carry_out(lease, partial(self._act, lease, step)):
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
                         if may_replan and isinstance(step, Restore) and lease.content == NOTHING:
-                            raise RetryPlacement(
-                                None
-                            )  # plans no longer have that snapshot, or not for a while
+                            raise RetryPlacement(None)  # plans no longer offer that snapshot
                 case _:
                     assert_never(step)
         return stops

@@ -1,14 +1,13 @@
-"""Chunked prefill: long prompts are computed ahead of their requests, one at a time, with other requests between two
-chunks.
+"""Chunked prefill: llamaslot computes long prompts ahead of the clients' requests, one at a time, with other requests
+between two chunks.
 
-llama-server fills its batches by slot number and gives a prompt all it has until that prompt is done. So a long
-prompt is never sent as a whole. ``ChunkedPrefill`` sends it in chunks, and postpones the next one for requests whose
-first token is near, for the share of running streams, and for a prefill that is ahead now
-(``scheduling.prefill_policy`` decides). To a model that can rewind to any token it sends pieces of the prompt. On
-others each end of a prompt would leave checkpoints, in memory and in the slot file: there the prompt is sent as a
-whole, and interrupted. So is a prompt that is alone on the server, if a batch is short: each piece costs a request, and
-there is no request that it would let through.
-"""
+llama-server fills its batches by slot number, and gives a prompt everything until the prompt is done. So a long prompt
+is never sent as a whole. ``ChunkedPrefill`` sends it in chunks. It delays the next chunk for requests whose first
+token is near, for the share of running streams, and for another long prefill that is first now
+(``scheduling.prefill_policy`` decides). If the model can rewind to any token, each chunk is a part of the prompt. On
+other models the end of each part would leave checkpoints in memory and in the slot file. There the whole prompt is
+sent, and interrupted. So is a prompt that is alone on the server, if a batch is short: each part costs one request,
+and no other request would profit."""
 
 from __future__ import annotations
 
@@ -51,12 +50,12 @@ from llamaslot.tasks import ChangeEvent
 KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.5  # a request whose answer does not begin loses its priority, without a notification
-_SURELY_S = 8.0  # of computing, before a prefill makes room for an exclusive request
+_LOOK_AGAIN_S = 0.5  # a request whose answer does not begin loses its priority without a notification
+_SURELY_S = 8.0  # seconds of computing after which a prefill makes room for an exclusive request
 
 
 class _Why(enum.Enum):
-    """Why a long prefill does not go on now."""
+    """The reason why a long prefill does not go on now, for users to read."""
 
     OTHER_PREFILL = "another prompt"
     SHORT_PREFILL = "a request that answers soon"
@@ -86,20 +85,21 @@ class ChunkedPrefill:
         return self.leases.now()
 
     def gives_way_to(self, lease: Lease) -> str:
-        """What the long prefill of ``lease`` waits for now, in words; empty if it waits for nothing."""
+        """Return the reason why the long prefill of ``lease`` waits now, in words; empty if it does not wait."""
         return next((long.gives_way_to for long in self._longs if long.lease is lease), "")
 
     async def run(
         self, lease: Lease, stops: Sequence[int], report: Report, keep: KeepTrunk, *, may_replan: bool = False
     ) -> PrefillStats | None:
-        """Compute the prompt up to the last of ``stops``, stopping at the others, and ``keep`` the shared prefixes
-        that are to come from it. None if llama-server refused it: the request's own request will show why.
+        """Compute the prompt of ``lease`` up to the last of ``stops``, and stop at the others too, so that the model
+        keeps checkpoints there. Where other requests wait for a shared prefix of this prompt, ``keep`` is called to
+        save it. Returns the tokens reused and computed. Returns None if llama-server refused a part; then the client's
+        own request shows why.
 
-        Raises Preempted between two chunks, BackendDown and BackendRestarted. With ``may_replan`` raises RetryPlacement
-        if the slot holds much less than expected: its content is known then, and almost nothing was computed. Raises
-        RetryPlacement too if an exclusive request has waited long enough. Canceling is safe: the chunk is closed and
-        its slot drains.
-        """
+        Raises Preempted between two chunks, BackendDown and BackendRestarted. Raises RetryPlacement if an exclusive
+        request (one for which llama-server chooses the slot) has waited long enough. With ``may_replan`` also raises
+        it if the slot holds much less than expected; then almost nothing was computed. Canceling is safe: the chunk is
+        closed and its slot drains."""
         rewind_model = lease.table.rewind_model
         n_window = (rewind_model.window or 0) if rewind_model.cache_kind is CacheKind.SWA else 0
         long = LongPrompt(
@@ -109,7 +109,7 @@ class ChunkedPrefill:
         if lease.is_long:
             self._longs.append(long)
             self._time.keep({other.request.user.id for other in self.leases.leases} | self._users_waiting())
-            self._changes.notify()  # its slot actions are over
+            self._changes.notify()  # its saves, erases and restores are over
         try:
             while True:
                 lease.raise_if_preempted(long.so_far)
@@ -138,7 +138,6 @@ class ChunkedPrefill:
     # -- turns ---------------------------------------------------------------------------------------------------
 
     async def _until_next(self, long: LongPrompt) -> None:
-        """Wait for the turn of this prefill."""
         lease, began = long.lease, self.now()
         while (waits := self._waits(long)) is not None:
             why, seconds = waits
@@ -152,18 +151,19 @@ class ChunkedPrefill:
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.check_current()
             if seconds is not None and self._next() is not long:
-                self._changes.notify()  # another prefill is ahead by now, and waits to be woken
+                self._changes.notify()  # wakes another prefill, which is first by now
         # No await from here to the chunk.
         self._current, long.gives_way_to = long, ""
         lease.take_prefill_turn()
         long.waited_s += self.now() - began
 
     def _waits(self, long: LongPrompt) -> tuple[_Why, float | None] | None:
-        """Why the prefill must wait, and the seconds at most (None: until a change). None if it may go on."""
+        """Return why the prefill must wait, and for how many seconds at most (None: until a change). Return None if it
+        may go on."""
         if self._current is not None or self._next() is not long:
             return _Why.OTHER_PREFILL, None
         now, sharing = self.now(), _sharing(long)
-        # Not longer than its own time, so that a prefill of a tenth of a second is not postponed for two.
+        # At most the time of this prefill itself: a prefill of a tenth of a second is not delayed by two seconds.
         whole_s = long.seconds + self.rates.prefill.seconds(long.at, long.last)
         held_s = max(self._stopped_at, long.came_at) + min(sharing.max_yield_s, whole_s) - now
         if held_s > 0 and self._users_ahead(long):
@@ -179,7 +179,7 @@ class ChunkedPrefill:
         last = self._current or self._last
         current = longs.index(last) if last in longs else None
         pendings, sharing = [self._pending(long, now) for long in longs], _sharing(longs[0])
-        # What a user has received above its share counts as work before it; of the prompt only the rest counts.
+        # The seconds that a user has received above its share count as work that is left before its prefill.
         owed_s = [self._owed_s(long) for long in longs]
         pendings = [
             replace(one, left_s=one.left_s + max(owed_s) - own_s)
@@ -188,14 +188,14 @@ class ChunkedPrefill:
         return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.starvation_s)]
 
     def _owed_s(self, long: LongPrompt) -> float:
-        """How far the prefill's user is behind its share, or the one furthest behind of those that wait for a shared
-        prefix from it: they would compute the prefix themselves instead.
-        """
+        """Return by how many seconds the prefill's user is behind its share. Users that wait for a shared prefix from
+        this prefill would compute the prefix themselves, so the largest number of all these users counts."""
         owed_s = (self._time.owed_s(user) for user in long.users - {long.user})
         return max([self._time.owed_s(long.user) + long.counted_s, *owed_s])
 
     def _pending(self, long: LongPrompt, now: float) -> Pending:
-        """The prefill as the policy compares it: if requests wait for a shared prefix, the work up to there counts."""
+        """Return the prefill in the form that the policy compares. If requests wait for a shared prefix, only the work
+        up to its end counts."""
         shared = [at for at in long.lease.table.expected_trunks(long.lease.slot_id) if at > long.at]
         left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
         computed_s = long.seconds + (now - long.chunk.since if long.chunk is not None else 0.0)
@@ -206,13 +206,14 @@ class ChunkedPrefill:
         return [lease for lease in leases if lease.table is long.lease.table and lease is not long.lease]
 
     def _users_ahead(self, long: LongPrompt) -> list[str]:
-        """The users of requests with a short prefill that may postpone ``long``."""
+        """Return the users of requests with a short prefill that may delay ``long`` now."""
         may, grace_s = self._time.may_hold_back, _sharing(long).chunk_s
         users = {lease.request.user.id for lease in self._others(long) if lease.is_latency_sensitive}
         return sorted(user for user in users if may(user, long.user, grace_s))
 
     def _users_waiting(self) -> set[str]:
-        """The users of long prompts, of requests with a short prefill, and of those that wait for a shared prefix."""
+        """Return the users of long prompts, of requests with a short prefill, and of requests that wait for a shared
+        prefix."""
         leases = self.leases.leases if self._longs else ()
         short = {lease.request.user.id for lease in leases if lease.is_latency_sensitive}
         return short.union(*(long.users for long in self._longs))
@@ -221,7 +222,7 @@ class ChunkedPrefill:
         return sum(lease.is_decoding for lease in self._others(long))
 
     def _make_room(self, long: LongPrompt) -> None:
-        """Raise RetryPlacement if an exclusive request has waited long enough for this slot."""
+        """Raise RetryPlacement if an exclusive request waits, and this prefill has run long enough with more to go."""
         left_s = self.rates.prefill.seconds(long.at, long.last)
         is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_yield_s
         if is_long_enough and self.leases.is_exclusive_waiting(long.lease):
@@ -230,11 +231,8 @@ class ChunkedPrefill:
     # -- a chunk -------------------------------------------------------------------------------------------------
 
     async def _compute_chunk(self, long: LongPrompt) -> bool:
-        """Compute one chunk of ``long``; False if llama-server refused it. ``long.at`` is then the number of tokens
-        present.
-
-        Raises RetryPlacement as ``run`` does.
-        """
+        """Compute one chunk of ``long``, and set ``long.at`` to the number of tokens that the slot has then. Returns
+        False if llama-server refused it. Raises RetryPlacement as ``run`` does."""
         lease = long.lease
         before = lease.content
         chunk = long.chunk = self._next_chunk(long)
@@ -265,7 +263,7 @@ class ChunkedPrefill:
         return True
 
     def _ended(self, long: LongPrompt, took_s: float) -> None:
-        """The chunk of ``long`` is over: another prefill may be next."""
+        """Record that the chunk of ``long`` is over, so that another prefill may be next."""
         self._current, self._last = None, long
         if self._time.took([long.user], took_s, self._users_waiting()):
             long.counted_s += took_s
@@ -279,10 +277,9 @@ class ChunkedPrefill:
         return Chunk(end, is_cut, long.lease.is_long and bool(self._users_ahead(long)), self.now())
 
     def _is_cut(self, long: LongPrompt) -> bool:
-        """Whether the chunk is sent as a part of the prompt, so that it ends by itself. Otherwise it runs until it is
-        interrupted. An interruption takes up to two batches, so both must fit into the time of a chunk for a request
-        that comes meanwhile.
-        """
+        """True if only a part of the prompt is sent as the next chunk, so that the chunk ends by itself. False if it
+        runs until it is interrupted. An interruption takes up to two batches. Both must fit into the time of a chunk,
+        because a request may come meanwhile."""
         lease = long.lease
         if not (lease.is_long and lease.table.rewind_model.is_rewindable):
             return False
@@ -293,18 +290,17 @@ class ChunkedPrefill:
         return not n_batch or batches_s > _sharing(long).chunk_s
 
     def _cut_end(self, long: LongPrompt) -> int:
-        """The token up to which the next chunk of ``long`` is sent, as a part of the prompt."""
+        """Return the token up to which a part of the prompt is sent as the next chunk."""
         rate, begin = self.rates.prefill, long.at
         if not long.has_begun and long.lease.forecast.n_whole is not None:
-            # A chunk that ended within the answer that the slot holds would truncate that answer.
+            # If a chunk ended within the answer in the slot, llama-server would cut the answer off there.
             begin = max(begin, long.lease.forecast.n_whole)
         reached = rate.reached(begin, _sharing(long).chunk_s) if rate.known else begin + GRAIN
         return chunk_end(begin, long.target, reached)
 
     async def _compute(self, long: LongPrompt, chunk: Chunk) -> bool:
-        """Have the chunk computed. The slot's content is known at its end, however it ends. True if it was stopped
-        because the slot had much less than expected.
-        """
+        """Have llama-server compute the chunk. The slot's content is known afterwards, however the chunk ends. Returns
+        True if it was stopped because the slot had much less than expected."""
         lease = long.lease
         tokens, before = head(lease.request.tokens, chunk.end), lease.content or NOTHING
         last: Progress | None = None
@@ -353,14 +349,13 @@ class ChunkedPrefill:
 
     @staticmethod
     def _take_found(long: LongPrompt, n_found: int) -> bool:
-        """Go on from the ``n_found`` tokens that llama-server has found. Returns whether they are so much fewer than
-        expected that the request is placed again.
-        """
+        """Go on from the ``n_found`` tokens that llama-server has found in the slot. Returns True if they are so few
+        that the request is placed again."""
         if not long.has_begun:
             return is_far_off(long.lease, long.lease.forecast.n_expected, n_found) and long.may_replan
         if n_found < long.at - NEGLIGIBLE_TOKENS:
-            # The interruption has lost something, and so may the next one: only with twice as much before it the
-            # prefill is sure to get on.
+            # The interruption has lost tokens, and the next one may too. So the prefill is not interrupted again
+            # before it has twice as many tokens: then it surely gets on.
             long.no_stop_before, long.at = 2 * long.at, n_found
         return False
 
@@ -373,7 +368,7 @@ class ChunkedPrefill:
     # -- interruption --------------------------------------------------------------------------------------------
 
     def _reconsider(self) -> None:
-        """Something has changed: compute anew when the running chunk must be interrupted."""
+        """Something has changed: compute again when the running chunk must be interrupted."""
         long = self._current
         chunk = long.chunk if long is not None else None
         if long is None or chunk is None or chunk.limit is None or chunk.limit.expired():
@@ -382,7 +377,8 @@ class ChunkedPrefill:
         chunk.limit.reschedule(None if when is None else max(when - self.now(), 0.0) + loop.time())
 
     def _must_stop_at(self, long: LongPrompt, chunk: Chunk) -> float | None:
-        """When ``chunk``, which is running, must be interrupted; None: never, or it ends as soon by itself."""
+        """Return the time at which the running ``chunk`` must be interrupted; None if never, or if it ends by itself
+        as soon."""
         sharing, now, n_done = _sharing(long), self.now(), long.lease.n_done
         is_nearly_through = self.rates.prefill.seconds(n_done, chunk.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
@@ -407,9 +403,8 @@ class ChunkedPrefill:
 
     @staticmethod
     def _is_trunk_ahead(long: LongPrompt, chunk: Chunk) -> bool:
-        """Whether other requests wait for a prefix whose end the chunk reaches before it ends by itself. A prefix that
-        was passed can only be saved if the model can rewind to it.
-        """
+        """True if other requests wait for a shared prefix that ends before ``chunk`` ends by itself. If the prefill
+        has passed that end, the prefix can only be saved if the model can rewind to it."""
         if chunk.is_cut or long.target >= chunk.end:
             return False
         return long.lease.n_done < long.target or long.lease.table.rewind_model.is_rewindable
@@ -417,7 +412,8 @@ class ChunkedPrefill:
     # -- trunks --------------------------------------------------------------------------------------------------
 
     def _is_trunk_due(self, long: LongPrompt) -> bool:
-        """Whether requests wait for a prefix that is present now. A passed one needs a model that can rewind to it."""
+        """True if the slot has a shared prefix that requests wait for. If the model cannot rewind to its end any more,
+        ends the wait and returns False."""
         lease, table = long.lease, long.lease.table
         due = [at for at in table.expected_trunks(lease.slot_id) if at <= long.at]
         if due and not table.rewind_model.is_rewindable and due[-1] < long.at:

@@ -1,6 +1,5 @@
-"""Saves a slot as a snapshot: reserves space, has llama-server write the file, verifies and commits it, adds it to
-the index.
-"""
+"""Saves a slot as a snapshot: reserves room, has llama-server write the file, checks and commits it, and adds it to
+the index."""
 
 from __future__ import annotations
 
@@ -37,21 +36,21 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 OnEnd: TypeAlias = Callable[[Lease, Content, WithTokens | None], None]
-_MAX_COMMITS = 2  # in the background: each has a whole slot file. On disk as many as there are slots
-_AT_ONCE = 2  # of them, each with a thread that copies and syncs; and trunks, for which other requests wait
-_N_NEAREST = 8  # snapshots that share most with a new one
+_MAX_COMMITS = 2  # commits in the background; each has a whole slot file. On disk as many as there are slots
+_AT_ONCE = 2  # commits that copy and fsync, each in a thread; trunks do not count, as requests wait for them
+_N_NEAREST = 8  # snapshots with most tokens in common with a new one, compared for its base
 
 
 def never() -> bool:
-    """``must_give_way`` for a save that yields to no request."""
+    """A ``must_give_way`` for a save that gives way to no request."""
     return False
 
 
 @dataclass(eq=False)
 class _File:
-    """A slot file of ``content`` that llama-server has written for ``lease``. ``is_checked``: its tokens, once it is
-    known to hold what was to be saved. ``pending``: the pending save while the commit goes on.
-    """
+    """A slot file of ``content`` that llama-server has written for ``lease``. ``is_checked``: gets the file's tokens
+    once they are known to be those that were to be saved. ``pending``: the pending save, while the commit runs in the
+    background."""
 
     lease: Lease
     content: Content
@@ -68,7 +67,7 @@ class _File:
 
 
 class Saving:
-    """Saves the slots of one backend. ``fingerprint``: of the model that runs now."""
+    """Saves the slots of one backend. ``fingerprint`` identifies the model that runs now."""
 
     def __init__(
         self,
@@ -90,12 +89,11 @@ class Saving:
 
     @contextlib.asynccontextmanager
     async def in_turn(self, lease: Lease, seconds: float) -> AsyncIterator[None]:
-        """Run a save or restore that takes about ``seconds`` in the block.
+        """Run a save or restore in the block, which takes about ``seconds``.
 
-        Each of these stops every stream of this llama-server, so they run one at a time, each followed by a wait for
-        one batch. While no answer is being decoded, actions shorter than that wait take no turns: all that are due run
-        between the same two batches.
-        """
+        Each save or restore stops all streams of this llama-server. So they run one at a time, and each waits for one
+        batch. While no answer is decoded, actions shorter than this wait need no turn: then all that are due run
+        between the same two batches."""
         is_decoding = any(other.is_decoding for other in self.leases.leases if other is not lease)
         if is_decoding or seconds > self.rates.save_delay.seconds:
             async with self._lock:
@@ -106,16 +104,15 @@ class Saving:
     async def save(
         self, lease: Lease, must_give_way: Callable[[], bool] = never
     ) -> asyncio.Task[WithTokens | None] | None:
-        """Save the slot's content as a snapshot. Returns the task of its commit, once the file is known to hold that
-        content: the slot may be used again, and the content is a pending save until the commit has ended. None if the
-        save failed: the slot keeps its content.
+        """Save the slot's content as a snapshot. Returns the task of the commit once the file is known to hold that
+        content. From then on the slot may be used again, and the content is a pending save until the commit has ended.
+        Returns None if the save failed; then the slot keeps its content.
 
-        ``must_give_way`` is called just before the file is written: True cancels the save. Raises SlotWedged if the
-        slot had to be rewound first, and llama-server sent nothing.
-        """
+        ``must_give_way`` is called just before llama-server writes the file; True cancels the save. Raises SlotWedged
+        if the slot had to be rewound first, and llama-server sent nothing."""
         if self.catalog is None or lease.content is None:
             return None
-        if lease.content.has_media:  # llama-server may write it, but the content of the file would be unknown
+        if lease.content.has_media:  # the tokens in a file with media would be unknown
             lease.set_content(replace(lease.content, is_dirty=False, snapshot=None))
             return None
         if not await self._has_gone_back(lease, lease.content, SnapshotKind.LEAF):
@@ -123,7 +120,7 @@ class Saving:
             self.leases.dispatch()
             return None
         content, keep = lease.content, _planned(lease)
-        if lease.is_own:  # otherwise slots that are all hot would evict each other in turn, for ever
+        if lease.is_own:  # otherwise idle saves would evict each other's snapshots again and again
             keep = lease.table.backing(besides=lease.slot)
         n_held = await self._n_held(lease, content)
         commit = await self._write(
@@ -134,7 +131,8 @@ class Saving:
         return commit
 
     def _has_ended(self, lease: Lease, content: Content, snapshot: WithTokens | None) -> None:
-        """Mark the slot after the commit of ``content``, and drop the snapshot that the new one supersedes."""
+        """After the commit of ``content``: mark the slot, and delete the older snapshot that ``snapshot``
+        supersedes."""
         table = lease.table
         old = table.snapshot(content.snapshot) if content.snapshot else None
         self._mark(lease, content, snapshot)
@@ -145,10 +143,9 @@ class Saving:
             self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
 
     def _mark(self, lease: Lease, content: Content, snapshot: WithTokens | None) -> None:
-        """Record in the slot's present content that ``content``, or a beginning of it, was saved as ``snapshot``, or
-        could not be saved. In doubt the slot holds another conversation by now: a conversation's own snapshot is
-        dropped when it is saved again.
-        """
+        """Record in the slot's present content that ``content`` is saved as ``snapshot``, or could not be saved
+        (None). If the slot may hold another conversation by now, nothing is recorded: the next save of that
+        conversation would delete a snapshot that is not its own."""
         table, slot = lease.table, lease.slot
         if slot is None:
             return
@@ -175,9 +172,9 @@ class Saving:
             table.worth.holds(slot)
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
-        """Save the slot's content, the first ``n_tokens`` of the request, as a shared-prefix snapshot; as ``save``.
-        The slot goes on from there, its unsaved content the same as before. False if that failed. Raises SlotWedged.
-        """
+        """Save the slot's content, the first ``n_tokens`` of the request, as a shared-prefix snapshot, as ``save``
+        does. The slot then goes on; its content counts as unsaved as before. Returns False if the save failed. Raises
+        SlotWedged."""
         content, is_kept = lease.content, False
         try:
             if (
@@ -193,14 +190,14 @@ class Saving:
             )
             is_kept = commit is not None
             return is_kept
-        finally:  # without an await since it became a snapshot, or a pending save
+        finally:  # no await since the content became a snapshot or a pending save
             if not is_kept:
                 lease.stop_keeping()
             lease.table.end_expected_trunks(lease.slot_id, n_tokens)
             self.leases.dispatch()
 
     async def settle(self) -> None:
-        """Wait for the commits that go on in the background. Canceling is safe."""
+        """Wait for the commits in the background. Canceling is safe."""
         while self._commits:
             await asyncio.wait(self._commits)
 
@@ -214,9 +211,9 @@ class Saving:
         on_end: OnEnd,
         must_give_way: Callable[[], bool] = never,
     ) -> asyncio.Task[WithTokens | None] | None:
-        """Reserve space, have the slot saved, verify the file, and begin its commit. None if that failed, which is
-        logged. ``on_end`` is called when a commit ends, with the slot's content as it was then known.
-        """
+        """Reserve room, have llama-server save the slot, check the file, and begin its commit. Returns the task of the
+        commit, or None if that failed, which is logged. ``on_end`` is called at the end of the commit with the content
+        that is then known, and with the snapshot."""
         assert self.catalog is not None
         began = self.now()
         try:
@@ -230,7 +227,7 @@ class Saving:
             self._not_saved(lease, kind, error)
             return None
         asked_at = started = self.now()
-        fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
+        fingerprint = self.fingerprint  # llama-server may run another model when the save is over
         try:
             async with self.in_turn(lease, self.rates.save.seconds(size_bytes)):
                 started = self.now()
@@ -253,11 +250,11 @@ class Saving:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if commit.done() and commit.result() is None:
             return None
-        # The server's own time: what a save waits for (the batch of other requests) a prefill would wait for too.
+        # llama-server's own time, without the wait for a batch of other requests: a prefill would wait for it too.
         save_s, waited_s = result.seconds or seconds, started - asked_at
         self.rates.save.observe(result.n_bytes, save_s)
         if lease.plan is not None and kind is SnapshotKind.LEAF:
-            # Without the wait for other saves: those are few if this delay makes them expensive.
+            # Without the wait for other saves: if this delay makes saves expensive, there are few of them.
             self.rates.save_delay.observe(max(self.now() - began - waited_s - save_s, 0.0))
         self.rates.size.observe(result.n_tokens, result.n_bytes)
         self.metrics.saved(result.n_bytes, seconds)
@@ -271,11 +268,12 @@ class Saving:
         return commit
 
     async def _leave_to_itself(self, file: _File, commit: asyncio.Task[WithTokens | None]) -> None:
-        """Let ``commit`` go on in the background, as a pending save. Waits while too many commits run."""
+        """Let ``commit`` go on in the background, as a pending save. While too many commits run, wait for one
+        of them."""
         lease, content = file.lease, file.content
         if file.kind is SnapshotKind.LEAF:
             content = replace(content, tokens=file.is_checked.result(), is_exact=True, n_more=0)
-            if lease.is_own:  # not to be saved again
+            if lease.is_own:  # so that it is not saved again
                 content = replace(content, is_dirty=False)
             lease.set_content(content)
             file.content = content
@@ -288,7 +286,7 @@ class Saving:
             await asyncio.wait(self._commits, return_when=asyncio.FIRST_COMPLETED)
 
     async def _commit(self, file: _File) -> WithTokens | None:
-        """Make the written file a snapshot, and add it to the index. None if that failed, which is logged."""
+        """Make the written file a snapshot, and add it to the index. Returns None if that failed, which is logged."""
         assert self.catalog is not None
         lease, content, kind, snapshot = file.lease, file.content, file.kind, None
         used_at = lease.slot.used_at if lease.slot is not None and kind is SnapshotKind.LEAF else file.started
@@ -315,7 +313,7 @@ class Saving:
         else:
             self._failures.succeeded()
             self._add(file, snapshot)
-        finally:  # without an await since it became a snapshot
+        finally:  # no await since it became a snapshot
             if file.pending is not None:
                 lease.table.model_snapshots.pending.end(file.pending)
         file.on_end(lease, file.content, snapshot)
@@ -323,7 +321,6 @@ class Saving:
         return snapshot
 
     def _add(self, file: _File, snapshot: WithTokens) -> None:
-        """Add a committed snapshot to the index."""
         assert self.catalog is not None
         lease = file.lease
         if file.kind is SnapshotKind.TRUNK:
@@ -337,7 +334,7 @@ class Saving:
             if (left := table.model_snapshots.abandoned_by(snapshot, table.rules.similarity_min)) is not None:
                 self.catalog.branched(left)
             if current not in (None, table) and self.fingerprint == file.fingerprint:
-                current.add_snapshot(snapshot)  # the server has restarted since, and can read it too
+                current.add_snapshot(snapshot)  # llama-server has restarted meanwhile, and can restore it too
 
     async def _abandon(
         self, lease: Lease, kind: SnapshotKind, reservation: Reservation, error: Exception, seconds: float
@@ -345,7 +342,7 @@ class Saving:
         assert self.catalog is not None
         await self.catalog.abandon(reservation, is_refused=isinstance(error, SlotActionFailed))
         if isinstance(error, OtherConversation):
-            lease.set_content(None)  # a full disk, by contrast, says nothing about the slot
+            lease.set_content(None)  # other errors, such as a full disk, tell nothing about the slot
         self._not_saved(lease, kind, error, seconds)
 
     def _not_saved(self, lease: Lease, kind: SnapshotKind, error: Exception, seconds: float = 0.0) -> None:
@@ -354,31 +351,30 @@ class Saving:
             self.say_failed(lease, error, "slot" if kind is SnapshotKind.LEAF else "shared prefix in slot")
 
     def say_failed(self, lease: Lease, error: Exception, what: str = "slot") -> None:
-        """Log why the slot of ``lease`` was not saved; the same reason again only seldom."""
+        """Log why the slot of ``lease`` was not saved. The same reason is logged again only after a while."""
         self._failures.failed(
             error, "%s: %s %s was not saved: %s", lease.request.id, what, lease.slot_name, error
         )
 
     @staticmethod
     def _must_go_back(rewind_model: RewindModel, content: Content) -> bool:
-        """Whether the slot must be rewound to the end of its prompt before it is saved: its file would be useless.
+        """True if the slot must be rewound to the end of its prompt before it is saved, because its file would be
+        useless otherwise. There are two cases:
 
-        1. The build keeps no checkpoints in files: then the next prompt has the answer tokenized differently. The
-           rewind costs the few tokens since the slot's last checkpoint; without one near the end it would cost the
-           whole prompt, and is not done.
-        2. With a sliding window, after a prefill that was stopped on the way: it has left no checkpoint, and without
-           one the file restores nothing (2,560 tokens: 0 reused; rewound by one token: 2,559).
-        """
+        1. A recurrent model, and a build that keeps no checkpoints in files: the next prompt has the answer tokenized
+           differently, and could reuse nothing. The rewind computes the tokens since the slot's last checkpoint. If
+           that is not near, it is not done, because it would compute the whole prompt.
+        2. A sliding window, after a prefill that was stopped on the way: it has left no checkpoint, and without one
+           nothing of the file can be reused (2,560 tokens: 0 reused; rewound by one token: 2,559)."""
         is_near = content.n_tokens - max(content.checkpoints, default=0) <= NEGLIGIBLE_TOKENS
         if rewind_model.is_rewound:
             return is_near and not content.is_exact
         return rewind_model.cache_kind is CacheKind.SWA and content.is_exact and not is_near
 
     async def _has_gone_back(self, lease: Lease, content: Content, kind: SnapshotKind) -> bool:
-        """Rewind the slot if its file would be useless otherwise. False if that failed: then its content is unknown,
-        and it drains when released, because llama-server may be working in it. Raises SlotWedged if llama-server sent
-        nothing.
-        """
+        """Rewind the slot if its file would be useless otherwise. Returns False if that failed: then the content is
+        unknown, and the slot drains when released, because llama-server may be working in it. Raises SlotWedged if
+        llama-server sent nothing."""
         if self._must_go_back(lease.table.rewind_model, content):
             try:
                 await self._rewind(lease, content)
@@ -387,14 +383,14 @@ class Saving:
                 self._not_saved(lease, kind, error)
                 if not isinstance(error, SlotWedged):
                     return False
-                # With a plan, it is counted where the client is told.
+                # Of a client's request it is counted where the client gets the error.
                 if lease.plan is None:
                     self.metrics.wedged.inc()
                 raise
         return True
 
     async def _rewind(self, lease: Lease, content: Content) -> None:
-        """Rewind the slot to the end of its prompt. Raises LlamaslotError; the slot's content is unknown then."""
+        """Rewind the slot to the end of its prompt. Raises LlamaslotError; then the slot's content is unknown."""
         lease.check_current()
         n_reused = 0
         async with contextlib.aclosing(
@@ -403,11 +399,11 @@ class Saving:
             async for event in events:
                 n_reused = event.cache
         after = prefilled(content, content.tokens, n_reused)
-        # If so few tokens are computed, the checkpoint is created at their beginning (measured).
+        # If so few tokens are computed, llama-server creates the checkpoint at their beginning (measured).
         lease.set_content(replace(after, checkpoints=(*after.checkpoints, n_reused)))
 
     async def _n_held(self, lease: Lease, content: Content) -> int:
-        """The number of tokens in the file: space is reserved before it is written, for the answer's tokens too."""
+        """Return the number of tokens that the file will have, so that room is reserved for the answer's tokens too."""
         if content.is_exact or content.n_more:
             return content.n_held
         try:
@@ -418,7 +414,8 @@ class Saving:
 
 
 def _base(table: SlotTable, content: Content, tokens: bytes) -> Base | None:
-    """The snapshot with most tokens in common with ``tokens``, saved from a slot that held ``content``."""
+    """Return the snapshot with most tokens in common with ``tokens``, saved from a slot that held ``content``; None
+    without any."""
     library = table.model_snapshots
     hits = library.in_namespaces.match(tokens, (content.namespace,), _N_NEAREST)
     best = [hit for hit in hits if hit.n_shared == hits[0].n_shared]
@@ -430,10 +427,10 @@ def _base(table: SlotTable, content: Content, tokens: bytes) -> Base | None:
 
 
 def _step(kind: SnapshotKind) -> str:
-    """The name of a save's step in the journal."""
+    """Return the name of a save in the journal."""
     return "keep" if kind is SnapshotKind.TRUNK else "save"
 
 
 def _planned(lease: Lease) -> set[str]:
-    """The snapshot that the lease's own plan resumes from, which must not be evicted."""
+    """Return the snapshot that the lease's own plan resumes from. The save must not evict it."""
     return {lease.plan.snapshot} if lease.plan is not None and lease.plan.snapshot else set()

@@ -1,4 +1,4 @@
-"""What a slot holds after a prefill that was completed or stopped, and whether that is less than expected."""
+"""Tells what a slot holds after a prefill that was completed or stopped, and if that is less than expected."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from llamaslot.errors import BackendDown, LlamaslotError, UpstreamError
 from llamaslot.llama.client import LlamaServer
 from llamaslot.store import WithTokens
 
-_IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is polled about once for each
+_IDLE_POLL_S = 0.02  # llama-server answers between two batches, so there is about one poll for each batch
 
 
 def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
-    """The slot's content after a prefill to exactly ``tokens``, of which the first ``n_reused`` were already there."""
+    """Return the content of a slot after a prefill to exactly ``tokens``. The slot held ``before``, and llama-server
+    reused the first ``n_reused`` tokens of it.
+    """
     checkpoints = checkpoints_after(before.checkpoints, n_reused, [count(tokens)])
     return Content(tokens, True, True, checkpoints, before.snapshot, namespace=before.namespace)
 
 
 async def wait_until_idle(api: LlamaServer, lease: Lease, content: Content) -> Content:
-    """Wait until the server is idle in the slot, after a connection was closed during a prefill. Returns the part of
-    ``content`` that is present then.
+    """Wait until llama-server is idle in the slot of ``lease``, after the connection was closed during a prefill.
+    Returns the part of ``content`` that the slot has then.
 
-    The server notices that its client has left when it cannot write the event of the running batch; polling ``/slots``
-    does not keep the work alive. The time is learned. Raises BackendDown and BackendRestarted.
+    llama-server notices the closed connection when it cannot write the event of the running batch. Polling ``/slots``
+    does not prolong the work. The time is learned as the cost of an interruption. Raises BackendDown and
+    BackendRestarted.
     """
     closed = lease.now()
     while True:
         try:
             infos = {info.id: info for info in await api.slots()}
-        except UpstreamError as error:  # not a refusal of the prefill: the slot may still be working
+        except UpstreamError as error:  # the prefill may still be running in the slot
             raise BackendDown(f"llama-server does not answer /slots: {error}") from error
         lease.check_current()
         if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
@@ -46,10 +49,11 @@ async def wait_until_idle(api: LlamaServer, lease: Lease, content: Content) -> C
 
 
 async def is_untouched(api: LlamaServer, lease: Lease, before: Content | None) -> bool:
-    """Whether the slot of ``lease`` still holds ``before`` after llama-server has refused a request to it.
+    """Return True if the slot of ``lease`` still holds ``before`` after llama-server has refused a request to it.
+    False if that is not certain.
 
-    llama-server reports the slot's number of tokens. A request would leave the same number only if its tokens are the
-    same, or by a rare chance, which only costs time: llama-server compares tokens by itself.
+    llama-server reports only the slot's number of tokens. If the request has run and left the same number, its tokens
+    are usually the same too. The rare exception only costs time, because llama-server compares tokens itself.
     """
     try:
         infos = {info.id: info for info in await api.slots()}
@@ -61,13 +65,13 @@ async def is_untouched(api: LlamaServer, lease: Lease, before: Content | None) -
     n_now = info.n_tokens or 0
     if before.is_exact or before.n_more:
         return n_now == before.n_held
-    n_kept = common(before.tokens, lease.request.tokens)  # of what is certain, in either case
+    n_kept = common(before.tokens, lease.request.tokens)  # known tokens that the slot has in either case
     return n_now >= before.n_tokens and (n_kept == before.n_tokens or n_now > lease.request.n_tokens)
 
 
 def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
-    """Whether the slot holds so much less than expected that the rest is a long prefill of its own, and costs more
-    than stopping here and taking another place.
+    """True if the slot holds so few of the ``n_expected`` tokens that computing the others is a long prefill of its
+    own, and costs more than stopping here and placing the request again.
     """
     table = lease.table
     lost_s = table.rates.prefill.seconds(n_found, n_expected)
@@ -77,8 +81,9 @@ def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
 
 
 def goes_on(held: Content, saved: WithTokens, holder: Lease | None, similarity_min: float) -> bool:
-    """Whether a slot that was saved as ``saved`` still holds that conversation, now in the lease of ``holder``. If the
-    slot is idle again, all tokens must be there: how long its system part was is not known any more.
+    """True if a slot that was saved as ``saved`` still holds that conversation. ``held``: the slot's content now.
+    ``holder``: the lease of the slot; None if the slot is idle. In an idle slot all saved tokens must be there,
+    because the length of its system part is not known any more.
     """
     n_common = common(held.tokens, saved.tokens)
     if holder is None:

@@ -1,8 +1,8 @@
-"""The content of one running llama-server: its slots, the two prefix indexes, and the cost of losing any of it.
+"""The content of one running llama-server: its slots, the snapshots that it can restore, and the cost of losing
+either.
 
 Bookkeeping only, without an await. A slot table lives as long as its llama-server process. After a restart there is a
-new one, and changes of old leases to their slots have no effect.
-"""
+new one, and leases of the old one change only the old one."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ from llamaslot.scheduling.snapshot_value import SnapshotStats
 from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots, PendingSave
 
-DRAIN_S = 0.4  # usual time until the server notices that a client has gone
+DRAIN_S = 0.4  # usual time until llama-server notices that a client has left
 
 
 class SlotForecast(Struct):
-    """When a leased slot will be free, and what it will hold. ``ready_at``: when the steps are over and an answer
-    begins, if any, of at most ``max_tokens`` if known. ``will_hold``: its future content, computed in ``namespace``.
-    """
+    """When a leased slot will be idle, and what it will hold. ``ready_at``: when its steps are over. ``has_answer``:
+    then an answer begins, of at most ``max_tokens`` (None: unknown). ``will_hold``: its future tokens, in
+    ``namespace``."""
 
     ready_at: float
     has_answer: bool
     will_hold: bytes
     namespace: Namespace
     max_tokens: int | None = None
-    is_at_work: bool = False  # it drains, and the server was seen working in it
+    is_at_work: bool = False  # the slot drains, and ``/slots`` has shown that llama-server works in it
 
     def wait_s(self, now: float, answers: AnswerLength, *, is_draining: bool) -> float:
         wait_s = max(self.ready_at - now, DRAIN_S if is_draining else 0.0)
@@ -60,9 +60,7 @@ class SlotForecast(Struct):
 
 
 class SlotTable:
-    """The slots of one llama-server process, and the snapshots that it can restore. Not thread-safe: the event loop
-    only.
-    """
+    """The slots of one llama-server process, and the snapshots that it can restore. Only for use in the event loop."""
 
     is_assisted = True  # llamaslot chooses slots
 
@@ -70,21 +68,22 @@ class SlotTable:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         self.can_erase = False
         self.rewind_model = RewindModel(predictions=rates.predictions)
-        # Whether the GGUF says so too: a short probe does not exceed a sliding window.
+        # True if the GGUF tells it too. A probe alone may be too short to leave a sliding window.
         self.is_cache_kind_sure = False
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
         self.lost_slots = LostSlots()
-        self.n_batch = 0  # prompt tokens that the server computes at once; 0 until that was seen
+        self.n_batch = 0  # prompt tokens that llama-server computes at once; 0 until a prefill has shown it
         self._index: PrefixIndex[int] = PrefixIndex()
         self.residents = InNamespaces(self._index, self.namespace_of)
         self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
         self.use_snapshots(ModelSnapshots())
         self._busy: dict[int, SlotForecast] = {}
-        self.on_content: Callable[[Slot, bytes], None] | None = None  # what a slot holds or will hold, marked
+        # Called with the tokens that a slot holds or will hold, behind the mark of their namespace.
+        self.on_content: Callable[[Slot, bytes], None] | None = None
 
     def use_snapshots(self, library: ModelSnapshots) -> None:
-        """Use the snapshots in ``library``, which is shared with the slot tables before and after this one."""
+        """Use the snapshots in ``library``, which the slot tables of earlier and later processes share."""
         self._snapshots, self._snapshot_index = library.snapshots, library.in_namespaces
         self.model_snapshots, self._pending = library, library.pending
         self._candidates = SnapshotCandidates(self.backend, library, self.rates, self.rewind_model)
@@ -92,7 +91,7 @@ class SlotTable:
 
     @property
     def can_save(self) -> bool:
-        """Whether slots are saved and restored."""
+        """True if slots are saved and restored."""
         return self.worth.can_save
 
     @can_save.setter
@@ -111,19 +110,15 @@ class SlotTable:
 
     @property
     def long_s(self) -> float:
-        """The prefill time in seconds above which a prompt is computed ahead of its request, in turn with those of
-        others.
-        """
+        """The seconds of prefill above which a prompt is long: it is computed ahead of its request, in turns with
+        others."""
         return self.rules.long_s(self.rates.request_s)
 
     def view(
         self, request: Request, now: float, reserved: Mapping[SlotKey, float], *, is_patient: bool = True
     ) -> BackendView:
-        """The backend as ``request`` sees it; if not ``is_patient``, without content that is still to be computed.
-        Changes nothing.
-
-        Of many slots those that ``place`` would never choose are left out.
-        """
+        """Return this backend as ``request`` sees it. Changes nothing. If not ``is_patient``, shared prefixes that are
+        still being computed are left out. Of many slots, those that ``place`` would never choose are left out."""
         least = min(request.n_system or NEGLIGIBLE_TOKENS, NEGLIGIBLE_TOKENS)
         near = self.residents.near(request.tokens, request.reads, least, self.rules.similarity_min)
         found = self._candidates.found(request, now) if self.can_save else []
@@ -165,7 +160,7 @@ class SlotTable:
             )  # fmt: skip
         busy = self._busy[slot.id]
         n_held = count(busy.will_hold)
-        # Checkpoints of its own prompt are not there yet; figures of a busy slot are estimates anyway.
+        # Not with checkpoints: those of the running prompt do not exist yet. This is an estimate.
         n_usable = min(n_shared, request.n_tokens - 1) if request.n_tokens else 0
         return SlotView(
             key=slot.key,
@@ -178,7 +173,7 @@ class SlotTable:
         )
 
     def missing_s(self, request: Request) -> float:
-        """The estimated prefill time of the request's prompt, from its longest cached prefix."""
+        """Return the estimated seconds of computing the request's prompt behind its longest cached prefix."""
         held = self.residents.match(request.tokens, request.reads, 1) if not request.no_cache else []
         n_held = held[0].n_shared if held else 0
         is_kept = self.can_save and not request.no_cache
@@ -189,7 +184,7 @@ class SlotTable:
         return self.rates.save_s(content.n_held)
 
     def saves_s(self, stats: SnapshotStats) -> float:
-        """The seconds that each hit of the snapshot with these ``stats`` saves on this backend."""
+        """Return the seconds that each hit of the snapshot with these ``stats`` saves on this backend."""
         return stats.saves_s(self.rates.prefill.seconds, self.rates.restore.seconds)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
@@ -199,22 +194,22 @@ class SlotTable:
         self.model_snapshots.add(snapshot)
 
     def drop_snapshot(self, snapshot_id: str) -> None:
-        """Remove a snapshot from the index. Idempotent. A slot that came from it is the only holder now, so that slot
-        is dirty again.
-        """
+        """Remove a snapshot from the index. Slots whose content was saved as this snapshot are dirty again.
+        Idempotent."""
         self.model_snapshots.drop(snapshot_id)
         for slot in self.slots:
             if slot.content.snapshot == snapshot_id:
                 slot.content = replace(slot.content, snapshot=None, is_dirty=True)
 
     def keep_only(self, snapshots: Mapping[str, Snapshot]) -> None:
-        """Drop all snapshots that are not among ``snapshots``, the ones that exist."""
+        """Remove all snapshots from the index that are not among ``snapshots``, the existing ones."""
         held = {slot.content.snapshot for slot in self.slots if slot.content.snapshot is not None}
         for snapshot_id in (self._snapshots.keys() | held) - snapshots.keys():
             self.drop_snapshot(snapshot_id)
 
     def snapshot(self, snapshot_id: str) -> WithTokens | None:
-        """The snapshot with its tokens, which are read from the index: a millisecond for 60,000."""
+        """Return the snapshot with its tokens, None if unknown. Reading 60,000 tokens from the index takes a
+        millisecond."""
         if (snapshot := self._snapshots.get(snapshot_id)) is None:
             return None
         return snapshot.with_tokens(self._snapshot_index.tokens(snapshot_id))
@@ -223,16 +218,14 @@ class SlotTable:
         return snapshot_id in self._snapshots
 
     def competing_slots(self, request: Request, own: int) -> list[Slot]:
-        """The slots that llama-server, which knows no namespaces, may choose for ``request`` instead of ``own``, which
-        has all but one token of the request.
-        """
+        """Return the slots that llama-server, which knows no namespaces, may choose for ``request`` instead of slot
+        ``own``, which has all tokens of the request but the last."""
         n = max(request.n_tokens - 1, 1)
         return [slot for slot in self.slots if slot.id != own and self._may_hold(slot, request, n)]
 
     def _may_hold(self, slot: Slot, request: Request, n: int) -> bool:
-        """Whether the slot has, will have or may have the first ``n`` tokens of ``request``; true for another namespace
-        if that is possible.
-        """
+        """True if the slot has or will have the first ``n`` tokens of ``request``, or may have them: its content is
+        unknown, or it is another namespace's and its end is unknown."""
         busy = self._busy.get(slot.id)
         known = busy.will_hold if busy else slot.content.tokens
         n_shared = common(known, request.tokens)
@@ -242,9 +235,8 @@ class SlotTable:
         return may_go_on and self.is_other_namespace(slot, request)
 
     def is_other_namespace(self, slot: Slot, request: Request) -> bool:
-        """Whether ``request`` must not use the slot's present or future content. Unknown content may be used in the
-        shared namespace.
-        """
+        """True if ``request`` must not use the slot's present or future content. Unknown content counts as in the
+        shared namespace."""
         return self.namespace_of(slot.id) not in request.reads
 
     def best_snapshot(self, request: Request) -> str | None:
@@ -255,7 +247,8 @@ class SlotTable:
         return [snapshot for snapshot in self._snapshots.values() if snapshot.is_prewarmed]
 
     def kind_changed(self, snapshot: Snapshot) -> None:
-        """``snapshot`` is of another kind now; conversations that have continued it in slots are separate ones."""
+        """Record that ``snapshot`` is of another kind now. Slots that have continued it hold conversations of their
+        own."""
         if snapshot.id in self._snapshots:
             self._snapshots[snapshot.id] = snapshot
             for slot in self.slots:
@@ -267,7 +260,8 @@ class SlotTable:
         return snapshot is not None and snapshot.kind is SnapshotKind.TRUNK
 
     def backing(self, besides: Slot | None) -> set[str]:
-        """The snapshots of what slots (but ``besides``) hold: if one is dropped, its slot is dirty again."""
+        """Return the snapshots of the contents of all slots but ``besides``. If one is evicted, its slot is dirty
+        again."""
         kept = (slot.content.snapshot for slot in self.slots if slot is not besides)
         return {snapshot for snapshot in kept if snapshot is not None}
 
@@ -276,7 +270,7 @@ class SlotTable:
         return len(self.slots) - len(self._busy)
 
     def filled(self) -> list[Slot]:
-        """The idle slots that are not empty, or may not be empty."""
+        """Return the idle slots that hold tokens, or may hold some."""
         return [slot for slot in self.slots if slot.is_idle and slot.state is not SlotState.FREE]
 
     # -- leases --------------------------------------------------------------------------------------------------
@@ -284,11 +278,10 @@ class SlotTable:
     def take(
         self, slot: Slot, request: Request, now: float, plan: Plan | None = None, *, has_answer: bool
     ) -> PendingSave | None:
-        """Lease ``slot`` to ``request``: from now on it counts as holding what the request will leave in it.
-
-        Content that the plan saves first becomes pending at once, so a request for it waits for the commit instead of
-        computing it again.
-        """
+        """Lease ``slot`` to ``request``. With a ``plan`` the slot counts from now on as holding the prompt of the
+        request. Content that the plan saves first is pending at once: other requests for it wait for the commit
+        instead of computing it. Returns that pending save, None without one. ``has_answer``: an answer follows the
+        steps."""
         old = slot.content
         steps_s = plan.cost.steps_s if plan else self.save_s(old)
         leaving = None
@@ -308,14 +301,14 @@ class SlotTable:
         return leaving
 
     def end_pending_save(self, leaving: PendingSave) -> None:
-        """The save of ``leaving`` has ended, successful or not. Idempotent."""
+        """Record that the save of ``leaving`` has ended, successful or not. Idempotent."""
         self._pending.end(leaving)
 
     def _share(self, request: Request, plan: Plan, now: float) -> None:
-        """Let ``request`` save on the way its system part, and what it shares with two other conversations, where
-        requests that begin alike could only compute it again: on a model that cannot rewind (after ten turns without
-        a pause the slot has no checkpoint there), on others if a busy slot holds it (else the plan would resume there).
-        """
+        """Have shared-prefix snapshots saved while ``request`` is prefilled: of its system part, and of what it shares
+        with two other conversations. This is done where a later request with the same beginning would have to compute
+        it again: if the model cannot rewind, because after ten turns without a pause the slot has no checkpoint there;
+        else only if another slot, which is busy, has the same beginning."""
         hits = self.residents.match(request.tokens, request.reads, len(self.slots))
         branch, n_done = self._branch(hits, self._candidates.found(request, now)), plan.n_reused
         is_new = abs(branch - request.n_system) > NEGLIGIBLE_TOKENS
@@ -329,23 +322,22 @@ class SlotTable:
                 n_done = n
 
     def _branch(self, hits: Iterable[Shared[int]], found: list[Shared[str]]) -> int:
-        """``SnapshotCandidates.branch`` of a prompt. ``hits``: the slots that share tokens with it, most first."""
+        """Return ``SnapshotCandidates.branch``. ``hits``: slots that share tokens with the prompt, those with most
+        first."""
         long = takewhile(lambda hit: hit.n_shared >= MIN_SHARED_TOKENS, hits)
         residents = [(hit.n_shared, partial(self.residents.tokens, hit.holder)) for hit in long]
         return self._candidates.branch(residents, found)
 
     def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
-        """``request``, computed in ``slot``, will save its first ``n_tokens`` as a shared prefix, at about ``due_at``:
-        let other requests find that.
-        """
+        """Announce that ``request`` will save its first ``n_tokens`` as a shared prefix while it is computed in
+        ``slot``, at about ``due_at``. Other requests can wait for it from now on."""
         checkpoints = checkpoints_after((), 0, [n_tokens])
         trunk = Content(head(request.tokens, n_tokens), checkpoints=checkpoints, namespace=request.namespace)
         self._pending.add(trunk, due_at, self.backend, self.slots[slot].key)
 
     def end_expected_trunks(self, slot: int, upto: int | None = None) -> bool:
-        """End the waits for shared prefixes of up to ``upto`` tokens (None: any) from ``slot``: they are saved, or
-        will not come. Returns whether one was expected. Idempotent.
-        """
+        """End the waits for shared prefixes from ``slot`` that have up to ``upto`` tokens (None: any number), because
+        they are saved or will not be. Returns True if there were any. Idempotent."""
         trunks = self._pending.trunks_of(self.slots[slot].key)
         ended = [end for end in trunks if upto is None or end.content.n_tokens <= upto]
         for trunk in ended:
@@ -353,46 +345,47 @@ class SlotTable:
         return bool(ended)
 
     def expected_trunks(self, slot: int) -> list[int]:
-        """The token counts at which the prefill in ``slot`` is to save a shared prefix, ascending."""
+        """Return the token counts at which the prefill in ``slot`` will save a shared prefix, ascending."""
         return sorted(trunk.content.n_tokens for trunk in self._pending.trunks_of(self.slots[slot].key))
 
     def users_awaiting(self, slot: int) -> set[str]:
-        """The users whose requests wait for a shared prefix from ``slot``."""
+        """Return the users whose requests wait for a shared prefix from ``slot``."""
         return {user for trunk in self._pending.trunks_of(self.slots[slot].key) for user in trunk.users}
 
     def expected_trunk(self, holder: str | None) -> PendingSave | None:
-        """The shared prefix of this name if it is still to be computed, else None."""
+        """Return the pending save of the shared prefix ``holder`` if it is still to be computed, else None."""
         entry = self._pending.get(holder) if holder is not None else None
         return entry if entry is not None and entry.slot is not None else None
 
     def begin_answer(self, slot: Slot, now: float) -> None:
-        """The steps before the answer in a slot are over."""
+        """Record that the steps in ``slot`` are over, so the answer begins."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.ready_at = now
 
     def set_ready_in(self, slot: int, seconds: float, now: float) -> None:
-        """The steps before the answer in a slot are expected to take ``seconds`` more."""
+        """Record that the steps in ``slot`` are expected to take ``seconds`` more."""
         if slot in self._busy:
             self._busy[slot].ready_at = now + seconds
 
     def seen_at_work(self, slot: Slot) -> None:
-        """The request that a departed client left in ``slot`` has arrived there: it is no longer in transit."""
+        """Record that llama-server works on the request that a departed client left in ``slot``."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.is_at_work = True
 
     @property
     def is_anything_on_its_way(self) -> bool:
-        """Whether a request of a departed client may still begin in a slot."""
+        """True if llama-server may yet begin with a request of a departed client."""
         return any(s.state is SlotState.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
 
     def expect_unknown_content(self, slot: Slot, namespace: Namespace) -> None:
-        """A leased slot will hold unknown content, computed in ``namespace``, so no request need wait for it."""
+        """Record that a leased slot will hold unknown content, computed in ``namespace``. No request waits for it
+        then."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.will_hold, busy.namespace = b"", namespace
             self._index_content(slot, b"", busy.namespace)
 
     def give_back(self, slot: Slot, event: SlotEvent, content: Content, now: float) -> None:
-        """End a lease, or the draining after one: the slot holds ``content`` now."""
+        """End a lease of ``slot``, or the draining after it. The slot holds ``content`` now."""
         self.end_expected_trunks(slot.id)
         if event is SlotEvent.KEEP and content.n_tokens == 0:
             event = SlotEvent.EMPTY
@@ -408,7 +401,7 @@ class SlotTable:
             self._busy.pop(slot.id, None)
             slot.leased_by = None
             slot.used_at = now
-        content = slot.content  # in the index already, if it is as it was expected
+        content = slot.content  # if it is as expected, it is in the index already
         if content.tokens != expected.will_hold or content.namespace != expected.namespace:
             self._index_content(slot, content.tokens, content.namespace)
         if slot.is_idle:

@@ -1,19 +1,24 @@
-"""The value of the content of idle slots, so that a request takes the slot whose loss costs least.
+"""The value of the content of idle slots, so that a request takes the slot whose loss costs least, and the decision
+when to save a slot.
 
-Also whether a slot should be saved now. A save is paid once; missing content is paid for at each return of its owner:
-rent and price, as in the ski-rental problem. A slot is saved as soon as recomputing what the disk lacks takes as long
-as the save. So a context that grows by ``c`` seconds a turn and takes ``s`` to save is saved every ``s / c`` turns, and
-no turn costs more than a save.
+A save costs its time once. Unsaved content costs its prefill each time its user returns. As in the ski-rental problem,
+a slot is saved as soon as computing what the disk lacks takes as long as the save. A context that grows by ``c``
+seconds of prefill a turn and takes ``s`` seconds to save is saved every ``s / c`` turns, and no turn costs more than a
+save.
 
-The batch that one request waits for before a save is divided by the number of slots: tokens computed again delay all
-that are at work. 24 users on three servers of 4 slots, contexts of 2,200 tokens, five turns, two runs each in turns:
-counted whole, follow-ups reuse 0.978 and 0.981 of an unlimited cache at 15.9 and 15.8 requests/s; divided by four 0.999
-and 1.000 at 12.6 and 15.2; not counted 1.000 at 16.0 and 13.5.
+A request that waits for a save also waits for a running batch before it. This wait is divided by the number of slots,
+because computing tokens again delays the requests in all slots. Measured with 24 users on three servers of 4 slots,
+contexts of 2,200 tokens, five turns, two runs each in turns. Follow-ups reuse so much of what an unlimited cache
+gives:
 
-Simulated (60 users on 4 slots, a day): saving after every answer writes twice as much and makes all requests wait a
-fifth longer, for half of the recomputed tokens. Counting a save 1.5 times writes a fifth less, twice a third less,
-for 2 and 6 % longer waits. Not saving what is worth less than what would be evicted for it recomputes more and writes
-no less.
+    whole wait counted     0.978 and 0.981, at 15.9 and 15.8 requests/s
+    divided by four        0.999 and 1.000, at 12.6 and 15.2 requests/s
+    not counted            1.000 in both,   at 16.0 and 13.5 requests/s
+
+Simulated with 60 users on 4 slots for a day: a save after every answer writes twice as many bytes and makes all
+requests wait a fifth longer, for half of the recomputed tokens. If a save counts 1.5 times, a fifth less is written
+and requests wait 2 % longer; if it counts twice, a third less and 6 %. Not saving contexts that are worth less than
+the snapshots evicted for them recomputes more tokens, and writes no less.
 """
 
 from __future__ import annotations
@@ -33,14 +38,14 @@ from llamaslot.scheduling.placement import TIE_S, Ranked, Rules, ranked, return_
 from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 
-_FEW_SLOTS = 8  # up to this number all are considered
-_RANKED_S = 1.0  # so long a rank is valid: ``return_likelihood`` changes by a twentieth of a percent
+_FEW_SLOTS = 8  # a placement considers all of so many slots
+_RANKED_S = 1.0  # a rank is valid for so long: ``return_likelihood`` changes by a twentieth of a percent
 
 
 class Worth(NamedTuple):
-    """What an idle slot's ``content`` is worth. ``save_s``: seconds of a save, 0 if a save is not worth it.
-    ``eviction_cost_s``: what its loss costs, if the slot was used just now. ``is_large``: a user would notice the
-    loss.
+    """The value of an idle slot's ``content``. ``save_s``: the seconds of a save, 0 if a save is not worth it.
+    ``eviction_cost_s``: the seconds that the loss costs its user, as if the slot was used just now. ``is_large``: the
+    loss costs a user a large context.
     """
 
     content: Content
@@ -51,39 +56,39 @@ class Worth(NamedTuple):
 
 
 class SlotWorth:
-    """What the loss of each idle slot of one table would cost. ``can_save``: slots are saved and restored.
+    """The value of the idle slots of one table. ``can_save``: slots are saved and restored.
 
-    The worth of a slot is computed once, and again when its content, the copies of that elsewhere, or speeds and sizes
-    change. So a placement reads a few numbers for each slot: with 256 slots 0.1 ms; computing them takes 2 ms.
+    The value of a slot is kept until its content, other copies of this content, or speeds and sizes change. So a
+    placement reads a few numbers for each slot, which takes 0.1 ms for 256 slots. Computing all values takes 2 ms.
     """
 
     def __init__(self, slots: list[Slot], rules: Rules, rates: Rates, rewind_model: RewindModel) -> None:
         self.slots, self.rules, self.rates, self.rewind_model = slots, rules, rates, rewind_model
         self.can_save = False
-        self.on_change: Callable[[], None] | None = None  # a slot is idle, or is no longer
+        self.on_change: Callable[[], None] | None = None  # called when a slot becomes idle or is taken
         self._worths: dict[int, Worth] = {}  # of idle slots, as last computed
         self._outdated = {slot.id for slot in slots}
-        # By their tokens; busy ones are not in it.
+        # Idle slots by their tokens.
         self._index: PrefixIndex[int] = PrefixIndex(on_cover=self._outdated.add)
         self._idle = InNamespaces(self._index, lambda slot: slots[slot].content.namespace)
         self._on_disk: dict[int, tuple[Content, tuple[int, int], int]] = {}
-        # What the worths were computed with: can_save, and the changes of both indexes of snapshots.
+        # The state for which the worths were computed: can_save, and the numbers of changes of both snapshot indexes.
         self._basis: tuple[bool, int, int] | None = None
         self._figures: tuple[float, ...] = ()
-        # Idle slots by the cost of their loss, ascending: those without and with a large context; see ``_rank``.
+        # Idle slots by the cost of their loss, ascending; by whether they have a large context. See ``_rank``.
         self._ranks: dict[bool, list[Ranked]] = {False: [], True: []}
         self._rank_of: dict[int, tuple[bool, Ranked]] = {}
         self._unranked = set[int]()
         self._ranked_at = 0.0
 
     def use_snapshots(self, library: ModelSnapshots, candidates: SnapshotCandidates) -> None:
-        """Use the snapshots in ``library``."""
+        """From now on use the snapshots in ``library``."""
         self.model_snapshots, self._pending, self._candidates = library, library.pending, candidates
         self._on_disk.clear()
         self._basis = None
 
     def holds(self, slot: Slot) -> None:
-        """Record that ``slot`` is idle, and what it holds now."""
+        """Record that ``slot`` is idle, and that its content may have changed."""
         if slot.content.tokens:
             self._index.insert(slot.id, marker(slot.content.namespace) + slot.content.tokens)
         else:
@@ -102,13 +107,15 @@ class SlotWorth:
             self.on_change()
 
     def of(self, slot: Slot) -> Worth:
-        """The worth of an idle slot, up to date since the last call of ``looked_at``."""
+        """Return the value of an idle slot, as it was at the last call of ``looked_at`` if the content is still the
+        same.
+        """
         worth = self._worths.get(slot.id)
         return worth if worth is not None and worth.content is slot.content else self._compute(slot)
 
     def looked_at(self, match: Near[int], now: float, reserved: Mapping[SlotKey, float]) -> Collection[Slot]:
-        """The slots that a placement must consider: all of a few slots; of many, those that the prompt may resume
-        from, and of the others those of least loss.
+        """Return the slots that a placement must consider: up to ``_FEW_SLOTS`` all slots. Of more slots those that
+        the prompt may resume from, and of the others those whose loss costs least.
         """
         self._refresh()
         if len(self.slots) <= _FEW_SLOTS or not self.rewind_model.is_rewindable:
@@ -124,8 +131,9 @@ class SlotWorth:
         return [self.slots[slot] for slot in sorted(near)]
 
     def cheapest(self, now: float) -> tuple[float, float] | None:
-        """The idle slot whose loss costs least, as the seconds of that loss and the time when the slot was last used.
-        None if all are at work. What others hold of a slot may have changed since that was computed.
+        """Return the smallest cost in seconds of losing an idle slot, and the time when this slot was last used. None
+        if no slot is idle. The cost may be slightly out of date, because other copies of the content may have come or
+        gone.
         """
         if len(self.slots) > _FEW_SLOTS and self.rewind_model.is_rewindable:
             self._refresh()
@@ -143,8 +151,8 @@ class SlotWorth:
         return worth.save_s + worth.eviction_cost_s * return_likelihood(now - slot.used_at)
 
     def _rank(self, now: float) -> None:
-        """Sort the slots by the cost of their loss, if that is not current. The costs fall with time, for all slots
-        alike within a second.
+        """Sort the slots by the cost of their loss, if the present order is not valid any more. The costs fall with
+        time, for all slots by about the same part within a second.
         """
         if not 0 <= now - self._ranked_at <= _RANKED_S:
             self._ranked_at = now
@@ -164,7 +172,7 @@ class SlotWorth:
             del self._ranks[is_large][bisect_left(self._ranks[is_large], rank)]
 
     def _refresh(self) -> None:
-        """Compute the worth of those slots anew whose content, copies or rates have changed."""
+        """Compute the value of those slots again whose content, copies or speeds have changed."""
         before, basis = self._basis, (self.can_save, self.model_snapshots.changes.n, self._pending.changes.n)
         figures = self.rates.figures()
         changed = None
@@ -184,15 +192,15 @@ class SlotWorth:
         self._compute_outdated()
 
     def _compute_outdated(self) -> None:
-        if self.rewind_model.is_rewindable:  # else each computes its own: it depends on many others
+        if self.rewind_model.is_rewindable:  # else ``of`` computes each anew: it depends on many others
             for id_ in self._outdated:
                 self._worths[id_] = self._compute(self.slots[id_])
             self._unranked |= self._outdated
             self._outdated.clear()
 
     def _sharing(self, tokens: bytes) -> Iterator[int]:
-        """The idle slots that share more than a negligible part with ``tokens`` of a snapshot, and at least as much as
-        with any other snapshot.
+        """Yield the idle slots whose value a snapshot with ``tokens`` may change: they share more than a negligible
+        part with it, and at least as much as with any other snapshot.
         """
         for hit in self._index.hits(tokens):
             if hit.n_shared < NEGLIGIBLE_TOKENS:
@@ -211,7 +219,7 @@ class SlotWorth:
         return Worth(content, is_worth, save_s, cost_s, is_large)
 
     def covered(self, slot: Slot) -> int:
-        """The number of the slot's tokens that can also be reused from another idle slot or a snapshot."""
+        """Return how many of the slot's tokens could also be reused from another idle slot or a snapshot."""
         tokens, namespace = slot.content.tokens, slot.content.namespace
         on_disk = self.on_disk(slot) if self.can_save else 0
         if self.rewind_model.is_rewindable:
@@ -230,7 +238,7 @@ class SlotWorth:
         return max([on_disk, *found])
 
     def on_disk(self, slot: Slot) -> int:
-        """The number of the slot's tokens that a snapshot makes reusable."""
+        """Return how many of the slot's tokens could be reused from a snapshot."""
         content, n_changes = slot.content, (self.model_snapshots.changes.n, self._pending.changes.n)
         known = self._on_disk.get(slot.id)
         if (
@@ -245,8 +253,8 @@ class SlotWorth:
         return n_tokens
 
     def is_worth_saving(self, slot: Slot, delay_s: float = 0.0) -> bool:
-        """Whether a save of this slot's content is worth its time, the answer included if that goes into the file.
-        ``delay_s``: the additional cost for a request that waits for the save.
+        """True if saving this slot costs less than computing again what the disk lacks, including the answer if the
+        file will contain it. ``delay_s``: the seconds that a request waits for the save besides the save itself.
         """
         content = slot.content
         if not (self.can_save and content.is_dirty) or content.n_tokens < NEGLIGIBLE_TOKENS:
@@ -257,7 +265,9 @@ class SlotWorth:
         return lacking_s > self.rates.save_s(n_saved) + delay_s
 
     def eviction_cost_s(self, slot: Slot, is_saved: bool) -> float:
-        """The seconds that the owner of the slot's content loses at its next request if the content is gone."""
+        """Return the seconds that the user of the slot's content loses with its next request if the slot no longer has
+        the content. ``is_saved``: it is saved first.
+        """
         n = slot.content.n_tokens
         if n == 0:
             return 0.0

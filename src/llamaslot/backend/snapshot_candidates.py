@@ -1,4 +1,4 @@
-"""The snapshots that a request may resume from: those on disk, and those being saved."""
+"""Finds the snapshots that a request may resume from: those on disk, and those that are being saved."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from llamaslot.scheduling.request import Request
 from llamaslot.store import Snapshot
 from llamaslot.store.model_snapshots import ModelSnapshots, PendingSave
 
-N_CANDIDATES = 16  # snapshots considered by a placement, the longest common prefixes first
-N_COVERING = 4  # holders checked for covering the content of a slot
+N_CANDIDATES = 16  # a placement considers so many snapshots, those with the longest common prefixes
+N_COVERING = 4  # so many holders are asked how much of a slot's content they have too
 
 
 def source_of(snapshot: Snapshot) -> str:
-    """The name of the source under which reuse predictions for this snapshot are learned."""
+    """Return the name under which the reuse of this snapshot is learned."""
     return TRUNK if snapshot.kind is SnapshotKind.TRUNK else SNAPSHOT
 
 
 def branch_of(others: Iterable[tuple[int, Callable[[], bytes]]]) -> int:
-    """How many tokens a prompt shares with two other conversations; 0 if a shared-prefix snapshot is not worth it
-    there.
+    """Return how many tokens a prompt shares with two other conversations; 0 if a shared-prefix snapshot would not be
+    worth it there.
 
-    ``others``: for each holder with a common prefix, its length in tokens, and a function that returns all tokens of
-    the holder. The prompt's own conversation (a holder that is a prefix of the prompt) does not count. Holders that
-    agree with each other after they diverge from the prompt count as one conversation, for example a slot and its
-    snapshot. A prefix shared with one other conversation may be chance, such as the same first word of two questions;
-    with two it is a common beginning.
+    ``others``: for each holder that begins like the prompt, the number of tokens that both share, and a function that
+    returns all tokens of the holder. The prompt's own conversation, a holder that is a prefix of the prompt, does not
+    count. Holders that share further tokens behind the prompt's divergence count as one conversation, for example a
+    slot and its snapshot. A prefix shared with only one other conversation may be chance, such as the same first word
+    of two questions.
     """
     first: bytes | None = None
     for n_shared, tokens in sorted(others, key=lambda other: -other[0]):
@@ -51,7 +51,7 @@ def branch_of(others: Iterable[tuple[int, Callable[[], bytes]]]) -> int:
 
 
 class SnapshotCandidates:
-    """Finds snapshots that a request may resume from. ``rewind_model`` tells how much of each snapshot the model can
+    """Finds snapshots that a request may resume from. ``rewind_model`` knows how much of each snapshot the model can
     reuse.
     """
 
@@ -64,7 +64,7 @@ class SnapshotCandidates:
 
     @property
     def _is_empty(self) -> bool:
-        """Whether there are no snapshots at all: a search of both indexes takes 10 us, and each
+        """True if there are no snapshots and no pending saves. Then searches are skipped: each takes 10 us, and each
         request needs several.
         """
         return not (self._snapshots or len(self._pending))
@@ -74,9 +74,9 @@ class SnapshotCandidates:
         return self._pending.namespace_of(holder) if is_passing else self._library.namespace_of(holder)
 
     def found(self, request: Request, now: float) -> list[Shared[str]]:
-        """The snapshots with the longest common prefix with ``request``. First comes the longest one that is a whole
-        prefix of the request: it is the cheapest to restore, and may be missing in the others if many share a few
-        tokens more. None that is set aside for now.
+        """Return the snapshots with the longest common prefix with ``request``. The first one is the longest snapshot
+        that is a whole prefix of the request, if there is one: it is cheap to restore, and would be missing if many
+        other snapshots share a few tokens more. Snapshots that are set aside for now are left out.
         """
         if request.no_cache or not request.tokens or self._is_empty:
             return []
@@ -98,15 +98,16 @@ class SnapshotCandidates:
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
 
     def _is_computed_elsewhere(self, holder: str) -> bool:
-        """Whether ``holder`` is a shared prefix that another backend computes: how long that takes is not known on
-        this one.
+        """True if ``holder`` is a shared prefix that another backend is still computing. This backend does not know
+        how long that takes.
         """
         leaving = self._pending.get(holder)
         return leaving is not None and leaving.slot is not None and leaving.backend != self._backend
 
     def best_snapshot(self, request: Request) -> str | None:
-        """The snapshot that ``request`` would resume from if it got a slot now, if the request needs most of that
-        snapshot."""
+        """Return the snapshot that ``request`` would resume from if it got a slot now; None if there is none, or the
+        request needs less than half of it.
+        """
         found = (
             []
             if request.no_cache or not request.tokens
@@ -118,7 +119,7 @@ class SnapshotCandidates:
         return snapshot.id if snapshot is not None and is_needed else None
 
     def views(self, found: Iterable[Shared[str]], n_prompt: int, now: float) -> list[SnapshotView]:
-        """The snapshots of ``found`` that are worth restoring for a prompt of ``n_prompt`` tokens."""
+        """Return those snapshots in ``found`` that are worth restoring for a prompt of ``n_prompt`` tokens."""
         views = []
         for hit in found:
             n_usable = self._usable(hit, n_prompt)
@@ -132,26 +133,26 @@ class SnapshotCandidates:
         return views[:1] + sorted(views[1:], key=lambda view: -view.n_usable)[:N_CANDIDATES]
 
     def _restored_bytes(self, hit: Shared[str]) -> int:
-        """The bytes that a restore of the shared tokens reads; for a whole file of a model that cannot rewind, all of
-        it.
+        """Return the bytes that a restore reads: those of the shared tokens, or the whole file if the model cannot
+        rewind and the snapshot is one file.
         """
         snapshot = self._snapshots[hit.holder]
         can_cut = snapshot.parts or self._rewind_model.is_rewindable
         return snapshot.restored_bytes(hit.n_shared if can_cut else None)
 
     def _wait_s(self, leaving: PendingSave, now: float) -> float:
-        """The cost in seconds of waiting for the pending save ``leaving``.
+        """Return the seconds that waiting for the pending save ``leaving`` costs.
 
-        For a shared prefix that is still being computed only the save counts: there is one prefill at a time, so no
-        request could compute it sooner than the request that does so now, or next.
+        If its shared prefix is still being computed, only the save counts. There is one prefill at a time, so no other
+        request could compute the prefix sooner.
         """
         if leaving.slot is not None:
             return self._rates.save_s(leaving.content.n_tokens)
         return max(leaving.until - now, 0.001)
 
     def _usable(self, hit: Shared[str], n_prompt: int) -> int:
-        """The number of tokens of a prompt of ``n_prompt`` that need not be computed after the snapshot of ``hit`` is
-        restored.
+        """Return how many tokens of a prompt of ``n_prompt`` tokens need not be computed after the snapshot of ``hit``
+        was restored.
         """
         if (leaving := self._pending.get(hit.holder)) is not None:
             is_end_known = leaving.content.is_exact or self._rewind_model.is_rewound
@@ -166,8 +167,8 @@ class SnapshotCandidates:
         )
 
     def on_disk(self, tokens: bytes, namespace: Namespace) -> int:
-        """How many of ``tokens`` a snapshot makes reusable. A shared prefix that is still to be computed does not
-        count: the request that computes it may leave.
+        """Return how many of ``tokens`` need not be computed if a snapshot is restored. A shared prefix that is still
+        to be computed does not count, because the request that computes it may leave.
         """
         if self._is_empty:
             return 0
@@ -180,8 +181,9 @@ class SnapshotCandidates:
         return max((self._usable(hit, count(tokens) + 1) for hit in hits), default=0)
 
     def is_worth_sharing(self, request: Request, n_tokens: int, n_reused: int) -> bool:
-        """Whether the first ``n_tokens`` of ``request``, which resumes from ``n_reused``, should be saved on its way:
-        they are not on disk, and computing them costs more than saving and restoring.
+        """True if a prefill of ``request`` should save its first ``n_tokens`` on its way, as a shared-prefix snapshot:
+        they are not on disk, and computing them costs more than saving and restoring them. ``n_reused``: the tokens
+        that the request itself reuses.
         """
         n_most = request.n_tokens - NEGLIGIBLE_TOKENS
         if request.no_cache or request.is_prewarm or not MIN_SHARED_TOKENS <= n_tokens < n_most:
@@ -195,14 +197,16 @@ class SnapshotCandidates:
     def branch(
         self, residents: Iterable[tuple[int, Callable[[], bytes]]], found: Iterable[Shared[str]]
     ) -> int:
-        """Where two other conversations diverge from a prompt, in tokens. ``residents``: as in
-        ``branch_of``.
+        """Return how many tokens a prompt shares with two other conversations. ``residents``: slots, as in
+        ``branch_of``. ``found``: snapshots that begin like the prompt.
         """
         on_disk = ((hit.n_shared, partial(self._index.tokens, hit.holder)) for hit in found)
         return branch_of([*residents, *on_disk])
 
     def trunk(self, found: Iterable[Shared[str]]) -> int:
-        """The length in tokens of the longest shared prefix, saved or still to come, with which a prompt begins."""
+        """Return the length in tokens of the longest shared prefix in ``found``, saved or still to be computed, with
+        which a prompt begins; 0 without one.
+        """
         whole = (hit for hit in found if hit.n_shared == hit.n_tokens)
         return max((hit.n_tokens for hit in whole if self._is_trunk(hit.holder)), default=0)
 

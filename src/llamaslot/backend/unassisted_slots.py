@@ -1,4 +1,4 @@
-"""Limits the number of requests at llama-server if it chooses their slots by itself."""
+"""Limits the number of requests at a llama-server that chooses their slots itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _UNBOUNDED = 1 << 20
 
 
 class UnassistedSlots(SlotTable):
-    """Limits the requests at one llama-server that chooses their slots itself: a slot of this table is the right to
-    send one request, unrelated to the slot of that number in llama-server.
+    """Limits the requests at one llama-server that chooses their slots itself. A slot of this table is only the right
+    to send one request. It has nothing to do with the slot of the same number in llama-server.
 
-    ``n_slots`` None: llama-server does not report its number, and no request waits.
+    With ``n_slots`` None llama-server does not tell its number of slots, and no request waits.
     """
 
     is_assisted = False
@@ -30,7 +30,7 @@ class UnassistedSlots(SlotTable):
         return super().n_idle if self._is_bounded else _UNBOUNDED
 
     def any_idle(self) -> Slot | None:
-        """A free slot of the table; None while all are in use."""
+        """Return a free slot of this table; None while all are in use. Without a limit there is always one."""
         idle = next((slot for slot in self.slots if slot.is_idle), None)
         if idle is None and not self._is_bounded:
             idle = Slot(self.backend, len(self.slots))
@@ -39,7 +39,9 @@ class UnassistedSlots(SlotTable):
 
 
 async def has_idle_slot(api: LlamaServer, table: SlotTable) -> bool:
-    """Whether llama-server has an idle slot while all requests sent to it run in others."""
+    """Return True if llama-server has an idle slot although it works on all requests sent to it. False if it does not
+    answer.
+    """
     try:
         infos = await api.slots()
     except LlamaslotError:
