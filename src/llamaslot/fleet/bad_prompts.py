@@ -1,7 +1,8 @@
-"""Prompts that have ended llama-servers, or that two of them have answered with an error of their own.
+"""Remembers prompts that have made llama-servers crash, or that two llama-servers have answered with an error of their
+own (5xx).
 
-A request that makes llama-server crash would end one server after the other, each time it is sent again. So it is
-tried on one other server at most, and then refused for a while.
+A request that makes llama-server crash would crash one llama-server after the other if it was sent again each time. So
+it is tried on one other llama-server at most, and then refused for five minutes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from msgspec import Struct
 
 from llamaslot.errors import DeadlyPrompt
 
-_DEADLY = 2  # llama-servers that have ended while they computed it
+_DEADLY = 2  # a prompt is refused once so many llama-servers have ended while they computed it
 _KEPT_S = 300.0
 _MAX_KEPT = 256
 
@@ -25,38 +26,42 @@ class _Known(Struct):
 
 
 class BadPrompts:
-    """The bad prompts of one model, as hashes; a prompt is hashed only while any is known. Each is forgotten after a
-    while, and when it was answered.
+    """The bad prompts of one model, as hashes. A prompt is forgotten after five minutes, and when it was answered.
+    While no bad prompt is known, prompts are not hashed.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._known: dict[bytes, _Known] = {}  # the one noted last is the last
+        self._known: dict[bytes, _Known] = {}  # in the order in which they were last noted
 
     def __len__(self) -> int:
         return len(self._known)
 
     def check(self, prompt: bytes) -> None:
-        """Raise DeadlyPrompt if this prompt must not be sent to a llama-server."""
+        """Raise DeadlyPrompt if ``prompt`` must not be sent to any llama-server, because two have ended while they
+        computed it.
+        """
         known = self._get(prompt)
         if known is not None and known.n_ended >= _DEADLY:
             raise DeadlyPrompt(known.n_ended, known.at + _KEPT_S - self._now())
 
     def is_refused(self, prompt: bytes) -> bool:
-        """Whether two backends have answered this prompt with an error: a third would do so too."""
+        """True if two backends have answered ``prompt`` with an error of their own, so that a third one would do so
+        too.
+        """
         known = self._get(prompt)
         return known is not None and known.is_refused
 
     def has_ended_server(self, prompt: bytes, n_ended: int) -> None:
-        """Record that a llama-server has ended while it computed the prompt, as ``n_ended`` have before it for the
-        same request. Raises DeadlyPrompt if the prompt must not be sent on.
+        """Record that a llama-server has ended while it computed ``prompt``. ``n_ended`` others have ended before
+        while they computed the same request. Raises DeadlyPrompt if the prompt must not be sent again.
         """
         known = self._note(prompt)
         known.n_ended = max(known.n_ended, n_ended) + 1
         self.check(prompt)
 
     def was_refused(self, prompt: bytes) -> None:
-        """Record that two backends have answered the prompt with an error."""
+        """Record that two backends have answered ``prompt`` with an error of their own."""
         self._note(prompt).is_refused = True
 
     def was_answered(self, prompt: bytes) -> None:

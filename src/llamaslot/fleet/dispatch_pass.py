@@ -1,5 +1,5 @@
-"""Which backends a request may go to, and what is found out while the waiting requests are looked at, one after the
-other.
+"""Tells which backends a request may go to, and keeps what is found out while the waiting requests are looked at one
+after the other.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
 
-_MOST_NAMED = 8  # backends, in one error
-_FEW = 8  # up to so many all are told of each change
+_MOST_NAMED = 8  # an error names at most so many backends
+_FEW = 8  # with at most so many backends, those that wait on any of them are told of each change
 
 
 class DispatchPass(Struct):
-    """One pass over all waiting requests: what is found out on the way, for those that come later in it."""
+    """One pass over all waiting requests. It keeps what is found out for one request for the requests after it."""
 
-    # Counted again only after a slot was leased: otherwise 250 waiting for 64 slots are 16,000 checks.
+    # Counted again only after a slot was leased. Otherwise 250 requests that wait for 64 slots cause 16,000 checks.
     n_idle: int
     n_slots: int
-    # Slots that requests wait for, and for how many seconds they will use them.
+    # By slot that requests wait for: the seconds for which these requests will use it.
     reserved: dict[SlotKey, float] = field(default_factory=dict)
     again_s: list[float] = field(default_factory=list)  # seconds until the next dispatch
-    n_behind: int = 0  # requests that leave the last idle slot to others
-    is_short: bool = False  # an earlier request waits for any slot at all
-    is_spared: bool = False  # an idle slot is denied to a request
+    n_behind: int = 0  # long prompts that leave the last idle slot to other requests
+    is_short: bool = False  # an earlier request would take any slot, and got none
+    is_spared: bool = False  # fairness has denied an idle slot to a request
 
     def waits(self, decision: Wait, look_in_s: float, answer_s: float) -> None:
-        """Record that a request waits, and dispatch again in ``look_in_s``. ``answer_s``: the seconds that its answer
-        will take.
+        """Record that a request waits as in ``decision``, and must be placed again in ``look_in_s`` seconds.
+        ``answer_s``: the seconds that its answer will take.
         """
         if decision.slot is not None:
             steps_s = decision.place.cost.steps_s if decision.place is not None else 0.0
@@ -45,22 +45,22 @@ class DispatchPass(Struct):
 
 
 class News:
-    """The backends on which something has changed since those that wait for that were told.
+    """The backends on which something has changed since the tasks that wait for changes were last told.
 
-    Of many only these are told: each prefill looks again whose turn it is. Told of every change anywhere, those on 40
-    backends took half of the dispatcher's time.
+    Of many backends, only the tasks that wait on these are told. Each waiting prefill then decides again if it is
+    next. When all prefills on 40 backends were told of each change, this took half of the dispatcher's time.
     """
 
     def __init__(self, backends: Mapping[str, Leases]) -> None:
         self._backends = backends
-        self._changed: dict[str, None] = {}  # in their order
+        self._changed: dict[str, None] = {}  # in the order of the changes
 
     def add(self, *backends: str | None) -> None:
-        """Something has changed on ``backends``; None is left out."""
+        """Record a change on each of ``backends``; None is skipped."""
         self._changed.update(dict.fromkeys(name for name in backends if name is not None))
 
     def tell(self) -> None:
-        """Tell those that wait for changes of these backends, of few backends those of all."""
+        """Notify the tasks that wait for changes on these backends; of few backends, on all."""
         changed, self._changed = self._changed, {}
         for name in changed if len(self._backends) > _FEW else [*self._backends]:
             leases = self._backends.get(name)
@@ -69,8 +69,9 @@ class News:
 
 
 def open_backends(backends: Collection[Leases]) -> list[Leases]:
-    """The backends that accept a request now. Backends on which llamaslot does not choose slots, and backends that may
-    hang, are included only if there are no others, now or soon.
+    """Return the backends that accept a request now. A backend on which llamaslot stands aside is included only if
+    llamaslot stands aside on all. A suspect backend is included only if no other backend accepts requests, now or
+    soon.
     """
     open_, is_assisted = list[Leases](), False
     for leases in backends:  # in one loop: with 100 backends it is run several times for each request
@@ -87,8 +88,8 @@ def open_backends(backends: Collection[Leases]) -> list[Leases]:
 
 
 def open_to(request: Request, open_: list[Leases], backends: Collection[Leases]) -> list[Leases]:
-    """Of the backends in ``open_``, those that have not failed the request; all of them if no other backend can take
-    it, now or soon.
+    """Return the backends in ``open_`` that have not failed ``request``. If no other backend can take it, now or soon,
+    return ``open_``.
     """
     if not request.avoids:
         return open_
@@ -98,8 +99,8 @@ def open_to(request: Request, open_: list[Leases], backends: Collection[Leases])
 
 
 def why_none(backends: Collection[Leases], *, is_queued: bool) -> LlamaslotError | None:
-    """The error for requests when each backend is down or drained. ``is_queued``: for requests that were accepted
-    before, which outlast a drain.
+    """Return the error for requests if each backend is down or drained, else None. ``is_queued``: for requests that
+    were accepted before; these wait until a drain has ended.
     """
     if not backends:
         return BackendRestarted("no backend serves this model any more")

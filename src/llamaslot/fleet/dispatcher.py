@@ -1,9 +1,8 @@
-"""Which request gets which slot, and when: the queue, the leases, and exclusive sections in which llama-server
-chooses slots.
+"""Decides which request gets which slot, and when. Has the queue, the leases, and the exclusive sections in which
+llama-server chooses the slots.
 
-Everything here runs on the event loop, without an await between decision and lease. ``scheduling.placement`` decides;
-the holder of a lease acts in its slot.
-"""
+All of this runs on the event loop, without an await between a decision and its lease. ``scheduling.placement``
+decides; the task that gets the lease performs the steps in its slot."""
 
 from __future__ import annotations
 
@@ -33,11 +32,11 @@ from llamaslot.scheduling.slots import SlotKey
 log = logging.getLogger(__name__)
 
 MIN_LOOK_AGAIN_S = 0.25
-_MOST_BEHIND = 8  # so many are compared for shared prefixes; 250 would take a second
+_MOST_BEHIND = 8  # long prompts placed in a pass while they leave the last idle slot; 250 take a second
 
 
 class Dispatcher:
-    """Leases the slots of a pool's backends to users in turn."""
+    """Leases the slots of a pool's backends to requests, so that all users get their share."""
 
     def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
         self.rules, self.now = rules, now
@@ -53,12 +52,10 @@ class Dispatcher:
 
     @property
     def tables(self) -> list[SlotTable]:
-        """The slot tables of the backends that are connected."""
         return _tables(self.backends.values())
 
     @property
     def leases(self) -> list[Lease]:
-        """The leases of all backends."""
         return [lease for leases in self.backends.values() for lease in leases.leases]
 
     @property
@@ -66,32 +63,32 @@ class Dispatcher:
         return len(self.queue)
 
     def position(self, request: Request) -> int:
-        """The place of a request in the queue: 1 for the one that is next; 0 if it no longer waits."""
+        """Return the place of ``request`` in the queue: 1 if it is next, 0 if it no longer waits."""
         return next((i for i, waiting in enumerate(self.queue.ordered(), 1) if waiting.request is request), 0)
 
     @property
     def idle_s(self) -> float:
-        """The seconds since a client last used any backend."""
+        """The seconds since a client last used any of the backends."""
         return min((leases.idle_s for leases in self.backends.values()), default=0.0)
 
     def recorder(self, request: Request) -> DecisionRecorder:
-        """A recorder that writes the journal entry of ``request``."""
+        """Return a recorder for the journal entry of ``request``."""
         return DecisionRecorder(self.journal, request, self.now)
 
     def is_wanted_besides(self, request: Request) -> bool:
-        """Whether any client request other than ``request`` is present."""
+        """True if any client's request other than ``request`` has a slot or waits."""
         leased = (lease.request for lease in self.leases if not lease.is_own)
         return any(other is not request for other in (*leased, *(waiting.request for waiting in self.queue)))
 
     # -- the backends --------------------------------------------------------------------------------------------
 
     def add(self, backend: str) -> Leases:
-        """Add a new backend of that name to the pool. Returns its leases."""
+        """Add a new backend of this name to the pool. Returns its leases."""
         self.backends[backend] = Leases(backend, self, self.now)
         return self.backends[backend]
 
     def join(self, leases: Leases) -> None:
-        """Add a backend that is not connected, and comes from another pool, which it has not left yet."""
+        """Add a backend that comes from another pool, and is not connected. It leaves the other pool later."""
         leases.move(self)
         self.backends[leases.backend] = leases
 
@@ -101,14 +98,13 @@ class Dispatcher:
         self._fail_if_none_serves()
 
     def attach(self, table: SlotTable) -> None:
-        """The backend named in ``table`` is connected, with these slots."""
+        """Record that the backend named in ``table`` is connected, with these slots."""
         self._index.attach(table)
         self.backends[table.backend].attach(table)
 
     def detach(self, backend: str, error: BackendDown | None = None) -> None:
-        """The slots of ``backend`` are gone. Requests wait for its next slots, or for those of other backends. With
-        ``error`` the backend is down; if all are, queued and new requests get that error.
-        """
+        """Record that the slots of ``backend`` no longer exist. Requests wait for its next slots, or for slots of
+        other backends. With ``error`` it is down; if all backends are, queued and new requests get this error."""
         self._index.detach(backend)
         self.backends[backend].detach(error)
         self._fail_if_none_serves()
@@ -124,12 +120,11 @@ class Dispatcher:
     async def lease(
         self, request: Request, *, is_back: bool = False, preempted: Preempted | None = None
     ) -> Lease:
-        """Wait for a slot. Raises QueueFull and TooManyRequests (limits of number and time) and BackendDown.
-        ``is_back``: the request had a slot before, and is first in the queue. ``preempted``: it gave one up for
-        another user, and is first among its user's requests.
+        """Wait for a slot, and return its lease. ``is_back``: the request had a slot before, and comes first in the
+        queue. ``preempted``: it gave its slot to another user, and comes first among its user's requests.
 
-        Canceling is safe: the request leaves the queue, no slot is held.
-        """
+        Raises QueueFull (too many requests, or too long a wait), TooManyRequests (too many of this user) and
+        BackendDown. Canceling is safe: the request leaves the queue, and no slot is held."""
         had_a_place = is_back or preempted is not None
         if (error := why_none(self.backends.values(), is_queued=had_a_place)) is not None:
             raise error
@@ -161,7 +156,7 @@ class Dispatcher:
             waiting.recorder.ended()
             if waiting in self.queue:
                 self.queue.remove(waiting)
-                # Its reservation is free for others. If it was refused immediately, nothing has changed for others.
+                # Other requests may take the slot that it waited for. After a refusal nothing has changed for them.
                 self.dispatch(is_arrival=not was_admitted)
 
     def _newcomer(self, request: Request, is_back: bool, preempted: Preempted | None) -> Waiting:
@@ -171,13 +166,12 @@ class Dispatcher:
         waiting = Waiting(request, granted, self.recorder(request), now, cost_s, is_small, is_back)
         if preempted is not None:
             waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
-            waiting.is_small = False  # little is left, but it must not overtake the other
+            waiting.is_small = False  # little is left, but it must not overtake the request that got its slot
         return waiting
 
     def _at_once(self, request: Request) -> Lease | None:
-        """The lease of a slot if no request waits and several slots are idle: as the queue would give it, in two
-        thirds of the time. None if anything about the request is special.
-        """
+        """Return a lease without the queue, if no request waits and several slots are idle. The slot is the one that
+        the queue would give, in two thirds of the time. Returns None if the request needs any of the queue's rules."""
         # No await from here to the end: slots are leased as they were seen.
         open_, now = open_to(request, self._open(), self.backends.values()), self.now()
         tables = [table for table in _tables(open_) if table.is_assisted]
@@ -205,12 +199,11 @@ class Dispatcher:
         return lease
 
     def snapshots_in_demand(self) -> set[str]:
-        """The snapshots that queued requests would resume from, which should be evicted last.
+        """Return the ids of the snapshots that queued requests would resume from, and that should be evicted last.
 
-        Looked up once for each request, and again if its snapshot is gone, because usually a newer one has replaced
-        it.
-        """
-        # One table for each directory: the snapshots are the same for all that share one.
+        The snapshot of each request is found once, and again if it is gone, because then usually a newer one has
+        replaced it."""
+        # One table for each directory: all tables with the same directory have the same snapshots.
         tables = {id(table.model_snapshots): table for table in self.tables}.values()
         for waiting in self.queue:
             if waiting.wants is None or not any(table.has_snapshot(waiting.wants) for table in tables):
@@ -219,11 +212,11 @@ class Dispatcher:
         return {waiting.wants for waiting in self.queue if waiting.wants}
 
     def dispatch(self, backend: str | None = None, *, is_arrival: bool = False) -> None:
-        """Lease slots to waiting requests, in order. Called after every change: on ``backend``, if on one.
+        """Lease slots to waiting requests, in order. Called after every change. ``backend``: the only backend on which
+        something has changed; None for any.
 
-        ``is_arrival``: the only change is one more waiting request. Then requests that wait for something specific
-        are not placed again: for 250 that wait for the same prefix that took 15 s.
-        """
+        ``is_arrival``: the only change is one more waiting request. Then requests that wait for a certain slot or
+        snapshot are not placed again. Placing 250 again that waited for the same prefix took 15 s."""
         if not is_arrival:
             self._n_changes += 1
             self._fail_if_none_serves()
@@ -234,17 +227,17 @@ class Dispatcher:
         if len(self.queue):
             self._serve_queue()
         self._news.add(backend, *self._preemptions.choose(self.backends.values(), self.queue, self.now))
-        self._news.tell()  # last: a request that has just got a slot may have priority over a prefill
+        self._news.tell()  # last, because a request that has just got a slot may go before a prefill
 
     def _serve_queue(self) -> None:
         open_ = self._open()
         look = DispatchPass(_n_idle(open_), sum(len(table.slots) for table in self.tables))
         is_assisted = any(leases.table is not None and leases.table.is_assisted for leases in open_)
         if not open_ or (is_assisted and not look.n_idle and not self.queue.n_unpinned):
-            return  # the order does not matter: with 1,000 waiting, each arrival would compute it
+            return  # no request can get a slot, so the order of service is not computed (slow with 1,000 waiting)
         for waiting in self.queue.ordered():
             if is_assisted and look.is_short and not look.n_idle:
-                break  # none behind a request that waits for any slot at all gets one
+                break  # an earlier request would take any slot, so no later one gets a slot
             # At most one exclusive request at a time on each backend.
             here = open_to(waiting.request, open_, self.backends.values())
             if waiting.request.is_exclusive:
@@ -260,7 +253,7 @@ class Dispatcher:
         return open_backends(self.backends.values())
 
     def _serve(self, here: list[Leases], waiting: Waiting, look: DispatchPass) -> None:
-        """Give a waiting request a slot of one of ``here``, or record what it waits for."""
+        """Give a waiting request a slot on one of the backends ``here``, or record what it waits for."""
         request, tables = waiting.request, _tables(here)
         if not self.queue.may_run(waiting, max(look.n_slots, look.n_idle), look.n_idle, self.now()):
             look.is_spared = True
@@ -270,7 +263,7 @@ class Dispatcher:
             if not look.is_short:
                 self._give(waiting, max(here, key=lambda leases: _n_idle([leases])).grant(None, request))
         elif not look.n_idle:
-            look.is_short = True  # no placement: with 250 waiting that took a second for each burst
+            look.is_short = True  # not placed: placing 250 waiting requests took a second for each burst
         elif look.n_idle == 1 and self._is_still_behind(tables[0], waiting, look):
             self._leaves_slot(waiting, look)
         else:
@@ -289,7 +282,7 @@ class Dispatcher:
         table = self._table_of(decision)
         assert table is not None, "what was placed is up"
         if leases.is_exclusive_wanted and is_long(decision, table.long_s):
-            return  # an exclusive request waits for the running long prefills: none may begin
+            return  # an exclusive request waits until no long prefill runs, so none may begin
         if look.n_idle == 1 and (ahead := self._ahead_of(table, waiting, decision)) is not None:
             waiting.behind = ahead
             self._leaves_slot(waiting, look)
@@ -300,7 +293,8 @@ class Dispatcher:
         return self.backends[place.slot.backend].table if place is not None else None
 
     def _let_through(self, tables: Sequence[SlotTable], waiting: Waiting, look: DispatchPass) -> None:
-        """Send a request to a backend at which llama-server chooses the slot: only the number of requests counts."""
+        """Send a request to a backend at which llama-server chooses the slot. Only the number of requests there is
+        limited."""
         for table in sorted(tables, key=lambda table: -table.n_idle):
             if isinstance(table, UnassistedSlots) and (slot := table.any_idle()) is not None:
                 self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), look)
@@ -308,11 +302,11 @@ class Dispatcher:
         look.is_short = True
 
     def _ahead_of(self, table: SlotTable, waiting: Waiting, plan: Plan) -> Lease | None:
-        """Another request of the same user, with a prompt that is no longer, that waits in a slot for its turn.
+        """Return the lease of another request of the same user that waits in its slot for its first turn, with a
+        prompt that takes no longer. None if there is none.
 
-        One long prompt is computed at a time, so the last idle slot would not help a second one. It stays in the
-        queue until the other one's turn has come, and leaves the slot to small requests.
-        """
+        One long prompt is computed at a time, so a second one gains nothing from the last idle slot. It stays in the
+        queue until the first one has its turn, and leaves the slot to small requests."""
         if not is_long(plan, table.long_s) or waiting.had_a_place or self.now() >= self._late_at(waiting):
             return None
         seconds, request = table.rates.prefill.seconds, waiting.request
@@ -325,7 +319,9 @@ class Dispatcher:
         return None
 
     def _is_still_behind(self, table: SlotTable, waiting: Waiting, look: DispatchPass) -> bool:
-        """Whether a long prompt of the same user is still ahead of this one, or enough requests are behind others."""
+        """True if this long prompt must leave the last idle slot to others without being compared again. Either the
+        lease in ``waiting.behind`` still waits for its turn, or ``_MOST_BEHIND`` requests have left the slot in this
+        pass already."""
         if waiting.had_a_place or self.now() >= self._late_at(waiting):
             return False
         prompt_s = waiting.cost_s - answer_s(table, waiting.request)
@@ -337,9 +333,8 @@ class Dispatcher:
             look.again_s.append(max(late_at - self.now(), MIN_LOOK_AGAIN_S))
 
     def _late_at(self, waiting: Waiting) -> float:
-        """The time from which on the waiting request takes any slot: no shorter prompt is computed before its own
-        then.
-        """
+        """Return the time from which the waiting request takes any slot. From then on no shorter prompt is computed
+        before it."""
         max_wait_s = self.queue.limits.max_wait_s or math.inf
         return waiting.came_at + min(self.rules.sharing.starvation_s, max_wait_s / 2)
 
@@ -368,7 +363,8 @@ class Dispatcher:
     def _decision(
         self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
-        """The previous decision for a waiting request, if only other requests have arrived since; else a new one."""
+        """Return the last decision for a waiting request, if only other requests have arrived since then; else a new
+        one."""
         now = self.now()
         if waiting.wait is not None and waiting.n_seen == self._n_changes and now < waiting.look_at:
             return waiting.wait
@@ -382,9 +378,8 @@ class Dispatcher:
     def _decide(
         self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
-        """Decide where a request runs, or what it waits for. If another request computes a prefix of it, that one is
-        asked to save the prefix.
-        """
+        """Decide where a request runs, or what it waits for. If another request computes a prefix of its prompt, ask
+        that one to save the prefix."""
         request, now = waiting.request, self.now()
         tables = self._index.worth_a_look(tables, request, now, reserved)
         makers = [lease for lease in self.leases if lease.table in tables and lease.is_long]
@@ -414,7 +409,7 @@ class Dispatcher:
         waiting.granted.set_result(lease)
 
     def paid(self, charge: Charge | None) -> None:
-        """The slots that were charged to a user are free: end the charge. The caller dispatches."""
+        """End ``charge``: the user's slots that it counts are free. The caller dispatches afterwards."""
         if charge is not None:
             self.queue.released(charge, self.now())
 
@@ -431,9 +426,8 @@ class Dispatcher:
 
 
 def _is_served(granted: asyncio.Future[Lease]) -> bool:
-    """Whether a waiting request has got its lease. Cancelled and refused requests leave the queue by themselves, a
-    moment later.
-    """
+    """True if a waiting request has got its lease. Requests that were cancelled or refused leave the queue themselves
+    a moment later."""
     return granted.done() and not granted.cancelled() and granted.exception() is None
 
 

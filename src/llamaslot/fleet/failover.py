@@ -1,7 +1,7 @@
-"""Sends a request to another backend when the first one fails, as long as no byte of an answer has reached its client.
+"""Sends a request to another backend if the first one fails, as long as no byte of an answer has reached its client.
 
-An answer begins with llama-server's status, headers or events. The comments of a waiting stream, and the status 200
-before them, are llamaslot's own and the same for every backend: they do not count.
+An answer begins with llama-server's status, headers or events. llamaslot's own comments in a waiting stream, and the
+status 200 before them, are no answer, because they are the same for every backend.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GIVEN_UP = "llama-server restarts again and again; see its log"
 
 
 class Answer(Protocol):
-    """The answer that an attempt to serve a request returns."""
+    """The answer to a request."""
 
     @property
     def status(self) -> int:
@@ -36,14 +36,14 @@ A = TypeVar("A", bound=Answer)
 
 
 class Attempts:
-    """The attempts to serve one request, and the backend that it depends on now. There are three cases in which
-    another attempt follows, unless an answer has begun, or no other backend can take the request:
+    """The attempts to serve one request, and the backend that the request depends on now. In three cases another
+    attempt follows, unless an answer has begun or no other backend can take the request:
 
-    1. The process of llama-server is another one than that whose slot was leased. Nothing was computed.
-    2. The backend is down, or goes down without closing its connections. If it closed the connection while the prompt
-       was being computed, one other backend is tried, for the prompt may be the reason (``BadPrompts``).
-    3. llama-server has answered with an error of its own (5xx). It does that for some mistakes of clients too, in the
-       same form, so one other backend tells: if that can do it, the first one is blamed, else the error is passed on.
+    1. llama-server has restarted, so its process is not the one whose slot was leased. Nothing was computed.
+    2. The backend is down, or goes down without closing its connections. If it has closed the connection while it
+       computed the prompt, the prompt may be the reason, so only one other backend is tried (``BadPrompts``).
+    3. llama-server has answered with an error of its own (5xx). It answers some mistakes of clients in the same way,
+       so one other backend is tried. If that one succeeds, the first one is blamed; else the client gets the error.
     """
 
     def __init__(
@@ -56,24 +56,27 @@ class Attempts:
         is_once: bool = False,
         follows_restarts: bool = True,
     ) -> None:
-        """``id_``: of the request, for the log; ``raw``: its body; ``is_answered``: whether any byte of an answer was
-        sent. ``is_once``: the request may change something, and is never sent again. ``follows_restarts``: the request
-        is tried again after a restart of llama-server; else BackendRestarted ends the attempts.
+        """``id_`` is the request's id for the log, ``raw`` its body. ``is_answered`` returns True once any byte of an
+        answer was sent. ``is_once``: the request may change something, so it is never sent again.
+        ``follows_restarts``: after a restart of llama-server the request is tried again; otherwise BackendRestarted
+        ends the attempts.
         """
         self.id, self.pool, self.prompt = id_, pool, raw
         self.is_answered, self._is_once = is_answered, is_once
         self._follows_restarts = follows_restarts
-        # Its model may be another pool's by then.
+        # Finds the pool before another attempt: the model may belong to another pool by then.
         self.pool_again: Callable[[], Awaitable[Pool]] | None = None
-        self.lease: Lease | None = None  # the last one
-        self.avoids: frozenset[str] = frozenset()  # backends that have answered it with an error
-        self._asked: Backend | None = None  # before a lease
-        self._error: UpstreamError | None = None  # of a backend that is to be avoided
-        self._n_ended = 0  # llama-servers that have ended while they computed it
+        self.lease: Lease | None = None  # the last lease of the request
+        self.avoids: frozenset[str] = frozenset()  # names of backends that have answered it with an error
+        self._asked: Backend | None = None  # the backend that is used without a lease
+        self._error: UpstreamError | None = None  # the answer of the backend in ``avoids``
+        self._n_ended = 0  # llama-servers that have ended while they computed the request
 
     @property
     def backend(self) -> Backend:
-        """The backend of the request's last lease; before the first lease, one that is up."""
+        """The backend of the request's last lease. Before the first lease it is any backend, preferably one that is
+        up.
+        """
         if self.lease is not None:
             return self.pool.backend_of(self.lease)
         if self._asked is None:
@@ -81,28 +84,31 @@ class Attempts:
         return self._asked
 
     def leased(self, lease: Lease) -> None:
-        """From now on the request depends on the backend of ``lease``."""
+        """Record that the request has got ``lease``, and depends on its backend from now on."""
         self.lease = lease
 
     def check_process(self) -> Awaitable[None] | None:
-        """As ``Pool.check_process``, for its lease."""
+        """As ``Pool.check_process`` for the request's lease; None without a lease."""
         return self.pool.check_process(self.lease) if self.lease is not None else None
 
     def check(self, prompt: bytes) -> None:
-        """Raise DeadlyPrompt if the prompt is known to end llama-servers. ``prompt``: what this request has in common
-        with the same request sent again: its tokens, if they are known.
+        """Raise DeadlyPrompt if ``prompt`` has made llama-servers crash. ``prompt`` is what the request has in common
+        with later repetitions of it: its tokens, if they are known.
         """
         self.prompt = prompt
         self.pool.bad_prompts.check(prompt)
 
     async def look_up_pool(self) -> None:
-        """Find the pool of the request again: it may be another one by now. Raises as ``pool_again`` does."""
+        """Find the pool of the request again, because its model may belong to another pool now. Raises as
+        ``pool_again`` does.
+        """
         if self.pool_again is not None:
             self.pool, self._asked = await self.pool_again(), None
 
     async def run(self, attempt: Callable[[], Awaitable[A]]) -> A:
-        """The answer of the first attempt that succeeds. Raises what the last attempt raises, DeadlyPrompt, and
-        BackendDown if llama-server restarts again and again. Canceling is safe if that of ``attempt`` is.
+        """Call ``attempt`` until it succeeds, at most three times, and return its answer. Raises what the last attempt
+        raises, DeadlyPrompt, and BackendDown if llama-server restarts again and again. Canceling is safe if canceling
+        ``attempt`` is.
         """
         for n in range(_ATTEMPTS):
             if n:
@@ -129,7 +135,9 @@ class Attempts:
         raise BackendDown(_GIVEN_UP)
 
     def is_worth_another(self, status: int) -> bool:
-        """Whether an answer with this ``status`` is held back, because another backend may have a better one."""
+        """True if an answer with this ``status`` must not reach the client yet, because another backend may answer
+        without an error.
+        """
         if not is_servers_own(status) or self._error is not None or self._is_once or self.is_answered():
             return False
         is_refused = self.pool.bad_prompts.is_refused(self.prompt)
@@ -144,7 +152,7 @@ class Attempts:
         self.lease = self._asked = None
 
     def _has_answered(self, status: int) -> None:
-        """Learn from the status of an answer. If it is a second error, the fault is the request's."""
+        """Learn from the status of an answer. If it is the second error, the request is the cause, not the backend."""
         known, is_error = self.pool.bad_prompts, is_servers_own(status)
         if self._error is not None:
             if is_error:
@@ -158,12 +166,12 @@ class Attempts:
             known.was_answered(self.prompt)
 
     def _may_move(self, failed: Backend) -> bool:
-        """Whether another backend can take the request."""
+        """True if another backend can take the request."""
         return not self.is_answered() and self.pool.may_try_elsewhere(failed)
 
     def _moves(self, error: BackendDown) -> bool:
-        """Whether another backend takes the request after ``error``. If so, no request is sent to the failed backend
-        until that has answered a question. Raises DeadlyPrompt.
+        """Return True if another backend takes the request after ``error``. Then no request goes to the failed backend
+        until it has answered a question. Raises DeadlyPrompt.
         """
         failed, lease = self.backend, self.lease
         if lease is not None and lease.was_computing and not isinstance(error, _WentDown):
@@ -179,8 +187,8 @@ class Attempts:
 
     @contextlib.asynccontextmanager
     async def _kept(self) -> AsyncIterator[None]:
-        """Cancel the block if the backend goes down without closing its connections, and another one can take the
-        request. Raises the error of the backend.
+        """Run the block. If the backend goes down without closing its connections, and another backend can take the
+        request, cancel the block and raise the backend's error as ``_WentDown``.
         """
         if len(self.pool.backends) < 2:
             yield
@@ -202,10 +210,10 @@ class Attempts:
             raise _WentDown(str(down[0])) from None
 
     def _depends_on(self, backend: Backend) -> bool:
-        """Whether the request was given to ``backend``."""
+        """True if ``backend`` works on the request."""
         given = self.pool.backend_of(self.lease) if self.lease is not None else self._asked
         return given is backend
 
 
 class _WentDown(BackendDown):
-    """The backend does not answer, so the request was given up; llama-server has not closed its connection."""
+    """Raised when a backend does not answer but has not closed its connection, and the request was taken from it."""

@@ -1,4 +1,6 @@
-"""Converts bodies of /infill to prompts; the layout of the connected llama-server is probed at the first one."""
+"""Converts bodies of /infill to prompts. The way in which llama-server builds these prompts (their layout) is probed
+with the first request.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ from llamaslot.tokens.tokenizer import Prompt
 
 log = logging.getLogger(__name__)
 
-_LEARNING_S = 120.0  # some dozen requests, each of which waits for the running batch
-_AGAIN_S = 600.0  # after a timeout: /infill is served without known tokens for so long
+_LEARNING_S = 120.0  # the probe makes some dozen requests, each of which waits for the running batch
+_AGAIN_S = 600.0  # for so long after a timeout /infill is served without known tokens
 
 
 class InfillPrompts:
-    """The /infill layout of one model, and the prompts of its bodies. ``is_current`` tells whether a process that was
-    there at the beginning still serves the model.
+    """The /infill layout of one model. ``is_current`` returns False once no process that was there at the beginning
+    serves the model any more.
     """
 
     def __init__(
@@ -45,30 +47,31 @@ class InfillPrompts:
         self._known_until = math.inf
 
     def miscounted(self) -> None:
-        """The server has counted other tokens in a body than llamaslot: the layout counts as unknown until the next
-        connection.
+        """Record that llama-server has counted another number of tokens in a body than llamaslot. The layout then
+        counts as unknown until the next connection.
         """
         self._known = PromptNotTokenizable("/infill was not as it was thought to be", Reason.MISCOUNTED)
 
     async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
-        """The tokens of ``body``. Raises PromptNotTokenizable, BackendDown, BackendRestarted, QueueFull. Canceling is
-        safe."""
+        """Return the tokens of ``body``. Raises PromptNotTokenizable, BackendDown, BackendRestarted and QueueFull.
+        Canceling is safe.
+        """
         async with self._learning:
             if self._known is None or self._dispatcher.now() >= self._known_until:
                 self._known_until = math.inf
                 self._known = await self._learned()
             known = self._known
         if isinstance(known, PromptNotTokenizable):
-            # A new one: each raise adds its frames to an exception.
+            # A new exception, because each raise would add its frames to the stored one.
             raise PromptNotTokenizable(str(known), known.reason)
         return Prompt(await known.tokens(body, whose))
 
     async def _learned(self) -> Infill | PromptNotTokenizable:
-        """Probe the layout in a leased slot, whose content is saved before if that is worth it. If it takes too long,
-        the slot is released, and the probe is repeated later.
+        """Probe the layout in a leased slot, whose content is saved first if that is worth it. If the probe takes too
+        long, release the slot, and probe again later.
         """
         with await self._dispatcher.lease(Request("infill: how is it put together")) as lease:
-            if not self._is_current():  # it may be probed anew
+            if not self._is_current():  # the layout of the new process may be another one
                 raise PromptNotTokenizable("llama-server has restarted", Reason.INFILL)
             executor = self._executor_of(lease)
             await executor.prepare(lease, no_report)

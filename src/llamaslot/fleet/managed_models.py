@@ -1,4 +1,6 @@
-"""The llama-servers that llamaslot runs: all from the start, or each when a request comes for its model."""
+"""The llama-servers that llamaslot runs. Either all run from the start, or each is started by a request for
+its model.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class ServedOnDemand:
-    """The part of ``on_demand.Loadable`` that is the same for every backend that is not always there. ``save_s``: the
-    longest time for saving its slots.
+    """The part of ``on_demand.Loadable`` that is the same for all backends whose llama-server does not always run.
+    ``save_s``: the longest time in seconds for saving its slots.
     """
 
     def __init__(self, backend: Backend, save_s: float) -> None:
@@ -33,12 +35,12 @@ class ServedOnDemand:
 
     @property
     def n_waiting(self) -> int:
-        # Until it was connected once, the queue is of another model.
+        # Before its first connection the backend is in the pool of another model.
         return self._backend.leases.n_waiting if self._backend.last_session is not None else 0
 
 
 class ManagedModel(ServedOnDemand):
-    """A model that is loaded by starting a llama-server of llamaslot's, and unloaded by stopping it."""
+    """A model that llamaslot loads by starting a llama-server, and unloads by stopping it."""
 
     is_loaded = None
 
@@ -48,7 +50,7 @@ class ManagedModel(ServedOnDemand):
         self._tasks = TaskOwner()
 
     async def load(self) -> None:
-        """Start the server and wait until it serves; see ``Loadable.load``."""
+        """Start the llama-server and wait until it serves. Raises and is cancelled as ``Loadable.load``."""
         deaths = list[str]()
 
         def died(how: str) -> None:
@@ -73,7 +75,7 @@ class ManagedModel(ServedOnDemand):
         log.info("%s: loaded: a request needs it", self.name)
 
     async def unload(self) -> None:
-        """Save the slots and stop the server; see ``Loadable.unload``."""
+        """Save the slots and stop the llama-server. Canceling is safe, as for ``Loadable.unload``."""
         self._backend.leases.is_leaving = True
         try:
             await self._backend.save_all(self._save_s)
@@ -87,13 +89,13 @@ class ManagedModel(ServedOnDemand):
         await self._tasks.close()
 
     async def close(self) -> None:
-        """Stop the server. Its slots have been saved before."""
+        """Stop the llama-server. Its slots have been saved before."""
         await self._tasks.close()
 
 
 class ManagedModels:
-    """All llama-servers that llamaslot runs. ``servers``: by the names of their backends. Without limits all run from
-    the start.
+    """All llama-servers that llamaslot runs. ``servers``: by the names of their backends. If both ``max_loaded`` and
+    ``idle_unload_s`` are None, all run from the start; else each is started on demand.
     """
 
     def __init__(
@@ -124,12 +126,12 @@ class ManagedModels:
             self._tasks.spawn(server.run(), f"{name}: managed llama-server")
 
     async def stop_loading(self) -> None:
-        """From now on load and unload no model."""
+        """From now on load and unload no model. Waits for models that are being unloaded."""
         if self.on_demand is not None:
             await self._tasks.close()
             await self.on_demand.close()
 
     async def close(self) -> None:
-        """Stop all servers. Their slots have been saved before."""
+        """Stop all llama-servers. Their slots have been saved before."""
         await self._tasks.close()
         await asyncio.gather(*(model.close() for model in self._models))

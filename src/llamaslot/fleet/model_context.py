@@ -1,5 +1,6 @@
-"""What is known of the model that a pool serves: all that is needed to convert a body to a request. Independent of
-backends. For each shape of a body it is recorded whether llamaslot's conversion yields the server's token count.
+"""What llamaslot knows of the model that a pool serves: all that is needed to convert a body to a request. It does not
+depend on a backend. For each shape of a body it remembers if llamaslot's conversion gives as many tokens as
+llama-server counts.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import User
 from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 
-_SLACK_TOKENS = 8  # at the end of the text before a medium, which may be tokenized differently in context
+_SLACK_TOKENS = 8  # so many tokens before a medium may differ, because the text continues behind it
 
-#: Fields with names and values of the client's own: arguments of calls, and their descriptions.
+#: Fields in which names and values are the client's own: arguments of calls, and their descriptions.
 _OWN = {"input_schema", "parameters", "metadata", "chat_template_kwargs", "arguments"}
 _MAX_SHAPES = 1024
 _COUNT = "/v1/messages/count_tokens"
 
 
 def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
-    """The shape of a body, as a key: the names of its fields, with the types and roles of its parts."""
+    """Return the shape of a body, as a key: the names of its fields, together with the types and roles of the parts
+    that have them.
+    """
     found = set[tuple[str, str]]()
     left: list[Any] = [body]
     while left:
@@ -47,8 +50,8 @@ def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
 
 
 class ConversionChecks:
-    """Records by the shape of a body whether its conversion yields the server's token count. ``ask`` posts to
-    llama-server and returns status and JSON.
+    """Remembers for each shape of a body if its conversion gives as many tokens as llama-server counts. ``ask`` posts
+    a body to a path of llama-server, and returns status and JSON.
     """
 
     def __init__(self, ask: Callable[[str, Mapping[str, Any]], Awaitable[tuple[int, Any]]]) -> None:
@@ -56,8 +59,8 @@ class ConversionChecks:
         self._is_right: dict[frozenset[tuple[str, str]], bool] = {}
 
     def learn(self, body: Mapping[str, Any], *, is_right: bool) -> None:
-        """Record whether the server counted as many tokens in a body as its conversion gives. One wrong count is
-        final.
+        """Record if llama-server has counted as many tokens in ``body`` as its conversion gives. A shape with one
+        wrong count stays wrong.
         """
         shape = shape_of(body)
         self._is_right[shape] = self._is_right.pop(shape, True) and is_right
@@ -65,15 +68,16 @@ class ConversionChecks:
             del self._is_right[next(iter(self._is_right))]
 
     def known(self, body: Mapping[str, Any]) -> bool | None:
-        """Whether the conversion of a body of this shape is right; None if that is unknown."""
+        """True if conversions of bodies of this shape are right, False if not, None if unknown."""
         return self._is_right.get(shape_of(body)) if self._is_right else None
 
     async def check(self, body: Mapping[str, Any], n_tokens: int) -> bool:
-        """Whether the server counts ``n_tokens`` in a body of /v1/messages whose shape is not ``known``.
+        """Return True if llama-server counts ``n_tokens`` in ``body``, a body of /v1/messages whose shape is not
+        ``known``.
 
-        False if the server refuses the body (as a rule it would refuse the request too); such a shape is checked again
-        next time. True on a build without the route that counts: the count in the answer decides later. Raises
-        BackendDown.
+        Returns False if llama-server refuses the body; it will usually refuse the request too, and the next body of
+        this shape is checked again. Returns True on a build without the route that counts; then the count in the
+        answer decides. Raises BackendDown.
         """
         status, counted = await self._ask(_COUNT, body)
         if status == 404:
@@ -86,25 +90,27 @@ class ConversionChecks:
 
 
 class InfillConverter(Protocol):
-    """Converts bodies of /infill to prompts."""
+    """The interface of a converter from bodies of /infill to prompts."""
 
     async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
-        """The tokens of ``body``. Raises PromptNotTokenizable, BackendDown, BackendRestarted, QueueFull. Canceling is
-        safe."""
+        """Return the tokens of ``body``. Raises PromptNotTokenizable, BackendDown, BackendRestarted and QueueFull.
+        Canceling is safe.
+        """
         ...
 
     def miscounted(self) -> None:
-        """llama-server has counted other tokens in a body than llamaslot."""
+        """Record that llama-server has counted another number of tokens in a body than llamaslot."""
         ...
 
 
 class ModelContext(Struct, eq=False):
-    """One model, as long as any llama-server of the pool runs it. A new process gets a new context, because it may
-    have another model or other flags; what was tokenized with the old one is tokenized again.
+    """One model, as long as any llama-server of the pool runs it. When all are gone, the next process gets a new
+    context, because it may have another model or other flags. A request that was tokenized with the old one is
+    tokenized again.
 
-    ``n_ctx``: of one slot, in tokens. ``n_slots``: of one backend; more answers to one prompt are refused.
-    ``rewind_model``: where a prompt can be rewound to. ``media_marker``: the placeholder of a medium in a plain prompt.
-    ``modalities``: media that the model reads; None if llama-server does not report them.
+    ``n_ctx``: the context of one slot in tokens. ``n_slots``: the slots of one backend; a request for more answers to
+    one prompt is refused. ``media_marker``: the placeholder of a medium in a plain prompt. ``modalities``: the media
+    that the model reads; None if llama-server does not tell.
     """
 
     name: str
@@ -127,21 +133,19 @@ class ModelContext(Struct, eq=False):
         return self.rewind_model.cache_kind
 
     def namespace(self, user: User, lora: str = "") -> Namespace:
-        """The namespace of a request of ``user`` with the LoRA scales ``lora``."""
+        """Return the namespace of a request of ``user`` with the LoRA scales ``lora``."""
         return self.rules.namespace(user, lora)
 
     def reads_media(self, kinds: set[str]) -> bool:
-        """Whether the model reads media of all these kinds (``vision``, ``audio``), as far as llama-server reports
-        that.
-        """
+        """True if the model reads media of all these kinds (``vision``, ``audio``), or llama-server does not tell."""
         return self.modalities is None or all(map(self.modalities.get, kinds))
 
     def compare(self, format_: Format, body: Mapping[str, Any], prompt: Prompt, n_told: int) -> None:
-        """Compare the number of tokens of ``prompt``, made from a ``body`` of that format, with ``n_told``,
+        """Compare the number of tokens in ``prompt``, made from a ``body`` of this format, with ``n_told``,
         llama-server's count.
 
-        If they differ, and the cuts of the text are not the reason, the tokens of similar bodies count as unknown from
-        now on.
+        If they differ, and not only because the text was tokenized in pieces, the tokens of similar bodies count as
+        unknown from now on.
         """
         if self.tokenizer.confirm(prompt, n_told):
             return
@@ -152,8 +156,9 @@ class ModelContext(Struct, eq=False):
             self.conversions.learn(body, is_right=False)
 
     def compare_head(self, format_: Format, n_ahead: int, n_found: int) -> None:
-        """Compare the ``n_ahead`` tokens that were computed ahead of a medium with the ``n_found`` that llama-server
-        found. It must find all, except for a few at the end of the text.
+        """Compare the ``n_ahead`` tokens that were computed ahead of a medium with the ``n_found`` tokens that
+        llama-server then found in the slot. If more than a few are missing, the request counts as one whose tokens
+        were not known.
         """
         if n_found < n_ahead - _SLACK_TOKENS:
             self.untokenized.count(format_.name, Reason.TEMPLATE)

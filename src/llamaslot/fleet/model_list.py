@@ -1,4 +1,4 @@
-"""Makes the list of models, in the form of ``/v1/models``, with their states."""
+"""Makes the list of models and their states, in the form of ``/v1/models``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def model_list(
     expected: Mapping[str, str],
     aliases: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """The entries of the list. ``known``: the pools whose models are known; ``expected``: names that will be told once
-    their models are loaded, and the backends of these; ``aliases``: configured names, and their targets.
+    """Return the entries of the list. ``known``: the pools whose models are known. ``expected``: names that backends
+    will tell once their models are loaded, each with its backend. ``aliases``: configured names, each with its target.
     """
     entries: dict[str, dict[str, Any]] = {}
     for pool in known:
         for name, entry in _entries(pool):
             entries.setdefault(name, entry)
-    first = dict[str, str]()  # the name of each that is not an alias
+    first = dict[str, str]()  # by backend: the first of its expected names, which is no alias
     for name, backend in expected.items():
         first.setdefault(backend, name)
     for backend, name in first.items():
@@ -52,7 +52,7 @@ def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _state(backends: Sequence[Backend]) -> str:
-    """The state of a model with these backends, in the words of llama-server's router mode."""
+    """Return the state of a model with these backends, in the words of llama-server's router mode."""
     backends = [backend for backend in backends if not backend.leases.is_drained]
     states = {backend.health for backend in backends}
     if Health.UP in states:

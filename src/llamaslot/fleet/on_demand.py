@@ -1,16 +1,16 @@
-"""Which models are loaded: each is loaded by the first request for it, at most so many at a time, and unloaded when it
-has been idle for a while.
+"""Decides which models are loaded. The first request for a model loads it. At most ``max_loaded`` models are loaded at
+a time, and a model that has been idle for ``idle_unload_s`` is unloaded.
 
-A request waits in ``serving`` until its model is loaded. If all places are taken, one becomes free by these rules:
+A request waits in ``serving`` until its model is loaded. If all places are taken, a model is unloaded by these rules:
 
-1. A model that is idle goes at once, the least recently used first.
-2. If none is idle, one of those goes that have been loaded for as long as loading took them, again the least recently
-   used: so at most half of the time is spent on loading, however many ask. Requests that come for it from then on wait
-   behind those that waited already; running ones end.
+1. If any model is idle, the least recently used of the idle ones is unloaded at once.
+2. Otherwise the least recently used model is chosen, among those that have been loaded for at least as long as loading
+   them took. So at most half of the time is spent on loading, however many requests come. Its running requests end.
+   New requests for it wait behind the requests that already wait for other models.
 
-``unload`` saves first, so what comes back finds its context on disk.
+``unload`` saves the slots first, so a conversation that comes back finds its context on disk.
 
-The models of a llama-server in router mode may also be loaded and unloaded by others: ``is_loaded`` tells.
+The models of a llama-server in router mode may also be loaded and unloaded by other programs: ``is_loaded`` tells.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from msgspec import Struct, field
 from llamaslot.errors import BackendDown
 from llamaslot.tasks import ChangeEvent, TaskOwner
 
-# A request has asked for its model and is not seen at work yet: its prompt is being tokenized.
+# For so long after ``use_if_loaded`` a model is not idle, although no request runs yet: its prompt is being tokenized.
 _ON_ITS_WAY_S = 1.0
-# After a model could not be loaded, so that it does not push others out with each request: doubled each time.
+# The first and the longest pause after a model could not be loaded; each is twice the last. Without a pause each
+# request for it would unload another model.
 _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0
 
 
 class Loadable(Protocol):
-    """A model that can be loaded and unloaded. ``changes`` is notified when the model may have become
-    idle, or wanted.
+    """A model that can be loaded and unloaded. ``changes`` is notified when the model may have become idle, or a
+    request may wait for it.
     """
 
     @property
@@ -45,7 +46,7 @@ class Loadable(Protocol):
     def changes(self) -> ChangeEvent: ...
     @property
     def is_at_work(self) -> bool:
-        """Whether a request runs on the model."""
+        """True if a request runs on the model."""
         ...
 
     @property
@@ -55,17 +56,19 @@ class Loadable(Protocol):
 
     @property
     def is_loaded(self) -> bool | None:
-        """Whether the model is loaded, whoever loaded it; None if only llamaslot loads it."""
+        """True if the model is loaded, by llamaslot or another program. None if only llamaslot loads it."""
         ...
 
     async def load(self) -> None:
-        """Load the model and wait until it serves. Raises BackendDown; the model is unloaded then. Canceling unloads
-        it.
+        """Load the model and wait until it serves. Raises BackendDown if that failed; then the model is unloaded.
+        Canceling unloads it.
         """
         ...
 
     async def unload(self) -> None:
-        """Save the model's slots and unload it, if it is loaded. Canceling is safe: it is unloaded all the same."""
+        """Save the model's slots, and unload it if it is loaded. Canceling is safe: the model is unloaded all the
+        same.
+        """
         ...
 
 
@@ -87,9 +90,9 @@ NEXT = {
 
 
 class _Model(Struct):
-    """The state of one model. ``used_at``: when its last request began or ended; ``asked_at``: when a request came
-    that is not seen at work yet; ``since``: when the state began; ``load_s``: the seconds that its last loading took;
-    ``retry_at``: no loading before.
+    """The state of one model. ``used_at``: when its last request began or ended. ``asked_at``: when ``use_if_loaded``
+    was called for a request that does not run yet. ``since``: when the present state began. ``load_s``: the seconds
+    that its last loading took. ``retry_at``: the model is not loaded before this time.
     """
 
     its: Loadable
@@ -113,8 +116,8 @@ class _Model(Struct):
 
 
 class OnDemand:
-    """Loads and unloads models. ``max_loaded``: how many are loaded at a time, None: all; ``idle_unload_s``: the idle
-    time after which a model is unloaded, None: never.
+    """Loads and unloads models. ``max_loaded``: how many models are loaded at a time; None: all. ``idle_unload_s``:
+    the seconds without use after which a model is unloaded; None: never.
     """
 
     def __init__(
@@ -128,7 +131,9 @@ class OnDemand:
         self._max = max_loaded if max_loaded is not None else math.inf
         self._idle_unload_s = idle_unload_s if idle_unload_s is not None else math.inf
         self._now = now
-        self._wanted: dict[str, None] = {}  # waited for, in the order of their first requests
+        self._wanted: dict[
+            str, None
+        ] = {}  # models that requests wait for, in the order of the first requests
         self._changed = ChangeEvent()
         self._subscriptions = contextlib.ExitStack()
         self._tasks = TaskOwner()
@@ -141,7 +146,7 @@ class OnDemand:
         self._subscriptions.enter_context(loadable.changes.subscribed(self._changed.notify))
 
     def forgive(self) -> None:
-        """Let models whose loading has failed be loaded again at once."""
+        """End all pauses after failures: let each model be loaded again at once."""
         for model in self._models.values():
             model.n_failures, model.retry_at = 0, -math.inf
 
@@ -154,8 +159,8 @@ class OnDemand:
     # -- for requests --------------------------------------------------------------------------------------------
 
     def use_if_loaded(self, name: str) -> bool:
-        """Whether the model is loaded. If so, it is used for a request now; otherwise the request has to wait in
-        ``serving``.
+        """True if the model is loaded. Then this call counts as a use, so that the model stays loaded for a while. If
+        False, the request must wait in ``serving``.
         """
         model = self._models[name]
         if model.state is not State.LOADED or model.its.is_loaded is False:
@@ -164,8 +169,8 @@ class OnDemand:
         return True
 
     async def serving(self, name: str) -> None:
-        """Wait until the model is loaded. Raises BackendDown if it cannot be. Canceling is safe: another request may
-        still want it.
+        """Wait until the model is loaded. Raises BackendDown if it cannot be loaded. Canceling is safe: other requests
+        go on waiting for it.
         """
         if self.use_if_loaded(name):
             return
@@ -186,7 +191,7 @@ class OnDemand:
     # -- decisions, without an await -----------------------------------------------------------------------------
 
     def _decide(self, now: float) -> None:
-        """Begin the loading and unloading that is due. Called whenever something has changed."""
+        """Begin each loading and unloading that is due. Called whenever something has changed."""
         self._look(now)
         for name, model in self._models.items():
             if model.its.is_loaded is False and model.state in (State.LOADED, State.LEAVING):
@@ -214,8 +219,8 @@ class OnDemand:
         self._tasks.spawn(self._unload(model), f"{model.its.name}: unload")
 
     def _look(self, now: float) -> None:
-        """Update which models are used, and which are wanted: by requests that wait in ``serving``, or in the queue
-        for slots.
+        """Update the time of each model's last use, and the models that requests wait for, in ``serving`` or in the
+        queue for slots.
         """
         for name, model in self._models.items():
             is_running = model.its.is_at_work
@@ -231,8 +236,8 @@ class OnDemand:
         return sum(model.state is not State.UNLOADED for model in self._models.values())
 
     def _that_go(self, now: float) -> Iterator[_Model]:
-        """The models to unload: those that leave already; as many more as are needed to load those that are wanted;
-        those that have been idle for too long.
+        """Yield the models to unload: those that are leaving already, then as many as must make room for models that
+        requests wait for, and those that have been idle for too long.
         """
         yield from [model for model in self._models.values() if model.state is State.LEAVING]
         going = sum(model.state in (State.LEAVING, State.UNLOADING) for model in self._models.values())
@@ -254,8 +259,9 @@ class OnDemand:
         return not (model.its.is_at_work or model.its.n_waiting or now - model.asked_at < _ON_ITS_WAY_S)
 
     def _next_s(self, now: float) -> float | None:
-        """The seconds until the decision of ``now`` may change merely because time passes; None if it will not. With a
-        later time than that of the decision, what has become due since would be missed.
+        """Return the seconds until the decision made at ``now`` may change only because time passes; None if it will
+        not. ``now`` must be the time of that decision. With a later time, events that became due in between would be
+        missed.
         """
         at = list[float]()
         for model in self._models.values():
@@ -279,7 +285,7 @@ class OnDemand:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Load and unload models until cancelled. Call ``close`` then."""
+        """Load and unload models until cancelled. Call ``close`` afterwards."""
         with self._subscriptions:
             while True:
                 now = self._now()
@@ -287,7 +293,7 @@ class OnDemand:
                 await self._changed.wait(self._next_s(now))
 
     async def close(self) -> None:
-        """Stop models that are being loaded, and wait for those that are being saved and unloaded. Waiting requests
+        """Stop models that are being loaded, and wait for models that are being saved and unloaded. Waiting requests
         get BackendDown.
         """
         for model in self._models.values():

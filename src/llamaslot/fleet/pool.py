@@ -42,7 +42,9 @@ DownCall = Callable[[Backend, BackendDown], None]
 
 
 class PoolSettings(Struct, frozen=True):
-    """The settings that each pool has for itself. ``prewarm``: chat bodies whose beginning is kept on disk."""
+    """The settings that each pool has for itself. ``prewarm``: chat bodies whose first part is kept as a snapshot on
+    disk.
+    """
 
     idle_save_s: float
     rules: Rules = field(default_factory=Rules)
@@ -51,9 +53,9 @@ class PoolSettings(Struct, frozen=True):
 
 
 class PoolStatus(Struct, frozen=True):
-    """Counts of a pool at present. ``n_snapshots``: snapshots that its model can use; ``n_waiting``: requests in the
-    queue; ``n_too_long``: prompts refused so far because no slot has room for them, the longest of ``longest_refused``
-    tokens.
+    """The present state of a pool. ``n_snapshots``: the snapshots that its model can use. ``n_waiting``: the requests
+    in its queue. ``n_too_long``: the prompts that were refused so far because no slot has room for them.
+    ``longest_refused``: the tokens of the longest of these.
     """
 
     n_snapshots: int
@@ -64,8 +66,9 @@ class PoolStatus(Struct, frozen=True):
 
 
 class PoolModel(Struct, frozen=True):
-    """What identifies the model of a pool. ``identity`` is proved; None if llama-server chooses slots: then only the
-    ``name`` is known. ``template``: hash of the chat template, which decides on the tokens of a body.
+    """What identifies the model of a pool. ``identity`` is None if llamaslot stands aside (llama-server chooses
+    slots); then only ``name`` counts. ``template``: the hash of the chat template, because it decides on the tokens of
+    a body.
     """
 
     name: str
@@ -83,19 +86,20 @@ class PoolModel(Struct, frozen=True):
 
 
 class Pool:
-    """One model, its backends, and the requests that wait for a slot of any of them.
+    """One model, its backends, and the requests that wait for a slot on any of them.
 
-    ``model`` is None until a backend was connected. Backends that were not connected yet may belong to it too.
+    ``model`` is None until a backend has been connected. Backends that have not been connected yet may also be in the
+    pool, because they may serve its model.
     """
 
     def __init__(self, settings: PoolSettings, metrics: Metrics, fleet: Mapping[str, Backend]) -> None:
-        """``fleet``: the backends of all pools together."""
+        """``fleet`` has the backends of all pools."""
         self._settings, self.metrics, self._fleet = settings, metrics, fleet
         self._untokenized = UntokenizedRequests(metrics)
         self._tasks = TaskOwner()
         self.model: PoolModel | None = None
         self.backends: dict[str, Backend] = {}
-        self.context: ModelContext | None = None  # while no backend on which llamaslot chooses slots is up
+        self.context: ModelContext | None = None  # None while no assisted backend is up
         self.dispatcher = Dispatcher(settings.rules, settings.limits, time.monotonic)
         self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
         self.bad_prompts = BadPrompts(self.dispatcher.now)
@@ -108,9 +112,7 @@ class Pool:
         )  # fmt: skip
 
     def configure(self, settings: PoolSettings) -> None:
-        """Take the settings of the pool's model, which is known now, or has changed. Limits hold for requests that
-        come from now on; one that waits already keeps its ``max_wait_s``.
-        """
+        """Use the settings of the pool's model from now on. A request that waits already keeps its ``max_wait_s``."""
         if settings.prewarm is not self._settings.prewarm:
             self._prewarm.set_bodies(settings.prewarm)
         self._settings, self.dispatcher.queue.limits = settings, settings.limits
@@ -120,17 +122,17 @@ class Pool:
 
     @property
     def name(self) -> str:
-        """The pool's name in log lines: that of its model, or those of its backends."""
+        """The pool's name in log lines: the name of its model, or the names of its backends."""
         return self.model.name if self.model is not None else ", ".join(self.backends)
 
     def join(self, backend: Backend) -> None:
-        """Add a backend that is not connected, and serves the model of this pool, or may do so."""
+        """Add a backend that is not connected, and that serves the model of this pool or may serve it."""
         self.backends[backend.name] = backend
         self.dispatcher.join(backend.leases)
 
     def remove(self, backend: Backend) -> None:
-        """Remove a backend that is not connected, and belongs to another pool now. If it was the last one, waiting
-        requests get BackendRestarted.
+        """Remove a backend that is not connected, because it belongs to another pool now. If it was the last one,
+        waiting requests get BackendRestarted.
         """
         del self.backends[backend.name]
         self.dispatcher.remove(backend.name)
@@ -138,11 +140,11 @@ class Pool:
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def ready(self) -> ModelContext | None:
-        """The model as it is served now; None if llama-server chooses slots. Waits until every snapshot on disk can be
-        found. Raises BackendDown immediately if every backend is down. Canceling is safe.
+        """Return the model as it is served now; None if llama-server chooses slots. Waits until a backend is up and
+        all snapshots on disk are in the index. Raises BackendDown at once if every backend is down. Canceling is safe.
 
-        The process of a single backend is checked to be alive. Of several backends none is asked, for one that hangs
-        would delay all requests: ``confirm`` asks the one that a request was given.
+        A single backend is asked if its process is alive. Several backends are not asked, because one that hangs would
+        delay all requests. ``confirm`` asks the backend that a request has got.
         """
         backends = self._members()
         if not backends:
@@ -157,7 +159,7 @@ class Pool:
         return self.context
 
     async def _any_ready(self, backends: Sequence[Backend]) -> None:
-        """Wait for the first backend that is ready. Raises the error of one backend if all are down."""
+        """Wait until any backend is ready. Raises the error of one backend if all are down."""
         waits = [
             self._tasks.spawn(_outcome(backend.ready()), f"{backend.name}: ready") for backend in backends
         ]
@@ -173,7 +175,7 @@ class Pool:
 
     @property
     def once_connected(self) -> list[Backend]:
-        """The backends that have been connected with the pool's model. The others may turn out to serve another one."""
+        """The backends that have been connected with the pool's model. Others may turn out to serve another model."""
         return [backend for backend in self.backends.values() if backend.last_session is not None]
 
     @property
@@ -182,8 +184,8 @@ class Pool:
         return [each.last_session for each in self.backends.values() if each.last_session is not None]
 
     def _members(self) -> list[Backend]:
-        """The backends that serve the pool's model, or may do so. None is loaded on demand in order to
-        find that out.
+        """Return the backends that serve the pool's model. If none is known to, return those that may. A backend that
+        is loaded on demand is not loaded only to find out.
         """
         every = self.backends.values()
         known = [
@@ -194,8 +196,8 @@ class Pool:
         return known or list(every)
 
     def _use_if_proved(self) -> bool:
-        """Whether the pool is known, without a question, to be as ``ready`` would find it. If so, it is used for a
-        request now.
+        """True if ``ready`` would find the same pool, as is known without a question. Then this call counts as a use
+        of the model.
         """
         if any(table.model_snapshots.n_unread for table in self.dispatcher.tables):
             return False
@@ -207,13 +209,13 @@ class Pool:
     async def ready_with(
         self, parse: Callable[[ModelContext], Coroutine[Any, Any, T]]
     ) -> tuple[ModelContext, T] | tuple[None, None]:
-        """The model, served by processes that were checked to be alive, and what ``parse`` makes of a request for it;
-        None for both if llama-server chooses slots. Raises as ``ready`` and ``parse`` do. Canceling is safe if that of
-        ``parse`` is.
+        """Return the model, and the result of ``parse`` for it. The processes that serve it were checked to be alive.
+        Returns None for both if llama-server chooses slots. Raises as ``ready`` and ``parse`` do. Canceling is safe if
+        canceling ``parse`` is.
 
-        Checking and parsing run concurrently: together they are most of what llamaslot adds to a follow-up. If the
-        server turns out to be another one, the request is parsed again. Nothing is asked where the process is known to
-        be the same before and after parsing: the two tasks alone take 0.1 ms.
+        Check and ``parse`` run at the same time, because together they are most of the time that llamaslot adds to a
+        follow-up. If the process turns out to be another one, ``parse`` runs again. If the process is known to be the
+        same before and after ``parse``, nothing is checked: the two tasks alone take 0.1 ms.
         """
         context = self.context
         if context is not None and self._use_if_proved():
@@ -239,24 +241,24 @@ class Pool:
         return (context, await parse(context)) if context is not None else (None, None)
 
     async def has_route(self, path: str) -> bool:
-        """Whether llama-server has this route for the pool's model. If assist is off that is not checked, and
-        llama-server refuses the request itself. Raises as ``ready`` does. Canceling is safe.
+        """True if llama-server has this route. Also True if llamaslot stands aside: then llama-server itself refuses
+        the request. Raises as ``ready`` does. Canceling is safe.
         """
         return await self.ready() is None or await self.any_backend().route_availability.has(path)
 
     async def confirm(self, lease: Lease) -> None:
-        """Check that the process of ``lease`` is alive, if there are several backends: the request may have waited, and
-        the model be another one now. Raises BackendRestarted and BackendDown. Canceling is safe.
+        """Check that the process of ``lease`` is alive, if there are several backends: the request may have waited,
+        and the model may be another one now. Raises BackendRestarted and BackendDown. Canceling is safe.
         """
         backend = self.backend_of(lease)
         if len(self._fleet) > 1 and not backend.use_if_proved():
             await self._ask_for_process(lease)
 
     def check_process(self, lease: Lease) -> Awaitable[None] | None:
-        """Called when the connection for a request of ``lease`` is open. None if it leads to the process whose slot was
-        leased: a connection to that, older than this one, is still open. Else what is returned asks, and raises as
-        ``confirm`` does. Without this a server that ends after ``confirm`` and is replaced on its port within
-        milliseconds, by one with another model, would answer.
+        """Check, when the connection for a request of ``lease`` is open, that it leads to the process whose slot was
+        leased. Returns None if it does, because an older connection to that process is still open. Otherwise returns
+        an awaitable that asks llama-server, and raises as ``confirm`` does. Without this check, a process that has
+        taken the port within milliseconds after ``confirm``, perhaps with another model, would answer.
         """
         is_known = lease.table.is_current and self.backend_of(lease).is_same_process
         return None if is_known else self._ask_for_process(lease)
@@ -269,22 +271,22 @@ class Pool:
             raise BackendRestarted
 
     def may_try_elsewhere(self, backend: Backend) -> bool:
-        """Whether another backend can take a request that ``backend`` has failed, now or soon."""
+        """True if another backend can take a request that ``backend`` has failed, now or soon."""
         others = (other.leases for other in self.backends.values() if other is not backend)
         return any(leases.is_open or leases.is_coming for leases in others)
 
     def has_healthy_besides(self, backend: Backend) -> bool:
-        """Whether a backend other than ``backend`` may take a request now, and is not suspect."""
+        """True if a backend other than ``backend`` can take a request now and is not suspect."""
         others = (other.leases for other in self.backends.values() if other is not backend)
         return any(leases.is_open and not leases.is_suspect for leases in others)
 
     def blame(self, backend: str, error: UpstreamError) -> None:
-        """Suspect a backend that has answered with an error where another one has answered without."""
+        """Suspect a backend that has answered with ``error`` where another backend has answered without one."""
         self._fleet[backend].suspicion.blame(error)
 
     @contextlib.contextmanager
     def calls_when_down(self, call: DownCall) -> Iterator[None]:
-        """Within the ``with`` block, ``call`` is called for each backend that goes down."""
+        """During the block, call ``call`` for each backend that goes down."""
         self._down_calls[call] = None
         try:
             yield
@@ -299,14 +301,16 @@ class Pool:
         is_back: bool = False,
         preempted: Preempted | None = None,
     ) -> Lease:
-        """As ``Dispatcher.lease``. ``report`` gets the request's position in the queue, which is looked up when it is
-        formatted.
+        """As ``Dispatcher.lease``. ``report`` gets a ``QueuePosition``, whose text has the position at the time when
+        it is formatted.
         """
         report(QueuePosition(partial(self.dispatcher.position, request)))
         return await self.dispatcher.lease(request, is_back=is_back, preempted=preempted)
 
     def takes_long(self, n_tokens: int) -> bool:
-        """Whether a prompt of ``n_tokens`` is computed ahead of its request, in turn with those of other requests."""
+        """True if the prefill of ``n_tokens`` is long on some backend: it is computed ahead of its request, in turns
+        with others.
+        """
         tables = self.dispatcher.tables
         return any(table.rates.prefill.seconds(0, n_tokens) > table.long_s for table in tables)
 
@@ -314,17 +318,17 @@ class Pool:
         return self._fleet[lease.table.backend]
 
     def any_backend(self, avoids: frozenset[str] = frozenset()) -> Backend:
-        """A backend for a request that takes no slot: preferably one that is up, and not one that it ``avoids``."""
+        """Return a backend for a request that takes no slot, preferably one that is up and not in ``avoids``."""
         every = self.backends.values() or self._fleet.values()
         return max(every, key=lambda backend: (backend.name not in avoids, _usability(backend)))
 
     def doubt(self) -> None:
-        """A request failed: check immediately whether each llama-server is still there."""
+        """A request has failed: check at once if each llama-server is still there."""
         for backend in self.backends.values():
             backend.doubt()
 
     def namespace(self, user: User) -> Namespace:
-        """The namespace of a request of ``user``."""
+        """Return the namespace of a request of ``user``."""
         return self._settings.rules.namespace(user)
 
     # -- for those who operate it --------------------------------------------------------------------------------
@@ -351,13 +355,13 @@ class Pool:
 
     @property
     def journal(self) -> Journal:
-        """Placement decisions for this pool's requests."""
+        """The placement decisions for this pool's requests."""
         return self.dispatcher.journal
 
     # -- called for backends -------------------------------------------------------------------------------------
 
     def connected(self, session: ServerSession) -> None:
-        """A backend of the pool is connected, and serves the pool's model."""
+        """Record that a backend of the pool is connected, and serves the pool's model."""
         if session.is_assisted:
             if self.context is None:
                 self.context = self._context(session)
@@ -394,7 +398,7 @@ class Pool:
         return context
 
     def _that_answer(self) -> list[Backend]:
-        """The backends that are up, those that may hang last; all backends if none is up."""
+        """Return the backends that are up, suspect ones last. Return all backends if none is up."""
         backends = sorted(self.backends.values(), key=_usability, reverse=True)
         if not backends:
             raise BackendRestarted("no backend serves this model any more")
@@ -420,7 +424,7 @@ class Pool:
         self._prewarming = self._tasks.spawn(self._prewarm.run(), f"{self.name}: prewarm")
 
     def retire(self) -> None:
-        """End the pool, whose last backend has left. Running requests end by themselves."""
+        """End the pool, because its last backend has left. Running requests go on to their end."""
         if self._prewarming is not None:
             self._prewarming.cancel()
 
@@ -438,5 +442,5 @@ async def _outcome(ready: Awaitable[object]) -> BackendDown | None:
 
 
 def _usability(backend: Backend) -> tuple[bool, bool, bool]:
-    """The sort key of a backend by how usable it is; the one with the greatest key is asked first."""
+    """Return the sort key of a backend; the one with the greatest key is asked first."""
     return backend.health is Health.UP, not backend.leases.is_suspect, not backend.leases.is_drained

@@ -1,10 +1,10 @@
-"""Which of many backends a request may be placed on: those that hold most of its tokens, and those with an idle slot
-that costs least.
+"""Finds the few of many backends on which a request may be placed: those with most of its tokens in a slot, and those
+with an idle slot that costs least.
 
-A close look at one backend (``SlotTable.view``) takes 0.1 to 0.2 ms. So of many backends only a few are looked at. They
-are found in one index of the tokens of all slots, and in lists of the idle slots that are kept in order: finding them
-costs about the same for 10 and for 1,000 backends. A placement with its lease takes 1.0 ms of CPU with 10 backends of 4
-slots, 1.6 with 100 and 5.6 with 1,000: what grows are loops over all backends (``dispatch_pass``).
+A close look at one backend (``SlotTable.view``) takes 0.1 to 0.2 ms, so of many backends only a few are looked at.
+They are found in one index of the tokens of all slots, and in sorted lists of backends with idle slots. Finding them
+costs about the same for 10 and for 1,000 backends. A placement with its lease takes 1.0 ms of CPU with 10 backends of
+4 slots, 1.6 ms with 100, and 5.6 ms with 1,000, because of loops over all backends (``dispatch_pass``).
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotKey
 
 _N_NEAREST, _N_OTHERS = 3, 2
-_FEW = 8  # up to so many backends all are looked at
-_N_HITS = 32  # slots that share most with a request: several may be of one backend, and some at work
-# Of the idle slots, the cheapest and those of the fastest backends are compared: of two backends with the same speed
-# only the cheaper one can be chosen.
+_FEW = 8  # a pool of at most so many backends has no index: all are looked at
+_N_HITS = 32  # slots that share most with a request; several may be of one backend, and some may be at work
+# Of the backends with idle slots, the cheapest and the fastest are compared: of two backends with the same speed only
+# the cheaper one can be chosen.
 _N_CHEAPEST, _N_FASTEST = 12, 4
 _DEPTH = 5_000  # tokens; backends are ordered by their speed there
 _VALID_S = 60.0  # the cost of a loss falls by 3 % meanwhile
-_RENEWED = 4  # ranks at each placement
+_RENEWED = 4  # old ranks computed again at each placement
 
 _Cheapest = tuple[float, float, str]
 _Fastest = tuple[float, str]
 
 
 class _Rank(NamedTuple):
-    """The sort keys of a backend with an idle slot, as computed at the time ``at``."""
+    """The sort keys of a backend with an idle slot, as they were at the time ``at``. ``cheapest``: the seconds that
+    the loss of its cheapest idle slot costs, the time when that slot was last used, and the backend's name.
+    ``fastest``: the seconds of prefill for a token, and the backend's name.
+    """
 
-    cheapest: (
-        _Cheapest  # seconds that the loss of its cheapest idle slot costs, when that was used last, its name
-    )
-    fastest: _Fastest  # seconds per token, its name
+    cheapest: _Cheapest
+    fastest: _Fastest
     at: float
 
 
 class PoolIndex:
-    """The tokens of all slots of a pool, and its backends with idle slots in order. Kept only for more than ``_FEW``
-    backends. The slot tables report what changes.
+    """The tokens of all slots of a pool, and its backends with idle slots in sorted lists. It is kept only for more
+    than ``_FEW`` backends. The slot tables report each change.
     """
 
     def __init__(self) -> None:
@@ -64,7 +65,7 @@ class PoolIndex:
         self._fastest: list[_Fastest] = []
 
     def attach(self, table: SlotTable) -> None:
-        """The slots of a backend may be leased from now on: include them."""
+        """Include the slots of a backend, which may be leased from now on."""
         self.detach(table.backend)
         self._tables[table.backend] = table
         if self._is_kept:
@@ -75,7 +76,7 @@ class PoolIndex:
                 self._watch(each)
 
     def detach(self, backend: str) -> None:
-        """The slots of ``backend`` are gone: remove them. Idempotent."""
+        """Remove the slots of ``backend``, which no longer exist. Idempotent."""
         table = self._tables.pop(backend, None)
         if table is None or not self._is_kept:
             return
@@ -106,11 +107,11 @@ class PoolIndex:
         now: float,
         reserved: Mapping[SlotKey, float] = MappingProxyType({}),
     ) -> Sequence[SlotTable]:
-        """Those of ``tables`` that ``request`` may be placed on: the ones whose slots share most with it, and, of
-        those with an idle slot that is not ``reserved``, the ones where taking it costs least.
+        """Return those of ``tables`` that ``request`` may be placed on: the tables whose slots share most with it,
+        and, of those with an idle slot that is not ``reserved``, the tables where taking one costs least.
 
-        None whose slots are too small for the prompt, if others are large enough: backends of one model may have
-        different contexts.
+        Tables whose slots are too small for the prompt are left out if other slots are large enough, because backends
+        of one model may have different contexts.
         """
         if len(tables) < 2:
             return tables
@@ -156,7 +157,7 @@ class PoolIndex:
         return [here[name] for name in heapq.nsmallest(_N_OTHERS, names, key=cost)]
 
     def _renew(self, now: float) -> None:
-        """Rank the backends that have changed, and some of those that were ranked long ago."""
+        """Compute the ranks of the backends that have changed, and some of the oldest ranks."""
         old = list[str]()
         for name, rank in self._ranks.items():
             if 0 <= now - rank.at < _VALID_S or len(old) == _RENEWED:
@@ -202,7 +203,7 @@ class PoolIndex:
 
 
 def _marked(table: SlotTable, slot: Slot) -> bytes:
-    """The tokens that a slot holds, or will hold, behind the mark of their namespace."""
+    """Return the tokens that a slot holds or will hold, behind the mark of their namespace."""
     try:
         return table.residents.index.tokens(slot.id)
     except KeyError:

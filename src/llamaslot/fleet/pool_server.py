@@ -1,4 +1,4 @@
-"""Small questions about the model of a pool (its template, its tokens), asked of any of its backends."""
+"""Asks small questions about the model of a pool (its template, its tokens) of any of its backends."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from llamaslot.tasks import TaskOwner
 T = TypeVar("T")
 Question = Callable[[LlamaServer], Awaitable[T]]
 
-_ASK_NEXT_S = 0.25  # a backend that is silent for so long may hang: the next one is asked too
+_ASK_NEXT_S = 0.25  # a backend that has not answered for so long may hang: the next one is asked too
 
 
 class PoolServer:
-    """As ``LlamaServer``, for questions to which all backends of a pool have the same answer.
+    """Asks questions as ``LlamaServer`` does, if all backends of a pool have the same answer to them.
 
-    The backend that answered last is asked first. If it is down, or silent for a while, the next one is asked too, and
-    the first answer counts. If it answers with an error of its own (5xx), one other is asked. Raises BackendDown if all
-    are down. Canceling is safe.
+    The backend that answered last is asked first. If it is down, or does not answer within ``_ASK_NEXT_S``, the next
+    one is asked too, and the first answer counts. If it answers with an error of its own (5xx), one other backend is
+    asked. Raises BackendDown if all are down. Canceling is safe.
     """
 
     def __init__(self, backends: Callable[[], Sequence[Backend]], tasks: TaskOwner) -> None:
-        """``backends``: a function that returns the backends that may be asked, at least one, the best first."""
+        """``backends`` returns the backends that may be asked, at least one, the best first."""
         self._backends, self._tasks = backends, tasks
-        self._last: Backend | None = None  # that has answered
+        self._last: Backend | None = None  # the backend that has answered last
 
     async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
         return await self._first_answer(lambda api: api.apply_template(body, raw))
@@ -43,7 +43,7 @@ class PoolServer:
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
-        """``POST`` to a route that computes nothing. Returns status and JSON (None if the answer is not JSON)."""
+        """Post ``body`` to a route that computes nothing. Returns status and JSON (None if the answer is no JSON)."""
 
         async def asked(api: LlamaServer) -> tuple[int, Any]:
             status, answer = await api.ask(path, body, timeout_s)
@@ -111,8 +111,8 @@ class PoolServer:
     async def _asked_again(
         self, first: Backend, other: Backend, question: Question[T], failure: UpstreamError
     ) -> T:
-        """``first`` has answered with an error of its own: ask another one. If the other answers better, the question
-        was not the fault, and ``first`` is suspected.
+        """``first`` has answered with an error of its own (``failure``): ask ``other``. If that answers without one,
+        ``first`` is suspected, because the question was not the cause.
         """
         try:
             answer = await self._one(other, question)
@@ -133,5 +133,5 @@ class PoolServer:
     async def _outcome(self, backends: Sequence[Backend], question: Question[T]) -> T | Exception:
         try:
             return await self._ask(backends, question)
-        except Exception as error:  # for the task that has asked the first one
+        except Exception as error:  # returned to the task that has asked the first backend
             return error

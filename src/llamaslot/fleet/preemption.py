@@ -1,8 +1,8 @@
-"""Which running prefills give up their slots for waiting requests of users with fewer slots.
+"""Decides which running prefills give up their slots for waiting requests of users with fewer slots.
 
-A prefill can stop at any time and resume later, in this slot or another: the tokens computed so far stay there. An
-answer that has begun is never stopped. So a user that took all slots while it was alone gives up those above its share
-as soon as other users send requests. ``chosen`` decides, without side effects; ``Preemptions`` tells the leases.
+A prefill can be stopped at any time and resume later, in this slot or another one; the computed tokens stay in the
+slot. An answer that has begun is never stopped. So a user that took all slots while it was alone gives up those above
+its share when other users send requests. ``chosen`` decides, without side effects. ``Preemptions`` tells the leases.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_TIMES = 2  # preemptions per request
 
 
 class Claim(Struct, frozen=True):
-    """A waiting request that may take any slot. ``deficit_s``: the seconds that its user has received less than its
+    """A waiting request that would take any slot. ``deficit_s``: the seconds that its user has received less than its
     share.
     """
 
@@ -32,9 +32,9 @@ class Claim(Struct, frozen=True):
 class Stoppable(Struct, frozen=True):
     """A prompt that is being computed in a slot, or waits in its slot for its turn.
 
-    ``loss_s``: seconds lost by stopping it: the computed tokens must be saved and restored, or computed again.
-    ``left_s``: seconds until its slot would be free anyway, its answer included. ``is_chosen``: it was told to stop
-    already.
+    ``deficit_s``: as in ``Claim``. ``loss_s``: the seconds lost by stopping it, because the computed tokens must be
+    saved and restored, or computed again. ``left_s``: the seconds until its slot would be idle anyway, after its
+    answer. ``is_chosen``: it has been told to stop already.
     """
 
     user: str
@@ -50,16 +50,17 @@ def chosen(
     n_held: Mapping[str, int],
     waits_s: Collection[float],
 ) -> list[int]:
-    """Indices of the ``prompts`` to stop, one for each of the first ``claims``. ``claims`` are in the order of
-    service.
+    """Return the indices of the ``prompts`` to stop, one for each of the first ``claims``. ``claims`` are in the order
+    in which they are served.
 
-    ``n_held``: slots of each user; ``waits_s``: for every slot, seconds until it would be free anyway. A user that
-    gives up a slot has at least as many afterwards as the other, so two users never take the same slot from each
-    other. A user with slots takes another one only from users that are owed no more than itself. No prompt is stopped
-    for a claim that gets a slot as soon without it: the k-th claim gets the k-th slot that becomes free.
+    ``n_held``: the number of slots of each user. ``waits_s``: for each slot the seconds until it would be idle anyway.
+    A user that gives up a slot has at least as many slots afterwards as the user that gets it, so they never take the
+    same slot from each other again and again. A user that has slots already takes a further one only from users with
+    no larger deficit. The k-th claim would get the k-th slot that becomes idle; no prompt is stopped if that costs
+    more time than waiting for this slot.
     """
     n_each, left, result = dict(n_held), set(range(len(prompts))), list[int]()
-    n_kept = dict(n_held)  # less the slots taken here: no user takes a slot while it gives up its last one
+    n_kept = dict(n_held)  # without slots taken here: no user gives up its last slot and takes another one
     for idle_in_s, claim in zip(sorted(waits_s), claims, strict=False):
         n_own = n_each.get(claim.user, 0)
         may_stop = [
@@ -70,7 +71,7 @@ def chosen(
             and (n_own == 0 or prompts[i].deficit_s <= claim.deficit_s)
         ]
         if not may_stop:
-            break  # the claims behind it must not overtake it
+            break  # later claims must not overtake this one
         best = min(may_stop, key=lambda i: _key(prompts[i], i))
         n_each[claim.user] = n_own + 1
         if prompts[best].loss_s < idle_in_s:
@@ -82,23 +83,23 @@ def chosen(
 
 
 def _key(prompt: Stoppable, number: int) -> tuple[bool, float, float, int]:
-    """The sort key of a prompt that may be stopped: first one that was told so already, then the smallest loss, the
-    longest remaining time, the latest one.
+    """Return the sort key of a prompt that may be stopped. First comes one that was told to stop already, then the one
+    with the smallest loss, the longest remaining time, the latest one.
     """
     return not prompt.is_chosen, prompt.loss_s, -prompt.left_s, -number
 
 
 class Preemptions:
-    """Tells leases that their slots are needed, and that they may go on after all."""
+    """Tells leases that their slots are wanted for other users, and later that they are not wanted after all."""
 
     def __init__(self) -> None:
         self._told: set[Lease] = set()
 
     def choose(self, backends: Collection[Leases], queue: Queue, now: Callable[[], float]) -> Iterator[str]:
-        """Tell the leases whose slots are needed now, and those that were told before but may go on. Returns their
-        backends: the caller notifies the waiters.
+        """Tell the leases whose slots are wanted now, and those that were told before but may keep them. Returns the
+        names of their backends; the caller notifies the tasks that wait for changes there.
 
-        Leases that cannot stop now are not told, nor those where no request may begin afterwards.
+        Leases that cannot stop now are not told, nor leases on backends where no request may begin afterwards.
         """
         stops = _needed(backends, queue, now()) if len(queue) else set[Lease]()
         for lease in self._told - stops:
@@ -121,7 +122,7 @@ def _needed(backends: Collection[Leases], queue: Queue, now: float) -> set[Lease
     if not stoppable:
         return set()
     n_slots = sum(len(table.slots) for table in tables)
-    # Only as many as are looked at: with 250 waiting, all of them took a millisecond at each change.
+    # A generator, because few claims are looked at: with 250 waiting, making all took a millisecond at each change.
     claims = (
         Claim(waiting.request.user.id, queue.deficit_s(waiting.request.user.id))
         for waiting in queue.ordered()
@@ -141,15 +142,15 @@ def _needed(backends: Collection[Leases], queue: Queue, now: float) -> set[Lease
 
 
 def _may_stop(lease: Lease, now: float) -> bool:
-    """Whether a lease may be stopped: not if it was preempted often, nor if its request came long ago and must be
-    served at last.
+    """True if a lease may be stopped. False if it was preempted often, or its request has waited so long that it must
+    be served now.
     """
     is_late = now - lease.came_at >= lease.table.rules.sharing.starvation_s
     return lease.n_preempted < MOST_TIMES and not (is_late or lease.is_released)
 
 
 def left_s(lease: Lease, now: float) -> float:
-    """Estimated seconds until the slot of ``lease`` is free: the rest of the prefill, if any, and of the answer."""
+    """Return the estimated seconds until the slot of ``lease`` is idle: the rest of its prefill and of its answer."""
     n = min(lease.n_done, lease.request.n_tokens)
     prompt_s = 0.0 if lease.is_decoding else lease.table.rates.prefill.seconds(n, lease.request.n_tokens)
     running_s = now - lease.sent_at if lease.is_decoding else 0.0

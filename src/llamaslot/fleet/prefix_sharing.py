@@ -1,4 +1,4 @@
-"""Requests with a common prefix: one computes it, the others wait for it."""
+"""Requests with a common prefix: one request computes it, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from llamaslot.store.model_snapshots import PendingSave
 
 
 class PrefixWait(Struct, frozen=True):
-    """The time limit for waiting until another request has computed a common prefix: the remaining prefill of that
-    request up to the end of the prefix, plus this request's own prefill of it. Without sharing this request would have
-    waited for the other one in any case, because the one with less left is first.
+    """How long a request may wait until another request has computed their common prefix. It is the time that the
+    other request still needs to the end of the prefix, plus the time of this request's own prefill. Without sharing,
+    this request would have waited for the other one too, because the prefill with less left goes first.
 
-    Time in which llama-server computes prompts does not count: it would not have computed this prompt, which has more
-    left than the prefix. If that time counted, a server that is slower than estimated would end the wait while the
-    prefix is almost there. The first batch of a new server was four times slower than the probes from which its speed
-    was known (0.8 s of 2,048 tokens), and all requests that began together computed everything.
+    Seconds in which llama-server computes prompts meanwhile do not count, because it would not have computed this
+    prompt in them: it has more left than the prefix. If they counted, the wait would end while the prefix is almost
+    there whenever llama-server is slower than estimated. The first batch of a new server was four times slower than
+    the probes had told (0.8 s for 2,048 tokens), and all requests that had begun together computed everything.
 
-    ``maker`` computes ``n_trunk`` tokens; alone, this request would have begun with ``n_own``. In tokens, not in
-    seconds, because the speed is learned meanwhile. At ``since`` llama-server had computed for ``prefilled_s``.
-    ``at_last``: the latest time, because requests that wait too long in the queue are refused.
+    ``maker`` computes a prefix of ``n_trunk`` tokens. Without it this request would reuse ``n_own`` tokens. These are
+    tokens, not seconds, because the speed is learned meanwhile. ``prefilled_s``: the seconds that llama-server had
+    computed prompts at ``since``. ``at_last``: the wait ends then in any case, because requests that wait too long in
+    the queue are refused.
     """
 
     leases: Leases
@@ -53,8 +54,8 @@ class PrefixWait(Struct, frozen=True):
     def of(
         cls, leases: Leases, trunk: PendingSave, wait: Wait, now: float, at_last: float
     ) -> PrefixWait | None:
-        """The time limit for a request that waits for the shared prefix ``trunk``; None if the request that computes
-        it has gone.
+        """Return the time limit for a request that waits for the shared prefix ``trunk``; None if the request that
+        computes it is gone.
         """
         maker = next((lease for lease in leases.held() if lease.slot_key == trunk.slot), None)
         if maker is None:
@@ -66,11 +67,11 @@ class PrefixWait(Struct, frozen=True):
 def ask_for_trunk(
     request: Request, views: Mapping[str, BackendView], makers: Iterable[Lease], now: float
 ) -> bool:
-    """Ask one of ``makers``, which compute long prefills, to save the common prefix with ``request``, if that is worth
-    it. ``views``: of all backends, by name.
+    """Ask one of ``makers``, leases with long prefills, to save the prefix that it has in common with ``request``.
+    Returns True if one was asked. ``views``: the views of all backends, by name.
 
-    It is worth it if computing the prefix costs more than saving and restoring it, and it is not available otherwise.
-    A maker that has passed the end of the prefix can still save it if the model can rewind to any token.
+    A maker is asked if computing the prefix costs more than saving and restoring it, and no slot or snapshot has it. A
+    maker that has passed the end of the prefix can still save it if the model can rewind to any token.
     """
     if request.no_cache:
         return False
@@ -105,7 +106,7 @@ def ask_for_trunk(
 
 
 def prefix_due_s(table: SlotTable, wait: Wait, now: float) -> float | None:
-    """The seconds until the shared prefix that a request waits for is available; None if it waits for
+    """Return the seconds until the shared prefix that a request waits for is available; None if the request waits for
     something else.
     """
     trunk = table.expected_trunk(wait.place.snapshot) if wait.place is not None else None

@@ -1,7 +1,8 @@
-"""Shared-prefix snapshots configured by the operator: computed while the server is idle, and never evicted.
+"""Shared-prefix snapshots that the operator has configured. They are computed while the backends are idle, and never
+evicted.
 
 Each chat body of ``prewarm`` is rendered by the present model, and cut where conversations with the same system part
-and tools diverge. If a snapshot already ends there, from an earlier run or made by a conversation, it is pinned and
+and tools diverge. If a snapshot already ends there, made in an earlier run or by a conversation, it is pinned, and
 nothing is computed.
 """
 
@@ -32,14 +33,16 @@ from llamaslot.tokens.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
-_GIVE_WAY_S = 0.1  # how long a client may have to wait until the slot begins to drain
-_ATTEMPTS = 3  # failures; stopping for a client is none
+_GIVE_WAY_S = 0.1  # a client waits at most so long until a prewarm stops
+_ATTEMPTS = 3  # a prefix is given up after so many failures; stopping for a client is no failure
 
 Bodies = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 class PrewarmTarget(Struct):
-    """A shared prefix to keep on disk: the first ``n_tokens`` of ``tokens``."""
+    """A shared prefix to be kept on disk: the first ``n_tokens`` of ``tokens``. ``name``: its file's name, for the
+    log.
+    """
 
     name: str
     tokens: bytes
@@ -52,9 +55,9 @@ class PrewarmTarget(Struct):
 
 
 class Prewarm:
-    """The task of one pool that computes configured prefixes. ``bodies``: chat bodies, and their names for the log.
-    ``tokenizer``: that of the present model. ``executor_of``: performs steps on the backend of a lease;
-    ``catalog_of``: has the snapshots of a table.
+    """Computes the configured prefixes of one pool. ``bodies``: chat bodies, each with its name for the log.
+    ``tokenizer``: returns the tokenizer of the present model. ``executor_of``: returns what performs steps on the
+    backend of a lease. ``catalog_of``: returns the snapshots of a table's directory.
     """
 
     def __init__(
@@ -69,18 +72,17 @@ class Prewarm:
     ) -> None:
         self._bodies, self._dispatcher, self._executor_of = bodies, dispatcher, executor_of
         self._tokenizer, self._catalog_of, self._tasks, self._idle_s = tokenizer, catalog_of, tasks, idle_s
-        # What is left to do in each directory, and the slot table for which that was found out, by library.
+        # By library (one for each directory): the targets that are left to do, and the slot table when they were found.
         self._left_of: dict[int, SlotTable] = {}
         self._left: dict[int, list[PrewarmTarget]] = {}
 
     def set_bodies(self, bodies: Bodies) -> None:
-        """Replace the chat bodies by ``bodies``."""
         self._bodies, self._left_of = bodies, {}
 
     @property
     def _tables(self) -> list[SlotTable]:
-        """One slot table for each snapshot directory. Not of a llama-server that sleeps: it must not be woken for a
-        prewarm.
+        """One slot table for each snapshot directory. Backends that sleep are left out, because a prewarm must not
+        wake them.
         """
         found: dict[int, SlotTable] = {}
         for backend in self._dispatcher.backends.values():
@@ -89,14 +91,16 @@ class Prewarm:
         return list(found.values())
 
     async def run(self) -> None:
-        """Compute what is missing, while the backends are idle, until cancelled; a running save is then completed."""
+        """Compute missing prefixes while the backends are idle, until cancelled. A save that is running then is
+        completed.
+        """
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._dispatcher.idle_s >= self._idle_s:
                 await self.do_one()
 
     async def do_one(self) -> None:
-        """Do the next thing that is missing, if any: read the bodies, or compute one prefix. Canceling is safe."""
+        """Do one thing that is missing, if there is any: read the bodies, or compute one prefix. Canceling is safe."""
         for table in self._tables:
             library = id(table.model_snapshots)
             is_known = table is self._left_of.get(library)
@@ -117,7 +121,7 @@ class Prewarm:
     # -- configured prefixes -------------------------------------------------------------------------------------
 
     async def _targets(self) -> list[PrewarmTarget | None]:
-        """The prefix of each body; None for one that cannot be rendered. Raises BackendDown."""
+        """Return the prefix of each body; None for a body that cannot be rendered. Raises BackendDown."""
         return [await self._target(name, body) for name, body in self._bodies]
 
     async def _target(self, name: str, body: Mapping[str, Any]) -> PrewarmTarget | None:
@@ -131,9 +135,9 @@ class Prewarm:
         return PrewarmTarget(name, prompt.tokens, n_tokens)
 
     async def _unpin_others(self, table: SlotTable, targets: Sequence[PrewarmTarget | None]) -> None:
-        """Unpin snapshots of an earlier configuration, so that they may be evicted. What a user has pinned stays."""
+        """Unpin snapshots that are no longer configured, so that they may be evicted. Users' own pins stay."""
         if None in targets:
-            return  # it may be one of these
+            return  # a pinned snapshot may be that of a body that cannot be rendered now
         for snapshot in table.prewarmed():
             if not any(
                 one is not None
@@ -155,7 +159,9 @@ class Prewarm:
     # -- one of them ---------------------------------------------------------------------------------------------
 
     async def _warm(self, table: SlotTable, left: list[PrewarmTarget]) -> None:
-        """Look after the first target of ``left``: pin its snapshot if there is one, else compute it or give it up."""
+        """Go on with the first target in ``left``. If it has a snapshot, pin that. Otherwise compute it, or give it
+        up.
+        """
         one = left[0]
         if (there := table.model_snapshots.snapshot_at(one.trunk, table.rules.public)) is not None:
             if not there.is_pinned:
@@ -176,13 +182,13 @@ class Prewarm:
 
     async def _compute(self, table: SlotTable, one: PrewarmTarget) -> None:
         """Compute the prefix and save it in the directory of ``table``, until that is done or a client sends a
-        request. The computed tokens stay in the slot, and the next attempt resumes from there.
+        request. The computed tokens stay in the slot, and the next attempt resumes there.
         """
         tables = self._dispatcher.tables
         elsewhere = (other.backend for other in tables if other.model_snapshots is not table.model_snapshots)
         request = Request(
             f"prewarm {one.name}",
-            head(one.tokens, one.n_tokens + 1),  # the last one is never computed ahead
+            head(one.tokens, one.n_tokens + 1),  # the last token of a prompt is never computed ahead
             n_system=one.n_tokens,
             is_prewarm=True,
             namespace=self._dispatcher.rules.public,

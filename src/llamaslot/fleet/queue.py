@@ -21,17 +21,19 @@ from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Placement, Request, User
 
-_REMEMBER_S = 60.0  # how long a negative deficit is remembered
+_REMEMBER_S = 60.0  # a user is forgotten after so many seconds of absence, and with it a negative deficit
 
-_FORGET_AT_ONCE = 8  # users, at each arrival or departure
+_FORGET_AT_ONCE = 8  # at most so many users are forgotten at each arrival or departure
 
 _SHORT_ANSWER = 64  # tokens: a title, a label
 
-_LITTLE = 0.1  # of a usual answer's time: so short that it delays no other request
+_LITTLE = 0.1  # a prefill of this part of a usual answer's time hardly delays other requests
 
 
 class QueueLimits(Struct, frozen=True):
-    """The limits of the queue; none by default. ``max_waiting``: in requests. ``max_wait_s``: of one request."""
+    """The limits of the queue. ``max_waiting``: the number of requests that may wait. ``max_wait_s``: the longest wait of
+    a request in seconds; None is no limit.
+    """
 
     max_waiting: int = sys.maxsize
     max_wait_s: float | None = None
@@ -43,7 +45,7 @@ class QueueLimits(Struct, frozen=True):
 
 
 class Waiting(Struct, eq=False):
-    """A waiting request. ``cost_s``: estimated seconds in a slot."""
+    """A waiting request. ``granted`` gets its lease. ``cost_s``: the estimated seconds of a slot that it needs."""
 
     request: Request
     granted: asyncio.Future[Lease]
@@ -51,19 +53,19 @@ class Waiting(Struct, eq=False):
     came_at: float
     cost_s: float
     is_small: bool = False
-    is_back: bool = False  # it had a slot before, and is first
-    n_preempted: int = 0  # how often it gave its slot up for another user: it is first among its user's
-    overtaken_s: float = 0.0
-    passed_by: dict[str, float] = field(default_factory=dict)  # the same for each user of such requests
+    is_back: bool = False  # it had a slot before, and comes first
+    n_preempted: int = 0  # slots that it gave to other users; then it is its user's first request
+    overtaken_s: float = 0.0  # the slot time of later small requests that have overtaken it
+    passed_by: dict[str, float] = field(default_factory=dict)  # the part of this for each user
     wants: str | None = None  # the snapshot that it would resume from
-    prefix_wait: PrefixWait | None = None  # for a request that computes its prefix
-    behind: Lease | None = None  # until its turn this leaves the last idle slot to others
-    wait: Wait | None = None  # the last decision, valid while only arrivals happen
-    n_seen: int = -1  # changes that it has seen
-    look_at: float = 0.0  # when it must be decided again in any case
+    prefix_wait: PrefixWait | None = None  # its time limit while another request computes its prefix
+    behind: Lease | None = None  # it leaves the last idle slot to others until this lease has its turn
+    wait: Wait | None = None  # the last decision; it stays valid while only new requests arrive
+    n_seen: int = -1  # the dispatcher's number of changes at the last decision
+    look_at: float = 0.0  # it is placed again at this time in any case
     pause_s: float | None = None  # how long its user was away before
     serial: int = 0  # ascending in the queue
-    _ask: Ask | None = None  # until it changes
+    _ask: Ask | None = None  # made when needed, and None again after a change
 
     @property
     def n_slots(self) -> int:
@@ -78,9 +80,8 @@ class Waiting(Struct, eq=False):
         return self.behind is not None and self.behind.is_in_line
 
     def wants_any(self, now: float) -> bool:
-        """Whether any slot would do for the request: it waits for no slot of llama-server's choice, for nothing
-        specific, and for no other request's turn.
-        """
+        """True if the request would take any slot. False if llama-server chooses its slot, if it waits for a certain
+        slot or snapshot, or for the turn of another request."""
         is_particular = self.wait is not None and self.wait.for_s is not None and now < self.look_at
         return not (
             self.granted.done()
@@ -91,7 +92,8 @@ class Waiting(Struct, eq=False):
 
     @property
     def ask(self) -> Ask:
-        """The request as fairness sees it. Made once: all waiting requests are sorted at each dispatch."""
+        """The request as fairness sees it. Kept until it changes, because all waiting requests are sorted at each
+        dispatch."""
         if self._ask is None:
             self._ask = Ask(
                 self.request.user.id, self.cost_s, self.is_small, self.overtaken_s, self.passed_by
@@ -106,9 +108,8 @@ class Waiting(Struct, eq=False):
 
 
 class QueuePosition(Struct, frozen=True):
-    """A text such as ``queued 2``, with the position that the request has when it is formatted. ``position``: 1 for
-    the request that is next; 0 if it no longer waits.
-    """
+    """A text such as ``queued 2``, with the request's position at the time when the text is formatted. ``position``
+    returns 1 for the request that is next, and 0 if it no longer waits."""
 
     position: Callable[[], int]
 
@@ -117,9 +118,9 @@ class QueuePosition(Struct, frozen=True):
 
 
 class _Moment(Struct):
-    """The users that are present, cached for one dispatch. ``answers``: whether a user may have another slot, by user
-    and number of idle slots.
-    """
+    """The users that are present, kept for one dispatch. ``n_here``: their number. ``pauses_s``: the usual pause of
+    each that has no slot and waits for none. ``answers``: by user and number of idle slots, True if the user may have
+    another slot."""
 
     n_here: int
     pauses_s: list[float]
@@ -127,7 +128,7 @@ class _Moment(Struct):
 
 
 class UserLoad(Struct, frozen=True):
-    """The requests of a user and its distance to its fair share, for the status page."""
+    """The requests of a user and its deficit against its fair share, for the status page."""
 
     id: str
     n_running: int
@@ -136,23 +137,23 @@ class UserLoad(Struct, frozen=True):
 
 
 class Queue:
-    """The waiting requests, oldest first; ``ordered`` has the order of service."""
+    """The waiting requests, oldest first. ``ordered`` has the order in which they are served."""
 
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
         self._waiting: list[Waiting] = []
-        # The same by user, without requests that are first because they had a slot before.
+        # The same requests by user, without those with ``is_back``.
         self._of_user: dict[str, list[Waiting]] = {}
         self._serials, self._n_ahead = itertools.count(), 0
-        self.n_unpinned = 0  # those for which llama-server chooses the slot
+        self.n_unpinned = 0  # waiting requests for which llama-server chooses the slot
         self._n_small = self._n_overtaken = 0
         self._shares = Shares()
-        # By user, without zeros: with 250 waiting, counting them at each dispatch takes a second.
+        # By user, without zeros. Kept, because counting 250 waiting requests at each dispatch takes a second in all.
         self._n_waiting: Counter[str] = Counter()
         self._n_running: Counter[str] = Counter()
         # For each user the time of its last request or of the end of its last answer, oldest first.
         self._seen_at: dict[str, float] = {}
-        # Those of them that are expected back within so many seconds.
+        # The users in ``_seen_at`` that were seen within ``_lately_s``, the grace time for which they were found.
         self._lately, self._lately_s = dict[str, float](), limits.fairness.return_grace_s
         self._pauses = Pauses()
         self._moment: _Moment | None = None  # until the next change
@@ -164,12 +165,11 @@ class Queue:
         return iter(self._waiting)
 
     def ordered(self) -> Iterator[Waiting]:
-        """The waiting requests in the order of service; those that had a slot before come first. Requests already
-        taken from the iterator may leave the queue meanwhile.
+        """Yield the waiting requests in the order in which they are served; those with ``is_back`` come first. The
+        caller may remove requests from the queue once it has taken them.
 
-        The cost grows with the number of users, then only with what is taken, unless a large request was overtaken: so
-        granting a slot costs the same with 10 and with 1,000 waiting.
-        """
+        The cost grows with the number of users once, then with the number of requests taken, unless a large request
+        was overtaken. So granting a slot costs the same with 10 and with 1,000 waiting requests."""
         back = [w for w in itertools.takewhile(lambda w: w.had_a_place, self._waiting) if w.is_back]
         max_overtake_s = self.limits.fairness.max_overtake_s
         if self._n_overtaken or max_overtake_s <= 0:
@@ -180,7 +180,7 @@ class Queue:
         n_small = self._n_small - sum(waiting.is_small for waiting in back)
         in_turn = self._shares.in_turn(self._of_user) if self._of_user else iter(())
         yield from back
-        overtaken = list[Waiting]()  # no small request is held up yet: they come first
+        overtaken = list[Waiting]()  # no large request was overtaken yet, so all small ones come first
         while n_small:
             waiting = next(in_turn)
             if waiting.is_small:
@@ -217,7 +217,7 @@ class Queue:
         self.n_unpinned += n * (waiting.request.placement is Placement.SERVER_CHOSEN)
 
     def admitted(self, waiting: Waiting, now: float) -> None:
-        """A request was accepted: record that its user is present."""
+        """Record that a request was accepted, so its user is present."""
         user = waiting.request.user.id
         if waiting.pause_s is not None:
             self._pauses.observe(user, waiting.pause_s)
@@ -235,7 +235,7 @@ class Queue:
         self._moment = None
 
     def _saw(self, user: str, now: float) -> None:
-        """Record that a user was present at ``now``, and forget users that were absent for long."""
+        """Record that a user was present at ``now``, and forget users that have been absent for long."""
         if not user:
             return  # llamaslot itself
         self._seen_at.pop(user, None)
@@ -252,9 +252,9 @@ class Queue:
                 self._pauses.forget(other)
 
     def make_room(self, newcomer: Waiting) -> None:
-        """Raise TooManyRequests if the user has too many waiting requests, QueueFull if there are too many in all. If
-        another user has more waiting than the newcomer's user, the last request of that user is refused instead.
-        """
+        """Raise TooManyRequests if the user of ``newcomer`` has too many waiting requests. Raise QueueFull if too many
+        requests wait in all; but if another user has more waiting requests, the last one of that user is refused
+        instead."""
         if newcomer.had_a_place:
             return
         user, n_waiting = newcomer.request.user, self._n_waiting
@@ -287,7 +287,7 @@ class Queue:
     # -- slots ---------------------------------------------------------------------------------------------------
 
     def may_run(self, waiting: Waiting, n_slots: int, n_idle: int, now: float) -> bool:
-        """Whether the user of ``waiting`` may have one of the ``n_idle`` slots now, if the request needs one."""
+        """True if the user of ``waiting`` may have one of the ``n_idle`` slots now, by its limits and by fairness."""
         user = waiting.request.user
         n_held, n_max = self._n_running[user.id], self._max_running(user)
         if n_max is not None and n_held and n_held + waiting.n_slots > n_max:
@@ -303,7 +303,7 @@ class Queue:
         return here.answers[key]
 
     def may_run_at_once(self, user: User, now: float) -> bool:
-        """Whether any request of ``user`` may have an idle slot without a closer look at fairness."""
+        """True if a request of ``user`` may have an idle slot, as is certain without comparing users."""
         if not (n_held := self._n_running[user.id]):
             return True
         n_max = self._max_running(user)
@@ -315,7 +315,7 @@ class Queue:
         return self._n_running
 
     def deficit_s(self, user: str) -> float:
-        """The seconds of slot time that ``user`` has received less than its share."""
+        """Return the seconds of slot time that ``user`` has received less than its share."""
         return self._shares.deficit_s(user)
 
     def _who_is_here(self, now: float) -> _Moment:
@@ -326,8 +326,9 @@ class Queue:
         return self._moment
 
     def look_again_s(self, now: float) -> float | None:
-        """The seconds until a user that was here lately is not expected back any more."""
-        self._moment = None  # the cached view is valid until then at most
+        """Return the seconds until the next of the users seen lately is no longer expected back; None if there is
+        none."""
+        self._moment = None  # valid at most until such a user is no longer expected
         return_grace_s = self.limits.fairness.return_grace_s
         left = (
             at + return_grace_s - now for user, at in self._seen_at.items() if user not in self._n_running
@@ -340,20 +341,19 @@ class Queue:
         return self._n_waiting.keys() | self._n_running.keys()
 
     def _here(self, now: float) -> set[str]:
-        """The users that wait, have a slot, or are expected back."""
+        """Return the users that wait, have a slot, or are expected back."""
         return_grace_s = self.limits.fairness.return_grace_s
         if return_grace_s != self._lately_s:
             self._lately_s, self._lately = return_grace_s, dict(self._seen_at)
-        # The oldest come first: of 1,000 users none is looked at, as a rule.
+        # The oldest come first, so of 1,000 users usually only one is looked at.
         gone = itertools.takewhile(lambda seen: now - seen[1] >= return_grace_s, self._lately.items())
         for user, _ in list(gone):
             del self._lately[user]
         return self._present | self._lately.keys()
 
     def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge | None:
-        """A waiting request has got its slots, for about ``cost_s``, and leaves the queue. llamaslot's own work is
-        charged to no user.
-        """
+        """Remove a request from the queue that has got its slots, for about ``cost_s``. Returns the charge of its
+        user; None for llamaslot's own work."""
         self.remove(waiting)
         user = waiting.request.user.id
         if waiting.is_small and self._n_small < len(self._waiting):
@@ -364,7 +364,7 @@ class Queue:
         return self._charge(user, waiting.n_slots, cost_s, now)
 
     def granted_at_once(self, request: Request, cost_s: float, now: float) -> Charge | None:
-        """A request has got a slot for about ``cost_s`` without having waited."""
+        """Record that a request has got a slot without waiting, for about ``cost_s``. Returns as ``granted`` does."""
         user = request.user.id
         if user in self._seen_at and user not in self._n_waiting and user not in self._n_running:
             self._pauses.observe(user, now - self._seen_at[user])
@@ -381,7 +381,7 @@ class Queue:
         return Charge(booked, n_slots, now)
 
     def released(self, charge: Charge, now: float) -> None:
-        """The slots of a charge are free: replace the estimated time by the real one."""
+        """End a charge, because its slots are free: replace the estimated time by the real one."""
         user = charge.booked.user
         _less(self._n_running, user, charge.n_slots)
         self._shares.took(charge.booked, (now - charge.at) * charge.n_slots)
@@ -390,7 +390,7 @@ class Queue:
         self._shares.keep(self._here(now), self._seen_at.keys())
 
     def loads(self, now: float) -> list[UserLoad]:
-        """The load of each user that was present in the last minute."""
+        """Return the load of each user that was present in the last minute."""
         lately = {user for user, at in self._seen_at.items() if now - at <= _REMEMBER_S}
         return [
             UserLoad(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
@@ -423,22 +423,20 @@ def _less(counts: Counter[str], user: str, n: int = 1) -> None:
 
 
 def _users(ids: Iterable[str]) -> set[str]:
-    """The given users without llamaslot itself, whose user has no name."""
+    """Return ``ids`` without llamaslot itself, whose user is ""."""
     return {id_ for id_ in ids if id_}
 
 
 def answer_s(table: SlotTable, request: Request, running_s: float = 0.0) -> float:
-    """The seconds that the request's answer will still take on that backend, if it has been running
-    for ``running_s``.
-    """
+    """Return the seconds that the request's answer will still take on that backend, if it has been running for
+    ``running_s``."""
     return table.rates.answer.seconds_left(running_s, request.max_tokens)
 
 
 def estimate(tables: Sequence[SlotTable], request: Request, rules: Rules) -> tuple[float, bool]:
-    """The seconds for which the request will have a slot, on the backend where the least of its prompt is missing; and
-    whether it is a small request: a small prompt, or a short answer of a request whose prefill is short. Without
-    ``tables`` no rates are known.
-    """
+    """Return the seconds for which the request needs a slot, on the backend that has most of its prompt, and True if
+    the request is small. It is small if its prompt is, or if its answer and its prefill are short. Without ``tables``
+    the seconds are 0, because no speeds are known."""
     prefill_s = little_s = its_answer_s = 0.0
     if tables:
         table = min(tables, key=lambda table: table.missing_s(request)) if len(tables) > 1 else tables[0]

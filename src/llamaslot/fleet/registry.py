@@ -41,7 +41,7 @@ from llamaslot.store.snapshot_store import SnapshotStore
 log = logging.getLogger(__name__)
 
 
-_USUAL_MARK = "<__media__>"  # of builds that give none to each process
+_USUAL_MARK = "<__media__>"  # the same in all processes of builds that have no random mark
 _SAME_PROCESS = (
     "it is the same llama-server as %s, under another address: one server is one backend, so this one is not used."
     " Remove it from backends; if they are two servers, start them without LLAMA_MEDIA_MARKER"
@@ -49,10 +49,11 @@ _SAME_PROCESS = (
 
 
 class Registry:
-    """Backends that serve the same model form a pool; those with the same directory share a store.
+    """All backends and pools. Backends that serve the same model form a pool. Backends with the same directory share a
+    store.
 
-    A backend's model is known once it is connected, and may be another after its next connection. Until its first one
-    it is in the first pool, which then has no model, or that of another backend.
+    The model of a backend is known once it is connected, and may be another one after its next connection. Before its
+    first connection a backend is in the first pool, which then has no model, or the model of other backends.
     """
 
     def __init__(self, metrics: Metrics, settings: PoolSettings) -> None:
@@ -60,16 +61,16 @@ class Registry:
         self._backends: dict[str, Backend] = {}
         self._of_models: dict[str, PoolSettings] = {}
         self._routers: list[RouterModeModels] = []
-        self.save_s = 60.0  # for the slots of a model before its router unloads it
+        self.save_s = 60.0  # the longest time for saving the slots of a model before its router unloads it
         self.stores: dict[Path, SnapshotStore] = {}
-        self._processes: dict[str, str] = {}  # by backend: the mark of the process that it is connected to
+        self._processes: dict[str, str] = {}  # by backend: the mark of its llama-server process
         self.pools = [self._new_pool()]
         self.router = Router(self.pools, self._backends)
 
     @classmethod
     def of(cls, config: Config, urls: Mapping[str, str] | None = None) -> Registry:
-        """A registry with the backends and stores that ``config`` names. ``urls``: of managed backends, by name.
-        Raises ConfigError if a configured file, readable a moment ago, is not readable any more.
+        """Return a registry with the backends and stores in ``config``. ``urls``: by name, the URLs of managed
+        backends. Raises ConfigError if a configured file has become unreadable since the configuration was checked.
         """
         registry = cls(Metrics(), _pool_settings(config))
         registry.router.configure(config.models)
@@ -94,8 +95,8 @@ class Registry:
         directory: Path | None,
         slot_files: Path | None = None,
     ) -> Backend:
-        """Add a llama-server, which is connected to after ``start``. ``directory``: of its snapshots; None without.
-        ``slot_files``: where it writes and reads slot files, if elsewhere.
+        """Add a backend; ``start`` connects to it. ``directory``: where its snapshots are; None without snapshots.
+        ``slot_files``: where llama-server writes and reads slot files, if elsewhere.
         """
         rates_file = store.meta_dir / f"{name}.rates.json"
         its = self._store(name, store, directory, slot_files) if directory is not None else None
@@ -120,8 +121,8 @@ class Registry:
     def _store(
         self, name: str, settings: StoreConfig, directory: Path, slot_files: Path | None
     ) -> SnapshotStore:
-        """The store of a directory, made at the first call. Its files in ``meta_dir`` have the name of the first
-        backend that uses it.
+        """Return the store of ``directory``, which is made at the first call. Its files in ``meta_dir`` have the name
+        of the first backend that uses it.
         """
         path = Path(os.path.realpath(directory))
         if path not in self.stores:
@@ -147,12 +148,12 @@ class Registry:
 
     @property
     def n_snapshots(self) -> int:
-        """The number of snapshots in all directories, of any model."""
+        """The number of snapshots in all directories, of all models."""
         return sum(len(store.catalog.snapshots) for store in self.stores.values())
 
     @property
     def size_bytes(self) -> int:
-        """The bytes of all snapshots on disk, in all directories."""
+        """The bytes on disk of all snapshots, in all directories."""
         return sum(store.catalog.size_bytes for store in self.stores.values())
 
     @property
@@ -163,8 +164,8 @@ class Registry:
         return self._backends.get(name)
 
     def apply(self, config: Config) -> None:
-        """Put the limits of another configuration in force, for the queue and for snapshots. What is too much for a
-        smaller quota is evicted in the background.
+        """Use the limits in ``config`` from now on, for queues and snapshots. If a quota is smaller than before,
+        snapshots are evicted in the background.
         """
         self._settings = replace(self._settings, limits=_limits(config))
         for name, settings in self._of_models.items():
@@ -176,8 +177,8 @@ class Registry:
             store.catalog.take_limits(_store_limits(config.store))
 
     async def add_later(self, config: Config, name: str) -> None:
-        """Add a backend to those that run, or put one that was drained into service again. Raises LlamaslotError if
-        its store cannot be used.
+        """Add the backend ``name`` in ``config`` to the running ones. If it is there already and drained, put it into
+        service again. Raises LlamaslotError if its store cannot be used.
         """
         if (backend := self.backend_named(name)) is not None:
             backend.drain.end()
@@ -202,8 +203,8 @@ class Registry:
                 table.drop_snapshot(snapshot.id)
 
     def _saves_s(self, stats: SnapshotStats) -> float:
-        """The seconds that each hit of a snapshot saves, by the rates of a backend that can use it: those of all are
-        similar.
+        """Return the seconds that each hit of a snapshot saves, by the speeds of any backend that can use it, because
+        all of these have similar speeds.
         """
         tables = [backend.leases.table for backend in self._backends.values()]
         for table in tables:
@@ -219,8 +220,8 @@ class Registry:
         return len(self._backends) > 1
 
     def check_process(self, backend: Backend, props: Props) -> None:
-        """As ``Members.check_process``. ``media_marker`` is random for each process, unless that of the environment is
-        used.
+        """As ``Members.check_process``. Two backends with the same mark (``media_marker``) have the same process: the
+        mark is random for each process, unless the environment sets it.
         """
         self._processes[backend.name] = mark = props.boot_id
         other = next(
@@ -232,7 +233,7 @@ class Registry:
             raise NotReady(_SAME_PROCESS % other)
 
     async def replace_by_models(self, backend: Backend, max_models: int) -> None:
-        """As ``Members.replace_by_models``: the models of a router become backends. Canceling is safe."""
+        """As ``Members.replace_by_models``. Canceling is safe."""
         api = backend.api
         router = ModelRouter(api.url, api.api_key, api.watchdog_s, name=backend.name)
         models = await router.models()
@@ -264,11 +265,11 @@ class Registry:
     def connecting(self, backend: Backend, session: ServerSession) -> None:
         """Put the backend into the pool of its model. There are five cases:
 
-        1. llama-server chooses slots, so the model is not proved; the backend last had a proved model of the same
+        1. llamaslot stands aside, so the model is not proved, and the backend last had a proved model of the same
            name: it stays in its pool.
         2. A pool has this model: the backend joins that pool.
         3. No pool has it, and the backend's pool has no model yet: this becomes the pool's model.
-        4. No pool has it, and no other backend has served the model of the backend's pool: the pool has another model
+        4. No pool has it, and no other backend has served the model of the backend's pool: the pool has this model
            from now on.
         5. Otherwise a new pool is made.
         """
@@ -290,7 +291,9 @@ class Registry:
         self.router.note_names(backend, session, new)
 
     def _settings_of(self, names: Collection[str]) -> PoolSettings:
-        """The settings of a pool whose model, or one of its backends, has one of these ``names``."""
+        """Return the settings of a pool. ``names``: the names of its model and its backends; the first configured one
+        counts.
+        """
         return next((settings for name, settings in self._of_models.items() if name in names), self._settings)
 
     def _started_pool(self) -> Pool:
@@ -331,8 +334,8 @@ class Registry:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open all stores. Raises LlamaslotError with the remedy if one cannot be used. Warns if its disk is smaller
-        than its quota.
+        """Open all stores. Raises LlamaslotError, with a remedy, if one cannot be used. Warns if a disk is smaller
+        than the quota.
         """
         for store in self.stores.values():
             await store.open()
@@ -344,18 +347,18 @@ class Registry:
     async def _open(self, backend: Backend) -> None:
         await backend.open()
         if self.router.are_several and backend.store is not None:
-            # Until all are connected, snapshots of the models that are still missing are not those of others.
+            # Otherwise snapshots of models that are not connected yet would count as those of unknown models.
             _expect(backend, backend.store)
 
     def start(self) -> None:
-        """Start to connect to the backends."""
+        """Connect to the backends."""
         for pool in self.pools:
             pool.start()
         for backend in self._backends.values():
             backend.start()
 
     async def close(self, save_s: float) -> None:
-        """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""
+        """Save dirty slots for at most ``save_s`` seconds, and end all tasks."""
         for models in self._routers:
             await models.stop_loading()
         await asyncio.gather(*(backend.save_all(save_s) for backend in self._backends.values()))
@@ -385,7 +388,7 @@ def _names_of(backend: Backend) -> tuple[str, ...]:
 
 
 def _pool_settings(config: Config, model: ModelConfig | None = None) -> PoolSettings:
-    """The settings of a pool. ``model``: what is configured differently for one model."""
+    """Return the settings of a pool. ``model``: what is configured differently for its model; None for nothing."""
     own = None if model is None else model.prewarm
     return PoolSettings(
         config.store.idle_save_s,
@@ -400,7 +403,7 @@ def _store_limits(settings: StoreConfig) -> Limits:
 
 
 def _limits(config: Config, model: ModelConfig | None = None) -> QueueLimits:
-    """The limits of a queue. ``model``: what is configured differently for one model."""
+    """Return the limits of a queue. ``model``: what is configured differently for its model; None for nothing."""
     queue = config.queue
     if model is not None:
         queue = queue.model_copy(
@@ -433,8 +436,8 @@ def _rules(config: Config) -> Rules:
 
 
 def _chat_bodies(config: Config, files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """The bodies in ``files``, rewritten as requests are. Raises ConfigError if a file, readable a moment
-    ago, is not readable any more.
+    """Return the bodies in ``files``, each with its file's name, after the rewrite rules. Raises ConfigError if a file
+    has become unreadable since the configuration was checked.
     """
     try:
         bodies = [(path.name, read_chat_file(path)) for path in files]

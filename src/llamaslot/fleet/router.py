@@ -1,4 +1,4 @@
-"""Which pool serves a request, by the ``model`` in its body."""
+"""Finds the pool that serves a request, by the ``model`` in its body."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Router:
-    """Knows models by the names that their servers tell, and by the configured aliases.
+    """Knows models by the names that their llama-servers tell, and by the configured aliases.
 
     A model keeps its names while its backends are down. ``pools`` and ``backends`` are those of the registry.
     """
@@ -27,24 +27,24 @@ class Router:
         self._pools, self._backends = pools, backends
         self._settings = ModelsConfig()
         self._warned = set[str]()
-        self._told: dict[str, PoolModel] = {}  # the last model of each name that a server has told
-        # Names that backends will tell once their models are loaded, and these backends.
+        self._told: dict[str, PoolModel] = {}  # by name: the last model for which a server has told this name
+        # Names that backends will tell once their models are loaded, each with its backend.
         self.expected: dict[str, str] = {}
-        self.is_on_demand = False  # whether any model is loaded on demand
-        self.has_router = False  # whether any llama-server is a router
+        self.is_on_demand = False  # True if any model is loaded on demand
+        self.has_router = False  # True if any llama-server is a router
 
     def configure(self, settings: ModelsConfig) -> None:
         self._settings = settings
 
     @property
     def are_several(self) -> bool:
-        """Whether there are several models, or backends, so that a request may concern one or another."""
+        """True if there may be several models, because there are several backends or a router."""
         return len(self._backends) > 1 or self.has_router
 
     async def pool_for(self, model: object = None, *, is_named: bool = True, loads: bool = False) -> Pool:
-        """The pool that serves ``model``, as named in a request; ``is_named`` False for a route whose requests name
-        none. With one model any name is accepted, as in llama-server. ``loads``: a model that is loaded on demand is
-        loaded for it.
+        """Return the pool that serves ``model``, the name in a request. With one model any name is accepted, as in
+        llama-server. ``is_named``: False for routes whose requests have no ``model``. ``loads``: a model that is
+        loaded on demand may be loaded for this request.
 
         Waits for backends that are being connected to, if the model may be theirs. Raises ModelNotFound, BadRequest if
         a model must be named, and BackendDown. Canceling is safe.
@@ -57,7 +57,7 @@ class Router:
                 return pool
         known = self._known()
         always = [backend for backend in self._backends.values() if backend.presence.on_demand is None]
-        if not known and always:  # no backend was ever up
+        if not known and always:  # no backend has been up yet
             await min(always, key=lambda backend: backend.health is not Health.CONNECTING).ready()
             return await self.pool_for(model, is_named=is_named)
         if not is_named:
@@ -79,8 +79,8 @@ class Router:
         raise ModelNotFound(f"the model '{shortened(model)}' does not exist here; there are {there_are}")
 
     def unloaded_pool(self, model: object) -> Pool | None:
-        """A pool with a backend whose model ``pool_for``, or the pool's ``ready``, would have to load for this
-        request. None if the model is loaded, or never loaded on demand.
+        """Return the pool of a model that must be loaded for this request. None if the model is loaded, or is never
+        loaded on demand.
         """
         if not self.is_on_demand:
             return None
@@ -96,8 +96,9 @@ class Router:
         return next(pool for pool in self._pools if unloaded[0].name in pool.backends)
 
     async def _pool_named(self, name: str, loads: bool) -> Pool | None:
-        """The pool with this name, or None. Raises BackendDown if ``name`` stands for a backend that was never
-        connected.
+        """Return the pool whose model has this name; None if there is none. If a backend has it that was never
+        connected, waits for its connection. Raises BackendDown if it is down, or must be loaded and ``loads`` is
+        False.
         """
         while True:
             target = self._settings.aliases.get(name, name)
@@ -119,23 +120,23 @@ class Router:
             await backend.ready()
 
     def _was_another(self, name: object, pool: Pool) -> bool:
-        """Whether ``name`` was that of another model, which is gone: such a name is not accepted for the only model
-        that is left.
+        """True if ``name`` was the name of another model, which is gone. The only model that is left must not answer
+        for it.
         """
         told = self._told.get(name) if isinstance(name, str) else None
         return told is not None and pool.model is not None and not told.is_same(pool.model)
 
     def _maybe_of_another(self, pool: Pool) -> list[Backend]:
-        """The backends that were not connected yet, and may have another model than ``pool``. The learned rates of a
-        backend tell which model it had before llamaslot was started.
+        """Return the backends that have not been connected yet, and may have another model than ``pool``. The rates on
+        disk tell which model a backend had before llamaslot was started.
         """
         own = pool.model.identity if pool.model is not None else None
         unseen = [backend for backend in self._backends.values() if backend.last_session is None]
         return [backend for backend in unseen if own is None or not own.is_same_as(backend.rates.model)]
 
     def _known(self) -> list[Pool]:
-        """The pools whose models are known, in the order of their backends in the configuration: of two with the same
-        name the first one counts. Proved models come first.
+        """Return the pools whose models are known. Proved models come first, then the order of their backends in the
+        configuration counts. If two have the same name, a request goes to the first one.
         """
         order = {name: i for i, name in enumerate(self._backends)}
         known = [pool for pool in self._pools if pool.model is not None]
@@ -144,14 +145,14 @@ class Router:
         )
 
     def names(self) -> Iterator[str]:
-        """The names of all models, configured ones included."""
+        """Yield the names of all models, then expected names and aliases."""
         seen = dict.fromkeys(name for pool in self._known() for name in _names(pool))
         yield from seen
         yield from (name for name in self.expected if name not in seen)
         yield from (alias for alias in self._settings.aliases if alias not in seen)
 
     def note_names(self, backend: Backend, session: ServerSession, pool: Pool) -> None:
-        """Record the names of a model. If another model has the same name, that is logged once."""
+        """Record the names of a model. If another model has the same name, warn once."""
         for name in session.names:
             self._told[name] = PoolModel.of(session)
             others = [other for other in self._known() if other is not pool and name in _names(other)]
@@ -165,7 +166,7 @@ class Router:
                 )  # fmt: skip
 
     def listed(self) -> list[dict[str, Any]]:
-        """The models in the form of ``/v1/models``, with their states: see ``model_list``."""
+        """Return the models and their states, in the form of ``/v1/models``."""
         return model_list(self._known(), self._backends, self.expected, self._settings.aliases)
 
 

@@ -1,7 +1,8 @@
-"""The models of one llama-server in router mode, each a backend of its own that is loaded on demand.
+"""The models of one llama-server in router mode. Each is a backend of its own, and is loaded on demand.
 
-llamaslot asks the router to load and unload them, so that slots are saved first. What others load and unload is seen
-in the router's list of models, which is read when its stream of events tells of a change, and now and then.
+llamaslot asks the router to load and unload them, so that slots are saved first. Other programs may load and unload
+models too. llamaslot sees that in the router's list of models, which it reads every few seconds, and when the router's
+stream of events tells of a change.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 2.0
 _LOOK_WITH_EVENTS_S = 15.0
-_END_S = 30.0  # of a model's process; llama-server kills it after 10 s (stop-timeout)
+_END_S = 30.0  # a model's process ends within this; the router kills it after 10 s (stop-timeout)
 
 
 class RouterModeModel(ServedOnDemand):
-    """One model of a router, which the router loads and unloads on llamaslot's request."""
+    """One model of a router. The router loads and unloads it when llamaslot asks for that."""
 
     def __init__(self, backend: Backend, router: ModelRouter, model: RouterModel, save_s: float) -> None:
         super().__init__(backend, save_s)
@@ -39,14 +40,14 @@ class RouterModeModel(ServedOnDemand):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the model is loaded. A model that was asleep before llamaslot came does not count: connecting to it
-        would wake it.
+        """True if the model is loaded. A model that already slept when llamaslot came does not count, because
+        connecting to it would wake it.
         """
         is_asleep = self._state == "sleeping"
         return self._state == "loaded" or (is_asleep and self._backend.session is not None)
 
     async def load(self) -> None:
-        """Have the router load the model, and wait until it serves; see ``Loadable.load``."""
+        """Have the router load the model, and wait until it serves. Raises and is cancelled as ``Loadable.load``."""
         try:
             await self._router.load(self._model)
         except LlamaslotError as error:
@@ -60,7 +61,7 @@ class RouterModeModel(ServedOnDemand):
         log.info("%s: loaded: a request needs it", self.name)
 
     async def unload(self) -> None:
-        """Save the slots, and have the router unload the model; see ``Loadable.unload``."""
+        """Save the slots, and have the router unload the model. Canceling is safe, as for ``Loadable.unload``."""
         leases = self._backend.leases
         leases.is_leaving = True
         try:
@@ -81,12 +82,12 @@ class RouterModeModel(ServedOnDemand):
             leases.is_leaving = False
 
     def note(self, state: str, sleep_s: float | None) -> None:
-        """Record the state that the router tells for this model, and after how many idle seconds the model falls
-        asleep.
+        """Record the ``state`` that the router tells for this model. ``sleep_s``: after so many idle seconds the model
+        falls asleep; None if never or unknown.
         """
-        if sleep_s is not None:  # everything is saved before that
+        if sleep_s is not None:  # all slots must be saved before the model falls asleep
             self._backend.idle_save.idle_save_s = min(self._idle_save_s, sleep_s / 4)
-        # A model that wakes is loading too (measured); and an answer may be older than what ``load`` has found.
+        # A model that wakes is "loading" too (measured). And this list may be older than what ``load`` has found.
         if state == self._state or (state == "loading" and self.is_loaded):
             return
         was_loaded, self._state = self.is_loaded, state
@@ -98,20 +99,20 @@ class RouterModeModel(ServedOnDemand):
         self.changes.notify()
 
     def gone(self, why: str) -> None:
-        """The router does not answer, so the model's state is unknown."""
+        """Record that the router does not answer, for the reason ``why``, so the model's state is unknown."""
         self._state = "unknown"
         self._backend.sleep(why)
         self.changes.notify()
 
     def back(self) -> None:
-        """The router answers again; the state of this model follows."""
+        """Record that the router answers again. A call of ``note`` with the model's state follows."""
         self._backend.sleep()
 
 
 class RouterModeModels:
-    """The models of a router, as backends that take the place of ``backend``, of which only the name is used any more.
-    ``add`` makes a backend of a model that the router has named for the first time, ``open_`` reads what was learned
-    of it.
+    """The models of a router, as backends that replace ``backend``; only its name and its connection are still used.
+    ``add`` makes a backend for a model that the router has named for the first time. ``open_`` reads the backend's
+    learned rates.
     """
 
     def __init__(
@@ -126,13 +127,13 @@ class RouterModeModels:
         self._has_events = self._is_gone = False
 
     def start(self) -> None:
-        """Follow what the router does from now on. ``note`` was called before."""
+        """Follow the router from now on, and load models on demand. Call ``note`` before."""
         self._loading.spawn(self.on_demand.run(), f"{self.name}: load on demand")
         self._tasks.spawn(self._look_on(), f"{self.name}: list of models")
         self._tasks.spawn(self._listen(), f"{self.name}: events")
 
     async def stop_loading(self) -> None:
-        """From now on load and unload no model; wait for those that are being unloaded."""
+        """From now on load and unload no model. Waits for models that are being unloaded."""
         await self._loading.close()
         await self.on_demand.close()
 
@@ -143,7 +144,7 @@ class RouterModeModels:
         await self._backend.close()
 
     async def note(self, models: Sequence[RouterModel]) -> None:
-        """Take over the router's list of models: new ones become backends, and each gets its state."""
+        """Take over the router's list of models: make backends for new ones, and give each model its state."""
         new = [self._included(model) for model in models if model.name not in self._models]
         for backend in new:
             await self._open(backend)
@@ -204,7 +205,7 @@ class RouterModeModels:
 
     async def _listen(self) -> None:
         while True:
-            with contextlib.suppress(LlamaslotError):  # also a build without this route
+            with contextlib.suppress(LlamaslotError):  # also raised by a build without this route
                 async with contextlib.aclosing(self._router.changes()) as changes:
                     async for _ in changes:
                         self._has_events = True
