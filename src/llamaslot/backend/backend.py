@@ -68,7 +68,7 @@ class Members(Protocol):
 
     async def replace_by_models(self, backend: Backend, max_models: int) -> None:
         """Replace ``backend``, a router with at most ``max_models`` models loaded (0: any number), by one backend for
-        each of its models. Raises BackendDown if it has none."""
+        each of its models. Raises BackendDown if it has no models."""
         ...
 
     def check_process(self, backend: Backend, props: Props) -> None:
@@ -212,7 +212,7 @@ class Backend:
 
     @property
     def is_same_process(self) -> bool:
-        """As ``Proof.is_same_process``."""
+        """True if the process that told its properties last is still alive, however long ago it told them."""
         return self._proof.is_same_process
 
     def _prove(self, session: ServerSession, props: Props) -> None:
@@ -259,8 +259,8 @@ class Backend:
         self._doubt.set()
 
     def suspect(self) -> None:
-        """As ``doubt``. Until llama-server has answered a question, other backends get the requests, if there
-        are any."""
+        """Check at once if the process is still there. Until llama-server has answered a question, other backends get
+        the requests, if there are any."""
         self.doubt()
         self.suspicion.begin()
 

@@ -65,11 +65,15 @@ class Presence:
         self._is_awake.set()
 
     def use_if_loaded(self) -> bool:
-        """As ``ModelLoader.use_if_loaded``."""
+        """True if the model is loaded, as it always is without ``on_demand``. Then this call counts as a use of the
+        model.
+        """
         return self.on_demand is None or self.on_demand.use_if_loaded(self._backend)
 
     async def serving(self) -> None:
-        """As ``ModelLoader.serving``."""
+        """Wait until the model is loaded. Returns at once without ``on_demand``. Raises BackendDown. Canceling is
+        safe.
+        """
         if self.on_demand is not None:
             await self.on_demand.serving(self._backend)
 

@@ -192,10 +192,11 @@ class Lease:
     def is_latency_sensitive(self) -> bool:
         """True while long prefills must let this request go first, because its first token is expected soon.
 
-        This begins with the lease, and ends with the first token, while it waits for an exclusive section, or 2 s
-        after its last step began (more if only longer prefills are long). Of a request with a long prefill only its
-        saves, erases and restores count, because each would wait for a batch of another prefill. llamaslot's own work
-        never counts."""
+        It is so from the lease to the first token, but not while the request waits for an exclusive section, nor from
+        2 s after its last step began (later if only longer prefills are long). Of a request with a long prefill only
+        its saves, erases and restores count, because each would wait for a batch of another prefill. llamaslot's own
+        work never counts.
+        """
         if self.state in NEVER_FIRST:
             return False
         is_sent = self.state in OWN_REQUEST

@@ -329,7 +329,7 @@ class Leases:
     # -- invariants ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise AssertionError naming the invariant that does not hold."""
+        """Raise AssertionError naming the first invariant that does not hold, of the leases or of their slot table."""
         if self.table is None:
             return
         self.table.check()

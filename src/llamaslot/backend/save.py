@@ -172,9 +172,9 @@ class Saving:
             table.worth.holds(slot)
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
-        """Save the slot's content, the first ``n_tokens`` of the request, as a shared-prefix snapshot, as ``save``
-        does. The slot then goes on; its content counts as unsaved as before. Returns False if the save failed. Raises
-        SlotWedged."""
+        """Save the slot's content, the first ``n_tokens`` of the request, as a shared-prefix snapshot. The slot then
+        goes on, and its content counts as unsaved as before. Returns False if the save failed. Raises SlotWedged as
+        ``save`` does."""
         content, is_kept = lease.content, False
         try:
             if (

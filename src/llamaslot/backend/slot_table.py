@@ -422,7 +422,9 @@ class SlotTable:
     # -- invariants ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise AssertionError naming the invariant that does not hold."""
+        """Raise AssertionError naming the first invariant that does not hold, of slots, their worth, indexes or
+        snapshots.
+        """
         self._index.check()
         self.worth.check()
         self._pending.check()

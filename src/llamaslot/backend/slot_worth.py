@@ -279,7 +279,9 @@ class SlotWorth:
         return recompute_s
 
     def check(self) -> None:
-        """Raise AssertionError naming the invariant that does not hold."""
+        """Raise AssertionError naming the first invariant that does not hold, of the values, their order or
+        the index.
+        """
         self._index.check()
         idle = {slot.id for slot in self.slots if slot.is_idle}
         if self.rewind_model.is_rewindable:

@@ -39,8 +39,8 @@ class UnassistedSlots(SlotTable):
 
 
 async def has_idle_slot(api: LlamaServer, table: SlotTable) -> bool:
-    """Return True if llama-server has an idle slot although it works on all requests sent to it. False if it does not
-    answer.
+    """Return True if llama-server has an idle slot, and works on at least as many requests as were sent to it. False
+    if it does not answer.
     """
     try:
         infos = await api.slots()

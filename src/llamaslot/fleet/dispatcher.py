@@ -416,7 +416,7 @@ class Dispatcher:
     # -- invariants ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise AssertionError naming the invariant that does not hold."""
+        """Raise AssertionError naming the first invariant that does not hold, of leases, queue or pool index."""
         for leases in self.backends.values():
             leases.check()
         self.queue.check()

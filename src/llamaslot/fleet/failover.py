@@ -88,7 +88,9 @@ class Attempts:
         self.lease = lease
 
     def check_process(self) -> Awaitable[None] | None:
-        """As ``Pool.check_process`` for the request's lease; None without a lease."""
+        """Check that the connection for the request leads to the process of its lease; see ``Pool.check_process``.
+        None without a lease.
+        """
         return self.pool.check_process(self.lease) if self.lease is not None else None
 
     def check(self, prompt: bytes) -> None:

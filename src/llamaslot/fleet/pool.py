@@ -196,8 +196,8 @@ class Pool:
         return known or list(every)
 
     def _use_if_proved(self) -> bool:
-        """True if ``ready`` would find the same pool, as is known without a question. Then this call counts as a use
-        of the model.
+        """True if it is known, without asking llama-server, that ``ready`` would return at once. Then this call counts
+        as a use of the model.
         """
         if any(table.model_snapshots.n_unread for table in self.dispatcher.tables):
             return False
@@ -301,8 +301,8 @@ class Pool:
         is_back: bool = False,
         preempted: Preempted | None = None,
     ) -> Lease:
-        """As ``Dispatcher.lease``. ``report`` gets a ``QueuePosition``, whose text has the position at the time when
-        it is formatted.
+        """Wait for a slot on any backend, and return its lease; see ``Dispatcher.lease``. ``report`` gets a
+        ``QueuePosition``, whose text has the position at the time when it is formatted.
         """
         report(QueuePosition(partial(self.dispatcher.position, request)))
         return await self.dispatcher.lease(request, is_back=is_back, preempted=preempted)

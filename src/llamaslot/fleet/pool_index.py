@@ -186,7 +186,7 @@ class PoolIndex:
     # -- invariants ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise AssertionError naming the invariant that does not hold."""
+        """Raise AssertionError naming the first invariant of this index that does not hold."""
         if not self._is_kept:
             return
         self._index.check()

@@ -398,7 +398,7 @@ class Queue:
         ]
 
     def check(self) -> None:
-        """Raise AssertionError naming the invariant that does not hold."""
+        """Raise AssertionError naming the first invariant of the queue that does not hold."""
         assert all(n > 0 for n in self._n_running.values()), "no user gives back more than it had"
         counted = Counter(waiting.request.user.id for waiting in self._waiting)
         assert self._n_waiting == counted, "who waits is counted"

@@ -220,8 +220,8 @@ class Registry:
         return len(self._backends) > 1
 
     def check_process(self, backend: Backend, props: Props) -> None:
-        """As ``Members.check_process``. Two backends with the same mark (``media_marker``) have the same process: the
-        mark is random for each process, unless the environment sets it.
+        """Raise NotReady if another backend has the same llama-server process. Both have the same mark
+        (``media_marker``) then, which is random for each process unless the environment sets it.
         """
         self._processes[backend.name] = mark = props.boot_id
         other = next(
@@ -233,7 +233,9 @@ class Registry:
             raise NotReady(_SAME_PROCESS % other)
 
     async def replace_by_models(self, backend: Backend, max_models: int) -> None:
-        """As ``Members.replace_by_models``. Canceling is safe."""
+        """Replace ``backend``, a router, by one backend for each of its models. Raises BackendDown if it has no
+        models. Canceling is safe.
+        """
         api = backend.api
         router = ModelRouter(api.url, api.api_key, api.watchdog_s, name=backend.name)
         models = await router.models()
