@@ -128,9 +128,9 @@ class AbandonedSlots:
             self._leases.dispatch()
 
     def _settle(self, entry: _Abandoned, info: SlotInfo) -> None:
-        """Give back a slot in which llama-server has finished the abandoned request. The slot is kept with the first
-        ``info.n_tokens`` tokens of what was sent, or emptied if it has none. It is SUSPECT if another task has run in
-        it meanwhile.
+        """Give back a slot in which llama-server has finished the abandoned request. The slot keeps the first
+        ``info.n_tokens`` tokens of what was sent, and is FREE if it has none. It is SUSPECT if another task has run in
+        it meanwhile, or nothing is known of what was sent.
         """
         if not entry.table.is_current or entry.slot.state is not SlotState.DRAINING:
             return

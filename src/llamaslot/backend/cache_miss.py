@@ -114,7 +114,7 @@ class CacheMisses:
     def examine(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], format_: Format) -> None:
         """Start a task that looks for the cached prompt which the request of ``lease`` misses. Returns at once; the
         task writes its result to the journal, the log and the metrics. Call it before anything is done in the slot.
-        Without effect if the request reuses enough.
+        Without effect if the request reuses enough, or while eight other requests are examined.
         """
         request, plan = lease.request, lease.plan
         if plan is None or request.no_cache or self._n_under_way >= _AT_ONCE:

@@ -285,8 +285,8 @@ class PlanExecutor:
         self.metrics.restored(given.size_bytes, answer.seconds)
 
     def _not_restored(self, lease: Lease, snapshot_id: str, error: Exception) -> None:
-        """Offer the snapshot to no request at this llama-server after a failed restore: for ``_SET_ASIDE_S`` if the
-        reason may pass, else never again.
+        """Offer the snapshot to no request after a failed restore: for ``_SET_ASIDE_S`` if the reason may pass, else
+        never again.
         """
         if is_passing(error):
             if not isinstance(error, NoLanding):  # the landing place has logged why

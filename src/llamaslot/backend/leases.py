@@ -205,8 +205,9 @@ class Leases:
         return lease
 
     def try_lease(self, slot: Slot, request: Request) -> Lease | None:
-        """Lease an idle slot for work of llamaslot's own (a save, a probe). Returns None if the slot is not idle, or a
-        request waits for a slot.
+        """Lease an idle slot for work of llamaslot's own (a save, a probe). Returns None if the slot is not idle, if
+        an exclusive request keeps others out, or if a request waits for a slot and the backend is neither drained nor
+        being unloaded.
         """
         if self.table is None or self.is_gate_shut or not slot.is_idle:
             return None

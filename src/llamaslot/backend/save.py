@@ -414,8 +414,8 @@ class Saving:
 
 
 def _base(table: SlotTable, content: Content, tokens: bytes) -> Base | None:
-    """Return the snapshot with most tokens in common with ``tokens``, saved from a slot that held ``content``; None
-    without any."""
+    """Return the snapshot that shares most with ``tokens``, saved from a slot that held ``content``. Among equals it
+    is the slot's own snapshot. None without any."""
     library = table.model_snapshots
     hits = library.in_namespaces.match(tokens, (content.namespace,), _N_NEAREST)
     best = [hit for hit in hits if hit.n_shared == hits[0].n_shared]

@@ -107,8 +107,8 @@ class SlotWorth:
             self.on_change()
 
     def of(self, slot: Slot) -> Worth:
-        """Return the value of an idle slot, as it was at the last call of ``looked_at`` if the content is still the
-        same.
+        """Return the value of an idle slot. While its content is the same, this is the value at the last call of
+        ``looked_at``.
         """
         worth = self._worths.get(slot.id)
         return worth if worth is not None and worth.content is slot.content else self._compute(slot)

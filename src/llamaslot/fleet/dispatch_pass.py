@@ -69,9 +69,9 @@ class News:
 
 
 def open_backends(backends: Collection[Leases]) -> list[Leases]:
-    """Return the backends that accept a request now. A backend on which llamaslot stands aside is included only if
-    llamaslot stands aside on all. A suspect backend is included only if no other backend accepts requests, now or
-    soon.
+    """Return the backends that accept a request now. Backends on which llamaslot stands aside are included only if it
+    chooses slots on no connected backend. Suspect backends are included only if no other backend accepts requests, now
+    or soon.
     """
     open_, is_assisted = list[Leases](), False
     for leases in backends:  # in one loop: with 100 backends it is run several times for each request
@@ -99,8 +99,8 @@ def open_to(request: Request, open_: list[Leases], backends: Collection[Leases])
 
 
 def why_none(backends: Collection[Leases], *, is_queued: bool) -> LlamaslotError | None:
-    """Return the error for requests if each backend is down or drained, else None. ``is_queued``: for requests that
-    were accepted before; these wait until a drain has ended.
+    """Return the error for requests if there is no backend, or each is down or drained; else None. ``is_queued``: for
+    requests that were accepted before; these wait until a drain has ended.
     """
     if not backends:
         return BackendRestarted("no backend serves this model any more")
