@@ -31,9 +31,8 @@ _LITTLE = 0.1  # a prefill of this part of a usual answer's time hardly delays o
 
 
 class QueueLimits(Struct, frozen=True):
-    """The limits of the queue. ``max_waiting``: the number of requests that may wait. ``max_wait_s``: the longest wait of
-    a request in seconds; None is no limit.
-    """
+    """The limits of the queue. ``max_waiting``: so many requests may wait. ``max_wait_s``: the longest wait of a
+    request in seconds; None is no limit."""
 
     max_waiting: int = sys.maxsize
     max_wait_s: float | None = None

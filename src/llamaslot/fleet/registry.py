@@ -53,8 +53,7 @@ class Registry:
     store.
 
     The model of a backend is known once it is connected, and may be another one after its next connection. Before its
-    first connection a backend is in the first pool, which then has no model, or the model of other backends.
-    """
+    first connection a backend is in the first pool, which then has no model, or the model of other backends."""
 
     def __init__(self, metrics: Metrics, settings: PoolSettings) -> None:
         self.metrics, self._settings = metrics, settings
@@ -70,8 +69,7 @@ class Registry:
     @classmethod
     def of(cls, config: Config, urls: Mapping[str, str] | None = None) -> Registry:
         """Return a registry with the backends and stores in ``config``. ``urls``: by name, the URLs of managed
-        backends. Raises ConfigError if a configured file has become unreadable since the configuration was checked.
-        """
+        backends. Raises ConfigError if a configured file has become unreadable since the configuration was checked."""
         registry = cls(Metrics(), _pool_settings(config))
         registry.router.configure(config.models)
         registry._of_models = {
@@ -96,8 +94,7 @@ class Registry:
         slot_files: Path | None = None,
     ) -> Backend:
         """Add a backend; ``start`` connects to it. ``directory``: where its snapshots are; None without snapshots.
-        ``slot_files``: where llama-server writes and reads slot files, if elsewhere.
-        """
+        ``slot_files``: where llama-server writes and reads slot files, if elsewhere."""
         rates_file = store.meta_dir / f"{name}.rates.json"
         its = self._store(name, store, directory, slot_files) if directory is not None else None
         return self._add(name, api, its, rates_file)
@@ -122,8 +119,7 @@ class Registry:
         self, name: str, settings: StoreConfig, directory: Path, slot_files: Path | None
     ) -> SnapshotStore:
         """Return the store of ``directory``, which is made at the first call. Its files in ``meta_dir`` have the name
-        of the first backend that uses it.
-        """
+        of the first backend that uses it."""
         path = Path(os.path.realpath(directory))
         if path not in self.stores:
             self.stores[path] = SnapshotStore(
@@ -165,8 +161,7 @@ class Registry:
 
     def apply(self, config: Config) -> None:
         """Use the limits in ``config`` from now on, for queues and snapshots. If a quota is smaller than before,
-        snapshots are evicted in the background.
-        """
+        snapshots are evicted in the background."""
         self._settings = replace(self._settings, limits=_limits(config))
         for name, settings in self._of_models.items():
             self._of_models[name] = replace(settings, limits=_limits(config, config.models.each[name]))
@@ -178,8 +173,7 @@ class Registry:
 
     async def add_later(self, config: Config, name: str) -> None:
         """Add the backend ``name`` in ``config`` to the running ones. If it is there already and drained, put it into
-        service again. Raises LlamaslotError if its store cannot be used.
-        """
+        service again. Raises LlamaslotError if its store cannot be used."""
         if (backend := self.backend_named(name)) is not None:
             backend.drain.end()
             return
@@ -204,8 +198,7 @@ class Registry:
 
     def _saves_s(self, stats: SnapshotStats) -> float:
         """Return the seconds that each hit of a snapshot saves, by the speeds of any backend that can use it, because
-        all of these have similar speeds.
-        """
+        all of these have similar speeds."""
         tables = [backend.leases.table for backend in self._backends.values()]
         for table in tables:
             if table is not None and table.has_snapshot(stats.id):
@@ -221,8 +214,7 @@ class Registry:
 
     def check_process(self, backend: Backend, props: Props) -> None:
         """Raise NotReady if another backend has the same llama-server process. Both have the same mark
-        (``media_marker``) then, which is random for each process unless the environment sets it.
-        """
+        (``media_marker``) then, which is random for each process unless the environment sets it."""
         self._processes[backend.name] = mark = props.boot_id
         other = next(
             (name for name, process in self._processes.items() if process == mark and name != backend.name),
@@ -234,8 +226,7 @@ class Registry:
 
     async def replace_by_models(self, backend: Backend, max_models: int) -> None:
         """Replace ``backend``, a router, by one backend for each of its models. Raises BackendDown if it has no
-        models. Canceling is safe.
-        """
+        models. Canceling is safe."""
         api = backend.api
         router = ModelRouter(api.url, api.api_key, api.watchdog_s, name=backend.name)
         models = await router.models()
@@ -273,8 +264,7 @@ class Registry:
         3. No pool has it, and the backend's pool has no model yet: this becomes the pool's model.
         4. No pool has it, and no other backend has served the model of the backend's pool: the pool has this model
            from now on.
-        5. Otherwise a new pool is made.
-        """
+        5. Otherwise a new pool is made."""
         model, old = PoolModel.of(session), self.pool_of(backend)
         last = backend.last_session
         was_proved = last is not None and last.is_assisted and last.model_name == session.model_name
@@ -294,8 +284,7 @@ class Registry:
 
     def _settings_of(self, names: Collection[str]) -> PoolSettings:
         """Return the settings of a pool. ``names``: the names of its model and its backends; the first configured one
-        counts.
-        """
+        counts."""
         return next((settings for name, settings in self._of_models.items() if name in names), self._settings)
 
     def _started_pool(self) -> Pool:
@@ -337,8 +326,7 @@ class Registry:
 
     async def open(self) -> None:
         """Open all stores. Raises LlamaslotError, with a remedy, if one cannot be used. Warns if a disk is smaller
-        than the quota.
-        """
+        than the quota."""
         for store in self.stores.values():
             await store.open()
             if (note := await asyncio.to_thread(store.beyond_disk)) is not None:
@@ -439,8 +427,7 @@ def _rules(config: Config) -> Rules:
 
 def _chat_bodies(config: Config, files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
     """Return the bodies in ``files``, each with its file's name, after the rewrite rules. Raises ConfigError if a file
-    has become unreadable since the configuration was checked.
-    """
+    has become unreadable since the configuration was checked."""
     try:
         bodies = [(path.name, read_chat_file(path)) for path in files]
     except ValueError as error:
