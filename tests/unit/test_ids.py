@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.cache.ids import common, count, head, pack, unpack
+from llamaslot.cache.ids import Finder, common, count, head, pack, unpack
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 # Few differences in long sequences, on every side of the chunk of 64 tokens that `common` compares at once.
@@ -47,6 +47,17 @@ def test_unpack_refuses_half_a_token() -> None:
     """Bytes that do not end on a whole token are a ValueError."""
     with pytest.raises(ValueError, match="not whole tokens"):
         unpack(b"12345")
+
+
+NEAR = st.sampled_from([0, 1, 2, 256, 257, 258, 2**24, 2**24 + 1, -1, 7])  # they share bytes at some places
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.lists(INT32 | NEAR, max_size=80), st.sets(INT32 | NEAR, max_size=6))
+@example([1, 256, 257, 0], {1, 256})
+def test_finds_what_a_loop_finds(ids: list[int], wanted: set[int]) -> None:
+    """``Finder`` finds the wanted ids, also among others with the same bytes at the same places."""
+    assert Finder(wanted).find(pack(ids)) == [i for i, each in enumerate(ids) if each in wanted]
 
 
 def test_head_is_the_first_tokens() -> None:

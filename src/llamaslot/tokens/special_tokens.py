@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import marisa_trie  # type: ignore[import-not-found]  # compiled, without stubs
 
-from llamaslot.cache.ids import WIDTH, count, unpack
+from llamaslot.cache.ids import WIDTH, Finder, count, unpack
 from llamaslot.tasks import gather
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class SpecialTokens:
     def _rebuild(self) -> None:
         self._trie = marisa_trie.Trie(self._ids)
         self._longest = max(map(len, self._ids), default=0)
-        self._known_ids = frozenset(self._ids.values())
+        self._in_tokens = Finder(self._ids.values())
         self._alone: dict[str, bool] = {}  # answers of ``stands_alone``
         # Two characters are enough to skip most of the text in C; the trie is searched only at the rest.
         heads = "|".join(re.escape(head) for head in sorted({text[:2] for text in self._ids}))
@@ -124,11 +124,11 @@ class SpecialTokens:
         """The index in ``tokens`` of each mark, a special token of the text. None if text and tokens do not have the
         same special tokens in the same order. With ``may_add`` the tokens may begin with BOS, which is not in the text.
         """
-        known, ids = self._known_ids, unpack(tokens)
-        where = [i for i, token in enumerate(ids) if token in known]
+        where = self._in_tokens.find(tokens)
         if may_add and len(where) == len(marks) + 1 and where[0] == 0:
             del where[0]
-        return where if [ids[i] for i in where] == [mark.id for mark in marks] else None
+        found = unpack(b"".join([tokens[i * WIDTH : (i + 1) * WIDTH] for i in where]))
+        return where if found == [mark.id for mark in marks] else None
 
     def drop(self, special: str) -> bool:
         """Forget a special token and never learn it again, so that no text is cut at it any more. False if it was not

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Mapping
@@ -35,6 +36,7 @@ _SHOWN = (
 )  # fmt: skip
 
 _MAX_TEXTS = 1024  # in one list of prompts: for each, one request is sent to the server, one after the other
+_LONG_TEXT = 1 << 16  # characters
 
 # The most tokens of the header that a template puts before an answer: the role, perhaps the beginning of its reasoning.
 _HEADER_TOKENS = 16
@@ -266,6 +268,8 @@ class Tokenizer:
         """Learn the special tokens in the new part of the text, and store the text with its tokens, for texts that
         continue it. Errors while learning are ignored: the tokens of the request are known already.
         """
+        if len(text) - split.known.begin > _LONG_TEXT:
+            await asyncio.sleep(0)  # other requests first: reading the tokens took milliseconds, and so will this
         with contextlib.suppress(LlamaslotError):
             await split.specials.learn(text[split.known.begin :])
         if split.specials.n_version != split.n_version:
