@@ -118,7 +118,7 @@ class Probes:
 
     async def can_save(self, slot: int, n_tokens: int) -> bool:
         """Return True if llama-server can save ``slot`` to a file that llamaslot can read. This saves the slot once to
-        find out. ``n_tokens``: the number of tokens in the slot.
+        find out. If False, a warning tells why. ``n_tokens``: the number of tokens in the slot.
         """
         if not n_tokens:
             await self._fill(slot, _FEW)

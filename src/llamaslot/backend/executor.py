@@ -1,5 +1,5 @@
-"""Performs the steps of a plan in a leased slot. If a step fails, the request goes on without it. A failed step never
-fails the request.
+"""Performs the steps of a plan in a leased slot. If a step fails, the request goes on without it, or is placed again.
+A failed step never fails the request.
 """
 
 from __future__ import annotations
@@ -301,7 +301,8 @@ class PlanExecutor:
         """Record that llama-server has refused the client's own request, so that the slot holds the same as before.
 
         After a 4xx this is certain. A 500 may be a refusal too (llama-server uses it for some faults of clients), or a
-        failure in the slot. Then llama-server is asked how many tokens the slot has.
+        failure in the slot. Then llama-server is asked how many tokens the slot has. If the number has changed, the
+        content is unknown.
         """
         is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
         lease.finish(lease.before if is_sure else None)

@@ -1,9 +1,9 @@
 """Tells if a llama-server is there, awake, and likely to answer. ``Backend._until_gone`` in ``backend.py`` watches the
 server and decides that it is down.
 
-It is not always there: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it and starts it
-again for the next request, or it is one of the models of a router. A llama-server that may hang, or that answers with
-errors, gets requests only if no other backend can take them.
+A llama-server is not always there: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it
+and starts it again for the next request, or it is one of the models of a router. A llama-server that may hang, or that
+answers with errors, gets requests only if no other backend can take them.
 """
 
 from __future__ import annotations

@@ -332,7 +332,7 @@ class Lease:
             self.content = self._in_its_space(content)
 
     def is_other_conversation(self, n_common: int, n_tokens: int) -> bool:
-        """True if of ``n_tokens`` the request shares only ``n_common``, no more than its system part."""
+        """True if the request shares no more than its system part (``n_common``) with a content of ``n_tokens``."""
         return n_common <= self.request.n_system + NEGLIGIBLE_TOKENS < n_tokens
 
     def _in_its_space(self, content: Content) -> Content:

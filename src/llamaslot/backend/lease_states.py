@@ -117,8 +117,8 @@ class RetryPlacement(Exception):
     far.
 
     It is an exception because it ends the steps of a plan at any depth, through context managers that release leases
-    and locks. As a result it would pass four callers that can do nothing with it. It is not a LlamaslotError, because
-    no client sees it.
+    and locks. A return value would have to pass through four callers that can do nothing with it. It is not a
+    LlamaslotError, because no client sees it.
     """
 
     def __init__(self, prefill_stats: PrefillStats | None) -> None:

@@ -60,7 +60,7 @@ class News:
         self._changed.update(dict.fromkeys(name for name in backends if name is not None))
 
     def tell(self) -> None:
-        """Notify the tasks that wait for changes on these backends; of few backends, on all."""
+        """Notify the tasks that wait for changes on these backends. With few backends, notify the tasks on all."""
         changed, self._changed = self._changed, {}
         for name in changed if len(self._backends) > _FEW else [*self._backends]:
             leases = self._backends.get(name)

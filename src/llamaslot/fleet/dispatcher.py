@@ -319,9 +319,10 @@ class Dispatcher:
         return None
 
     def _is_still_behind(self, table: SlotTable, waiting: Waiting, look: DispatchPass) -> bool:
-        """True if this long prompt must leave the last idle slot to others without being compared again. Either the
+        """True if this long prompt must leave the last idle slot to others without being placed again. Either the
         lease in ``waiting.behind`` still waits for its turn, or ``_MOST_BEHIND`` requests have left the slot in this
-        pass already."""
+        pass already.
+        """
         if waiting.had_a_place or self.now() >= self._late_at(waiting):
             return False
         prompt_s = waiting.cost_s - answer_s(table, waiting.request)

@@ -50,7 +50,9 @@ class ManagedModel(ServedOnDemand):
         self._tasks = TaskOwner()
 
     async def load(self) -> None:
-        """Start the llama-server and wait until it serves. Raises and is cancelled as ``Loadable.load``."""
+        """Start the llama-server and wait until it serves. Raises BackendDown if it ends before that. Canceling stops
+        it.
+        """
         deaths = list[str]()
 
         def died(how: str) -> None:
@@ -75,7 +77,7 @@ class ManagedModel(ServedOnDemand):
         log.info("%s: loaded: a request needs it", self.name)
 
     async def unload(self) -> None:
-        """Save the slots and stop the llama-server. Canceling is safe, as for ``Loadable.unload``."""
+        """Save the slots and stop the llama-server. Canceling is safe: the llama-server is stopped all the same."""
         self._backend.leases.is_leaving = True
         try:
             await self._backend.save_all(self._save_s)

@@ -81,8 +81,8 @@ class Prewarm:
 
     @property
     def _tables(self) -> list[SlotTable]:
-        """One slot table for each snapshot directory. Backends that sleep are left out, because a prewarm must not
-        wake them.
+        """One slot table for each snapshot directory. Backends that cannot save are left out, and backends that sleep,
+        because a prewarm must not wake them.
         """
         found: dict[int, SlotTable] = {}
         for backend in self._dispatcher.backends.values():

@@ -302,7 +302,7 @@ class Queue:
         return here.answers[key]
 
     def may_run_at_once(self, user: User, now: float) -> bool:
-        """True if a request of ``user`` may have an idle slot, as is certain without comparing users."""
+        """True if a request of ``user`` may certainly have an idle slot; False if users must be compared first."""
         if not (n_held := self._n_running[user.id]):
             return True
         n_max = self._max_running(user)

@@ -47,7 +47,9 @@ class RouterModeModel(ServedOnDemand):
         return self._state == "loaded" or (is_asleep and self._backend.session is not None)
 
     async def load(self) -> None:
-        """Have the router load the model, and wait until it serves. Raises and is cancelled as ``Loadable.load``."""
+        """Have the router load the model, and wait until llamaslot is connected to it. Raises BackendDown if that
+        failed.
+        """
         try:
             await self._router.load(self._model)
         except LlamaslotError as error:
@@ -61,7 +63,7 @@ class RouterModeModel(ServedOnDemand):
         log.info("%s: loaded: a request needs it", self.name)
 
     async def unload(self) -> None:
-        """Save the slots, and have the router unload the model. Canceling is safe, as for ``Loadable.unload``."""
+        """Save the slots, have the router unload the model, and wait until it has. A failure is logged."""
         leases = self._backend.leases
         leases.is_leaving = True
         try:

@@ -250,7 +250,7 @@ class SnapshotSize:
         self._line = self._in_whole = None
 
     def observe_each(self, files: Sequence[tuple[int, int]]) -> None:
-        """Call ``observe`` for each pair (tokens, bytes) of ``files`` that later pairs would not displace."""
+        """Call ``observe`` for each of the last ``KEPT`` different pairs (tokens, bytes) in ``files``."""
         last = dict[tuple[int, int], None]()
         for file in reversed(files):
             if len(last) == self.KEPT:

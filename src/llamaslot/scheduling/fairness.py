@@ -76,8 +76,8 @@ class Booked(Struct, frozen=True):
     """How deficits changed when ``user`` was granted a slot: by ``own_s`` for ``user``, and by ``changes_s`` for each
     of ``others``. The first ``n_waiting`` of ``others`` waited for a slot.
 
-    There is one such object for each running request. With 1,000 users, sets and dictionaries took 80 kB instead of a
-    tuple and an array.
+    There is one such object for each running request. A set and a dictionary in place of the tuple and the array took
+    80 kB with 1,000 users.
     """
 
     user: str
@@ -151,8 +151,8 @@ class Shares:
 
     def granted(self, user: str, cost_s: float, waiting: Collection[str], idle: Collection[str]) -> Booked:
         """Book a slot for ``user``, for about ``cost_s`` seconds. Equal parts of the time are owed to the other users
-        in ``waiting`` (they wait for a slot) and in ``idle`` (they are present but wait for none, and have one slot at
-        most). Pass the result to ``took`` at the end.
+        in ``waiting`` (they wait for a slot) and in ``idle`` (they are present, but do not wait). Pass the result to
+        ``took`` at the end.
         """
         self._n_served += 1
         self._served[user] = self._n_served
