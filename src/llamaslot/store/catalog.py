@@ -1,7 +1,9 @@
-"""The snapshots in one directory: a quota before each write, a commit by rename, a repair at each opening.
+"""The snapshots in one directory: reserves space before each save, commits saved files, and repairs at each opening.
 
-One event loop owns a catalog. No await is between reading the accounts and changing them. Space is booked before it is
-used on disk, and released after it is free there. Files change in tasks: a cancelled caller leaves no wrong account.
+It carries out each eviction: ``_drop`` unlists a snapshot and has its files removed. It decides *when* only at the
+start and after a change of limits (``_beyond_limits``), else ``Quota`` does. ``SnapshotTable.victims`` decides *which*.
+
+One event loop owns a catalog. Files change in tasks, so cancelling a caller leaves no account wrong.
 """
 
 from __future__ import annotations
@@ -34,11 +36,10 @@ log = logging.getLogger(__name__)
 
 
 class Catalog:
-    """The snapshots in one directory. Those of models that no backend serves (``serve``) are evicted first, then by
-    ``order`` (default: by value).
+    """The snapshots in one directory. ``order`` ranks them for eviction, by default by value.
 
-    ``on_drop`` is called in the event loop at the moment when a snapshot leaves ``snapshots``, for any reason; its
-    file may still exist for a moment. It is not called for what ``open`` removes.
+    ``on_drop`` is called in the event loop when a snapshot leaves ``snapshots``, for any reason but a removal in
+    ``open``; its files may still exist for a moment.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Catalog:
         landing: Path | None = None,
         landing_bytes: int = 0,
     ) -> None:
-        """``landing``: where llama-server writes and reads, if elsewhere; at most ``landing_bytes`` stay there."""
+        """``landing``: where llama-server writes and reads, if not in ``directory``; it keeps ``landing_bytes``."""
         self.directory, self.slot_files = directory, landing or directory
         self._now, self._on_drop = now, on_drop
         self._lock = DirectoryLock(directory)
@@ -101,7 +102,7 @@ class Catalog:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk or reserved: snapshots, reservations, and files that are being removed or cannot be removed."""
+        """Bytes on disk or reserved: of snapshots, reservations, files being removed, and files that cannot be."""
         return self._quota.size_bytes
 
     def last_used(self, id_: str) -> float:
@@ -113,7 +114,7 @@ class Catalog:
         return self._table.stats[id_].n_hits
 
     def value(self, id_: str) -> float:
-        """What a snapshot is worth per byte now: one of less is evicted sooner. Raises KeyError."""
+        """A snapshot's rank by ``order`` now: the lowest is evicted first. Raises KeyError."""
         return self._table.order.rank(self._table.stats[id_], self._now())
 
     def own_bytes(self, id_: str) -> int:
@@ -159,7 +160,7 @@ class Catalog:
             await self._quota.next_removal()
         self._upkeep.changed(found.n_read)
         for id_ in self.snapshots.keys() - found.durable:
-            self._upkeep.sync(Noted.of(self.snapshots[id_]))  # llamaslot was killed before this was done
+            self._upkeep.sync(Noted.of(self.snapshots[id_]))  # an earlier llamaslot was killed before it did
         log.info(
             "snapshots: %d in %s, %s of %s used; removed %d unfinished and %d broken, evicted %d, ignored %d files"
             " of others",
@@ -169,17 +170,17 @@ class Catalog:
         return list(self.snapshots.values())
 
     async def settle(self) -> None:
-        """Wait until everything begun is on disk: removals, commits, times of use. Canceling is safe."""
+        """Wait for all removals, commits and writes of times of use that have begun. Canceling is safe."""
         while len(self._tasks):
             await self._tasks.drain()
 
     async def write_manifest(self) -> None:
-        """Write the manifest, so the next ``open`` need not open each file. Canceling is safe."""
+        """Write the manifest, so that the next ``open`` need not read each file. Canceling is safe."""
         await self._upkeep.write_manifest()
 
     def close(self) -> None:
-        """Release the lock of the directory. Idempotent. Without ``settle`` before, unfinished removals, commits and
-        times of use may be lost.
+        """Release the lock of the directory. Call ``settle`` before: removals, commits and times of use that have not
+        ended may be lost. Idempotent.
         """
         self.landing.close()
         self._lock.release()
@@ -192,8 +193,8 @@ class Catalog:
         return self._quota.limits
 
     def take_limits(self, limits: Limits) -> None:
-        """Use other limits from now on. What is too much is evicted in the background; in a shared store, which needs
-        a turn for that, at the next reservation.
+        """Use other limits from now on. Snapshots beyond them are evicted in the background. In a shared store that
+        happens at the next reservation, because it needs ``Neighbours.turn``.
         """
         if limits == self._quota.limits:
             return
@@ -210,8 +211,8 @@ class Catalog:
             log.info("snapshots: %d evicted for the new limits", len(over))
 
     def _beyond_limits(self, now: float) -> list[Snapshot]:
-        """The snapshots that must be evicted although nothing is to be saved. None is evicted for a disk that other
-        programs have filled so far that it would be too full without any snapshot.
+        """The snapshots to evict so that the limits hold (bytes, number of files, free space on the disk), although
+        nothing is to be saved. If the disk would be too full even without them, free space does not count.
         """
         short = self._quota.short()
         victims = self._table.victims(*short, (), now)
@@ -260,7 +261,9 @@ class Catalog:
         return Reservation(id_, id_ + PART, size_bytes, has_landed)
 
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
-        """Evict at least what is ``short``, or nothing. Returns whether that was possible."""
+        """Evict snapshots outside ``keep`` so that at least ``short`` is freed. If that is impossible, evict nothing
+        and return False.
+        """
         victims = self._table.victims(*short, keep, self._now())
         if not short.is_met_by(self._table.files.freed_bytes(victims), len(victims)):
             return False
@@ -271,11 +274,11 @@ class Catalog:
     # -- one reservation ------------------------------------------------------------------------------------------
 
     async def commit(self, reservation: Reservation, saved: SavedSlot) -> WithTokens:
-        """Make the saved part file a snapshot, if its content is as expected.
+        """Make the part file that llama-server has saved a snapshot.
 
-        Raises SnapshotInvalid; raises QuotaExceeded if the file is larger than reserved and nothing can be evicted for
-        the rest. In both cases the file is removed and the reservation ended. If cancelled, the commit is completed
-        all the same; ``abandon`` then waits for it and changes nothing.
+        Raises SnapshotInvalid if its content is not as expected, QuotaExceeded if it is larger than reserved and the
+        difference cannot be evicted. Then the file is removed and the reservation ends. Canceling does not stop the
+        commit: ``abandon`` then waits for it and changes nothing.
         """
         state = self._reservations.get(reservation.id)
         if state is None or state.commit is not None:
@@ -303,7 +306,7 @@ class Catalog:
         self._turnover.ended()
         if snapshot.id not in self._manifest.durable:
             self._upkeep.sync(Noted.of(snapshot))
-        elif saved.idle_s:  # on disk already, but dated as if used now: the manifest would leave it out
+        elif saved.idle_s:  # its sidecar is dated as if used now: the manifest would leave the snapshot out
             self._upkeep.date(noted.id)
         else:
             self._upkeep.changed(1)
@@ -311,8 +314,9 @@ class Catalog:
         return snapshot
 
     async def abandon(self, reservation: Reservation, *, is_refused: bool = False) -> None:
-        """Remove the part file and release the space. ``is_refused``: llama-server could not write the file.
-        Idempotent; no effect on a committed reservation. Canceling is safe: the file is removed all the same.
+        """End a reservation without a snapshot: remove its part file and release its space. No effect on a committed
+        one; idempotent. ``is_refused``: llama-server could not write the file. Canceling is safe: the file is removed
+        all the same.
         """
         if is_refused:
             self.landing.was_refused(reservation.id)
@@ -334,8 +338,8 @@ class Catalog:
     # -- one snapshot ---------------------------------------------------------------------------------------------
 
     def pin(self, id_: str) -> Pin:
-        """Keep the snapshot's file until the returned context exits. Raises KeyError immediately if the snapshot is
-        gone.
+        """Protect the snapshot's files, from this call until the returned context exits. Raises KeyError if the
+        snapshot is gone.
         """
         return Pin(self._table.pin(id_), self._unpin)
 
@@ -344,19 +348,19 @@ class Catalog:
             self._remove(pending_delete)
 
     def touch(self, id_: str) -> None:
-        """Record a hit of a snapshot now; written to disk a moment later. An unknown id is ignored."""
+        """Record that a request uses a snapshot now, and write that to disk a moment later. Ignores an unknown id."""
         if id_ in self.snapshots:
             self._table.hit(id_, self._now())
             self._upkeep.date(id_)
 
     def branched(self, id_: str) -> None:
-        """Record that a snapshot's conversation has left it, so a hit is unlikely. An unknown id is ignored."""
+        """Record that the snapshot's conversation went on from an earlier point. Ignores an unknown id."""
         if id_ in self.snapshots and not self._table.stats[id_].is_branched:
             self._table.branch(id_, self._now())
             self._upkeep.date(id_)
 
     def inherit(self, id_: str, from_id: str) -> None:
-        """Give ``id_`` the hits of ``from_id``, whose conversation it continues. An unknown id is ignored."""
+        """Add the hits of ``from_id`` to those of ``id_``, which continues its conversation. Ignores unknown ids."""
         if id_ in self.snapshots and from_id in self.snapshots:
             self._table.inherit(id_, from_id, self._now())
             self._upkeep.date(id_)
@@ -370,14 +374,13 @@ class Catalog:
             return await self._upkeep.change_kind(changed)
 
     async def verify(self, id_: str) -> WithTokens:
-        """Check that the snapshot's file exists, has the recorded size, and has its tokens in the header. Returns the
-        snapshot with its tokens.
+        """The snapshot with its tokens, after a check that its files have the recorded sizes and these tokens.
 
-        Raises SnapshotInvalid otherwise. The snapshots that need the file are then dropped, unless they only could not
-        be read now (open files, memory, permission). Canceling is safe.
+        Raises SnapshotInvalid otherwise, and drops the snapshots that need a damaged file. None is dropped for a file
+        that only cannot be read now (open files, memory, permission). Canceling is safe.
         """
         if (pinned := self._table.pending_delete.get(id_)) is not None:
-            # Superseded since it was chosen, and still pinned by the one that asks.
+            # Dropped since the caller chose it, and still pinned by the caller.
             return await asyncio.to_thread(scan.agree_still, self.directory, pinned)
         try:
             pin = self.pin(id_)
@@ -391,7 +394,7 @@ class Catalog:
                 raise
 
     async def verify_some(self, ids: Collection[str]) -> list[WithTokens]:
-        """As ``verify``, for several in one call of a thread. Those that are gone or invalid are left out."""
+        """As ``verify``, for several snapshots in one call of a thread. The result lacks gone and invalid ones."""
         with contextlib.ExitStack() as stack:
             listed = [stack.enter_context(self.pin(id_)) for id_ in ids if id_ in self.snapshots]
             read = await asyncio.to_thread(scan.agree_each, self.directory, listed)
@@ -401,7 +404,7 @@ class Catalog:
             return [result for result in read if not isinstance(result, SnapshotInvalid)]
 
     def _is_invalid(self, id_: str, error: SnapshotInvalid) -> None:
-        """Drop an invalid snapshot, and all that need the same damaged file: each would cost a restore."""
+        """Drop an invalid snapshot, and all that need the same damaged file, unless the cause ``is_passing``."""
         if is_passing(error):
             return
         ids = {id_}
@@ -415,8 +418,8 @@ class Catalog:
             self._drop(each)
 
     async def drop(self, id_: str) -> None:
-        """Unlist the snapshot at once, and remove its file; if it is pinned, at the last unpin. Idempotent. Canceling
-        is safe: the file is removed all the same.
+        """Unlist the snapshot at once, remove its files, and wait for that. If it is pinned, the files go at the last
+        unpin, for which nothing waits. Idempotent. Canceling is safe: the files are removed all the same.
         """
         if id_ in self.snapshots:
             self._drop(id_)
@@ -425,7 +428,7 @@ class Catalog:
     # -- without an await ------------------------------------------------------------------------------------------
 
     def _take(self, id_: str) -> Snapshot:
-        """Unlist a snapshot, so that no request can use it; its files go now, or when it is not pinned any more."""
+        """Unlist a snapshot, so that no request can find it. Its files are removed now, or at its last unpin."""
         snapshot = self.snapshots[id_]
         if self._table.take(id_, self._now()):
             self._remove(snapshot)
@@ -435,7 +438,7 @@ class Catalog:
         self._on_drop(self._take(id_))
 
     def _remove(self, snapshot: Snapshot) -> None:
-        """Remove the sidecar of an unlisted snapshot, and those of its files that no other snapshot needs."""
+        """Start to remove the sidecar of an unlisted snapshot, and those of its files that no other snapshot needs."""
         self.landing.forget(snapshot.id)
         freed = self._table.release(snapshot)
         if (own := snapshot.id + KV) not in freed:
@@ -444,6 +447,6 @@ class Catalog:
             self._quota.remove(name[: name.index(".")], size_bytes)
 
     def check(self) -> None:
-        """Raise AssertionError with the name of the account that is not the sum of its parts."""
+        """Raise AssertionError with the name of the first broken invariant, of the table or of the accounts."""
         self._table.check()
         self._quota.check(sum(state.size_bytes for state in self._reservations.values()))

@@ -1,4 +1,9 @@
-"""The accounts of a quota, and the removal of files.
+"""Decides when snapshots must be evicted and how many bytes and files that must free; and removes files from the disk.
+
+``Quota`` keeps accounts of a directory's bytes and files. ``make_available`` is called before each write that needs
+space. If the space is missing, it calls ``evict``, which chooses and drops snapshots (``Catalog._evict``, with
+``SnapshotTable.victims``). In a shared store it first has other llamaslots' snapshots removed, if those were used
+longer ago (``shared_store.Neighbours``).
 
 Space is booked before it is used on disk, and released only after it is free on disk. There is no await between
 reading the accounts and changing them, so on one event loop they need no lock.
@@ -31,7 +36,7 @@ T = TypeVar("T")
 
 
 class QuotaExceeded(LlamaslotError):
-    """There is no space for a snapshot, and nothing that may be evicted for it."""
+    """There is no space for a snapshot, and too few snapshots may be evicted for it."""
 
 
 class NoRoomYet(QuotaExceeded):
@@ -77,8 +82,8 @@ class Turnover:
 
 
 class Limits(Struct, frozen=True):
-    """The limits of one directory. ``quota_bytes`` and ``max_files`` limit llamaslot's files; ``min_free_bytes`` of
-    the disk stay free for other programs. With 0 too, snapshots are evicted when the disk is full.
+    """The limits of one directory. ``quota_bytes`` and ``max_files`` limit llamaslot's files. ``min_free_bytes`` of the
+    disk must stay free for other programs; even with 0, snapshots are evicted when the disk is full.
     """
 
     quota_bytes: int
@@ -87,7 +92,7 @@ class Limits(Struct, frozen=True):
 
 
 def free_bytes_of(directory: Path) -> int | None:
-    """The free bytes of the file system of a directory; None if it reports no sizes, as some network file systems.
+    """The free bytes of a directory's file system; None if it reports no sizes, as some network file systems do.
     Blocking. Raises OSError.
     """
     found = os.statvfs(directory)
@@ -95,8 +100,8 @@ def free_bytes_of(directory: Path) -> int | None:
 
 
 def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_bytes: int) -> str | None:
-    """A warning if the disk is full before the quota is reached, else None. ``held_bytes``: bytes of the present
-    snapshots. Blocking file access.
+    """A warning if the disk will be full before the snapshots reach the quota, else None. ``held_bytes``: bytes of the
+    present snapshots. Blocking. Raises OSError.
     """
     free_bytes = free_bytes_of(directory)
     if free_bytes is None:
@@ -115,7 +120,9 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
 
 
 class Deficit(NamedTuple):
-    """How many bytes and files must be evicted; a negative number is still free."""
+    """How many bytes and files are missing, so that snapshots of that size and number must be evicted. A negative
+    number is what is still free.
+    """
 
     size_bytes: int
     n_files: int
@@ -125,34 +132,35 @@ class Deficit(NamedTuple):
 
 
 class Quota:
-    """The bytes and files of a directory, by account.
+    """The bytes and files of a directory, in accounts. All are in bytes.
 
-    ``committed``: snapshots. ``granted``: reservations, of which ``landed`` is on disk. ``leaving``: files being
-    unlinked. ``left``: leftovers, files of ours that are no snapshots but cannot be removed, so they count until they
-    are. The disk never holds more than the sum of these, ``landed`` apart. ``waiting``: reservations that wait for a
-    removal; nothing of them is on disk. In a shared store the quota holds for all its parts together.
+    ``committed``: of snapshots. ``granted``: of reservations; ``landed``: the part of ``granted`` that is on disk.
+    ``leaving``: of files being unlinked. ``left``: of *leftovers*, files of ours that belong to no snapshot but cannot
+    be removed. The disk never holds more of llamaslot's than ``committed + granted + leaving + left``. ``waiting``: of
+    reservations that wait for space, so nothing of them is on disk. In a shared store the limits hold for all its parts
+    together.
     """
 
     def __init__(
         self, directory: Path, limits: Limits, files: SharedFiles, n_held: Callable[[], int], tasks: TaskOwner
     ) -> None:
-        """``files``: of the snapshots; ``n_held``: number of snapshots and reservations."""
+        """``files``: the files of the snapshots. ``n_held()``: the number of snapshots and reservations."""
         self.directory, self.limits = directory, limits
         self._files, self._n_held, self._tasks = files, n_held, tasks
         self._neighbours = Neighbours.of(directory)
         self.granted = self.landed = self.leaving = self.left = self.waiting = 0
-        self.grant(0)  # whatever a run before had reserved
+        self.grant(0)  # tells the other llamaslots that what an earlier run had reserved does not count
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
         self.writing: set[str] = set()  # ids of files that no snapshot names yet
-        self.n_commits = 0  # since the start; and files of reservations that landed
+        self.n_commits = 0  # commits, and files of reservations that were written, since the start
         self._n_waiting = 0
         self._failures = Recurring(log, "snapshots: files can be removed again")
         self._free: int | None = None  # free bytes of the file system at the last query
 
     @property
     def is_shared(self) -> bool:
-        """Whether other llamaslots may evict snapshots of this directory."""
+        """True if this is a part of a shared store: other llamaslots may evict snapshots of this directory."""
         return self._neighbours is not None
 
     @property
@@ -175,77 +183,80 @@ class Quota:
         return self._n_held() + len(self.removing) + len(self.leftovers)
 
     def short(self, size_bytes: int = 0, n_files: int = 0) -> Deficit:
-        """What must be evicted for all reservations that wait, and for ``size_bytes`` and ``n_files`` more.
+        """The bytes and files that are missing for all waiting reservations, and for ``size_bytes`` and ``n_files``
+        more.
 
-        Files being removed count as gone, and waiting reservations as taken. So each reservation evicts only what is
-        missing after all removals have succeeded, and no two evict for the same bytes.
+        Files being removed count as gone, and waiting reservations as taken. So each reservation evicts only what will
+        still be missing after the running removals, and no two evict for the same bytes.
         """
         short = self.short_of_quota(size_bytes, n_files)
         free = self._short_of_free(self.waiting + size_bytes, self.leaving)
         return Deficit(max(short.size_bytes, free), short.n_files)
 
     def short_of_quota(self, size_bytes: int = 0, n_files: int = 0) -> Deficit:
-        """As ``short``, however full the disk is."""
+        """As ``short``, but by quota and number of files only; the free space of the disk does not count."""
         wanted = self.waiting + size_bytes
         short = self.committed + self.granted + self.left + self.others + wanted - self.limits.quota_bytes
         n_short = self._n_held() + len(self.leftovers) + self._n_waiting + n_files - self.limits.max_files
         return Deficit(short, n_short)
 
     def _short_of_free(self, wanted: int, coming: int) -> int:
-        """The bytes missing on the file system for reservations, perhaps half-written, and for ``wanted`` bytes."""
+        """The bytes missing on the file system for ``wanted`` bytes, for those of reservations that are not written
+        yet, and for ``min_free_bytes``. ``coming``: bytes that running removals will free.
+        """
         if self._free is None:
             return -sys.maxsize
         return self.limits.min_free_bytes + self.granted - self.landed + wanted - self._free - coming
 
     def grant(self, size_bytes: int) -> None:
-        """Account for ``size_bytes`` more of a reservation."""
+        """Book ``size_bytes`` more for a reservation; fewer if negative."""
         self.granted += size_bytes
         if self._neighbours is not None:
             self._neighbours.reserve(self.granted + self.waiting)
 
     def end_grant(self, size_bytes: int, landed_bytes: int) -> None:
-        """A reservation of ``size_bytes`` has ended, of which ``landed_bytes`` are on disk."""
+        """Record that a reservation of ``size_bytes`` has ended, of which ``landed_bytes`` are on disk."""
         self.landed -= landed_bytes
         self.grant(-size_bytes)
 
     def commit(self, size_bytes: int, landed_bytes: int) -> None:
-        """As ``end_grant``, for a reservation whose files a snapshot needs now."""
+        """As ``end_grant``, for a reservation whose files belong to a snapshot now."""
         self.n_commits += 1
         self.end_grant(size_bytes, landed_bytes)
 
     def land(self, size_bytes: int) -> None:
-        """Record that ``size_bytes`` of ``granted`` are on disk: the file system does not count them
-        as free any more.
-        """
+        """Record that ``size_bytes`` more of ``granted`` are on disk, so the file system counts them as used."""
         self.landed += size_bytes
         self.n_commits += 1
-        if self._free is not None:  # it may be from before
+        if self._free is not None:  # it was queried before these bytes were written
             self._free -= size_bytes
 
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """Within the block no other llamaslot of a shared store removes files of this directory. Do not use it within
-        ``make_available``, which has a turn of its own. Canceling is safe.
+        """Within the block no other llamaslot of a shared store removes files of this directory. Without a shared store
+        it does nothing. Do not use it within ``make_available``, which has a turn of its own. Canceling is safe.
         """
         return self._neighbours.turn() if self._neighbours is not None else nullcontext()
 
     async def query_free_space(self) -> None:
-        """Query the free space of the file system."""
+        """Query the free space of the file system; unknown (None) if that fails."""
         n_before = -1
         while n_before != self.n_commits:
-            # The result may lack what is committed meanwhile, which is no reservation any more.
+            # Query again after a commit meanwhile: the result may be from before the commit's file, whose bytes are no
+            # longer part of a reservation either.
             n_before = self.n_commits
             try:
                 self._free = await asyncio.to_thread(free_bytes_of, self.directory)
             except OSError:
-                self._free = None  # then the write reports the fault
+                self._free = None  # if the disk is really unusable, the write itself fails and says so
 
     async def make_available(
         self, size_bytes: int, evict: Callable[[Deficit], bool], *, n_files: int = 1
     ) -> None:
-        """Wait until ``n_files`` more files of ``size_bytes`` together fit. The caller must book them without an await
-        in between. With 0 bytes: for a file that has grown and is on disk already.
+        """Evict what is necessary, and wait until ``n_files`` more files of ``size_bytes`` together fit. The caller
+        must book them without an await in between. With 0 bytes: until the limits hold again, after a file has grown
+        that is on disk already.
 
-        ``evict(short)`` evicts at least ``short`` at once, or nothing and returns False. Raises QuotaExceeded.
+        ``evict(short)`` must evict at least ``short`` at once, or nothing and return False. Raises QuotaExceeded.
         Canceling is safe: removals that have begun are completed.
         """
         n_files = min(size_bytes, n_files)
@@ -267,7 +278,7 @@ class Quota:
     ) -> None:
         has_retried = has_removed = False
         while True:
-            if size_bytes or has_removed:  # else what was removed would be missing still
+            if size_bytes or has_removed:  # after a removal the last figure is too small
                 await self.query_free_space()
             if neighbours is not None:
                 await neighbours.look()
@@ -283,7 +294,7 @@ class Quota:
                     self.remove(id_, self._unleave(id_))
                 continue
             if is_short and not evict(short):
-                # What the own part holds may be in use: then the others' must do.
+                # All snapshots of the own part may be in use: then only those of other parts are left to evict.
                 if neighbours is not None:
                     theirs = neighbours.share_of_others(short.size_bytes, is_all_theirs=True)
                     if theirs:
@@ -323,8 +334,8 @@ class Quota:
         return f"no room for {readable_size(size_bytes)}: {quota}. Raise store.quota, or unpin something"
 
     def remove(self, id_: str, size_bytes: int, *, keeps_data: bool = False) -> asyncio.Task[None]:
-        """Start to unlink the files of an id; their bytes count until that is done. ``keeps_data``:
-        only the sidecar.
+        """Start to unlink the files of an id, ``size_bytes`` in all, which count until they are gone. ``keeps_data``:
+        unlink only the sidecar.
         """
         self.leaving += size_bytes
         name = id_ + JSON if keeps_data else id_
@@ -333,7 +344,7 @@ class Quota:
         return task
 
     async def _unlink(self, name: str, id_: str, size_bytes: int, keeps_data: bool) -> None:
-        n_left = size_bytes  # until more is known
+        n_left = size_bytes  # if the thread fails, all bytes are left
         try:
             n_left, error = await asyncio.to_thread(scan.remove, self.directory, id_, keeps_data=keeps_data)
             if error is not None:
@@ -342,28 +353,28 @@ class Quota:
             elif not self.leftovers:
                 self._failures.succeeded()
         finally:
-            # On every path: waiters for this removal read the result here.
+            # On every path, in one step: those who wait for this removal look at the accounts next.
             del self.removing[name]
             self.leaving -= size_bytes
             if n_left:
                 self.leave(id_, n_left)
 
     def is_known(self, id_: str) -> bool:
-        """Whether the accounts have files of that id."""
+        """True if files of this id are being removed, could not be removed, or are being written."""
         return id_ in self.removing or id_ in self.leftovers or id_ in self.writing
 
     async def removed(self, id_: str) -> None:
-        """Wait until the files of the id are gone, or known to be left over. Canceling is safe."""
+        """Wait for a running removal of the id's files, whether it succeeds or not. Canceling is safe."""
         for name in (id_, id_ + JSON):
             if (removal := self.removing.get(name)) is not None:
                 await asyncio.shield(removal[1])
 
     async def next_removal(self) -> None:
-        """Wait until one of the running removals has ended. Canceling is safe."""
+        """Wait until one of the running removals has ended; there must be one. Canceling is safe."""
         await asyncio.wait([task for _, task in self.removing.values()], return_when=asyncio.FIRST_COMPLETED)
 
     def leave(self, id_: str, size_bytes: int) -> None:
-        """Account for files that could not be removed."""
+        """Count ``size_bytes`` of an id's files that could not be removed as leftovers."""
         self.leftovers[id_] = size_bytes
         self.left += size_bytes
 

@@ -1,15 +1,24 @@
-"""A directory that several llamaslots share, one for each model: a part for each, and one quota for all.
+"""A directory that several llamaslot processes share, one for each model: each has a *part*, and one quota holds for
+all. **A process evicts snapshots from the parts of other processes too** (``Neighbours.remove``), and others evict its
+own: ``sidecar_upkeep.Sweep`` finds those missing and drops them from the table.
 
-``<root>/<part>/`` has slot files, ``<root>/.meta/<part>/`` llamaslot's own files. A part is claimed by an flock on a
-file in the latter, which the kernel releases when the process ends.
+``<root>/<part>/`` has slot files, ``<root>/.meta/<part>/`` llamaslot's own files. A process claims a part by an flock
+on a file in the latter directory. The kernel releases that lock when the process ends.
 
-Each process sees the files of the others, and how much they have reserved: a number in ``<root>/.meta/<part>/``.
-Space is reserved and evicted by one process at a time, under an flock of the root, which the kernel releases if that
-process dies; what a dead one had reserved does not count. What was used least recently goes first, wherever it lies:
-of its own part a process then evicts what is worth least, of another part just that. A part that is in use keeps what
-it has used in the last minute, which may be in one of its plans. A save that goes on from a snapshot makes sure in a
-turn of its own, after its sidecar is written, that the files of that are there: who evicts later reads in the sidecar
-that they are needed.
+How a process makes room, called by ``Quota.make_available``:
+
+1. One process at a time reserves and evicts, under an flock of the root (``turn``). The kernel releases it too.
+2. It lists the files of all parts (``look``), and reads how much the other processes have reserved: a number in
+   ``<root>/.meta/<part>/``. What a dead process had reserved does not count.
+3. It takes the least recently used snapshots of all parts, as many as would free enough (``share_of_others``). Those of
+   other parts it removes itself. For those of its own part it evicts as many bytes, chosen by value
+   (``SnapshotTable.victims``): it does not know the values in other parts.
+4. It removes no pinned snapshot of another part. If a process has claimed that part, it removes none that was used in
+   the last minute either: a plan of that process may need it.
+
+A new snapshot may need files of an older one. After writing its sidecar, which names those files, its process checks
+within a turn that they still exist (``taking_in.let_go``). A process that evicts later reads in the sidecar that they
+are needed.
 """
 
 from __future__ import annotations
@@ -37,7 +46,7 @@ from llamaslot.tasks import in_thread
 
 META = ".meta"
 CLAIM = "in-use"
-QUOTA_LOCK = "quota.lock"  # in META: held while parts are claimed or space is reserved
+QUOTA_LOCK = "quota.lock"  # in META: locked while a process claims a part, or reserves space
 RESERVED = "reserved"
 IN_PLANS_S = 60.0
 _POLL_S = 0.01  # the lock is held for a scan and some removals
@@ -48,8 +57,8 @@ class StoreUnusable(LlamaslotError):
 
 
 class StorePart(Struct):
-    """A model's part of a shared store, claimed by this process until ``release``. ``taken``: ids of other processes
-    that hold the model's earlier parts.
+    """A model's part of a shared store, claimed by this process until ``release``. ``taken``: the process ids of other
+    llamaslots with the same model, which have claimed the parts before this one.
     """
 
     name: str
@@ -63,16 +72,17 @@ class StorePart(Struct):
 
 
 def name_of(model: str) -> str:
-    """The name of a model's part of the store: legible, and different for each ``model`` (a path, or where the model
-    is loaded from).
+    """The name of a model's part of the store: readable, and different for each ``model``, which is the path of the
+    model file or the place it is loaded from.
     """
     legible = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name.removesuffix(".gguf")).strip("-.") or "model"
     return f"{legible[:48]}-{hashlib.sha256(model.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def claim(root: Path, model: str) -> StorePart:
-    """Claim the first free part of a model. A second llamaslot with the same model gets a part of its own: two in one
-    directory would remove each other's files. Blocking. Raises StoreUnusable.
+    """Claim the first part of a model that no process has claimed; make its directories. A second llamaslot with the
+    same model gets another part: two in one directory would remove each other's files. Blocking: waits while another
+    process reserves space. Raises StoreUnusable.
     """
     try:
         (root / META).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -101,8 +111,8 @@ def _first_free(root: Path, first: str) -> StorePart:
 
 
 def _try_claim(meta_dir: Path) -> int | None:
-    """The open file of a claim; None if another process has that claim. Only while the quota is locked: a llamaslot
-    that starts must not meet a claim that was only tried. Blocking; raises OSError.
+    """The locked file of a part's claim, open; None if another process has claimed the part. Call it only while
+    QUOTA_LOCK is held: else a starting llamaslot could take this short try for a claim. Blocking; raises OSError.
     """
     return try_lock(meta_dir / CLAIM)
 
@@ -141,8 +151,8 @@ def _names(first: str) -> Iterator[str]:
 
 
 class _Seen(Struct, frozen=True, order=True):
-    """A snapshot of any part, in a list by time of last use. ``size_bytes``: what is freed by dropping it, after all
-    that were used longer ago.
+    """A snapshot of any part; they sort by time of last use. ``size_bytes``: the bytes that removing it frees, once all
+    snapshots of the part that were used longer ago are gone.
     """
 
     last_used: float
@@ -152,17 +162,18 @@ class _Seen(Struct, frozen=True, order=True):
 
 
 class Neighbours:
-    """The other parts of a shared store. ``directory``: the own part. ``others``: bytes of all other parts, as of the
-    last ``look``.
+    """The other parts of a shared store, as seen from the own part ``directory``; evicts from them. ``others``: bytes
+    of all other parts, reserved ones included, at the last ``look``.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._meta = directory, directory.parent / META
         self.others = 0
         self._seen: list[_Seen] = []
-        # Of the snapshots that the last look found, and the look before; a sidecar never changes in this.
+        # The files that a snapshot's sidecar names, by id, from the last look and the one before: no sidecar is read
+        # twice, as these never change.
         self._parts, self._parts_before = dict[str, tuple[Part, ...]](), dict[str, tuple[Part, ...]]()
-        self._kept: set[str] = set()  # not removed in this turn: pinned, or used meanwhile
+        self._kept: set[str] = set()  # not removed in this turn: pinned, used meanwhile, or unreadable
 
     @classmethod
     def of(cls, directory: Path) -> Neighbours | None:
@@ -182,13 +193,13 @@ class Neighbours:
             os.close(lock)
 
     def reserve(self, size_bytes: int) -> None:
-        """Tell the other processes how much this part has reserved in all. Blocking, for microseconds."""
-        with contextlib.suppress(OSError):  # then the quota is exceeded by it, until it is on disk
+        """Tell the other processes that this part has ``size_bytes`` reserved in all. Blocking, for microseconds."""
+        with contextlib.suppress(OSError):  # then the others may exceed the quota until the files are on disk
             (self._meta / self._directory.name / RESERVED).write_text(f"{size_bytes}\n")
 
     async def look(self) -> None:
-        """Look at the files of all parts; only within ``turn``. A part that cannot be read does not count. Canceling
-        is safe.
+        """List the files of all parts, for ``others`` and ``share_of_others``; only within ``turn``. A part that cannot
+        be read does not count. Canceling is safe.
         """
         self.others, self._seen = await in_thread(self._look)
 
@@ -212,14 +223,15 @@ class Neighbours:
         try:
             lock = _try_claim(meta_dir)
         except OSError:
-            return True  # of another user, perhaps
+            return True  # perhaps of another user: leave it alone
         if lock is not None:
             os.close(lock)
         return lock is None
 
     def share_of_others(self, short_bytes: int, *, is_all_theirs: bool = False) -> list[_Seen]:
-        """The snapshots to remove in other parts so that ``short_bytes`` become free, together with what the own part
-        evicts then. ``is_all_theirs``: the own part can evict nothing.
+        """The snapshots to remove from other parts so that ``short_bytes`` become free: of the least recently used of
+        all parts, those that are not in the own part, which evicts the other bytes itself. ``is_all_theirs``: the own
+        part can evict nothing, so all must come from other parts. Empty if all of these together are not enough.
         """
         theirs, left = list[_Seen](), short_bytes
         for one in self._seen:
@@ -233,14 +245,14 @@ class Neighbours:
         return theirs if left <= 0 else []
 
     async def remove(self, snapshots: list[_Seen]) -> None:
-        """Remove snapshots of other parts. Snapshots that must stay are not offered again in this turn. Canceling is
-        safe.
+        """Remove snapshots from other parts. Those that must stay (``_must_stay``) are left out by ``look`` for the
+        rest of this turn. Canceling is safe.
         """
         self._kept |= await in_thread(_remove, snapshots)
 
     def _files(self, directory: Path, *, with_parts: bool) -> tuple[int, list[_Seen]]:
-        """The bytes of slot files in a part, and its snapshots. Files being written are counted by their reservation,
-        unless ``with_parts``.
+        """The bytes of slot files in a part, and its snapshots. ``with_parts``: count part files, which are being
+        written, too; a process that runs counts them as reserved.
         """
         sizes, used, n_parts = dict[str, int](), dict[str, float](), 0
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
@@ -269,7 +281,7 @@ class Neighbours:
         return sum(sizes.values()) + n_parts, seen
 
     def _snapshot(self, directory: Path, id_: str, size_bytes: int, has_parts: bool) -> Snapshot:
-        """A snapshot of another part, with only the fields that tell which files it needs."""
+        """A snapshot of any part, with only the fields that tell which files it needs."""
         parts: tuple[Part, ...] = ()
         if has_parts:
             if (known := self._parts_before.get(id_)) is not None:
@@ -283,8 +295,8 @@ class Neighbours:
 
 
 def _remove(snapshots: list[_Seen]) -> set[str]:
-    """Remove snapshots of other parts, and those of their files that no other snapshot of the part needs. Returns the
-    ids of those that stay. Each part is read once: 0.7 s of CPU with 2,000 snapshots.
+    """Remove snapshots from other parts, and those of their files that no other snapshot of the part needs. Returns the
+    ids of the snapshots that were not removed. Blocking: reads each part once, 0.7 s of CPU with 2,000 snapshots.
     """
     stocks, kept = dict[Path, inventory.Stock](), set[str]()
     for one in snapshots:
@@ -297,7 +309,7 @@ def _remove(snapshots: list[_Seen]) -> set[str]:
         stock = stocks[one.directory]
         if (item := stock.items.get(one.id)) is None:
             continue
-        if stock.unreadable or _must_stay(one):  # what a sidecar needs that cannot be read is not known
+        if stock.unreadable or _must_stay(one):  # an unreadable sidecar may need any file
             kept.add(one.id)
             continue
         _, error = inventory.remove(one.directory, stock, replace(item, bad_files=()))
@@ -307,7 +319,7 @@ def _remove(snapshots: list[_Seen]) -> set[str]:
 
 
 def _must_stay(one: _Seen) -> bool:
-    """Whether a snapshot of another part is pinned, or was used since it was seen."""
+    """True if the sidecar of a snapshot of another part marks it as pinned, or if it was used since ``look``."""
     path = one.directory / (one.id + JSON)
     try:
         return path.stat().st_mtime != one.last_used or sidecar.parse(path.name, path.read_bytes()).is_pinned

@@ -1,6 +1,12 @@
-"""Updates sidecars later: the time of the last use, the number of hits, and that the data is on disk; and now and
-then the manifest of them, so that a start after a crash finds it little out of date. And compares the accounts with
-the disk while llamaslot runs: finds vanished files and unknown ones.
+"""Background work on the files of one directory.
+
+``Upkeep`` writes what changes in memory to disk a moment later: times of last use, numbers of hits, and in the sidecar
+that a snapshot's data has been synced. Now and then it writes the manifest, a copy of all sidecars, so that a start
+after a crash has few sidecars to read.
+
+``Sweep`` compares the directory with the table before each reservation. It evicts nothing. It drops snapshots whose
+files have vanished, in a shared store usually because another llamaslot has evicted them (``shared_store``), and
+removes files of llamaslot's that belong to no snapshot.
 """
 
 from __future__ import annotations
@@ -23,13 +29,13 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-_RANKED_AT_ONCE, _RANK_PAUSE_S = 128, 0.01  # 2 ms of each 12
-_CHANGES_MAX = 256  # sidecars that are not as in the manifest: reading them takes 0.1 s at the next start
+_RANKED_AT_ONCE, _RANK_PAUSE_S = 128, 0.01  # ranking takes 2 ms, then the event loop has 10 ms for other work
+_CHANGES_MAX = 256  # sidecars that differ from the manifest: reading so many takes 0.1 s at the next start
 
 
 class Upkeep:
-    """Background tasks on the sidecars of the snapshots in ``table``; ``lost(id)`` is called if the disk lost the
-    data. ``hits`` is the file of hits: only one thread at a time may write to it.
+    """Writes what changes about the snapshots in ``table`` to disk, in background tasks. ``lost(id)`` is called if the
+    disk has lost a snapshot's data. ``hits`` is the file of hits: only one thread at a time may write to it.
     """
 
     def __init__(
@@ -43,14 +49,16 @@ class Upkeep:
         self._directory, self._table, self._manifest = directory, table, manifest
         self._tasks, self._lost = tasks, lost
         self.hits = HitLog(directory)
-        self._undated: dict[str, float] = {}  # used, and no thread is writing that yet
+        self._undated: dict[str, float] = {}  # times of last use, by id, that no thread writes yet
         self._is_dating = False
         self._n_changed = 0
         self._failures = Recurring(log, "snapshots: files are synced again")
         self._syncing = asyncio.Lock()
 
     def changed(self, n: int) -> None:
-        """Record that ``n`` sidecars are not as in the manifest; if these are many, write it anew."""
+        """Record that ``n`` more sidecars differ from the manifest. After more than ``_CHANGES_MAX``, start to write
+        the manifest.
+        """
         self._n_changed += n
         if self._n_changed > _CHANGES_MAX:
             self._n_changed = 0
@@ -62,15 +70,15 @@ class Upkeep:
         await self._manifest.write(self._table.snapshots, {id_: its.last_used for id_, its in stats.items()})
 
     async def note(self, found: scan.Found) -> None:
-        """Write the manifest of what was ``found`` so far, while many files are read for the first time: after a start
-        that is killed the next one does not begin all over again.
+        """Write the manifest of the snapshots ``found`` so far, while a first start reads many files: if it is killed,
+        the next start goes on there.
         """
         self._manifest.file_ids, self._manifest.durable = found.file_ids.copy(), found.durable.copy()
         await self._manifest.write({one.id: one for one in found.snapshots}, found.last_used)
 
     def rank_all(self) -> None:
-        """Rank the snapshots of a large directory in the background, before the first choice needs that: 0.2 s for
-        10,000.
+        """Rank all unranked snapshots in the background, in portions, so that no reservation waits for that: 10,000
+        take 0.2 s.
         """
         if self._table.rank_some(_RANKED_AT_ONCE):
             self._tasks.spawn(self._rank(), "rank snapshots")
@@ -80,7 +88,9 @@ class Upkeep:
             await asyncio.sleep(_RANK_PAUSE_S)
 
     def date(self, id_: str) -> None:
-        """Soon write the time of a snapshot's last use to disk. Several at once are one call of a thread."""
+        """Start to write a snapshot's time of last use and its hits to disk. One call of a thread writes all that have
+        changed since the last call.
+        """
         self._undated[id_] = self._table.stats[id_].last_used
         if not self._is_dating:
             self._is_dating = True
@@ -105,7 +115,7 @@ class Upkeep:
         return {id_: Hits(of.n_hits, of.is_branched) for id_, of in known.items() if of is not None}
 
     def sync(self, noted: Noted) -> None:
-        """Sync a committed snapshot's data in the background, then record that in its sidecar."""
+        """Sync a committed snapshot's files (fsync) in the background, then record that in its sidecar."""
         self._tasks.spawn(self._sync(noted), f"sync {noted.id}")
 
     async def change_kind(self, snapshot: Snapshot) -> Snapshot:
@@ -114,7 +124,7 @@ class Upkeep:
         return snapshot
 
     async def _change_kind(self, snapshot: Snapshot) -> None:
-        async with self._syncing:  # syncing writes the same sidecar
+        async with self._syncing:  # ``_sync`` may write the same sidecar
             try:
                 await asyncio.to_thread(sidecar.change_kind, self._directory, snapshot)
             except (OSError, SnapshotInvalid) as error:
@@ -129,7 +139,7 @@ class Upkeep:
             if noted.id not in self._table.snapshots:
                 return
             snapshot = self._table.snapshots[noted.id]
-            noted = sidecar.marked(noted, snapshot)  # meanwhile
+            noted = sidecar.marked(noted, snapshot)  # it may have changed meanwhile
             dated = self._table.stats[noted.id].last_used
             try:
                 await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)
@@ -145,7 +155,7 @@ class Upkeep:
                     else:
                         self._failures.failed(reason, "snapshots: %s cannot be synced: %s", noted.id, reason)
         if noted.id not in self._table.snapshots and noted.id not in self._table.pending_delete:
-            # Dropped meanwhile: the sidecar may have been written after its removal.
+            # Dropped meanwhile: the thread may have written the sidecar after its removal, so remove it again.
             is_needed = self._table.is_known(noted.id)
             await asyncio.to_thread(scan.remove, self._directory, noted.id, keeps_data=is_needed)
         elif (stats := self._table.stats.get(noted.id)) is not None and stats.last_used != dated:
@@ -153,8 +163,8 @@ class Upkeep:
 
 
 class Sweep:
-    """Compares one directory with the accounts. ``reservations``: ids being written; ``drop(id)`` is called for a
-    snapshot whose file vanished.
+    """Compares one directory with the table and the accounts. ``reservations``: ids of files that llama-server may be
+    writing. ``drop(id)`` is called for a snapshot of which a file has vanished.
     """
 
     def __init__(
@@ -168,13 +178,15 @@ class Sweep:
         self._directory, self._table, self._quota = directory, table, quota
         self._reservations, self._drop = reservations, drop
         self._failures = Recurring(log, f"snapshots: {directory} can be read again")
-        self._is_missed = False  # the lock file, and the log says so
+        self._is_missed = False  # the lock file was missing at the last run, and that was logged
 
     async def run(self) -> None:
-        """Drop snapshots whose file vanished, and remove unknown files. Canceling is safe.
+        """Drop snapshots of which a file has vanished, and start to remove files of unknown ids. If our lock file is
+        missing, do neither: the directory is another one now. Canceling is safe.
 
-        llama-server completes a save even if its client has left: its part file can appear after an ``abandon``, or
-        after a restart of llamaslot. An unknown pair of .kv and .json is left for the next opening.
+        Unknown files arise because llama-server completes a save even if its client has left: a part file can appear
+        after an ``abandon``, or after a restart of llamaslot. An unknown pair of .kv and .json stays for the next
+        ``open``, which reads it.
         """
         before = set(self._table.files.sizes)
         try:
@@ -203,11 +215,11 @@ class Sweep:
             else:
                 log.warning("snapshot dropped: %s: its file has vanished", id_)
             self._drop(id_)
-        # An id is known before its file exists. So a listed file with an unknown id is an orphan, or gone by now.
+        # An id is known before its file exists. So a file with an unknown id belongs to nothing, or is gone by now.
         for id_ in unnamed:
             if not self._is_known(id_):
                 size_bytes = await asyncio.to_thread(scan.size_bytes, self._directory, id_)
-                if not self._is_known(id_):  # not yet found by another sweep
+                if not self._is_known(id_):  # another sweep may have found it meanwhile
                     self._quota.remove(id_, size_bytes)
 
     def _is_known(self, id_: str) -> bool:
@@ -215,14 +227,14 @@ class Sweep:
 
 
 def _compare(directory: Path, known: set[str]) -> tuple[set[str], list[str]] | None:
-    """The ``known`` files that are missing, and the ids that have files which are not ``known``, but no whole pair.
-    None without llamaslot's lock file. Blocking; raises OSError.
+    """The ``known`` file names that do not exist, and the ids that have files but neither a ``known`` .kv or .ext file
+    nor a whole pair of .kv and .json. None if llamaslot's lock file is missing. Blocking; raises OSError.
     """
     listing = scan.list_own(directory)
     if not listing.has_lock:
         return None
     listed = {id_ + suffix for id_, suffixes in listing.suffixes.items() for suffix in suffixes}
-    # Checked again one by one: a listing that misses a name must not cost the file.
+    # Each missing name is checked again: a listing that happens to lack a name must not cost the snapshot.
     missing = scan.missing(directory, known - listed)
     unnamed = [id_ for id_ in listing.unfinished() if id_ + KV not in known and id_ + EXT not in known]
     return missing, unnamed

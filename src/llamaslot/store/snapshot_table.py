@@ -1,7 +1,16 @@
-"""The snapshots in memory: usage, pins, the files that each needs, and the order of eviction. No files are touched; no
-awaits.
+"""The snapshots of one directory, in memory: usage, pins, the files that each needs, and which are evicted next.
+Touches no files and never awaits. Times come in as arguments, in seconds of any one clock.
 
-Times come in as arguments, in seconds of any one clock.
+Who does what in an eviction:
+
+1. ``Quota`` decides *when*, and how much: before a reservation that does not fit. ``Catalog`` does so at the start and
+   after a change of limits (``_beyond_limits``).
+2. ``scheduling/eviction.py`` ranks by value. ``_rank`` puts snapshots of models that no backend serves before all
+   others.
+3. ``victims`` chooses in that order, and passes over what *must stay now*: pinned snapshots (``_is_held``) and those in
+   ``keep``, which the caller names.
+4. ``Catalog._drop`` unlists the victims. ``Quota.remove`` unlinks those of their files that no other snapshot needs.
+5. In a shared store, ``shared_store.Neighbours`` also evicts snapshots of other llamaslots, by last use, not by value.
 """
 
 from __future__ import annotations
@@ -21,8 +30,8 @@ from llamaslot.store.sidecar import EXT, KV, Snapshot
 
 
 class SharedFiles:
-    """The files of all snapshots, and which snapshots need each. ``sizes``: bytes by file name; ``size_bytes``: of
-    all; ``users``: by file name the ids of the snapshots that need it, and up to which of their tokens.
+    """The files of all snapshots. ``sizes``: bytes by file name; ``size_bytes``: their sum; ``users``: by file name the
+    snapshots that need the file, as a dict from id to the last token for which the snapshot needs it.
     """
 
     def __init__(self) -> None:
@@ -31,11 +40,11 @@ class SharedFiles:
         self.size_bytes = 0
 
     def add(self, snapshot: Snapshot) -> set[str]:
-        """Add the files of a snapshot. Returns the ids of snapshots that were the only users of one of these files:
-        they own less now.
+        """Add the files of a snapshot. Returns the ids of the snapshots that alone needed one of these files until now:
+        ``own_bytes`` of these is smaller now.
         """
         if not snapshot.parts and (name := snapshot.file_name) not in self.users:
-            # As most are: in a third of the time.
+            # Most snapshots are whole slot files: this takes a third of the time.
             self.users[name], self.sizes[name] = {snapshot.id: snapshot.n_tokens}, snapshot.size_bytes
             self.size_bytes += snapshot.size_bytes
             return set()
@@ -50,8 +59,8 @@ class SharedFiles:
         return touched - {snapshot.id}
 
     def drop(self, snapshot: Snapshot) -> tuple[dict[str, int], set[str]]:
-        """Remove a snapshot. Returns the files that no snapshot needs any more, with their bytes, and the ids of
-        snapshots that are the only users of a file now: they own more.
+        """Remove a snapshot. Returns the files that no snapshot needs any more, with their bytes, and the ids of the
+        snapshots that alone need one of the other files now: ``own_bytes`` of these is larger now.
         """
         freed, touched = dict[str, int](), set[str]()
         for name in snapshot.files:
@@ -72,16 +81,16 @@ class SharedFiles:
         return sum(self.sizes[name] for name in snapshot.files if len(self.users[name]) == 1)
 
     def share_bytes(self, snapshot: Snapshot) -> int:
-        """A snapshot's share of the files that others need too, each divided equally: the sum of what all own and
-        share is all there is.
+        """The snapshot's share of the files that other snapshots need too: the bytes of each such file, divided by the
+        number of snapshots that need it. ``own_bytes`` and ``share_bytes`` of all snapshots add up to ``size_bytes``.
         """
         users = ((name, len(self.users[name])) for name in snapshot.files)
         return round(sum(self.sizes[name] / n for name, n in users if n > 1))
 
     def n_covered(self, snapshot: Snapshot) -> int:
-        """How many of the snapshot's first tokens could be reused without it: those whose rows another snapshot needs
-        too; on a model with states, up to the last state that another one keeps. 0 for a shared prefix: the snapshots
-        that need it are larger, and go before it.
+        """The number of the snapshot's first tokens that could still be reused if the snapshot was dropped: those whose
+        rows another snapshot needs too; on a model with states, up to the last state that another snapshot needs too.
+        0 for a shared-prefix snapshot: the snapshots that share its files are larger, and are evicted before it.
         """
         if snapshot.kind is SnapshotKind.TRUNK:
             return 0
@@ -90,7 +99,7 @@ class SharedFiles:
         for name, start in reversed(rows or [(snapshot.id + KV, 0)]):
             users, n = self.users[name], 0
             own = users[snapshot.id]
-            for id_, end in users.items():  # nearly always the first of thousands has as much
+            for id_, end in users.items():  # of thousands, nearly always the first ends the search
                 if id_ != snapshot.id:
                     n = max(n, min(end, own))
                     if n == own:
@@ -105,19 +114,19 @@ class SharedFiles:
         return sum(departure.add(snapshot) for snapshot in snapshots)
 
     def ids(self) -> Iterator[str]:
-        """The ids that occur in the names of all files."""
+        """The id in the name of each file; an id may occur twice."""
         return (name[: name.index(".")] for name in self.sizes)
 
 
 class Departure:
-    """Computes what is freed by dropping some snapshots one after the other, before any of them is dropped."""
+    """Computes how many bytes would be freed by dropping snapshots one after the other. Drops none itself."""
 
     def __init__(self, files: SharedFiles) -> None:
         self._files = files
         self._n_gone: dict[str, int] = {}
 
     def add(self, snapshot: Snapshot) -> int:
-        """The bytes that are freed if this snapshot is dropped too."""
+        """Count this snapshot as dropped. Returns the bytes that its drop frees, after those added before."""
         freed_bytes = 0
         for name in snapshot.files:
             n_gone = self._n_gone[name] = self._n_gone.get(name, 0) + 1
@@ -126,7 +135,7 @@ class Departure:
         return freed_bytes
 
     def needed_for(self, snapshot: Snapshot) -> int:
-        """The bytes that would not be freed if this snapshot, one of those that were added, stayed."""
+        """The bytes that would not be freed if this snapshot, which was added before, stayed after all."""
         return sum(
             self._files.sizes[name]
             for name in snapshot.files
@@ -134,14 +143,14 @@ class Departure:
         )
 
     def take_back(self, snapshot: Snapshot) -> None:
-        """One of the snapshots that were added stays after all."""
+        """Count a snapshot that was added before as staying."""
         for name in snapshot.files:
             self._n_gone[name] -= 1
 
 
 class Pin(AbstractContextManager[Snapshot]):
-    """Keeps a snapshot's file until the context exits. It takes effect when it is made: no await may come between the
-    lookup and the pin.
+    """Protects a snapshot's files from removal, from the moment the pin is made until the context exits. Between the
+    lookup of a snapshot and its pin there must be no await.
 
     A pin that is never released lasts as long as the process: garbage collection does not unpin.
     """
@@ -157,19 +166,19 @@ class Pin(AbstractContextManager[Snapshot]):
         self.release()
 
     def release(self) -> None:
-        """Let go of the snapshot's file, which may be removed from now on. Idempotent."""
+        """End the protection. If the snapshot was dropped meanwhile, its files are removed now. Idempotent."""
         if (unpin := self._unpin) is not None:
             self._unpin = None
             unpin(self.snapshot.id)
 
 
 class SnapshotTable:
-    """The snapshots of one directory in memory. ``snapshots`` can be found, pinned and restored; ``pending_delete``
-    ones are dropped but still pinned.
+    """The snapshots of one directory, in memory. Those in ``snapshots`` are listed: they can be found, pinned and
+    restored. Those in ``pending_delete`` are dropped, but still pinned. All are by id.
 
-    ``stats``: usage by id of listed snapshots. ``order`` decides which is evicted first and learns from hits; only
-    from snapshots of the models that are served, by their ``fingerprints``, once any is known. ``files``: of both
-    kinds of snapshots, until ``release``.
+    ``stats``: usage of the listed snapshots, by id. ``order`` ranks snapshots by value, and learns hit rates from those
+    of the models that backends serve, which ``fingerprints`` name. ``files``: the files of all snapshots, until
+    ``release``.
     """
 
     def __init__(self, order: Order | None = None) -> None:
@@ -200,7 +209,7 @@ class SnapshotTable:
     def add(
         self, snapshot: Snapshot, now: float, *, last_used: float | None = None, hits: Hits = NEVER
     ) -> None:
-        """List a snapshot. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``."""
+        """List a snapshot. ``last_used`` defaults to ``now``; no hit rate is learned from the time before ``now``."""
         self._now = now
         self.snapshots[snapshot.id] = snapshot
         last_used = now if last_used is None else last_used
@@ -219,8 +228,8 @@ class SnapshotTable:
         hits: Mapping[str, Hits],
         now: float,
     ) -> None:
-        """List the snapshots of a whole directory. They are ranked by ``rank_some``, or before the next choice: 20 us
-        each.
+        """List the snapshots of a whole directory. Ranking takes 20 us for each: ``rank_some`` does it in portions, or
+        ``victims`` when it needs the order.
         """
         self._now, stats = now, self.stats
         listed = {snapshot.id: snapshot for snapshot in snapshots}
@@ -235,11 +244,11 @@ class SnapshotTable:
         self._ranking.add_many(listed)
 
     def rank_some(self, n: int) -> bool:
-        """Rank ``n`` snapshots that were listed with many others. Returns whether there are more."""
+        """Rank ``n`` of the snapshots that ``add_many`` has listed. Returns True if more of them are unranked."""
         return self._ranking.rank_some(n)
 
     def hit(self, id_: str, now: float) -> None:
-        """Record a hit of a snapshot now. Raises KeyError for an unlisted id."""
+        """Record that a request used a snapshot at the time ``now``. Raises KeyError for an unlisted id."""
         stats = self.stats[id_]
         if self._is_valid(id_):
             self.order.hit(stats, now)
@@ -249,8 +258,8 @@ class SnapshotTable:
         self._rank_again(id_, now)
 
     def branch(self, id_: str, now: float) -> None:
-        """Record that a snapshot's conversation went on without it, from an earlier point. Raises KeyError for an
-        unlisted id.
+        """Record that the snapshot's conversation went on from an earlier point, for instance after an edit, so a hit
+        is unlikely. Raises KeyError for an unlisted id.
         """
         stats = self.stats[id_]
         if self._is_valid(id_):
@@ -259,13 +268,13 @@ class SnapshotTable:
         self._rank_again(id_, now)
 
     def inherit(self, id_: str, from_id: str, now: float) -> None:
-        """Give ``id_`` the hits of ``from_id``, whose conversation it continues."""
+        """Add the hits of the snapshot ``from_id`` to those of ``id_``, which continues the same conversation."""
         self.stats[id_].n_hits += self.stats[from_id].n_hits
         self._rank_again(id_, now)
 
     def take(self, id_: str, now: float) -> bool:
-        """Unlist a snapshot. True if its files may be removed now, after ``release``; False if a pin holds them until
-        ``unpin`` returns the snapshot.
+        """Unlist a snapshot. True if the caller may call ``release`` and remove the files now. False if the snapshot is
+        pinned: then ``unpin`` returns it at the last pin, and the files may be removed only after that.
         """
         if self._is_valid(id_):
             self.order.gone(self.stats[id_], now)
@@ -278,13 +287,15 @@ class SnapshotTable:
         return True
 
     def release(self, snapshot: Snapshot) -> dict[str, int]:
-        """A snapshot needs its files no more. Returns those files that no other snapshot needs, with their bytes."""
+        """Remove an unlisted snapshot from ``files``. Returns those of its files that no other snapshot needs, with
+        their bytes: the caller removes them.
+        """
         freed, touched = self.files.drop(snapshot)
         self._weigh(touched)
         return freed
 
     def checksum_of(self, name: str) -> int | None:
-        """The checksum of a whole slot file, if a snapshot that needs the file has recorded one."""
+        """The checksum of the whole slot file ``name``; None if no snapshot that needs the file has recorded one."""
         for id_ in self.files.users.get(name, ()):
             snapshot = self.snapshots.get(id_) or self.pending_delete.get(id_)
             for part in snapshot.parts if snapshot is not None else ():
@@ -293,7 +304,7 @@ class SnapshotTable:
         return None
 
     def _weigh(self, ids: Iterable[str]) -> None:
-        """Rank snapshots anew that own more or fewer bytes than before."""
+        """Update the size and rank of those snapshots in ``ids`` that are listed."""
         for id_ in ids:
             if (stats := self.stats.get(id_)) is not None:
                 stats.size_bytes = self.files.own_bytes(self.snapshots[id_])
@@ -311,14 +322,14 @@ class SnapshotTable:
         return self.snapshots[id_]
 
     def pin(self, id_: str) -> Snapshot:
-        """Count a pin of a snapshot. Raises KeyError for an unlisted id."""
+        """Count one more pin of a snapshot, and return the snapshot. Raises KeyError for an unlisted id."""
         snapshot = self.snapshots[id_]
         self._pins[id_] += 1
         return snapshot
 
     def unpin(self, id_: str) -> Snapshot | None:
-        """Release a pin. Returns the snapshot if its deletion is pending and this was its last pin: its
-        files may be removed now.
+        """Count one pin less. Returns the snapshot if it is in ``pending_delete`` and this was its last pin: the caller
+        removes its files now. Else None.
         """
         self._pins[id_] -= 1
         if self._pins[id_]:
@@ -329,22 +340,24 @@ class SnapshotTable:
     # -- eviction ------------------------------------------------------------------------------------------------
 
     def tend(self, now: float) -> None:
-        """Learn from the time that has passed, and recompute some ranks. Called before each choice."""
+        """Let ``order`` learn from the time that has passed, for some of the snapshots, and rank these anew. Called
+        before each reservation.
+        """
         self._now = now
         due = self._ranking.turn()
         for id_ in due:
             if self._is_valid(id_):
                 self.order.passed(self.stats[id_], now)
-        # Only after all learning: else the first rank would use other rates than the last.
+        # Rank only after all have been learned from: else the first rank would use other rates than the last.
         for id_ in due:
             self._ranking.put(id_)
 
     def victims(self, short_bytes: int, n_short: int, keep: Collection[str], now: float) -> list[Snapshot]:
-        """The snapshots to evict so that ``short_bytes`` bytes, and the places of ``n_short`` snapshots, become free;
-        fewer if there are not enough. No more than necessary; none in ``keep``, and none that is pinned.
+        """Choose the snapshots to evict so that at least ``short_bytes`` bytes and ``n_short`` places for snapshots
+        become free. Changes nothing. Lowest rank first; no more than necessary; none in ``keep`` and none that is held.
+        If these are too few, returns all that may go: the caller checks that.
 
-        What evicting one frees is what no snapshot needs that stays. A pin that is recorded in its sidecar protects a
-        snapshot only while its model is served.
+        Evicting a snapshot frees only those files that no remaining snapshot needs.
         """
         self._now = now
         victims: list[Snapshot] = []
@@ -372,6 +385,9 @@ class SnapshotTable:
         return victims
 
     def _is_held(self, snapshot: Snapshot) -> bool:
+        """True if a snapshot must not be evicted now: a request or a step uses it (``pin``), or its sidecar marks it as
+        pinned (prewarmed, or pinned on the page) and a backend serves its model.
+        """
         is_other_model = bool(self._fingerprints) and snapshot.fingerprint not in self._fingerprints
         return snapshot.id in self._pins or (snapshot.is_pinned and not is_other_model)
 
@@ -379,8 +395,8 @@ class SnapshotTable:
         return self.snapshots[id_].fingerprint in self._fingerprints
 
     def _rank(self, id_: str) -> Rank:
-        """The sort key of a snapshot; the smallest is evicted first: snapshots of models that are not served, then by
-        ``order``, then the least recently used.
+        """The sort key of a snapshot; the smallest is evicted first. Snapshots of models that no backend serves come
+        first, then those of least value by ``order``; of equal ones, the least recently used.
         """
         stats = self.stats[id_]
         stats.n_covered = self.files.n_covered(self.snapshots[id_])
@@ -391,7 +407,7 @@ class SnapshotTable:
         self._ranking.put(id_)
 
     def is_known(self, id_: str) -> bool:
-        """Whether the table has files of that id."""
+        """True if a snapshot has this id, listed or pending, or any snapshot needs a .kv or .ext file of this id."""
         is_listed = id_ in self.snapshots or id_ in self.pending_delete
         return is_listed or id_ + KV in self.files.sizes or id_ + EXT in self.files.sizes
 
