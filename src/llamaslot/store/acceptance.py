@@ -1,4 +1,4 @@
-"""Makes a slot file that llama-server has written into a snapshot, if its content is as expected."""
+"""Accepts a slot file that llama-server has written: checks its content, and writes the files of its snapshot."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _KEPT_WHOLE = "snapshots: %s is kept whole: %s; its rows are not shared with oth
 
 
 class Reservation(Struct, frozen=True):
-    """Reserved space for one snapshot: llama-server saves as ``part_name``, then call ``commit`` or ``abandon``.
-    ``has_landed``: llama-server's file is not in the store but in the landing place.
+    """Reserved space for one snapshot. llama-server saves the slot under the name ``part_name``; then the caller calls
+    ``Catalog.commit`` or ``abandon``. ``has_landed``: llama-server's file is in the landing place, not in the store.
     """
 
     id: str
@@ -44,12 +44,15 @@ class Reservation(Struct, frozen=True):
 
 
 class SavedSlot(Struct, frozen=True, kw_only=True):
-    """A slot file that llama-server has saved, to be made a snapshot. ``n_saved`` (tokens) and ``n_written`` (bytes):
-    llama-server's answer. ``tokens_expected``: the file must begin with these. ``idle_s``: seconds since the last use
-    of the slot. ``find_base(tokens)``: the snapshot that shares most with the file; without it, the file is kept
-    whole. ``marks``: token counts to which a later request may rewind. ``on_checked(tokens)`` is called once the file
-    is known to hold what it must; what is copied and synced then is so within ``turn``. ``is_prewarmed``: ``prewarm``
-    names it, so it is pinned. The other fields are those of the ``Snapshot``.
+    """A slot file that llama-server has saved, to be made a snapshot.
+
+    ``tokens_expected``: the file must begin with these tokens. ``n_saved`` (tokens) and ``n_written`` (bytes):
+    llama-server's answer to the save. ``idle_s``: seconds since the last use of the slot. ``find_base(tokens)`` returns
+    the snapshot that has the most rows in common with the file; without ``find_base``, the file is kept whole.
+    ``marks``: token counts to which a later request may rewind. ``on_checked(tokens)`` is called with the file's tokens
+    after they have been checked, before any is copied: from then on the slot may be used again. Copying and syncing run
+    within ``turn``, which limits how many saves do that at once. ``is_prewarmed``: ``prewarm`` names it, so it is
+    pinned. The other fields are those of the ``Snapshot``.
     """
 
     tokens_expected: bytes
@@ -68,7 +71,7 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
 
     def noted(self, id_: str, created_at: float) -> Noted:
-        """The sidecar of the new snapshot, as far as it is known before the file was read."""
+        """The content of the new snapshot's sidecar, without what only reading the file tells (``digest``)."""
         return Noted(
             id=id_,
             n_tokens=self.n_saved,
@@ -86,12 +89,13 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
 
 
 class ReservationState(Struct):
-    """The account of a reservation: its bytes and those on disk, the snapshots protected from its eviction, and its
-    commit once that has begun.
+    """The state of a reservation. ``size_bytes``: reserved; ``landed_bytes``: of these, on disk. ``keep``: ids of
+    snapshots that are never evicted for it. ``commit``: the task of its commit, once that has begun.
 
-    ``has_landed``: llama-server's file is in the landing place, not in the store. ``spare``: may be evicted to save
-    the file, but not to write less of it. ``base``: the pin of a snapshot whose files the new one needs, until the new
-    one is listed.
+    ``has_landed``: llama-server's file is in the landing place, not in the store. ``spare``: ids of snapshots that may
+    be evicted for llama-server's file, but not for a copy of the file's new rows beside it: without room for a copy,
+    the file is kept whole. ``base``: the pin of a snapshot whose files the new one needs, held until the new one is
+    listed.
     """
 
     size_bytes: int
@@ -108,8 +112,8 @@ class ReservationState(Struct):
 
 
 class Acceptance:
-    """Accepts slot files in one directory. ``evict(short, keep)`` evicts at least what is short, or nothing;
-    ``lost(id)`` is called if the disk has lost data of that snapshot.
+    """Accepts slot files in one directory. ``evict(short, keep)`` evicts snapshots outside ``keep`` that free at least
+    ``short``, or none and returns False. ``lost(id)`` is called if the disk has lost data of that snapshot.
     """
 
     def __init__(
@@ -127,11 +131,13 @@ class Acceptance:
         self._evict, self._pin, self._lost, self._landing = evict, pin, lost, landing
         self._said = set[str]()
         self._failures = Recurring(log, "snapshots: rows are shared again")
-        self.n_differing = 0  # saves with other rows than their slot had before
-        self.added_bytes = 0  # to the store, by all saves
+        self.n_differing = 0  # saves whose rows were not those that the slot was restored from or saved with
+        self.added_bytes = 0  # bytes that all saves have added to the store
 
     async def accept(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
-        """Verify the part file of a reservation, and make it a snapshot's. Raises SnapshotInvalid and QuotaExceeded."""
+        """Check the part file of a reservation, and write the files and the sidecar of its snapshot, which is returned;
+        the caller lists it. Raises SnapshotInvalid (OtherConversation if it holds other tokens) and QuotaExceeded.
+        """
         part = self._landing.path(noted.id) if state.has_landed else self._directory / (noted.id + PART)
         file = await read_slot_file(part)
         self._landing.written(noted.id)
@@ -151,8 +157,8 @@ class Acceptance:
         return taken.snapshot(taken.digest).with_tokens(file.tokens)
 
     async def _has_written(self, state: ReservationState, size_bytes: int) -> None:
-        """Account for llama-server's file, which is in the store with ``size_bytes``. Raises QuotaExceeded if it is
-        too large.
+        """Book llama-server's file, which is in the store and has ``size_bytes``. If that is more than reserved, evict
+        snapshots for the difference. Raises QuotaExceeded if that is impossible.
         """
         if (extra := size_bytes - state.size_bytes) > 0:
             # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
@@ -167,7 +173,7 @@ class Acceptance:
         state.size_bytes += size_bytes
 
     async def _make_room(self, state: ReservationState, size_bytes: int, keep: frozenset[str]) -> None:
-        """Raise the reservation to ``size_bytes`` in all; its files were counted before. Raises QuotaExceeded."""
+        """Raise the reservation to ``size_bytes`` in all, evicting snapshots outside ``keep``. Raises QuotaExceeded."""
         if (more := size_bytes - state.size_bytes) > 0:
             await self._quota.make_available(more, lambda short: self._evict(short, keep), n_files=0)
             self._book(state, more)
@@ -186,7 +192,7 @@ class Acceptance:
         return noted
 
     def _publish(self, part: Path, noted: Noted) -> FileId:
-        """Rename the slot file, then write the sidecar: without a sidecar a scan ignores the .kv file."""
+        """Rename the slot file, then write its sidecar: until then a scan takes the .kv file for unfinished."""
         os.rename(part, kv := self._directory / (noted.id + KV))
         sidecar.write(self._directory, noted, noted.created_at)
         return FileId.of(os.lstat(kv))
@@ -194,8 +200,8 @@ class Acceptance:
     async def _take_in(
         self, state: ReservationState, part: Path, noted: Noted, saved: SavedSlot, tokens: bytes
     ) -> Noted | None:
-        """Write only those rows and states of the slot file that the store does not have yet. None if that is not
-        possible: then the file is kept whole.
+        """Write only those rows and states of the slot file that the store does not have yet. None if the whole file
+        must be kept: nothing can be shared, or an error came up, which is logged.
         """
         if saved.find_base is None:
             return None
@@ -207,12 +213,12 @@ class Acceptance:
             if base is not None:
                 state.base = self._pin(base.snapshot.id)
                 base = replace(base, checksum=self._table.checksum_of(base.snapshot.file_name))
-            if base is not None and self._quota.is_shared:  # so that no other evicts it meanwhile
+            if base is not None and self._quota.is_shared:  # no other llamaslot evicts it for a minute then
                 used = {base.snapshot.id: noted.created_at}
                 await asyncio.to_thread(sidecar.date, self._directory, used)
             intake = await asyncio.to_thread(look, self._directory, part, base, saved.marks)
             return await self._write(state, part, noted, intake, new) if intake is not None else None
-        except Exception as error:  # whatever it is: what llama-server has written is good
+        except Exception as error:  # any error: llama-server's file is good and can be kept whole
             self._say(noted, error)
             if isinstance(error, DataLost):  # a second sync would succeed
                 for id_ in self._table.files.users.get(error.file, {}).keys() & self._table.snapshots.keys():
@@ -226,8 +232,9 @@ class Acceptance:
     async def _write(
         self, state: ReservationState, part: Path, noted: Noted, intake: Intake, new: list[str]
     ) -> Noted:
-        """Write the new files, then header and sidecar of the snapshot. Raises SnapshotInvalid, OSError and
-        QuotaExceeded; then files of the ids in ``new`` may be left.
+        """Write the new extents, then header and sidecar of the snapshot, and remove llama-server's file. Puts the ids
+        of the extents into ``new``. Raises SnapshotInvalid, OSError and QuotaExceeded; then files of these ids may be
+        left.
         """
         there = 0 if state.has_landed else state.size_bytes
         await self._make_room(state, there + intake.size_bytes, state.keep | state.spare)
@@ -251,7 +258,9 @@ class Acceptance:
         return noted
 
     def _say(self, noted: Noted, error: Exception) -> None:
-        """Log why a slot file is kept whole; only once, if that is so with all files of this server."""
+        """Log why a slot file is kept whole. A layout that llamaslot does not know is logged once for each reason: all
+        files of that server have it.
+        """
         if isinstance(error, LayoutUnknown):
             reason = str(error).partition(": ")[2]
             if (kind := re.sub(r"\d+", "", reason)) not in self._said:

@@ -1,8 +1,9 @@
-"""Puts a slot file together, from extents, that llama-server restores as the first p tokens of a path.
+"""Puts a slot file of a conversation's first p tokens together from extents and other slot files, for llama-server to
+restore.
 
-On a dense model p may be any. On others there must be a state after p tokens: it takes the place of the window's cache
-and of the recurrent state, and is a checkpoint as well, with the earlier ones that are given. Without that one
-llama-server restores a sliding window and then computes all again.
+On a dense model p may be any number. On other models an extent must have the state after p tokens. It is written as the
+window's cache and the recurrent state, and once more as a checkpoint, behind earlier ones: after the restore of a
+sliding window without that checkpoint, llama-server computes all tokens again.
 
 Blocking, for threads: 0.6 s of CPU per GiB, nearly all of it in the kernel, without the GIL.
 """
@@ -48,11 +49,11 @@ from llamaslot.store.slot_file import (
 
 
 class DoesNotFit(SnapshotInvalid):
-    """The files may be whole, but their parts do not make up the requested slot file."""
+    """The parts do not make up the requested slot file, although each file may be undamaged."""
 
 
 class StateAt(Struct, frozen=True):
-    """The model's state after ``n_tokens`` tokens, which is in the extent ``path``."""
+    """The model's state after ``n_tokens`` tokens, in the extent or slot file ``path``."""
 
     path: Path
     n_tokens: int
@@ -61,11 +62,14 @@ class StateAt(Struct, frozen=True):
 def assemble(pieces: Sequence[Piece], state: StateAt | None, earlier: Sequence[StateAt], target: Path) -> int:
     """Write a slot file with the tokens of ``pieces`` to ``target``. Returns its size in bytes.
 
-    ``pieces``: from 0 to p without a gap. ``state``: after p tokens, None on a dense model; ``earlier``: the states to
-    rewind to, by number of tokens. Parts that are used whole are checked against their checksum; a slot file with a
-    checksum, and an extent of which fewer rows are used, is read whole before that, once in this process. Raises
-    SnapshotInvalid, which names the file, if an extent is damaged or gone; DoesNotFit; OSError (no space). Nothing is
-    left in ``target`` then. The file is not synced.
+    ``pieces``: from token 0 to p without a gap. ``state``: after p tokens, None on a dense model. ``earlier``: states
+    to write as checkpoints, by number of tokens.
+
+    Checksums are compared: of a section that is copied whole, while it is copied. Where only a part is copied, the
+    whole extent, or the whole slot file if its checksum is known, is read before, once in this process.
+
+    Raises SnapshotInvalid, which names the file, if a file is damaged or gone; DoesNotFit; OSError (no space). Nothing
+    is left in ``target`` then. The file is not synced.
     """
     with contextlib.ExitStack() as stack:
         sources: dict[Path, tuple[Source, Extent]] = {}
@@ -99,8 +103,8 @@ def _common_shape(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Ext
 
 
 def _check(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Extent]]) -> None:
-    """Raise SnapshotInvalid if rows have changed where ``_Writer`` cannot detect that, because it reads only what is
-    used.
+    """Check the files whose damage ``_Writer`` would not see, because it reads only a part of them. Raises
+    SnapshotInvalid.
     """
     for piece in pieces:
         extent = sources[piece.path][1]
@@ -193,7 +197,9 @@ class _Writer:
         self._part(path, section, 1, 0, section.size)
 
     def _part(self, path: Path, section: Section, width: int, start: int, end: int) -> None:
-        """Append the items [start, end), of ``width`` bytes each, of a section."""
+        """Append the items [start, end) of a section, of ``width`` bytes each. Raises SnapshotInvalid if these are all
+        of its items and its checksum is another.
+        """
         checksum = xxhash.xxh3_64()
         self._copier.copy(
             self._sources[path][0].fd, section.at + start * width, (end - start) * width, checksum

@@ -1,9 +1,9 @@
-"""Copies ranges of bytes from file to file in large blocks, with a checksum. Blocking: for threads.
+"""Copies ranges of bytes from file to file in large blocks, and computes their checksum. Blocking: for threads.
 
-No byte becomes a Python object: one buffer is read into and written from, and the GIL is free meanwhile. Measured on
-512 MiB from ext4 to tmpfs (page cache): 0.63 s with blocks of 256 KiB, 0.83 s with 1 MiB, which no longer stay in the
-processor's cache; ``sendfile`` 0.57 s, ``cp`` 0.65 s; CPU 0.39, 0.34 and 0.42 s. The checksum adds 0.03 s of CPU, and
-two threads bring nothing: most of it is the kernel making pages. So this is what is used, and never without checksum.
+The bytes never become Python objects: one buffer is read into and written from, and the GIL is free meanwhile. Measured
+on 512 MiB from ext4 to tmpfs (page cache): 0.63 s with blocks of 256 KiB, 0.83 s with 1 MiB, which no longer stay in
+the processor's cache; ``sendfile`` 0.57 s, ``cp`` 0.65 s; CPU 0.39, 0.34 and 0.42 s. The checksum adds 0.03 s of CPU.
+Two threads are not faster, because the kernel spends most of the time making pages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import xxhash
 from llamaslot.errors import SnapshotInvalid
 
 BLOCK = 256 << 10
-_MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask restricts it
+_MODE = 0o660  # llama-server and llamaslot may run as two users of one group; the umask restricts the mode
 
 
 class Copier:
@@ -56,9 +56,9 @@ class Copier:
             rest = rest[n:]
 
     def copy(self, source: int, at: int, size: int, checksum: xxhash.xxh3_64 | None = None) -> None:
-        """Append ``size`` bytes of the file descriptor ``source`` from ``at`` on, and add them to ``checksum``.
+        """Append ``size`` bytes of the file descriptor ``source`` from offset ``at`` on, and add them to ``checksum``.
 
-        Raises SnapshotInvalid if the file is too short, OSError.
+        Raises SnapshotInvalid if ``source`` is too short, OSError.
         """
         end = at + size
         while at < end:
@@ -74,8 +74,8 @@ class Copier:
 
 
 def checksum_of(fd: int, at: int, size: int, buffer: memoryview) -> int:
-    """The checksum of ``size`` bytes of a file from ``at`` on. Raises SnapshotInvalid if the file is too short,
-    OSError.
+    """The xxh3_64 of ``size`` bytes of a file from offset ``at`` on, read through ``buffer``. Raises SnapshotInvalid if
+    the file is too short, OSError.
     """
     checksum, end = xxhash.xxh3_64(), at + size
     while at < end:
@@ -89,7 +89,7 @@ def checksum_of(fd: int, at: int, size: int, buffer: memoryview) -> int:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make new names in ``directory`` durable. Raises OSError."""
+    """Make new file names in ``directory`` durable (fsync). Raises OSError."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,5 +1,5 @@
-"""The directory that llama-server and llamaslot share: a lock against other llamaslots, and a check that llama-server
-uses the same directory.
+"""The directory that llama-server and llamaslot share: a lock that keeps other llamaslots out, and a check that
+llama-server really saves there.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ class DirectoryUnusable(LlamaslotError):
 
 
 class NotShared(LlamaslotError):
-    """Files that llama-server saves do not arrive in our directory, or llamaslot may not read, rename or
-    unlink them.
+    """A file that llama-server saves does not appear in llamaslot's directory, or llamaslot may not read, rename or
+    unlink it.
     """
 
 
 class DirectoryLock:
-    """An flock on ``.llamaslot.lock``: two llamaslots in one directory would delete each other's files.
-
-    The kernel releases it when the process ends; the file stays.
+    """An flock on ``.llamaslot.lock`` in a directory. It prevents that two llamaslots use the directory: they would
+    delete each other's files. The kernel releases the lock when the process ends; the file stays.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -47,8 +46,8 @@ class DirectoryLock:
         self._fd: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock without waiting. Blocking file access. Raises DirectoryUnusable, which names the holder's
-        pid.
+        """Take the lock without waiting for it. Blocking file access. Raises DirectoryUnusable if the directory cannot
+        be used, or if another llamaslot has the lock; then the error names its process id.
         """
         directory = self._path.parent
         try:
@@ -78,7 +77,7 @@ class DirectoryLock:
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Release the lock of the snapshot directory. Idempotent."""
+        """Release the lock. Idempotent."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -90,12 +89,13 @@ async def prove_shared(
     restore: Callable[[str], Awaitable[None]] | None = None,
     name: str | None = None,
 ) -> None:
-    """Check that llama-server's ``--slot-save-path`` is ``directory`` and that llamaslot can handle its files.
+    """Check that llama-server's ``--slot-save-path`` is ``directory``, and that llamaslot can read, rename and unlink
+    llama-server's files.
 
-    ``save(name)`` makes llama-server save an idle slot under that name. The file must then appear here, be a readable
-    slot file, and be renamed and unlinked. Nothing is left behind if unlinking works; after a crash in between the
-    next scan removes the probe by its name. ``restore(name)`` makes llama-server restore the renamed file: then it also
-    sees what others do in the directory. ``name``: of the file, for one whose space is reserved.
+    ``save(name)`` makes llama-server save an idle slot under that name. The file must then appear in ``directory`` and
+    be a readable slot file. It is renamed and unlinked. After a crash in between, the next scan removes it by its name.
+    ``restore(name)`` makes llama-server restore the renamed file, which shows that llama-server sees the rename.
+    ``name``: the file's name, if space is reserved under it; a new one by default.
 
     Raises NotShared or DirectoryUnusable with the fix, SnapshotInvalid if the server writes an unknown format, and
     whatever ``save`` and ``restore`` raise. Canceling is safe.
@@ -126,8 +126,8 @@ async def prove_shared(
 
 
 def _explain(error: SnapshotInvalid, probe: Path, fix: str) -> None:
-    """Raise NotShared, with the remedy, for a probe that is missing or not readable. A strange format is left to the
-    caller.
+    """Raise NotShared, with the remedy, if ``error`` says that the probe is missing or not readable. Return if the
+    probe has an unknown format.
     """
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):

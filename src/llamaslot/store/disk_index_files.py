@@ -1,14 +1,14 @@
-"""The files of one generation of the prefix index: writing, opening and verification.
+"""The files of a *generation*, the prefix index on disk (``cache/disk_index.py``): writing, opening and verification.
 
-They are in a directory of their own: ``<id>.trie`` (marisa), ``<id>.columns`` (int32, one after the other),
+They are in a directory of their own: ``<id>.trie`` (marisa), ``<id>.columns`` (int32, one column after the other),
 ``<id>.names`` (a line for each holder) and ``manifest.json``, which names the valid generation. The manifest is
 written as ``<id>.manifest`` when all other files are on disk, and renamed when the generation has been opened and
-verified. A file is never rewritten under the same name: it may be mapped. marisa does not validate what it maps
-(after one flipped byte 10,357 of 35,791 keys were left, without an error), so the checksum of every file is verified
-first.
+verified. A file is never rewritten under the same name, because a process may have mapped it. marisa does not validate
+what it maps (after one flipped byte 10,357 of 35,791 keys were left, without an error), so the checksum of every file
+is verified first.
 
-The files hold tokens of conversations, as slot files do, and those of dropped snapshots until the next generation:
-only llamaslot's user may read them.
+Like slot files, these files hold the tokens of conversations, also of dropped snapshots until the next generation.
+Only llamaslot's user may read them.
 
 ``python -m llamaslot.store.disk_index_files <directory> <id>`` makes the generation ``<id>`` from the valid one and
 from ``<id>.input``. marisa holds the GIL while it builds (a second at 24 million tokens), so this must not run in the
@@ -49,12 +49,12 @@ _LENGTH = struct.Struct("<I")
 
 
 class GenerationUnusable(LlamaslotError):
-    """The generation on disk is incomplete, not llamaslot's, or of another format. Its content is never used."""
+    """The generation on disk is incomplete, damaged, of another model or of another format. It is not used."""
 
 
 class Generation(Struct, frozen=True):
-    """A generation whose files are open. ``size_bytes``: of all its files. ``namespace``: what its sequences are valid
-    for.
+    """An open generation. ``size_bytes``: of all its files. ``namespace``: names what its token sequences are valid
+    for, such as the fingerprint of a model.
     """
 
     id: str
@@ -64,7 +64,9 @@ class Generation(Struct, frozen=True):
 
 
 class Recipe(Struct, frozen=True):
-    """The input of a generation, apart from the added branches: the previous generation, without ``gone``."""
+    """What a new generation takes from the generation ``base``: all sequences except those of the holders ``gone``.
+    ``base`` is None for the first generation.
+    """
 
     namespace: str
     base: str | None
@@ -82,10 +84,8 @@ def new_id() -> str:
 def open_generation(
     directory: Path, is_wanted: Callable[[str], bool], manifest_name: str = MANIFEST
 ) -> Generation | None:
-    """Open the valid generation; None if there never was one. Blocking: reads all of it once, 20 ms for 44 MiB.
-    ``is_wanted(namespace)`` tells whether to use it.
-
-    Raises GenerationUnusable.
+    """Open the generation that the manifest names; None without a manifest. Blocking: reads its files once, 20 ms for
+    44 MiB. ``is_wanted(namespace)`` must be true for the generation's namespace. Raises GenerationUnusable.
     """
     try:
         manifest = _read_manifest(directory / manifest_name)
@@ -114,7 +114,9 @@ def open_generation(
 
 
 def accept(directory: Path, id_: str, namespace: str) -> Generation:
-    """Open a newly written generation and make it the valid one. Blocking; raises as ``open_generation``."""
+    """Open and verify the newly written generation ``id_``, and make it the valid one. Blocking; raises as
+    ``open_generation``.
+    """
     made = open_generation(directory, namespace.__eq__, id_ + DRAFT)
     if made is None or made.id != id_:
         raise GenerationUnusable(f"{id_} was not written")
@@ -145,7 +147,7 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 
 def _proof(path: Path) -> list[int | str]:
-    """The size and the checksum of a file, as the manifest has them."""
+    """The size and the checksum of a file, as the manifest records them. Blocking; raises OSError."""
     hashed, size = xxh3_128(), 0
     with open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 20):
@@ -170,7 +172,9 @@ def _map_columns(path: Path, counts: list[int]) -> Columns:
 
 
 def write_generation(directory: Path, id_: str, namespace: str, index: DiskIndex) -> None:
-    """Write and sync the files of a generation, then a manifest that is not valid yet. Blocking; raises OSError."""
+    """Write and sync the files of a generation, then its manifest as ``<id>.manifest``, which ``accept`` renames.
+    Blocking; raises OSError.
+    """
     numbers = [column if isinstance(column, array) else array("i", column) for column in index.columns]
     lines = "".join(f"{name}\n" for name in index.names)
     contents = {
@@ -195,7 +199,7 @@ def write_generation(directory: Path, id_: str, namespace: str, index: DiskIndex
 
 
 def write(path: Path, content: Iterable[bytes]) -> None:
-    """Write a new file and sync it. Raises OSError, also if the file exists."""
+    """Write a new file and sync it (fsync). Raises OSError, also if the file exists."""
     with create(path) as file:
         file.writelines(content)
         file.flush()
@@ -208,8 +212,8 @@ def create(path: Path) -> BinaryIO:
 
 
 def sweep(directory: Path, id_: str | None) -> None:
-    """Remove every file of llamaslot's that does not belong to generation ``id_``. Blocking; files that cannot be
-    removed stay. A mapped file stays readable until it is unmapped.
+    """Remove all files of other generations than ``id_``, of all if it is None, and its input and draft. Blocking;
+    files that cannot be removed stay. A file that a process has mapped stays readable there.
     """
     with suppress(OSError):
         for path in list(directory.iterdir()):
@@ -223,14 +227,14 @@ def sweep(directory: Path, id_: str | None) -> None:
 
 
 def encode_recipe(recipe: Recipe) -> bytes:
-    """A recipe as bytes, which begin the input of a new generation."""
+    """A recipe as bytes. The input file of a new generation begins with them; branches follow."""
     fields = {"version": VERSION, "namespace": recipe.namespace, "base": recipe.base, "gone": recipe.gone}
     data = orjson.dumps(fields)
     return _LENGTH.pack(len(data)) + data
 
 
 def encode_branch(branch: Branch[str]) -> list[bytes]:
-    """A branch of the tree as bytes that ``sequences`` reads; in pieces, so that the edge is not copied."""
+    """A branch of the tree as bytes for ``sequences``, in pieces, so that the edge is not copied."""
     pieces = [_BRANCH.pack(branch.n_above, len(branch.edge), len(branch.holders))]
     for holder in branch.holders:
         name = holder.encode()
@@ -247,7 +251,7 @@ def _read(file: BinaryIO, n: int) -> bytes:
 
 
 def decode_recipe(file: BinaryIO) -> Recipe:
-    """Read from ``file`` what ``encode_recipe`` wrote."""
+    """Read a recipe from the beginning of ``file``. Raises GenerationUnusable, KeyError and ValueError."""
     fields = orjson.loads(_read(file, *_LENGTH.unpack(_read(file, _LENGTH.size))))
     if fields["version"] != VERSION:
         raise GenerationUnusable(f"the input is of version {fields['version']}")
@@ -255,7 +259,9 @@ def decode_recipe(file: BinaryIO) -> Recipe:
 
 
 def sequences(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Read the branches in ``file``, and yield each holder with its tokens."""
+    """Read the branches that follow the recipe in ``file``, and yield each holder with its tokens. Raises
+    GenerationUnusable if the file is cut short.
+    """
     path = b""
     while head := file.read(_BRANCH.size):
         n_above, n_edge, n_holders = _BRANCH.unpack(head)
@@ -266,10 +272,10 @@ def sequences(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 def grow(directory: Path, id_: str) -> None:
-    """Make the generation ``id_`` from its input and the previous generation, and write it.
+    """Make the generation ``id_`` from its input file and the previous generation, and write it. Blocking, for seconds.
 
-    Sequences with media and names of more than one line are left out. Raises GenerationUnusable, OSError, and
-    ValueError for a hash collision.
+    Leaves out sequences that are not ``is_freezable`` and holders whose names are not one line. Raises
+    GenerationUnusable, OSError, and ValueError for a hash collision.
     """
     index: PrefixIndex[str] = PrefixIndex()
     with open(directory / (id_ + INPUT), "rb") as file:

@@ -1,4 +1,4 @@
-"""Makes new generations of the prefix index in a separate process, and adopts them in the event loop."""
+"""Makes new generations of the prefix index on disk in a separate process, and lets the ``LayeredIndex`` adopt them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class DiskIndexRebuild:
     """Makes the generations in ``directory``, which is created if needed and used for nothing else. One event loop
     owns it.
 
-    ``namespace``: what the token sequences are valid for, such as a model's fingerprint. If the generation on disk has
-    a namespace with other text for which ``is_same`` is true, that text is kept.
+    ``namespace``: names what the token sequences are valid for, such as a model's fingerprint. ``is_same(text)`` tells
+    whether the generation on disk, with the namespace ``text``, is valid too; then that text is used from then on.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DiskIndexRebuild:
         is_same: Callable[[str], bool] | None = None,
         on_made: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """``on_made`` is awaited after each generation, in the task that made it."""
+        """``on_made`` is awaited after each new generation, in the task that made it."""
         self._directory, self._namespace, self._tasks = directory, namespace, tasks
         self._on_made = on_made
         self._is_same = is_same or namespace.__eq__
@@ -49,8 +49,8 @@ class DiskIndexRebuild:
         self._failed_at: int | None = None  # number of holders at the last failure
 
     async def open(self) -> DiskIndex | None:
-        """Open the generation on disk. None if there is none, or if it cannot be used, which is logged. Canceling is
-        safe.
+        """Open the generation on disk, and return its index. None if there is no generation, or if it cannot be used,
+        which is logged. Canceling is safe.
         """
         try:
             found = await asyncio.to_thread(self._open)
@@ -75,8 +75,8 @@ class DiskIndexRebuild:
         return found
 
     def consider(self, index: LayeredIndex) -> None:
-        """Begin a new generation of ``index`` if it is due and none is being made. Call this after each change of
-        ``index``.
+        """Start to make a new generation of ``index`` in a task, if ``index.is_due`` and none is being made. After a
+        failure it waits until ``NEW_MIN`` holders were added or dropped. Call this after each change of ``index``.
         """
         if self._running is not None or self._is_ended or not index.is_due:
             return
@@ -89,16 +89,18 @@ class DiskIndexRebuild:
         self._running = None
 
     async def end(self) -> None:
-        """Begin no more generations, and end the one being made. Canceling is safe: that one ends all the same."""
+        """Start no more generations; cancel the one being made, and wait for its end. Canceling is safe: it ends all
+        the same.
+        """
         self._is_ended = True
         if (running := self._running) is not None:
             running.cancel()
             await asyncio.wait([running])
 
     async def renew(self, index: LayeredIndex) -> bool:
-        """Make a new generation of ``index``. False, with a log line, if that failed.
+        """Make a new generation of ``index`` and let ``index`` adopt it. False, with a log line, if that fails.
 
-        Canceling is safe: the index is then unchanged.
+        Canceling is safe: ``index`` keeps its old generation, unless the new one is the valid one on disk already.
         """
         started, id_ = time.monotonic(), disk_index_files.new_id()
         base = self._current if index.base is not None else None
@@ -133,8 +135,8 @@ class DiskIndexRebuild:
         return True
 
     async def _grow(self, id_: str) -> None:
-        """Run the process that makes the generation, and kill it if cancelled. Raises GenerationUnusable with the last
-        line of its output.
+        """Run a process that makes the generation ``id_``, and wait for its end. Raises GenerationUnusable with the
+        last line of its error output. Canceling kills the process.
         """
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "llamaslot.store.disk_index_files", str(self._directory), id_),
@@ -155,9 +157,10 @@ class DiskIndexRebuild:
 
 
 def _write_input(directory: Path, id_: str, recipe: Recipe, sowing: Sowing) -> None:
-    """Write the input of a generation. Blocking; raises OSError.
+    """Write the input file of a generation. Blocking; raises OSError.
 
-    The sealed overlay does not change, so a thread may read it. Each write releases the GIL, so portions are small.
+    The sealed overlay does not change, so a thread may read it. Each write releases the GIL, so small portions keep the
+    event loop running.
     """
     with disk_index_files.create(directory / (id_ + disk_index_files.INPUT)) as file:
         file.write(disk_index_files.encode_recipe(recipe))

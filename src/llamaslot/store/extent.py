@@ -1,16 +1,17 @@
-"""An extent: what one save of a slot added to what is known of its conversation.
+"""Extents: a file with those rows or states of a saved slot that the store did not have before.
 
-One file with the rows of the tokens [start, end) and the states that are kept, at any number of tokens up to ``end``.
-It has no rows on a purely recurrent model, and none if ``start == end`` (states that became interesting later)::
+An extent has the rows of the tokens [start, end), and states at token counts up to ``end``. It has no rows if the model
+is purely recurrent, or if ``start == end``: then it is there only for its states::
 
     "lsextent" | tokens | rows per tensor | parts per state | footer (JSON) | its u64 xxh3, u64 length | "lsextend"
 
-The footer (``Extent``) has offset, length and checksum of each part, so a file that was cut or not finished is none.
-An extent never changes. A checksum covers a whole section or file, so before a part of one is used all of it is read,
-once in this process (``check_extent``, ``check_file``): one with the same ``FileId`` is not read again. What has
-changed is not remembered.
+The footer (``Extent``) has offset, length and checksum of each section. A file that was cut short or not finished has
+no footer, so it is no extent. An extent never changes.
 
-All functions block, for as long as the bytes take; they are for threads. None needs more memory than the footer.
+A checksum covers a whole section or file. So before only a part of a file is used, all of the file is read and checked
+(``check_extent``, ``check_file``). That happens once in this process for each ``FileId``; only a success is remembered.
+
+All functions block while they read or write, so call them in threads. None needs more memory than the footer.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ VERSION = 1
 PART = ".part"  # the suffix of an extent that is being written, instead of its own
 HEAD, TAIL = b"lsextent", b"lsextend"
 _END = struct.Struct("<QQ8s")  # checksum and length of the footer, TAIL
-_FOOTER_GUESS = 64 << 10  # read at once: the footer of 64 layers and 16 states has 12 kB
+_FOOTER_GUESS = 64 << 10  # bytes first read from the end: the footer of 64 layers and 16 states has 12 kB
 _MAX_FOOTER = 64 << 20
 UNCHECKED = -1
 
@@ -53,7 +54,7 @@ class Section(Struct, frozen=True, array_like=True):
     checksum: int
 
     def is_as(self, checksum: int) -> bool:
-        """Whether the section's bytes may have that checksum."""
+        """True if ``checksum`` is the section's, or if the section has none."""
         return self.checksum in (checksum, UNCHECKED)
 
 
@@ -78,8 +79,8 @@ class KeptState(Struct, frozen=True):
 
 
 class Extent(Struct, frozen=True):
-    """The footer of an extent. ``start``, ``end``: its tokens in the whole path; ``n_streams``: as in the saved slot
-    file; ``rows``: one section per tensor of ``shape``; ``size_bytes``: of the parts before the footer.
+    """The footer of an extent. ``start``, ``end``: the tokens of the conversation that it has; ``n_streams``: as in the
+    saved slot file; ``rows``: one section per tensor of ``shape``; ``size_bytes``: of all that precedes the footer.
     """
 
     version: int
@@ -108,8 +109,8 @@ class Extent(Struct, frozen=True):
 
 
 class Piece(Struct, frozen=True):
-    """The tokens [start, end) of a path, whose rows are in the extent ``path``. ``checksum``: of the whole file, if it
-    is a slot file and its checksum is known.
+    """The tokens [start, end) of a conversation, whose rows are in the extent or slot file ``path``. ``checksum``: of
+    the whole file, if it is a slot file whose checksum is known; else None.
     """
 
     path: Path
@@ -121,11 +122,11 @@ class Piece(Struct, frozen=True):
 def write_extent(
     landing: Path, layout: SlotLayout, start: int, end: int, keep: Collection[int], target: Path
 ) -> Extent:
-    """Write the rows of the tokens [start, end) of the slot file ``landing``, and its states after the numbers of
-    tokens in ``keep``, to ``target``; durable when it returns. ``target`` with the suffix PART is used meanwhile, and
-    gone if an error comes.
+    """Write an extent to ``target``: the rows of the tokens [start, end) of the slot file ``landing``, and its states
+    at the token counts in ``keep``. The file and its name are synced when this returns. It is written under the suffix
+    PART, and removed after an error.
 
-    Raises SnapshotInvalid if the file is not as in ``layout``, OSError (no space).
+    Raises SnapshotInvalid if ``landing`` has another size than in ``layout``, OSError (no space).
     """
     assert 0 <= start <= end <= layout.n_tokens, f"[{start}, {end}) of {layout.n_tokens} tokens"
     states = [state for state in layout.states if state.n_tokens in keep]
@@ -154,7 +155,9 @@ def write_extent(
 
 
 def verify(path: Path) -> Extent:
-    """Read all of an extent and compare the checksums. Raises SnapshotInvalid with the reason in one line."""
+    """Read a whole extent, compare all checksums, and return its footer. Raises SnapshotInvalid with the reason in one
+    line.
+    """
     with _open(path) as source:
         extent = source.extent()
         buffer = memoryview(mmap.mmap(-1, BLOCK))
@@ -167,11 +170,11 @@ def verify(path: Path) -> Extent:
 def differing_tokens(
     landing: Path, layout: SlotLayout, pieces: Iterable[Piece], n_tokens: int = 32, seed: int | None = None
 ) -> int:
-    """The number of tokens, out of ``n_tokens`` random ones of ``pieces``, whose rows differ from those in the slot
-    file ``landing``.
+    """Compare the rows of ``n_tokens`` random tokens of ``pieces`` with those in the slot file ``landing``. Returns the
+    number of tokens whose rows differ.
 
-    All tensors are compared, but only two of them if there are more than 16: any of them differs if a layer before it
-    does. The caller knows that path and shape are the same. Raises SnapshotInvalid, OSError.
+    Of each token the rows of all tensors are compared, or of 16 random ones if there are more: a difference in one
+    layer shows in all later ones. Tokens and shape must be the same in both. Raises SnapshotInvalid, OSError.
     """
     pieces = [piece for piece in pieces if piece.start < piece.end]
     if not pieces or not layout.shape.tensors:
@@ -234,7 +237,7 @@ class Source:
         return data
 
     def extent(self) -> Extent:
-        """Read the file's footer; of a slot file, what that would be. Raises SnapshotInvalid."""
+        """Read the file's footer. For a slot file, make one from its layout (``extent_of``). Raises SnapshotInvalid."""
         name, size = self.path.name, self.size_bytes
         if self.read(0, min(size, 4)) == U32.pack(MAGIC):
             return extent_of(read_layout(self.path), name)
@@ -261,7 +264,9 @@ class Source:
 
 
 def extent_of(layout: SlotLayout, name: str) -> Extent:
-    """A slot file as the extent of all its tokens. Raises SnapshotInvalid if its rows are not in one piece."""
+    """The footer that describes a slot file as an extent of all its tokens. Raises SnapshotInvalid if the file's rows
+    are not in the order of its tokens.
+    """
     n = layout.n_tokens
     if layout.shape.tensors and [(run.pos, run.cell, run.n) for run in layout.runs] != [(0, 0, n)]:
         raise SnapshotInvalid(f"{name}: its rows are not in the order of its tokens")
@@ -286,7 +291,7 @@ def extent_of(layout: SlotLayout, name: str) -> Extent:
 
 
 def _fault(extent: Extent, size: int) -> str:
-    """Which sizes of an extent do not add up, in words; "" if all do."""
+    """Why the sizes in a footer do not fit each other or ``size``, the bytes before the footer; "" if they do."""
     n = extent.end - extent.start
     if not 0 <= extent.start <= extent.end or extent.tokens.size != n * WIDTH:
         return f"{extent.tokens.size} bytes for the tokens [{extent.start}, {extent.end})"
@@ -309,7 +314,9 @@ def _open(path: Path, size_bytes: int | None = None) -> Source:
 
 
 class _Writer:
-    """Writes an extent beside ``target``. A context manager; after an error nothing is left."""
+    """Writes an extent beside ``target``, under the suffix PART. A context manager that removes the file unless
+    ``finish`` was called.
+    """
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -360,7 +367,7 @@ _REMEMBERED = 8192  # files
 
 
 def check_extent(path: Path) -> None:
-    """Raise SnapshotInvalid, with the reason in one line, unless all of the extent is as it was written."""
+    """Raise SnapshotInvalid, with the reason in one line, unless all checksums of the extent are right."""
     _verified(path, _file_id(path))
 
 
@@ -370,13 +377,13 @@ def _verified(path: Path, file_id: FileId) -> None:
 
 
 def check_file(path: Path, checksum: int) -> None:
-    """Raise SnapshotInvalid, with the reason in one line, unless the whole file has that checksum; OSError."""
+    """Raise SnapshotInvalid, with the reason in one line, unless the whole file has that checksum. Raises OSError."""
     if checksum_of_file(path) != checksum:
         raise SnapshotInvalid(f"{path.name}: has changed since other snapshots began to need it")
 
 
 def checksum_of_file(path: Path) -> int:
-    """The xxh3_64 of a whole file: a second or more for several GB. Raises SnapshotInvalid, OSError."""
+    """The xxh3_64 of a whole file. Takes a second or more for several GB. Raises SnapshotInvalid, OSError."""
     return _computed(path, _file_id(path))
 
 

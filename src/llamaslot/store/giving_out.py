@@ -1,7 +1,7 @@
-"""Gives a snapshot, or its first tokens, to llama-server: as a slot file in the directory that it restores from.
+"""Gives a snapshot, or its first tokens, to llama-server, as a slot file in the directory that it restores from.
 
-A whole slot file is given as it is, unless much less of it is needed. All else is put together for the moment of the
-restore; that copy is reserved as a save is, so the quota holds.
+A snapshot that is a whole slot file is given as it is, unless a tenth or more of it is not needed. In all other cases a
+copy is put together for the time of the restore. Space for the copy is reserved, as for a save, so the quota holds.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from llamaslot.store.sidecar import KV, N_STATES, PART, Part, Snapshot, new_id
 from llamaslot.store.slot_file import ROW_HEAD
 from llamaslot.tasks import in_thread
 
-_CUT_SHARE = 0.9  # a larger share of a whole file is not worth a copy
-_MORE_BYTES = 2048  # of a file, besides rows, cells and states
+_CUT_SHARE = 0.9  # if a larger share of a whole slot file is needed, it is given as it is
+_MORE_BYTES = 2048  # upper bound of a slot file's bytes besides tokens, rows, cells and states
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the reason why a snapshot could not be given out may be over soon, while its files are whole: no room,
-    no permission, too many open files, a disk that does not answer.
+    """True if ``error``, because of which a snapshot could not be given out, may pass while the snapshot's files are
+    undamaged: no room, no permission, too many open files, a disk that does not answer.
     """
     cause = error.__cause__
     is_refused = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
@@ -39,7 +39,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 class Given(Struct, frozen=True):
-    """A slot file that llama-server can restore now."""
+    """A slot file that llama-server can restore now. ``name``: in the directory where llama-server reads."""
 
     name: str
     size_bytes: int
@@ -47,8 +47,8 @@ class Given(Struct, frozen=True):
 
 
 class Outgoing(Struct, frozen=True):
-    """A slot file to be put together from ``rows``, and from ``states`` by position: the last state is after the last
-    token.
+    """A slot file to be put together: from ``rows``, and from ``states``, ascending. The last state is that after the
+    last token. No states for a dense model.
     """
 
     rows: tuple[Part, ...]
@@ -58,7 +58,7 @@ class Outgoing(Struct, frozen=True):
         """An upper bound of the file's bytes. Blocking; raises SnapshotInvalid, DoesNotFit."""
         with Source(directory / self.rows[-1].file) as source:
             extent = source.extent()
-        if extent.shape.has_states is not bool(self.states):  # before room is made for it
+        if extent.shape.has_states is not bool(self.states):  # checked before space is reserved
             raise DoesNotFit(f"{self.rows[-1].file}: a model with states needs one, another none")
         attention, n_tokens = extent.shape.attention, self.rows[-1].end
         size_bytes = n_tokens * WIDTH + _MORE_BYTES + 16 * extent.n_streams
@@ -66,7 +66,7 @@ class Outgoing(Struct, frozen=True):
             size_bytes += n_tokens * (extent.shape.bytes_per_token + attention.cell_words * WIDTH)
             size_bytes += ROW_HEAD.size * len(attention.tensors)
         states = [part.size_bytes for part in self.states]
-        return size_bytes + sum(states) + sum(states[-1:])  # the last is there twice
+        return size_bytes + sum(states) + sum(states[-1:])  # the last state is written twice
 
     def write(self, directory: Path, target: Path) -> int:
         """Write the file to ``target``. Returns its size in bytes. Blocking; raises SnapshotInvalid and OSError."""
@@ -76,8 +76,8 @@ class Outgoing(Struct, frozen=True):
 
 
 def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
-    """What to put together for the first ``n_tokens`` of a snapshot; None if its own file is given. For a model that
-    cannot rewind, the snapshot has parts, and a state after as many tokens.
+    """The parts of a slot file with the first ``n_tokens`` of a snapshot; None if the snapshot's own slot file is to be
+    given instead. For a model with states, the snapshot must have a state after ``n_tokens``.
     """
     parts = snapshot.parts
     if not parts:
@@ -94,10 +94,10 @@ def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
 
 
 class Copies:
-    """Gives out slot files, and makes the copies in ``directory`` that are needed for that.
+    """Gives out the snapshots in ``directory`` as slot files, and makes copies where that is necessary.
 
     ``reserve`` and ``abandon``: the catalog's. ``on_damage(id, error)`` is called if files of that snapshot are
-    damaged or gone; the error names them. ``checksum_of(name)``: of a whole slot file, if known.
+    damaged or gone; the error names them. ``checksum_of(name)``: the checksum of a whole slot file, None if unknown.
     """
 
     def __init__(
@@ -117,11 +117,12 @@ class Copies:
     async def given_out(
         self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
     ) -> AsyncIterator[Given]:
-        """A slot file of the first ``n_tokens`` of a pinned snapshot, or of all, until the context exits. For a model
-        that cannot rewind there must be a state after ``n_tokens``. ``spare``: as in ``Catalog.reserve``.
+        """Provide a slot file that llama-server can restore until the context exits. It has at least the first
+        ``n_tokens`` of a pinned snapshot, perhaps more, as ``Given`` says. For a model with states the snapshot must
+        have a state after ``n_tokens``. ``spare``: as in ``Catalog.reserve``.
 
-        Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe: it waits for the
-        copy and removes it.
+        Raises SnapshotInvalid if a file is damaged or gone, QuotaExceeded if there is no room for a copy, NoLanding if
+        llama-server cannot use a file through a link. Canceling is safe: it waits for the copy and removes it.
         """
         has_states = any(part.is_state for part in snapshot.parts)
         or_more = n_tokens if has_states else int(n_tokens / _CUT_SHARE)
@@ -143,14 +144,16 @@ class Copies:
             await self._landing.settle(copy.id, snapshot.id, n_tokens, copy.size_bytes)
         except SlotActionFailed as error:
             if self._landing.was_refused(copy.id):
-                raise NoLanding(str(error)) from error  # the snapshot is whole
+                raise NoLanding(str(error)) from error  # the snapshot itself is undamaged
             raise
         finally:
             await self._abandon(copy)
 
     @asynccontextmanager
     async def _whole(self, snapshot: Snapshot) -> AsyncIterator[str]:
-        """The name of a snapshot's own file, where llama-server finds it. Raises SnapshotInvalid and QuotaExceeded."""
+        """Provide a snapshot's own slot file until the context exits; yields the name under which llama-server finds
+        it. With a landing place, that is a copy there, or a link. Raises SnapshotInvalid and QuotaExceeded.
+        """
         if not self._landing.is_separate:
             yield snapshot.file_name
             return
@@ -167,14 +170,14 @@ class Copies:
             await self._landing.settle(id_, snapshot.id, snapshot.n_tokens, snapshot.size_bytes)
         except SlotActionFailed as error:
             if self._landing.was_refused(id_):
-                raise NoLanding(str(error)) from error  # the snapshot is whole
+                raise NoLanding(str(error)) from error  # the snapshot itself is undamaged
             raise
         finally:
             await self._landing.drop(id_)
 
     async def _check_whole(self, snapshot: Snapshot) -> None:
-        """Compare the checksum of a snapshot's own slot file, if other snapshots have recorded one: read once in this
-        process, a second or more for several GB. Raises SnapshotInvalid.
+        """Check a snapshot's own slot file against its checksum, if other snapshots have recorded one. Reads the file
+        once in this process, which takes a second or more for several GB. Raises SnapshotInvalid.
         """
         name = snapshot.file_name
         if snapshot.parts or (checksum := self._checksum_of(name)) is None:
@@ -188,7 +191,9 @@ class Copies:
             raise
 
     async def _copy(self, snapshot: Snapshot, order: Outgoing, spare: Collection[str]) -> Reservation | None:
-        """Put a copy together in reserved space; None if that failed and the snapshot's own file will do as well."""
+        """Reserve space, and write the slot file ``order`` there. None if that fails and the snapshot's own slot file
+        can be given instead. Raises SnapshotInvalid and QuotaExceeded.
+        """
         try:
             size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)
             copy = await self._reserve(size_bytes, (snapshot.id,), spare, 0)

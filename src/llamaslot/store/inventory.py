@@ -1,6 +1,7 @@
-"""The content of a snapshot directory, for people. Read without a lock, also while llamaslot uses the directory.
+"""Lists and checks the content of a snapshot directory: for ``llamaslot snapshots``, and for ``shared_store``, which
+removes snapshots of other llamaslots. Reads without a lock, also while a llamaslot uses the directory.
 
-Nothing here changes a file. A snapshot that a running llamaslot is writing looks unfinished.
+Only ``remove`` changes files. A snapshot that a running llamaslot is writing looks unfinished.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class FileState(enum.StrEnum):
     WHOLE = "whole"
     UNFINISHED = "unfinished"  # left by a crash, or being written
     BROKEN = "broken"
-    UNREADABLE = "unreadable"  # not known to be broken: never removed but by its name
+    UNREADABLE = "unreadable"  # perhaps whole, but a file cannot be read now: removed only if its id is named
 
 
 class Item(Struct, frozen=True):
-    """A snapshot, or the files of an id that is no snapshot. ``size_bytes``: those that no other snapshot needs;
-    ``shared_bytes``: the rest. ``noted``: its sidecar, None if that cannot be read; ``last_used``: seconds since the
-    epoch; ``why``: its fault; ``bad_files``: parts that are broken.
+    """A snapshot, or the files of an id that is no snapshot. ``size_bytes``: of its files that no other snapshot needs;
+    ``shared_bytes``: of its other files. ``noted``: the content of its sidecar, None if that cannot be read or does not
+    fit; ``last_used``: seconds since the epoch; ``why``: what is wrong with it; ``bad_files``: its damaged parts.
     """
 
     id: str
@@ -52,8 +53,8 @@ class Item(Struct, frozen=True):
 
 
 class Stock(Struct, frozen=True):
-    """All that is in a directory: items by id, the number of other files, and the files of all snapshots.
-    ``unreadable``: ids of sidecars that cannot be read now; which files these need is not known.
+    """The content of a directory: items by id, the number of files that are not llamaslot's, and the files of all
+    snapshots. ``unreadable``: ids of sidecars that cannot be read now, so it is unknown which files they need.
     """
 
     items: dict[str, Item]
@@ -72,7 +73,7 @@ class Stock(Struct, frozen=True):
 
 
 def take_stock(directory: Path) -> Stock:
-    """Look at names, sizes and sidecars in a directory; no header is read. Blocking. Raises DirectoryUnusable."""
+    """List a directory by file names, sizes and sidecars; reads no header. Blocking. Raises DirectoryUnusable."""
     try:
         listing = scan.list_own(directory)
     except OSError as error:
@@ -91,7 +92,7 @@ def take_stock(directory: Path) -> Stock:
             shared_bytes = sum(snapshot.files.values()) - own_bytes
             items[id_] = replace(item, size_bytes=own_bytes, shared_bytes=shared_bytes)
         elif id_ in needed and JSON not in listing.suffixes[id_]:
-            del items[id_]  # a part of others
+            del items[id_]  # only a part of other snapshots
         elif unreadable and JSON not in (suffixes := listing.suffixes[id_]) and suffixes & {KV, EXT}:
             why = "perhaps a part of a snapshot whose sidecar cannot be read"
             items[id_] = replace(item, state=FileState.UNREADABLE, why=why)
@@ -124,8 +125,8 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
 
 
 def _broken(item: Item, error: SnapshotInvalid) -> Item:
-    """``item`` marked as broken or unreadable, with the reason from ``error``; the file name in it is left out, as a
-    list of items has it already.
+    """``item`` marked as broken or unreadable, with the text of ``error`` as the reason. The file name at its beginning
+    is cut off, because a list of items shows it already.
     """
     why = re.sub(rf"^{item.id}(\.kv|\.json)?: ", "", str(error))
     cause = error.__cause__
@@ -152,8 +153,9 @@ def _dated(directory: Path, id_: str, suffixes: set[str]) -> float:
 async def read_headers(
     directory: Path, items: Collection[Item], *, with_checksums: bool = False
 ) -> list[Item]:
-    """The items, of which those are marked broken whose file does not match the sidecar, and those unreadable whose
-    file cannot be read. ``with_checksums``: all parts are read, each once. Canceling is safe.
+    """Check the .kv file of each item against its sidecar. Returns the items; those that fail are marked as broken, or
+    as unreadable if the file cannot be read. ``with_checksums``: also read all files of their parts, each once, and
+    compare checksums. Canceling is safe.
     """
     gate = asyncio.Semaphore(_AT_ONCE)
     bad = set[str]()
@@ -187,8 +189,8 @@ async def read_headers(
 
 
 def _is_good(path: Path, checksums: Collection[int]) -> bool:
-    """Whether the rows and states in a file are those that were written; for a slot file without ``checksums``, only
-    whether its layout is understood.
+    """True if the rows and states in a file are as they were written. For a slot file without ``checksums``, only true
+    if its layout is understood. Blocking: reads the whole file.
     """
     try:
         if path.suffix == KV:
@@ -204,8 +206,8 @@ def _is_good(path: Path, checksums: Collection[int]) -> bool:
 
 
 def remove(directory: Path, stock: Stock, item: Item) -> tuple[int, OSError | None]:
-    """Remove an item, or only its ``bad_files``; what other snapshots need, or may need, stays. Blocking. Returns the
-    bytes that are still there, and the first error.
+    """Remove an item's files; if it has ``bad_files``, only these. Files that other snapshots need stay, and those that
+    an unreadable sidecar may need. Blocking. Returns the bytes that are still there, and the first error or None.
     """
     if item.bad_files:
         freed, n_left, first = dict.fromkeys(item.bad_files, 0), 0, None

@@ -1,11 +1,12 @@
-"""The directory where llama-server writes and reads slot files, if that is not the directory of the snapshots: best in
-memory.
+"""The landing place: the directory where llama-server writes and reads slot files, if it is not the directory of the
+snapshots (the *store*). Best a tmpfs.
 
-llama-server, and all its streams, stand still while it writes or reads a slot file, so it should have a fast place for
-that; copying between there and the store is work of threads. A file is there from the booking of its space until it is
-taken into the store or restored. Within ``quota_bytes`` it stays for the next restore, and the one used longest ago
-goes first. What does not fit goes through a symbolic link to the store, as if there were no landing place; so does all
-if both are on one file system.
+While llama-server writes or reads a slot file, all its streams stand still, so it should have a fast place for that.
+Threads of llamaslot copy between that place and the store. A file lies there from the booking of its space until it is
+taken into the store, or until its restore has ended. After that it is kept for the next restore, as long as all kept
+files have at most ``quota_bytes``; the least recently used is removed first. For a file that does not fit, a symbolic
+link to the store is made instead, so llama-server writes to the store itself. So it is with all files if both
+directories are on one file system.
 """
 
 from __future__ import annotations
@@ -29,25 +30,27 @@ from llamaslot.tasks import TaskOwner, in_thread
 
 log = logging.getLogger(__name__)
 
-_LEFT_TO_OTHERS = 1 << 30  # bytes of memory
-_TRY_LINKS_S = 60.0  # after llama-server could not use one
+_LEFT_TO_OTHERS = 1 << 30  # bytes of memory that stay free for other programs
+_TRY_LINKS_S = 60.0  # pause after llama-server could not use a link, before the next one is tried
 _CGROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class NoLanding(QuotaExceeded):
-    """llama-server can neither write nor read a file now. The reason and the remedy were logged when that began."""
+    """The landing place has no room, and llama-server cannot use a link, so it can neither write nor read a file now.
+    The reason and the remedy were logged when that began.
+    """
 
 
 class _File(Struct):
-    """A booked file. ``size_bytes``: what is still to be written."""
+    """A booked file. ``size_bytes``: booked, and 0 once the file is written."""
 
     size_bytes: int
     is_link: bool = False
 
 
 class Kept(Struct):
-    """A slot file with the first ``n_tokens`` of a snapshot, which stays for the next restore. ``n_users``: restores
-    that use it now.
+    """A slot file with the first ``n_tokens`` of a snapshot, kept for the next restore. ``n_users``: the number of
+    restores that use it now.
     """
 
     id: str
@@ -62,19 +65,20 @@ class Kept(Struct):
 
 class Landing:
     """The landing place. ``directory``: llama-server's; ``store``: the snapshots'. If both are the same, all methods
-    do nothing. Removals run in ``tasks``. An event loop owns it.
+    do nothing. Removals run in ``tasks``. One event loop owns it.
     """
 
     def __init__(self, directory: Path, store: Path, tasks: TaskOwner, quota_bytes: int = 0) -> None:
         self.directory, self._store, self.quota_bytes = directory, store, quota_bytes
         self.is_separate = os.path.realpath(directory) != os.path.realpath(store)
-        self._is_apart = self._is_in_memory = False  # on another file system
+        # ``_is_apart``: ``directory`` is on another file system than ``store``.
+        self._is_apart = self._is_in_memory = False
         self._tasks, self._lock = tasks, DirectoryLock(directory)
         self._files: dict[str, _File] = {}  # by id
         self._kept: dict[tuple[str, int], Kept] = {}  # by snapshot and number of tokens; last used last
         self._said = ""
         self._links_from = 0.0  # time of the event loop
-        self._links_work = False  # llama-server has used one: what it refuses has another reason
+        self._links_work = False  # llama-server has used a link: a later failure has another reason
 
     @property
     def kept_bytes(self) -> int:
@@ -85,8 +89,8 @@ class Landing:
         return self.directory / (id_ + PART)
 
     async def open(self) -> None:
-        """Lock the directory and remove what was left there. Raises DirectoryUnusable. Canceling is safe: ``close``
-        unlocks.
+        """Lock the directory, and remove the files that an earlier run has left there. Raises DirectoryUnusable.
+        Canceling is safe if ``close`` follows, which unlocks.
         """
         if self.is_separate:
             await in_thread(self._open)
@@ -98,7 +102,7 @@ class Landing:
             self._is_in_memory = is_in_memory(self.directory)
             for id_ in scan.list_own(
                 self.directory
-            ).suffixes:  # .kv and the like may be of a store that was here
+            ).suffixes:  # not .kv, .ext and .json: this may have been a store before
                 for suffix in (PART, PROBE):
                     with contextlib.suppress(OSError):
                         os.unlink(self.directory / (id_ + suffix))
@@ -128,10 +132,11 @@ class Landing:
     # -- files of a moment -----------------------------------------------------------------------------------------
 
     async def book(self, id_: str, size_bytes: int, target: str | None = None) -> bool:
-        """Make room for a file with that id. True if the file will be in the landing place; False if there is a link
-        to ``target`` in the store instead, by default to the id's part file.
+        """Book ``size_bytes`` for a file with that id, and remove kept files if necessary. True if the file will lie in
+        the landing place. False if it is a link to ``target`` in the store instead, by default to the id's part file;
+        or if there is no landing place.
 
-        Raises NoLanding, and books nothing. Canceling is safe: nothing is booked.
+        Raises NoLanding if neither is possible. Canceling is safe: then nothing is booked.
         """
         if not self.is_separate:
             return False
@@ -171,7 +176,9 @@ class Landing:
             raise FileNotFoundError(2, "it is not the directory that it was: unmounted or removed?")
 
     def _free_bytes(self) -> int:
-        """The bytes that can be written to the landing place. Raises OSError."""
+        """The bytes that can be written to the landing place: of its file system, and of memory if it is in memory.
+        Blocking; raises OSError.
+        """
         self._check()
         found = os.statvfs(self.directory)
         if found.f_flag & os.ST_RDONLY or not os.access(self.directory, os.W_OK | os.X_OK):
@@ -195,12 +202,14 @@ class Landing:
             log.warning("landing place: " + text, *values)
 
     def written(self, id_: str) -> None:
-        """A booked file is written whole, so its bytes need not be kept free any more."""
+        """Record that a booked file is written, so the file system counts its bytes."""
         if (file := self._files.get(id_)) is not None:
             file.size_bytes = 0
 
     def was_refused(self, id_: str) -> bool:
-        """Record that llama-server could not write or read a file. True if that is because of a link."""
+        """Record that llama-server could not write or read a booked file. True if the cause is probably its link: it is
+        one, and llama-server has used none so far. Then no link is made for ``_TRY_LINKS_S``.
+        """
         is_link = (file := self._files.get(id_)) is not None and file.is_link
         if is_link and not self._links_work:
             self._links_from = asyncio.get_running_loop().time() + _TRY_LINKS_S
@@ -220,8 +229,9 @@ class Landing:
             await asyncio.shield(self._unlinked(id_))
 
     async def settle(self, id_: str, snapshot: str, n_tokens: int, size_bytes: int) -> None:
-        """A booked file has the first ``n_tokens`` of ``snapshot``: keep it for the next restore if there is room,
-        else remove it. Canceling is safe.
+        """Keep a booked file, which has the first ``n_tokens`` of ``snapshot``, for the next restore; remove the least
+        recently used ones if there are too many bytes. Removes the file itself if it is a link, is larger than
+        ``quota_bytes``, or if such a file is kept already. Canceling is safe.
         """
         if (file := self._files.get(id_)) is None:
             return
@@ -238,7 +248,7 @@ class Landing:
             await asyncio.wait(removals)
 
     async def _sweep(self) -> None:
-        """Remove files that llama-server has written after they were dropped."""
+        """Remove part files that are neither booked nor kept: llama-server has finished them after their drop."""
         try:
             found = await asyncio.to_thread(scan.list_own, self.directory)
         except OSError:
@@ -250,8 +260,8 @@ class Landing:
     # -- files that stay -------------------------------------------------------------------------------------------
 
     def take(self, snapshot: str, n_tokens: int, *, or_more: int) -> Kept | None:
-        """A kept file with the first ``n_tokens`` of a snapshot, or with more but at most ``or_more``; None if there
-        is none. It stays until ``give_back``.
+        """A kept file with the first ``n_tokens`` of a snapshot, or with more, up to ``or_more``; None if there is
+        none. It is not removed before ``give_back``.
         """
         for key, kept in self._kept.items():
             if key[0] == snapshot and n_tokens <= key[1] <= max(or_more, n_tokens):
@@ -264,7 +274,7 @@ class Landing:
         kept.n_users -= 1
 
     def forget(self, snapshot: str) -> None:
-        """Remove the kept files of a snapshot that is gone."""
+        """Start to remove the kept files of a snapshot that was dropped."""
         for key in [key for key in self._kept if key[0] == snapshot]:
             self._removal(key)
 
@@ -281,8 +291,8 @@ class Landing:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file. Blocking; raises SnapshotInvalid and OSError, and leaves nothing in ``target`` then. The copy is
-    not synced.
+    """Copy a file, without syncing the copy. Blocking. Raises SnapshotInvalid if ``source`` cannot be read, OSError;
+    then it leaves no ``target``.
     """
     with Source(source) as opened, Copier(target) as copier:
         copier.copy(opened.fd, 0, opened.size_bytes)
@@ -310,8 +320,9 @@ def is_in_memory(directory: Path) -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that programs can have without swapping, in the control groups of this process too: what is in a tmpfs
-    counts there, and at the limit llama-server is killed. Very many if that is not known. Blocking.
+    """The bytes of memory that can be allocated without swapping, on this machine and in the control groups of this
+    process: files in a tmpfs count there, and at the limit the kernel may kill llama-server. A very large number if it
+    is unknown. Blocking.
     """
     free = 1 << 62
     with contextlib.suppress(OSError, ValueError, StopIteration):
@@ -326,8 +337,8 @@ def available_memory() -> int:
 
 
 def _free_in(group: Path) -> int:
-    """How many bytes a control group (v2) can take until its limit; the page cache counts as free. Raises ValueError,
-    KeyError.
+    """The bytes that a control group (v2) can still allocate before it reaches its limit; the page cache counts as
+    free. A very large number without a limit. Raises ValueError, KeyError.
     """
     free = 1 << 62
     with contextlib.suppress(OSError):  # the root has no limits

@@ -1,8 +1,8 @@
-"""What was learned, beside the snapshots: small JSON files of numbers, read at the start and replaced as a whole; and
-the number of hits of each snapshot, so that it survives a restart.
+"""Files for learned numbers, which survive a restart. ``LearnedFile`` is a small JSON file, read at the start and
+always replaced as a whole. ``HitLog`` has the number of hits of each snapshot.
 
-Hits: one line of JSON for each change, ``[id, n_hits, is_branched]``, appended and never synced. A hit costs one small
-write; a power cut loses a few counts. The last line of an id counts; the others are ignored.
+A hit log has one line of JSON for each change: ``[id, n_hits, is_branched]``, appended and never synced. So a hit costs
+one small write, and a power cut loses a few counts. The last line of an id is valid.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class LearnedFile:
-    """A JSON file of learned numbers. ``name``: of the backend or the store, for the log."""
+    """A JSON file of learned numbers. ``name``: the backend or store that it belongs to, for log lines."""
 
     def __init__(self, name: str, path: Path) -> None:
         self._name, self.path = name, path
         self._writing = threading.Lock()
 
     async def read(self) -> Any:
-        """The content of the file; None if it cannot be read. Canceling is safe."""
+        """The JSON value in the file; None if the file cannot be read. Canceling is safe."""
         try:
             async with aiofiles.open(self.path, "rb") as opened:
                 return orjson.loads(await opened.read())
@@ -40,7 +40,9 @@ class LearnedFile:
             return None
 
     async def write(self, data: Any) -> None:
-        """Replace the file. A failure is logged. Canceling is safe: the file is written to its end all the same."""
+        """Replace the file by one with ``data`` as JSON. Logs a failure. Canceling is safe: the file is written all the
+        same.
+        """
         try:
             await asyncio.to_thread(self._write, orjson.dumps(data))
         except OSError as error:
@@ -61,8 +63,8 @@ _SPARE_LINES = 1_000  # the file is rewritten when it has more outdated lines th
 
 
 class Hits(NamedTuple):
-    """The hits of one snapshot. ``is_branched``: its conversation went on from an earlier point, and there was no hit
-    since.
+    """The number of hits of one snapshot. ``is_branched``: its conversation has gone on from an earlier point, and the
+    snapshot has had no hit since.
     """
 
     n_hits: int = 0
@@ -73,8 +75,8 @@ NEVER = Hits()
 
 
 class HitLog:
-    """The file of hits in one directory. All methods block on the disk, must be called by one thread at a time, and
-    never raise: the counts only improve the order of eviction.
+    """The file of hits in one directory. All methods block on the disk, and only one thread may call them at a time.
+    They log an error of the disk and never raise it, because the counts only improve the order of eviction.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -83,7 +85,7 @@ class HitLog:
         self._n_lines = 0
 
     def load(self) -> dict[str, Hits]:
-        """The hits by id, also of snapshots that are gone."""
+        """The hits in the file, by id; some of these snapshots may be gone."""
         found: dict[str, Hits] = {}
         try:
             lines = self._path.read_bytes().splitlines()
@@ -97,11 +99,13 @@ class HitLog:
         return found
 
     def is_long(self, n_listed: int) -> bool:
-        """Whether the file has so many outdated lines that it should be rewritten."""
+        """True if the file should be rewritten, because most of its lines are outdated. ``n_listed``: the number of
+        snapshots.
+        """
         return self._n_lines > 2 * n_listed + _SPARE_LINES
 
     def append(self, changed: Mapping[str, Hits]) -> None:
-        """Append ``changed``, the hits that have changed since the last call."""
+        """Append the hits in ``changed``, by id."""
         try:
             self._write(self._path, os.O_APPEND, changed)
             self._failures.succeeded()
@@ -110,7 +114,7 @@ class HitLog:
         self._n_lines += len(changed)
 
     def rewrite(self, listed: Mapping[str, Hits]) -> None:
-        """Write the file anew with only the hits in ``listed``."""
+        """Replace the file by one with only the hits in ``listed``, by id."""
         new = self._path.with_name(HITS_NAME + ".new")
         try:
             self._write(new, os.O_TRUNC, listed)

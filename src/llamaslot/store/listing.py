@@ -1,4 +1,4 @@
-"""The snapshots of a directory for people: what fills it, and which conversations begin alike."""
+"""The list of a directory's snapshots that the page shows: what fills it, and which conversations begin alike."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llamaslot.store.sidecar import Snapshot
 from llamaslot.store.snapshot_store import SnapshotStore
 from llamaslot.tasks import in_slices
 
-MOST = 1000  # snapshots that are listed one by one: the largest
-_BLOCK = 64  # tokens; beginnings are compared in blocks of so many
+MOST = 1000  # only so many snapshots are listed, the largest
+_BLOCK = 64  # tokens; beginnings are compared in blocks of this length
 _HASH = 8  # bytes
 
 
 class Listing:
-    """The list of a store's snapshots for the page. Nothing is computed until it is asked for; the beginning of a
-    snapshot is hashed once.
+    """The list of a store's snapshots for the page. ``rows`` computes it; the tokens of each snapshot are hashed only
+    once.
     """
 
     def __init__(self, store: SnapshotStore) -> None:
@@ -29,8 +29,9 @@ class Listing:
         self._beginnings: dict[str, bytes] = {}
 
     async def rows(self) -> list[dict[str, Any]]:
-        """The ``MOST`` largest snapshots, those with the same beginning next to each other. ``n_common``: how many
-        tokens, rounded to a block of 64, a snapshot shares with the one before it. Canceling is safe.
+        """A JSON object for each of the ``MOST`` largest snapshots; those with the same beginning are next to each
+        other. ``n_common``: the number of tokens, in whole blocks of 64, that a snapshot shares with the previous one
+        in the list. Canceling is safe.
         """
         catalog = self._store.catalog
         every = sorted(catalog.snapshots.values(), key=lambda its: -catalog.own_bytes(its.id))[:MOST]
@@ -39,7 +40,7 @@ class Listing:
         last: Snapshot | None = None
         rows = []
         async for id_ in in_slices([its.id for its in every]):
-            if (its := catalog.snapshots.get(id_)) is not None:  # as it is by now
+            if (its := catalog.snapshots.get(id_)) is not None:  # it may be gone or changed by now
                 rows.append({**self._row(its), "n_common": self._n_common(last, its)})
                 last = its
         return rows
@@ -52,7 +53,7 @@ class Listing:
                 self._beginnings[its.id] = b"".join(_hashes(tokens))
 
     def _tokens(self, id_: str) -> bytes:
-        """The tokens of a snapshot; empty if its model is not served now."""
+        """The tokens of a snapshot; empty if no backend serves its model."""
         for library in self._store.libraries:
             with contextlib.suppress(KeyError):
                 return library.in_namespaces.tokens(id_)

@@ -1,13 +1,13 @@
-"""A copy of all sidecars in one file outside of the directory, so that a start with ten thousand snapshots opens one
-file.
+"""The manifest: a copy of all sidecars in one file outside of the directory, so that a start with ten thousand
+snapshots reads one file.
 
-It is never the truth. An entry is used only if both files of its snapshot still have the recorded inode, size and
-times of change; all others are read as if there were no manifest. So an outdated manifest (or one that a power cut
-brought back) costs some file accesses, but never makes a snapshot appear. Only snapshots known to be on disk are
-entered: a sidecar that still names a boot of the machine is read at each start.
+An entry is used only if the .kv file and the sidecar of its snapshot still have the recorded inode, size and times of
+change. All other snapshots are read from their own files. So an outdated manifest (or one that a power cut brought
+back) costs some file accesses, but never makes a snapshot appear. It has only snapshots whose data has been synced: the
+sidecars of others, which still name a boot of the machine, are read at each start.
 
-One line with version and checksum, then JSON: a list for each field, as 10,000 objects take four times as long to
-read. Written under another name, synced, renamed.
+The file has one line with version and checksum, then JSON with a list for each field: 10,000 objects would take four
+times as long to read. It is written under another name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Mark = tuple[int, int, int, int]  # a FileId, which takes longer to make
 
 
 class Known(NamedTuple):
-    """What a manifest tells: snapshots that are durably on disk, the times of their last use, and the ids of their two
-    files at that time, by id.
+    """The content of a manifest, by snapshot id: the snapshots, the times of their last use, and the ``FileId`` of each
+    .kv file and of each sidecar when the manifest was written.
     """
 
     snapshots: dict[str, Snapshot]
@@ -52,9 +52,9 @@ class Known(NamedTuple):
 
 
 class Manifest:
-    """A copy of the sidecars of the snapshots in ``directory``, in the file ``path``. Without a path nothing is read
-    or written. ``file_ids``: ids of the .kv files when their headers were read; ``durable``: ids of snapshots known to
-    be on disk.
+    """The manifest of the snapshots in ``directory``, in the file ``path``. If ``path`` is None, nothing is read or
+    written. ``file_ids``: by snapshot id, the FileId of its .kv file when the header was read; ``durable``: ids of the
+    snapshots whose data is known to be synced.
     """
 
     def __init__(self, path: Path | None, directory: Path) -> None:
@@ -64,7 +64,7 @@ class Manifest:
         self._writing = threading.Lock()
 
     async def read(self) -> Known:
-        """Read the manifest; nothing, with a log line, if the file cannot be used. Canceling is safe."""
+        """Read the manifest. If the file cannot be used, logs that and returns an empty one. Canceling is safe."""
         return await asyncio.to_thread(self._read)
 
     def _read(self) -> Known:
@@ -82,9 +82,9 @@ class Manifest:
         return Known.nothing()
 
     async def write(self, snapshots: Mapping[str, Snapshot], last_used: Mapping[str, float]) -> None:
-        """Write the durable snapshots and their times of use. A failure is logged.
+        """Write those ``snapshots`` that are ``durable``, with their times of last use. Logs a failure.
 
-        Canceling is safe: the file is written to its end all the same.
+        Canceling is safe: the file is written all the same.
         """
         self.durable &= snapshots.keys()
         self.file_ids = {id_: file_id for id_, file_id in self.file_ids.items() if id_ in snapshots}
@@ -113,9 +113,9 @@ class Manifest:
     def _entries(
         self, known: list[tuple[Snapshot, Mark, float]]
     ) -> Iterator[tuple[Snapshot, float, Mark, Mark]]:
-        """The entries to write. The id of a .kv file is that of when it was read: if the file has changed since, the
-        entry will not match. A sidecar whose date is not the one that llamaslot set is left out: another program has
-        changed it.
+        """The entries to write: snapshot, time of last use, FileId of the .kv file when it was read, FileId of the
+        sidecar now. If the .kv file has changed since it was read, a later start will find that the entry does not
+        match. Snapshots whose sidecar is gone or has another date than llamaslot gave it are left out.
         """
         directory = os.path.join(self._directory, "")
         for snapshot, file_id, last_used in known:
@@ -126,7 +126,7 @@ class Manifest:
 
 
 class _Unusable(Exception):
-    """Why the content of the file is not used."""
+    """The file is no valid manifest; the text says why."""
 
 
 def _encode(entries: list[tuple[Snapshot, float, Mark, Mark]]) -> bytes:

@@ -1,8 +1,8 @@
-"""The snapshots that a model can use, found by their tokens; and saves that are running, or promised by a running
-prefill: lookups find them like snapshots, and requests may wait for them.
+"""The snapshots that a model can use, found by their tokens. Lookups also find *pending saves*, which are not snapshots
+yet: slots being saved, and shared prefixes that a running prefill will save. Requests may wait for them.
 
-A slot table ends with its llama-server process; snapshots on disk do not. So their index belongs to the directory, is
-shared by the slot tables of all backends of the same model, and survives a restart of llamaslot as files.
+A slot table ends with its llama-server process, and snapshots on disk do not. So their index belongs to the directory.
+All backends of the same model share it, and it survives a restart of llamaslot as files.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 from llamaslot.tasks import TaskOwner
 
-_FEW = 64  # unread snapshots for which a connection waits: 20 ms
+_FEW = 64  # connecting waits until the last snapshots are read if these are so few: 20 ms
 _READ_AT_ONCE = 32
-_N_NEAREST = 8  # snapshots compared with one, the longest common prefixes first
+_N_NEAREST = 8  # a new snapshot is compared with so many others, those with the longest common prefixes
 
 
 @dataclass(frozen=True, slots=True)
 class PendingSave:
-    """Content being saved by ``backend``: neither in a slot nor a snapshot until the save is committed. ``slot``: for
-    a shared prefix that is still to be computed, the slot of the request that computes it; ``users``: those whose
-    requests wait for it.
+    """Content that ``backend`` is saving, or will save, and that is no snapshot before the commit. ``until``: when the
+    commit is expected, by the clock of the placements. ``slot``: for a shared prefix that is still to be computed, the
+    slot of the request that computes it; else None. ``users``: the users whose requests wait for it.
     """
 
     holder: str
@@ -48,15 +48,15 @@ class PendingSave:
 
 
 class PendingSnapshots:
-    """The pending saves of one model, by all backends. ``index`` has the tokens of each by its holder, behind the mark
-    of its namespace.
+    """The pending saves of all backends of one model. ``index`` has the tokens of each under its ``holder``, behind the
+    mark of its namespace.
     """
 
     def __init__(self) -> None:
         self.index: PrefixIndex[str] = PrefixIndex()
         self._entries: dict[str, PendingSave] = {}
         self._serial = itertools.count()
-        self.changes = Changes()  # of ``index``
+        self.changes = Changes()  # sequences added to and removed from ``index``
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -70,7 +70,7 @@ class PendingSnapshots:
 
     @property
     def trunks(self) -> list[str]:
-        """The holders of shared prefixes to come: not computed yet, and the request that computes them may leave."""
+        """The holders of shared prefixes that are not saved yet. The request that computes one may leave before."""
         return [entry.holder for entry in self._entries.values() if entry.slot is not None]
 
     def add(self, content: Content, until: float, backend: str, slot: SlotKey | None = None) -> PendingSave:
@@ -83,14 +83,14 @@ class PendingSnapshots:
         return entry
 
     def end(self, entry: PendingSave) -> None:
-        """A pending save is a snapshot now, or has failed. Idempotent."""
+        """Remove a pending save, which is a snapshot now or has failed. Idempotent."""
         if self._entries.pop(entry.holder, None) is not None:
             self.index.drop(entry.holder)
             self.changes.note(marker(entry.content.namespace) + entry.content.tokens)
 
     def end_of(self, backend: str) -> None:
-        """End all pending saves of ``backend``, whose process is gone or may hang: no request waits
-        for them any more.
+        """Remove all pending saves of ``backend``, whose process is gone or may hang, so that no request waits for them
+        any more.
         """
         for entry in [entry for entry in self._entries.values() if entry.backend == backend]:
             self.end(entry)
@@ -112,10 +112,11 @@ def content_of(snapshot: WithTokens) -> Content:
 
 
 def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
-    """Whether ``new`` makes ``old``, of the same conversation, unnecessary: never a shared prefix, nor a pinned one.
+    """True if ``new`` makes ``old`` unnecessary: it continues the same conversation and is at least as long, with the
+    share ``similarity_min`` of the tokens of ``old`` in common. Never true if ``old`` is a shared prefix or pinned.
 
-    Not only if ``old`` is a strict prefix: the answer in ``old`` comes back re-tokenized, so the two diverge
-    somewhere inside it.
+    ``old`` need not be a whole prefix of ``new``: the client sends the answer in ``old`` back as text, whose tokens may
+    differ, so both may diverge within that answer.
     """
     if old.kind is not SnapshotKind.LEAF or old.is_pinned or new.n_tokens < old.n_tokens:
         return False
@@ -123,10 +124,11 @@ def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
 
 
 class ModelSnapshots:
-    """The snapshots of one model, the pending saves, and their index. ``on_change`` is called after each change.
+    """The snapshots of one model with the index of their tokens, and the pending saves. ``on_change`` is called after
+    each change of ``index``.
 
-    ``set_aside``: by id, until when a snapshot is offered to no request: it could not be given out, for a reason that
-    may pass. The clock is that of the placements.
+    ``set_aside``: by id, the time until which a snapshot is offered to no request, by the clock of the placements. It
+    could not be given out, for a reason that may pass.
     """
 
     def __init__(self, index: LayeredIndex | None = None) -> None:
@@ -135,9 +137,9 @@ class ModelSnapshots:
         self.set_aside: dict[str, float] = {}
         self.in_namespaces = InNamespaces(self.index, self.namespace_of)
         self.on_change: Callable[[LayeredIndex], None] = lambda index: None
-        self.changes = Changes()  # of the index
+        self.changes = Changes()  # sequences added to and removed from ``index``
         self.pending = PendingSnapshots()
-        self.n_unread = 0  # snapshots on disk whose tokens are being read: no request is placed before
+        self.n_unread = 0  # snapshots on disk that are not in ``index`` yet: until 0, no request is placed
 
     def __repr__(self) -> str:
         return f"<ModelSnapshots {len(self.snapshots)} snapshots, {self.index!r}>"
@@ -147,17 +149,21 @@ class ModelSnapshots:
         return Namespace.of_text(self.snapshots[snapshot_id].namespace)
 
     def snapshot_at(self, tokens: bytes, namespace: Namespace) -> Snapshot | None:
-        """The snapshot that ends where ``tokens`` end, or a little before."""
+        """The longest snapshot in ``namespace`` that is wholly a prefix of ``tokens`` and lacks at most
+        ``NEGLIGIBLE_TOKENS`` of them; None if there is none.
+        """
         hit = self.in_namespaces.longest_full_prefix(tokens, (namespace,))
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEGLIGIBLE_TOKENS
         return self.snapshots.get(hit.holder) if hit is not None and is_near else None
 
     def abandoned_by(self, new: WithTokens, similarity_min: float) -> str | None:
-        """The snapshot of the same conversation from which ``new`` diverges well before its end; None if there is none.
+        """The id of the snapshot that the conversation of ``new`` has left behind, usually because an earlier message
+        was edited; None if there is none. ``new`` diverges from it well before its end (``similarity_min``).
 
-        Usually an earlier message was edited. Many conversations have the same beginning, so only tokens that the new
-        one shares with this snapshot, and with no other, show that it is the same. Called after the save: until then it
-        can only be restored from the other one. A shared prefix leaves none behind.
+        Many conversations have the same beginning. So both must share at least ``NEGLIGIBLE_TOKENS`` more with each
+        other than with any other snapshot: that shows that they are one conversation. Call this after the save of
+        ``new``: before, the old snapshot may be the only one that ``new`` can be restored from. None if ``new`` is a
+        shared prefix.
         """
         if new.kind is not SnapshotKind.LEAF:
             return None
@@ -187,8 +193,8 @@ class ModelSnapshots:
         self.changed()
 
     def put(self, snapshot: Snapshot, tokens: bytes) -> None:
-        """Add one of many snapshots. ``changed`` must follow the last, so that no generation is made of the first few
-        only.
+        """Add one of many snapshots without calling ``on_change``: call ``changed`` after the last one. Otherwise a
+        generation might be made of only the first few.
         """
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
@@ -202,7 +208,7 @@ class ModelSnapshots:
         self.changed()
 
     def remove(self, snapshot_id: str) -> None:
-        """Remove one of many snapshots. ``changed`` must follow the last. Idempotent."""
+        """Remove one of many snapshots without calling ``on_change``: call ``changed`` after the last. Idempotent."""
         marked = marker(self.namespace_of(snapshot_id)) if snapshot_id in self.snapshots else b""
         tokens = self.in_namespaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         self.snapshots.pop(snapshot_id, None)
@@ -220,8 +226,8 @@ class ModelSnapshots:
 
 
 class _Library(Struct, eq=False):
-    """The snapshots of one model, the process that renews their index on disk, and the task that reads snapshots into
-    it.
+    """The snapshots of one model, what rebuilds their index on disk, and the task that reads the tokens of snapshots
+    into the index.
     """
 
     identity: Identity
@@ -241,10 +247,11 @@ class _Library(Struct, eq=False):
 
 
 class Libraries:
-    """The libraries of the models whose snapshots are in one directory. Backends of the same model share one.
+    """The *libraries* (``ModelSnapshots``) of the models whose snapshots are in one directory. Backends of the same
+    model share one.
 
-    A library lives as long as it is the last one of any backend. The generations of each are in a directory of its
-    own below ``directory``.
+    A library is kept while any backend runs its model or had it last. The index on disk of each library is in a
+    directory of its own below ``directory``.
     """
 
     def __init__(self, catalog: Catalog, directory: Path, tasks: TaskOwner) -> None:
@@ -257,7 +264,7 @@ class Libraries:
         return (library.snapshots for library in dict.fromkeys(self._by_backend.values()))
 
     def current(self, backend: str) -> ModelSnapshots | None:
-        """The library of the model that ``backend`` ran last."""
+        """The library of the model that ``backend`` runs or had last; None if it never had one."""
         library = self._by_backend.get(backend)
         return library.snapshots if library is not None else None
 
@@ -265,17 +272,17 @@ class Libraries:
         self, backend: str, identity: Identity, is_usable: Callable[[Snapshot], bool]
     ) -> ModelSnapshots:
         """The library of the model that ``backend`` runs now, with the snapshots of the catalog that ``is_usable``
-        accepts. If any backend has the same model, or this one had it before, that library is used again. Canceling is
-        safe: the next call goes on where this one ended.
+        accepts. If this backend had the same model last, or another one has it, their library is used again. Canceling
+        is safe: the next call goes on where this one ended.
 
-        Many snapshots that are not in the index on disk (after a crash, or without its files) are read afterwards:
-        await ``complete`` before a request is placed.
+        Snapshots that are not in the index on disk (after a crash, or without its files) must be read. If these are
+        more than a few, a task reads them after the return: await ``complete`` before a request is placed.
         """
         async with self._opening:  # else two backends would open the same model twice
             its = await self._library_of(backend, identity)
             library = its.snapshots
             await its.stop_reading()
-            # From here on, drops reach this library too, and each save adds its snapshot.
+            # From here on the library hears of each drop and of each new snapshot.
             found = {
                 id_: snapshot for id_, snapshot in self._catalog.snapshots.items() if is_usable(snapshot)
             }
@@ -293,10 +300,10 @@ class Libraries:
             return library
 
     async def _read(self, library: ModelSnapshots, ids: list[str]) -> None:
-        """Add snapshots with the tokens that are in their files. Canceling is safe."""
+        """Read the tokens of the snapshots ``ids`` from their files, and add these snapshots. Canceling is safe."""
         try:
             for at in range(0, len(ids), _READ_AT_ONCE):
-                # Broken ones are dropped, or we lacked open files: not offered then.
+                # The result lacks broken snapshots, and those that cannot be read now: no request finds them.
                 for read in await self._catalog.verify_some(ids[at : at + _READ_AT_ONCE]):
                     if read.id in self._catalog.snapshots:  # not yet gone
                         library.put(read.listed, read.tokens)
@@ -306,7 +313,9 @@ class Libraries:
         library.changed()
 
     async def complete(self) -> None:
-        """Wait until every usable snapshot can be found. Canceling is safe."""
+        """Wait until the tokens of all snapshots of all libraries are read, so that lookups find them. Canceling is
+        safe.
+        """
         for library in list(self._by_backend.values()):
             await library.complete()
 
@@ -327,8 +336,7 @@ class Libraries:
         return library
 
     async def _open(self, identity: Identity) -> _Library:
-        """Begin a library with the generation on disk, if that is of this model."""
-
+        """Make a library, with the index on disk if there is one of this model."""
         texts = {snapshot.fingerprint for snapshot in self._catalog.snapshots.values()}
         await asyncio.to_thread(self._sweep, texts, identity.key)
         directory = self._directory / identity.key
@@ -350,7 +358,9 @@ class Libraries:
         return _Library(identity, library, renewal, directory)
 
     def _sweep(self, fingerprints: Collection[str], kept: str) -> None:
-        """Remove the generations of models that have no snapshot with any of these ``fingerprints``. Blocking."""
+        """Remove the indexes on disk of all models but those with these ``fingerprints`` and the one with the key
+        ``kept``. Blocking.
+        """
         if not self._directory.is_dir():
             return
         known = (Identity.from_text(text) for text in fingerprints)

@@ -1,9 +1,9 @@
-"""Scans the snapshot directory. Opening the store is a scan that repairs.
+"""Scans the snapshot directory when the store is opened, and removes what is no snapshot.
 
-A file is ours if it is a regular file named ``ls-<16 hex>`` with one of our suffixes; all others are never touched.
-Of ours, only a .kv file with a matching sidecar is a snapshot, and the files that its sidecar names are its own. All
-else was left by a crash: it is removed or, if that is impossible, counted as a leftover, so that the quota stays true.
-Of a snapshot with parts that are missing or have another size, the longest beginning without them is kept.
+A file is llamaslot's if it is a regular file named ``ls-<16 hex>`` with one of our suffixes. No other file is touched.
+Of ours, a .kv file with a matching sidecar is a snapshot, and needs the files that the sidecar names. All other files
+of ours were left by a crash. They are removed; those that cannot be removed count as leftovers, so that the quota is
+right. If parts of a snapshot are missing or have another size, the longest beginning that does not need them is kept.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ SUFFIXES = (*_DATA, PROBE, NEW, JSON)  # the order of removal: the largest first
 
 
 class Listing(Struct, frozen=True):
-    """llamaslot's files in a directory, as suffixes by id, and the number of foreign entries."""
+    """llamaslot's files in a directory, as suffixes by id; the number of other entries; and whether llamaslot's lock
+    file is there.
+    """
 
     suffixes: dict[str, set[str]]
     n_foreign: int
     has_lock: bool
 
     def ids_with(self, suffix: str) -> set[str]:
-        """The snapshot ids that have a file with this suffix."""
+        """The ids that have a file with this suffix."""
         return {id_ for id_, suffixes in self.suffixes.items() if suffix in suffixes}
 
     def unfinished(self) -> set[str]:
-        """The ids that are neither a whole pair of .kv and .json nor a probe."""
+        """The ids that have neither both .kv and .json nor a probe."""
         return {
             id_
             for id_, suffixes in self.suffixes.items()
@@ -57,8 +59,9 @@ class Listing(Struct, frozen=True):
 
 
 class Found(Struct):
-    """The result of a scan. ``last_used``: seconds since the epoch, by id; ``leftovers``: bytes, by id; ``file_ids``:
-    of the .kv files that were read; ``durable``: ids of snapshots whose data is known to be on disk.
+    """The result of a scan. By snapshot id: ``last_used`` in seconds since the epoch, ``leftovers`` in bytes, and
+    ``file_ids``, the FileId of each .kv file when it was read. ``faults``: a line about each broken snapshot.
+    ``durable``: ids of the snapshots whose data is known to be synced.
     """
 
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -67,12 +70,12 @@ class Found(Struct):
     faults: list[str] = field(default_factory=list)
     file_ids: dict[str, Mark] = field(default_factory=dict)
     durable: set[str] = field(default_factory=set)
-    n_read: int = 0  # those of which nothing was known
+    n_read: int = 0  # snapshots whose files were read, because the manifest did not have them
     n_unfinished: int = 0
     n_foreign: int = 0
 
     def take(self, known: Known, ids: set[str]) -> None:
-        """Add the snapshots in ``known`` that have these ``ids``; ``known`` is used up."""
+        """Add the snapshots with these ``ids`` from ``known``, and remove the others from ``known``."""
         for id_ in known.snapshots.keys() - ids:
             del known.snapshots[id_], known.last_used[id_], known.kv[id_]
         self.snapshots += known.snapshots.values()
@@ -89,8 +92,8 @@ class Found(Struct):
 
 
 def list_own(directory: Path) -> Listing:
-    """llamaslot's files in a directory by name and type, without a stat of each. Blocking; raises OSError for an
-    unreadable directory.
+    """List llamaslot's files in a directory, by name and type, without a stat of each. Blocking; raises OSError if the
+    directory cannot be read.
     """
     with os.scandir(directory) as entries:
         return _listing(entries)
@@ -113,7 +116,7 @@ def _listing(entries: Iterable[os.DirEntry[str]]) -> Listing:
 
 
 def size_bytes(directory: Path, id_: str) -> int:
-    """The bytes of the files of an id that count for the quota. Blocking."""
+    """The bytes of those files of an id that count for the quota (.part, .kv, .ext). Blocking."""
     return sum(_size(directory / (id_ + suffix)) for suffix in _DATA)
 
 
@@ -123,11 +126,10 @@ def missing(directory: Path, names: set[str]) -> set[str]:
 
 
 def remove(directory: Path, id_: str, *, keeps_data: bool = False) -> tuple[int, OSError | None]:
-    """Unlink every file of the id. Blocking; errors of the file system are returned, not raised. Returns the bytes
-    that are still there, and the first error.
+    """Unlink all files of the id; with ``keeps_data`` only the sidecar, because other snapshots need the data.
+    Blocking. Never raises: returns the bytes that are still there, and the first error or None.
 
-    The data go first: they are the largest, and a sidecar without its file is removed by the next scan.
-    ``keeps_data``: the data stay, because other snapshots need them.
+    Data is unlinked first: it is the largest, and the next scan removes a sidecar without a .kv file.
     """
     n_left, first = 0, None
     for suffix in (NEW, JSON) if keeps_data else SUFFIXES:
@@ -151,7 +153,7 @@ def _size(path: Path) -> int:
 
 
 def agree(noted: Noted, file: SlotFile) -> None:
-    """Raise SnapshotInvalid unless the slot file is the one for which the sidecar was written."""
+    """Raise SnapshotInvalid unless the slot file has the size and tokens of the sidecar ``noted``, and no media."""
     name = noted.id + KV
     if file.size_bytes != noted.size_bytes:
         raise SnapshotInvalid(f"{name}: has {file.size_bytes} bytes, {noted.size_bytes} were written")
@@ -175,8 +177,8 @@ def agree_each(directory: Path, snapshots: Iterable[Snapshot]) -> list[WithToken
 
 
 def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
-    """The snapshot with the tokens from its file's header. Blocking; raises SnapshotInvalid unless its files are those
-    that were listed.
+    """The snapshot with the tokens from its file's header. Blocking. Raises SnapshotInvalid unless these are the
+    recorded tokens, and all its files exist with the recorded sizes.
     """
     file = read_slot_file_now(directory / snapshot.file_name)
     if file.size_bytes != snapshot.size_bytes:
@@ -191,11 +193,12 @@ def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
 
 
 async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitable[None]]) -> Found:
-    """Read the directory, and remove those of llamaslot's files that are no snapshot. Raises OSError if the directory
-    cannot be read.
+    """Find the snapshots in a directory, and remove those of llamaslot's files that no snapshot needs. Raises OSError
+    if the directory cannot be read.
 
-    A snapshot whose files are unchanged since they became ``known`` is not opened. ``on_some`` is awaited with what
-    was found so far, each time that many snapshots were read. Canceling is safe: the next scan repairs the rest.
+    ``known``: the manifest. The files of a snapshot that have not changed since then are not read. ``on_some`` is
+    awaited with what was found so far after each 2,048 snapshots that were read. Canceling is safe: the next scan
+    removes the remaining files.
     """
     listing, unchanged = await asyncio.to_thread(_look, directory, known)
     found = Found(n_foreign=listing.n_foreign)
@@ -208,7 +211,7 @@ async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitab
             useless.append(id_)  # unless a snapshot needs it
             continue
         if suffixes != {KV, JSON}:
-            # A valid snapshot with extra files: only those are removed.
+            # A snapshot with other files besides: only these are removed.
             found.n_unfinished += 1
             await asyncio.to_thread(
                 _unlink_quietly, *(directory / (id_ + rest) for rest in suffixes - {KV, JSON})
@@ -223,11 +226,11 @@ async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitab
         if isinstance(read := loaded.pop(id_), SnapshotInvalid):
             found.faults.append(str(read))
             cause = read.__cause__
-            # One that is not known to be broken, only unreadable, is removed when its space is needed.
+            # A snapshot that only cannot be read now counts as a leftover: it is removed when its space is needed.
             is_unreadable = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
             (unreadable if is_unreadable else useless).append(id_)
             continue
-        if read.fault:  # it was shortened, and has another id
+        if read.fault:  # a shortened snapshot has taken its place, with another id
             found.faults.append(read.fault)
             useless.append(id_)
         found.add(read)
@@ -238,11 +241,11 @@ async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitab
 async def _clear(
     directory: Path, listing: Listing, found: Found, useless: list[str], unreadable: list[str]
 ) -> None:
-    """Remove the files of ``useless`` ids that no snapshot needs, and count as leftovers those that cannot be removed
-    or read.
+    """Remove the files of ``useless`` ids that no snapshot needs. Count as leftovers those that cannot be removed, and
+    the files of ``unreadable`` ids.
 
-    What the ``unreadable`` snapshots need is not known, so while there are any, data without a sidecar stay, and
-    count.
+    It is unknown which files the ``unreadable`` snapshots need. So while there are any, no .kv or .ext file without a
+    sidecar is removed; these count as leftovers too.
     """
     if not useless and not unreadable:
         return
@@ -263,10 +266,10 @@ async def _clear(
 
 
 def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
-    """List the directory: the files of all snapshots but the known ones that are unchanged, and the ids of the latter.
-    Of an unchanged snapshot any files besides its own two are listed too. Blocking; raises OSError.
+    """List the directory. Returns a listing, and the ids of ``known`` snapshots whose files have not changed. The
+    listing lacks the .kv file and the sidecar of these, unless they have more files. Blocking; raises OSError.
     """
-    # Of 10,000 snapshots each step here is done 20,000 times: of 0.2 s half was that of making names.
+    # With 10,000 snapshots each step in this loop runs 20,000 times. Making strings took half of 0.2 s.
     known_of, same = {KV: known.kv, JSON: known.json}, {KV: set[str](), JSON: set[str]()}
     none: dict[str, Mark] = {}
     others, sizes = list[os.DirEntry[str]](), dict[str, int]()
@@ -313,8 +316,8 @@ def bad_files(directory: Path, of: Snapshot | Noted) -> set[str]:
 
 
 class Loaded(NamedTuple):
-    """A snapshot that was read, its last use, the id of its .kv file, and whether its data are known to be on disk.
-    ``fault``: why it was shortened, and so has another id.
+    """A snapshot that was read from its files. ``file_id``: of its .kv file; ``is_durable``: its data is known to be
+    synced. ``fault``: why it was shortened, so that it has a new id; else "".
     """
 
     snapshot: Snapshot
@@ -336,7 +339,7 @@ def _load_some(directory: Path, ids: Iterable[str]) -> dict[str, Loaded | Snapsh
 
 
 def _load(directory: Path, id_: str) -> Loaded:
-    """Read one snapshot. Blocking; raises SnapshotInvalid."""
+    """Read one snapshot, or shorten it if parts are bad (``_shortened``). Blocking; raises SnapshotInvalid."""
     path = directory / (id_ + JSON)
     try:
         data, dated = path.read_bytes(), path.stat().st_mtime
@@ -357,8 +360,8 @@ def _load(directory: Path, id_: str) -> Loaded:
 def _shortened(
     directory: Path, noted: Noted, tokens: bytes, bad: set[str], last_used: float, fault: str
 ) -> Loaded:
-    """Write a snapshot of the longest beginning that does not need the ``bad`` files. Raises SnapshotInvalid with
-    ``fault`` if there is none.
+    """Write a new snapshot of the longest beginning that does not need the ``bad`` files. Raises SnapshotInvalid with
+    the text ``fault`` if there is no such beginning, or if it cannot be written.
     """
     rows = [part for part in noted.parts if not part.is_state]
     good = list(takewhile(lambda part: part.file not in bad, rows))

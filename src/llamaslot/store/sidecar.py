@@ -1,15 +1,15 @@
-"""The types and file names of the store, and the sidecar that makes a slot file a snapshot.
+"""The types and file names of the store, and the *sidecar*, the JSON file that makes a slot file a snapshot.
 
-A snapshot is ``<id>.kv`` and ``<id>.json``, written by us after everything else: a file without its sidecar is
-ignored. The .kv file is a whole slot file, as llama-server wrote it, or only the header of one: then the sidecar names
-the *parts* of its content, rows and states in files that other snapshots may need too (``<id>.ext``, or the .kv file
-of another). A file that no sidecar needs does not exist. Sidecars hold no tokens (those are in the header of the .kv
-file). The modification time of a sidecar is the time of the last use.
+A snapshot is ``<id>.kv`` and its sidecar ``<id>.json``, which llamaslot writes last. The .kv file is either a whole
+slot file, as llama-server wrote it, or only the header of one. Then the sidecar names the *parts* of its content: rows
+and states in files that other snapshots may need too (``<id>.ext``, or the .kv file of another snapshot). A file that
+no sidecar names belongs to no snapshot, and the next scan removes it. The tokens are in the header of the .kv file, not
+in the sidecar. The modification time of a sidecar is the time of the last use.
 
-A .kv file of a gigabyte is renamed before the kernel has written it to disk. A killed process loses nothing by that;
-a power cut could leave zeros behind a valid header, which would be restored as the context of a user. So a sidecar
-first carries the id of this boot, and is rewritten without it once the data is synced. One of another boot is not
-used.
+llamaslot renames a .kv file of a gigabyte before the kernel has written it to disk. If llamaslot is killed, nothing is
+lost. After a power cut, zeros may follow a valid header, and would be restored as a user's context. So a sidecar first
+has the id of this boot of the machine, and is rewritten without it once the data is synced. A sidecar with the id of
+another boot makes no snapshot.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.sizes import readable_size
 
-# 2 if there is a namespace: a reader of version 1 must not take the snapshot for a shared one. 3 if there are parts.
+# A sidecar with parts has version 3, one with a namespace version 2: a llamaslot that knows only version 1 would offer
+# that snapshot to every user. All others have version 1.
 VERSION = 3
 _VERSIONS = (1, 2, VERSION)
 KV, EXT, JSON, PART, NEW, PROBE = ".kv", ".ext", ".json", ".part", ".json.new", ".probe"
 _OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.ext|\.json|\.part|\.json\.new|\.probe)")
-N_STATES = 2  # given to llama-server with the rows: the latest ones
+N_STATES = 2  # so many states are put into a slot file for a restore: the latest ones
 _PART_TYPES = [str, int, int, int], [str, int, int, int, int]
-_MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask restricts it
+_MODE = 0o660  # llama-server and llamaslot may run as two users of one group; the umask restricts the mode
 
 
 class Part(NamedTuple):
-    """A part of a snapshot: the rows of tokens ``start`` to ``end`` in ``file``, or, if both are equal, the state of
-    the model there. ``size_bytes``: of the whole file, which may hold more than the part. ``checksum``: of the whole
-    file, xxh3_64, if it is a slot file, which has none in it; None if an earlier version of llamaslot wrote the
-    sidecar.
+    """A part of a snapshot: the rows of the tokens [start, end) in ``file``, or, if both are equal, the state of the
+    model after so many tokens. ``size_bytes``: of the whole file, which may have more than this part. ``checksum``: the
+    xxh3_64 of the whole file if it is a slot file, which has no checksum inside. None for an extent, and in sidecars of
+    earlier versions of llamaslot.
     """
 
     file: str
@@ -61,16 +62,17 @@ class Part(NamedTuple):
 
 
 class Snapshot(Struct, frozen=True):
-    """A complete saved slot, as it is listed: its tokens are in the file's header and in the index.
+    """A saved slot on disk, without its tokens, which are in the header of its .kv file and in the index.
 
-    ``digest``: a hash of the tokens; ``created_at``: seconds since the epoch; ``checkpoints``: token counts to which
-    a model that cannot rewind can return; ``source``: what it was saved for. ``is_pinned``: it is
-    neither evicted nor superseded. ``is_prewarmed``: it was pinned because the configuration's ``prewarm`` names it,
-    and is unpinned when that no longer does. ``namespace``: the namespace that may resume
-    from it (``cache.namespaces``), "" for all. ``parts``: where its content is: rows from the first token to the last,
-    then states by position; empty for a whole slot file. ``row_bytes``: of each token's rows. ``own_from``: the
-    rows before this token were taken from another conversation; those that its slot computed may differ by rounding.
-    ``size_bytes``: of its .kv file.
+    ``digest``: a hash of the tokens. ``size_bytes``: of its .kv file. ``created_at``: seconds since the epoch.
+    ``checkpoints``: token counts to which a model that cannot rewind freely can return. ``source``: the request that it
+    was saved for. ``is_pinned``: it is neither evicted nor superseded. ``is_prewarmed``: it was pinned because the
+    configuration's ``prewarm`` names it, and is unpinned when ``prewarm`` no longer does. ``namespace``: whose requests
+    may resume from it (``Namespace.text``); "" is the shared one.
+
+    ``parts``: where its content is: rows from the first token to the last, then states by position; empty for a whole
+    slot file. ``row_bytes``: bytes of the rows of each token. ``own_from``: rows before this token come from another
+    conversation's snapshot; its own slot may have computed them with other rounding.
     """
 
     id: str
@@ -91,11 +93,11 @@ class Snapshot(Struct, frozen=True):
 
     @property
     def files(self) -> dict[str, int]:
-        """All files of the snapshot but the sidecar, and their bytes. Other snapshots may need them too."""
+        """All files that the snapshot needs, except its sidecar, with their bytes. Others may need them too."""
         return {self.id + KV: self.size_bytes, **{part.file: part.size_bytes for part in self.parts}}
 
     def restored_bytes(self, n_tokens: int | None = None) -> int:
-        """The approximate bytes that llama-server reads to restore the snapshot, or its first ``n_tokens``."""
+        """About how many bytes llama-server reads to restore the snapshot, or its first ``n_tokens``."""
         n = self.n_tokens if n_tokens is None else n_tokens
         if not self.parts:
             return self.size_bytes if n >= self.n_tokens else self.size_bytes * n // self.n_tokens
@@ -104,11 +106,11 @@ class Snapshot(Struct, frozen=True):
 
     @property
     def read_size(self) -> tuple[int, int]:
-        """The snapshot's number of tokens, and the bytes of a slot file of them."""
+        """The snapshot's number of tokens, and about how many bytes a slot file with these has."""
         return self.n_tokens, self.restored_bytes()
 
     def with_tokens(self, tokens: bytes) -> WithTokens:
-        """The same snapshot with its ``tokens``, which must be its own."""
+        """The same snapshot with ``tokens``, which must be those of the snapshot."""
         return WithTokens(**{**asdict(self), "tokens": tokens})
 
     @property
@@ -126,18 +128,18 @@ class Snapshot(Struct, frozen=True):
 
 class WithTokens(Snapshot, frozen=True):
     """A snapshot with its ``tokens``: little-endian int32 bytes. Do not keep such objects: the tokens of ten thousand
-    contexts are more than their index, and more than fits into memory.
+    snapshots do not fit into memory; an index stores what they have in common once.
     """
 
     tokens: bytes = b""
 
     @classmethod
     def of(cls, tokens: bytes, **fields: Any) -> WithTokens:
-        """A snapshot that holds ``tokens``; ``fields`` are its other fields."""
+        """A snapshot with these tokens, its number of tokens and digest; ``fields`` are the other fields."""
         return cls(tokens=tokens, n_tokens=len(tokens) // WIDTH, digest=digest_of(tokens), **fields)
 
     def cut(self, n_tokens: int) -> WithTokens:
-        """The snapshot as if it ended after ``n_tokens``, with the id of the whole."""
+        """The snapshot's first ``n_tokens``, as a snapshot with the same id. Changes no file."""
         if n_tokens == self.n_tokens:
             return self
         checkpoints = tuple(at for at in self.checkpoints if at <= n_tokens)
@@ -159,8 +161,8 @@ def digest_of(tokens: bytes) -> str:
 
 
 class Noted(Struct, frozen=True):
-    """The content of a sidecar. ``digest``: of the tokens; "" in a sidecar of an older version, and until the saved
-    file is read.
+    """The content of a sidecar: the fields of ``Snapshot``, and ``boot``. ``digest``: a hash of the tokens; "" in a
+    sidecar of an older version, and before the saved file has been read.
     """
 
     id: str
@@ -170,7 +172,7 @@ class Noted(Struct, frozen=True):
     created_at: float
     checkpoints: tuple[int, ...]
     source: str
-    boot: str | None  # boot of the machine, until the .kv file is known to be on disk
+    boot: str | None  # id of the machine's boot, until the data is known to be synced; then None
     kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
     is_prewarmed: bool = False
@@ -182,7 +184,7 @@ class Noted(Struct, frozen=True):
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
-        """The sidecar of a snapshot that was saved since this boot and may not be on disk yet."""
+        """The sidecar of a snapshot that was saved during this boot and whose data may not be synced yet."""
         names = set(cls.__struct_fields__) - {"boot"}
         return cls(**{name: getattr(snapshot, name) for name in names}, boot=boot_id())
 
@@ -223,7 +225,7 @@ def parse(name: str, data: bytes) -> Noted:
         checkpoints=tuple(checkpoints),
         source=_field(name, fields, "source", str),
         boot=_field(name, fields, "boot", str, type(None)),
-        # Later fields: a sidecar without them is of a plain conversation.
+        # Fields that came later: a sidecar without them is of a conversation in a whole slot file.
         kind=_kind(name, _field(name, {"kind": SnapshotKind.LEAF.value, **fields}, "kind", str)),
         is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
         is_prewarmed=_field(name, {"is_prewarmed": False, **fields}, "is_prewarmed", bool),
@@ -275,7 +277,7 @@ def _field(name: str, fields: dict[str, Any], key: str, *types: type) -> Any:
 
 @functools.cache
 def boot_id() -> str:
-    """The kernel's id of this boot, the same inside containers; always "" where the kernel has none."""
+    """The kernel's id of this boot of the machine, the same inside containers; "" if the kernel tells none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -283,8 +285,8 @@ def boot_id() -> str:
 
 
 def write(directory: Path, noted: Noted, last_used: float) -> None:
-    """Write a sidecar under another name, sync it, set its date, rename it. Blocking; raises OSError. The directory is
-    not synced: a name lost in a power cut is a snapshot that does not exist.
+    """Write a sidecar under another name, sync it, set its modification time to ``last_used``, and rename it. Blocking;
+    raises OSError. The directory is not synced: if a power cut loses the name, the snapshot is lost with it.
     """
     version = VERSION if noted.parts else 2 if noted.namespace else 1
     fields = {"version": version, **asdict(noted)}
@@ -304,7 +306,7 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
 
 
 def write_data(path: Path, data: bytes, *, is_durable: bool = False) -> None:
-    """Write a new file of llamaslot's. Blocking; raises OSError, also if the file exists."""
+    """Write a new file; with ``is_durable``, sync it (fsync). Blocking; raises OSError, also if the file exists."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE), "wb") as file:
         file.write(data)
         if is_durable:
@@ -313,7 +315,7 @@ def write_data(path: Path, data: bytes, *, is_durable: bool = False) -> None:
 
 
 def sync_data(path: Path) -> None:
-    """Sync a data file to disk. Blocking, for seconds; raises OSError."""
+    """Sync a file to disk (fdatasync). Blocking, for seconds; raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fdatasync(fd)
@@ -322,22 +324,22 @@ def sync_data(path: Path) -> None:
 
 
 def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
-    """Sync a snapshot's files and record that in its sidecar. Blocking, for seconds; raises OSError."""
+    """Sync all files of a snapshot, and rewrite its sidecar without the boot. Blocking, for seconds. Raises OSError."""
     for name in dict.fromkeys([*(part.file for part in noted.parts), noted.id + KV]):
         sync_data(directory / name)
     write(directory, replace(noted, boot=None), last_used)
 
 
 def marked(noted: Noted, snapshot: Snapshot) -> Noted:
-    """The sidecar with the kind and the pin of ``snapshot``."""
+    """A copy of ``noted`` with the kind and the pin of ``snapshot``."""
     return replace(
         noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned, is_prewarmed=snapshot.is_prewarmed
     )
 
 
 def change_kind(directory: Path, snapshot: Snapshot) -> None:
-    """Write kind and pin of the snapshot into its sidecar, and leave the rest. Blocking; raises OSError and
-    SnapshotInvalid.
+    """Write kind and pin of the snapshot into its sidecar (``marked``); other fields stay as they are there. Blocking;
+    raises OSError and SnapshotInvalid.
     """
     path = directory / (snapshot.id + JSON)
     noted = parse(path.name, path.read_bytes())
@@ -346,8 +348,8 @@ def change_kind(directory: Path, snapshot: Snapshot) -> None:
 
 
 def date(directory: Path, last_used: dict[str, float]) -> None:
-    """Write the times of last use, by id, as the dates of sidecars. Blocking; a snapshot that is gone or not
-    llamaslot's to date is skipped.
+    """Set the modification times of sidecars to the times of last use, by id. Blocking. Skips a sidecar that is gone or
+    belongs to another user of the machine.
     """
     for id_, at in last_used.items():
         with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
-"""A slot file of llama-server: its words, what two files must have in common to fit each other, the tokens in its
-header, and the cells of its caches.
+"""The format of llama-server's slot files: reads the tokens in the header, reads and makes cells, and describes the
+shape that two files must share so that rows of one fit the other.
 
-Little-endian, no padding, no checksum and no lengths but these; so a file is only understood if every byte is::
+A slot file is little-endian, and has no padding, no checksum, and no lengths but these. So llamaslot understands a file
+only if it understands every byte::
 
     header          u32 magic, u32 version, u32 n_words, n_words words
     cache           of the layers with full attention; none on a purely recurrent model
@@ -15,19 +16,20 @@ Little-endian, no padding, no checksum and no lengths but these; so a file is on
                     per layer i32 type, u64 row_bytes, n_cells rows of K; then the same of V (none with MLA)
     recurrent state u32 1, i32 pos, u32 0, u32 0, u32 n_layers, then i32 type, u64 row_bytes, row, again and again
 
-A cache of full attention has one row per token: they are the same bytes in each save of a conversation. A *state* is
-what a model that cannot rewind needs to go on at one token: the window's cache, the recurrent state, or both. A file
-has one for its end, and one in each checkpoint, behind 8 bytes: a magic and the slot's number.
+A cache of full attention has one row per token and tensor. The rows of a token are the same bytes in each save of a
+conversation. A *state* is all that a model which cannot rewind needs to go on after one token: the window's cache, the
+recurrent state, or both. A file has a state for its end, and one in each checkpoint, behind 8 bytes: a magic and the
+slot's number.
 
-In a cache all streams but the slot's own are empty. A state is kept without those (``StateParts``), so that it fits a
-server with another number of slots.
+In a cache all streams but the slot's own are empty. A state is stored without the empty ones (``StateParts``), so that
+it fits a server with another number of slots.
 
 The words of a header are ``-1, 1, n_tokens, tokens..., n_media, first token of each media chunk..., media chunks``;
-older builds wrote the bare tokens. A media token is -1 in the list. A full disk leaves a truncated file whose header
-claims all tokens, so the size that the server reported (``n_written``) must be stored beside it and compared.
+older builds wrote only the tokens. A media token is -1 in the list. A full disk leaves a truncated file whose header
+claims all tokens. So the size that the server reported (``n_written``) must be stored elsewhere and compared.
 
-A cell is ``i32 pos, u32 1 (number of sequences), i32 sequence``. With M-RoPE there are words in between: two more
-positions, which are the same for text, and in newer builds the token.
+A cell is ``i32 pos, u32 1 (number of sequences), i32 sequence``. With M-RoPE there are more words before the sequence:
+two positions, which are the same as the first for text, and in newer builds the token.
 """
 
 from __future__ import annotations
@@ -58,17 +60,17 @@ U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 MAGIC = 0x67677371  # "qsgg" as it lies in the file
 VERSIONS = range(2, 5)  # the header is the same in these versions; a server restores only its own version
-# 64 MiB of ids: far above any context; limits what a damaged count makes us read.
+# 64 MiB of ids, far above any context. It limits how much is read of a file whose count is damaged.
 MAX_TOKENS = 1 << 24
 
 _START = struct.Struct("<III")  # magic, version, n_words
 _PACKED = struct.Struct("<iII")  # -1, version of the list, n_tokens
-TOKENS_AT = _START.size + _PACKED.size  # where they begin in the packed form
+TOKENS_AT = _START.size + _PACKED.size  # offset of the tokens in the packed form
 _LIST_VERSION = 1
 _NULL = b"\xff\xff\xff\xff"  # LLAMA_TOKEN_NULL, -1
 
 PLAIN, OLDER_MROPE, MROPE = 3, 5, 6  # words per cell
-_AT_ONCE = 4096  # cells: 0.1 ms with the GIL held
+_AT_ONCE = 4096  # cells handled in one step, which holds the GIL for 0.1 ms
 _MAX_RUNS = 1024
 
 
@@ -80,8 +82,9 @@ class Rows(Struct, frozen=True):
 
 
 class CacheShape(Struct, frozen=True):
-    """The shape of an attention cache: K and V of each layer. ``cell_words``: 32-bit words per cell, more with M-RoPE;
-    ``rotation``: of K and V, as the server writes it.
+    """The shape of an attention cache. ``k`` and ``v``: the rows of each layer; ``v`` is empty with MLA.
+    ``cell_words``: 32-bit words per cell, more with M-RoPE. ``rotation``: the two numbers for K and V that the server
+    writes.
     """
 
     cell_words: int
@@ -95,8 +98,9 @@ class CacheShape(Struct, frozen=True):
 
 
 class Shape(Struct, frozen=True):
-    """What two files must have in common for rows and states of one to fit the other. ``recurrent``: the tensors of a
-    recurrent state, () without one. The number of slots does not matter.
+    """Two slot files with the same shape fit each other: rows and states of one can be put into the other. The number
+    of slots does not matter. ``attention`` and ``window``: the shapes of these caches, None without one. ``recurrent``:
+    the tensors of the recurrent state, () without one.
     """
 
     version: int
@@ -106,7 +110,7 @@ class Shape(Struct, frozen=True):
 
     @property
     def has_states(self) -> bool:
-        """Whether a slot can only be resumed at a state. Otherwise at any token."""
+        """True if the model can resume only at a state; a dense model resumes at any token."""
         return self.window is not None or bool(self.recurrent)
 
     @property
@@ -128,8 +132,8 @@ class Shape(Struct, frozen=True):
 
 
 class NoCells(Exception):
-    """The words in a file are no cells that llamaslot knows; the text says why. ``is_width``: only the number of words
-    per cell is wrong.
+    """The words in a file are no cells that llamaslot knows; the text says why. ``is_width``: cells with another number
+    of words may fit.
     """
 
     def __init__(self, reason: str, is_width: bool = False) -> None:
@@ -138,7 +142,7 @@ class NoCells(Exception):
 
 
 class Run(Struct, frozen=True):
-    """``n`` tokens from position ``pos`` whose rows lie one after the other from row ``cell`` of each tensor."""
+    """``n`` tokens from position ``pos`` on, whose rows follow each other in each tensor, from row ``cell`` on."""
 
     pos: int
     cell: int
@@ -146,7 +150,9 @@ class Run(Struct, frozen=True):
 
 
 class Cells(Struct, frozen=True):
-    """The cells of a cache. ``width``: words per cell. ``runs``: in order of position."""
+    """The cells of a cache. ``width``: 32-bit words per cell. ``runs``: in order of position. ``low``, ``high``: the
+    lowest and the highest position.
+    """
 
     width: int
     runs: tuple[Run, ...]
@@ -161,15 +167,14 @@ class Cells(Struct, frozen=True):
 
     @property
     def is_whole(self) -> bool:
-        """Whether each position from the lowest to the highest has exactly one cell."""
+        """True if each position from ``low`` to ``high`` has exactly one cell."""
         return all(run.pos + run.n == after.pos for run, after in zip(self.runs, self.runs[1:], strict=False))
 
 
 def read_cells(read: Callable[[int, int], bytes], n: int, tokens: array[int]) -> Cells:
-    """Read ``n`` cells with ``read(offset, size)``, which raises NoCells if there are no such bytes. ``tokens``: of
-    the slot; no position may be beyond them.
-
-    Raises NoCells.
+    """Read ``n`` cells with ``read(offset, size)``, which raises NoCells if the file has no such bytes. ``tokens``:
+    those of the slot, with which positions and tokens in the cells are compared. Raises NoCells if no known number of
+    words per cell fits.
     """
     faults = []
     for width in (PLAIN, MROPE, OLDER_MROPE):
@@ -177,7 +182,7 @@ def read_cells(read: Callable[[int, int], bytes], n: int, tokens: array[int]) ->
             return Cells(width, _runs(read, n, width, tokens))
         except NoCells as error:
             faults.append(error)
-    # The others are of widths that these cells do not have.
+    # The most telling fault: those with ``is_width`` come from trying the wrong number of words.
     raise next((fault for fault in faults if not fault.is_width), faults[0])
 
 
@@ -210,7 +215,7 @@ def _runs(read: Callable[[int, int], bytes], n: int, width: int, tokens: array[i
 
 
 def _run_length(positions: array[int], cell: int) -> int:
-    """The number of positions from ``cell`` on that count up by one."""
+    """The number of positions from index ``cell`` on, each of which is one more than the previous one."""
     first, rest = positions[cell], len(positions) - cell
     if positions[-1] == first + rest - 1 and positions[cell:] == array("I", range(first, first + rest)):
         return rest
@@ -221,7 +226,9 @@ def _run_length(positions: array[int], cell: int) -> int:
 
 
 def make_cells(tokens: bytes, width: int) -> Iterator[bytes]:
-    """The cells of ``tokens``, little-endian int32, from position 0 on, of sequence 0: a few kB at a time."""
+    """The cells of ``tokens`` (little-endian int32), from position 0 on and of sequence 0, some kB at a time.
+    ``width``: 32-bit words per cell.
+    """
     for at in range(0, len(tokens), _AT_ONCE * WORD):
         ids = to_words(tokens[at : at + _AT_ONCE * WORD])
         n, first = len(ids), at // WORD
@@ -262,11 +269,11 @@ class SlotFile(Struct, frozen=True):
 async def read_slot_file(path: Path) -> SlotFile:
     """Read the header of the slot file ``path``: at most 12 + 4 * (n_tokens + 4) bytes.
 
-    Raises SnapshotInvalid, with the reason in one line, for a file that is missing, unreadable (``__cause__`` is the
-    OSError), too short, or not a slot file of a known version. Canceling is safe.
+    Raises SnapshotInvalid, with the reason in one line, for a file that is missing or unreadable (``__cause__`` is the
+    OSError), too short, or no slot file of a known version. Canceling is safe.
     """
-    # One call of a thread that opens, reads and closes: aiofiles took 1.7 times as long, and a reader cancelled in
-    # between left the file open.
+    # One call of a thread opens, reads and closes the file: aiofiles took 1.7 times as long, and left the file open if
+    # it was cancelled in between.
     return await asyncio.to_thread(read_slot_file_now, path)
 
 
@@ -304,14 +311,14 @@ def read_slot_file_now(path: Path) -> SlotFile:
 
 
 def slot_file_head(tokens: bytes) -> bytes:
-    """The header of a slot file that holds ``tokens``, little-endian int32 bytes, as a current server writes it."""
+    """The header that a current llama-server writes for ``tokens`` (little-endian int32), as bytes."""
     n_tokens = len(tokens) // WORD
     start = _START.pack(MAGIC, VERSIONS[-1], n_tokens + 4) + _PACKED.pack(-1, _LIST_VERSION, n_tokens)
     return start + tokens + bytes(WORD)
 
 
 def _n_words(name: str, start: bytes, size_bytes: int) -> int:
-    """The length of the packed list in words, checked against the size of the file."""
+    """The number of words in the header, which must fit into the file. Raises SnapshotInvalid."""
     if len(start) < _START.size:
         raise SnapshotInvalid(f"{name}: {size_bytes} bytes are too few for a slot file")
     magic, version, n_words = _START.unpack_from(start)
@@ -326,7 +333,9 @@ def _n_words(name: str, start: bytes, size_bytes: int) -> int:
 
 
 def _n_tokens(name: str, start: bytes, n_words: int) -> tuple[int, bool]:
-    """The number of tokens that follow in the file, and whether they are in the packed form."""
+    """The number of tokens in the header, and True if they are in the packed form of newer builds. Raises
+    SnapshotInvalid.
+    """
     is_packed = n_words > 0 and start.startswith(_NULL, _START.size)
     n_tokens = n_words
     if is_packed:
@@ -345,7 +354,9 @@ def _n_tokens(name: str, start: bytes, n_words: int) -> tuple[int, bool]:
 
 
 def _before_media(tokens: bytes) -> bytes:
-    """The tokens before the first -1. ``find`` is as fast as memchr; a hit that is not on a whole token is skipped."""
+    """The tokens before the first -1. A hit of ``find``, which is as fast as memchr, may lie across two tokens: skip
+    it.
+    """
     at = tokens.find(_NULL)
     while at >= 0 and at % WORD:
         at = tokens.find(_NULL, at + 1)

@@ -1,6 +1,5 @@
-"""Where everything lies in a slot file of llama-server: the rows of each token, and the states at certain tokens.
-
-See ``slot_file`` for the words between them.
+"""Finds where the rows of each token, and the states at certain tokens, lie in a slot file of llama-server.
+``slot_file`` describes the format.
 """
 
 from __future__ import annotations
@@ -40,21 +39,22 @@ from llamaslot.store.slot_file import (
     to_words,
 )
 
-# Far above what exists; they limit what a damaged file makes us do.
+# Far above what exists. They limit how much work a damaged file can cause.
 _MAX_LAYERS, _MAX_STREAMS, _MAX_CHECKPOINTS, _MAX_TYPE = 2048, 1024, 4096, 128
 
 Span: TypeAlias = tuple[int, int]  # offset and size in bytes
 
 
 class LayoutUnknown(SnapshotInvalid):
-    """The rows in a slot file cannot be told apart: the file is damaged, cut short, or of a kind that llamaslot does
-    not know.
+    """llamaslot cannot find the rows in a slot file: the file is damaged, cut short, or of a kind that llamaslot does
+    not know. Such a file can only be kept and restored whole.
     """
 
 
 class StateParts(Struct, frozen=True):
-    """Where the parts of a state lie in a file. ``window``: from n_cells to the last row of V; ``recurrent``: all of
-    it; ``draft`` and ``speculation`` belong to a draft model. A part that does not exist has size 0.
+    """Where the parts of a state lie in a file. ``window``: the window's cache, from its n_cells to its last row of V;
+    ``recurrent``: the whole recurrent state; ``draft`` and ``speculation`` belong to a draft model. A part that does
+    not exist has size 0.
     """
 
     window: Span = (0, 0)
@@ -67,7 +67,7 @@ class StateParts(Struct, frozen=True):
 
 
 class State(Struct, frozen=True):
-    """A state after ``n_tokens`` tokens. ``pos_min``, ``pos_max``: as a checkpoint of llama-server has them."""
+    """The model's state after ``n_tokens`` tokens. ``pos_min``, ``pos_max``: as in a checkpoint of llama-server."""
 
     n_tokens: int
     pos_min: int
@@ -80,10 +80,10 @@ class State(Struct, frozen=True):
 
 
 class SlotLayout(Struct, frozen=True):
-    """The layout of a slot file that was understood to the last byte. ``tokens``: little-endian int32 bytes.
-    ``n_streams``: as the server wrote it. ``rows_at``: for each of ``shape.tensors`` the offset of its first row;
-    ``runs``: in which row a token is, in order of positions. ``checkpoints``: from the appendix, in its order.
-    ``end``: the state after all tokens, None on a dense model.
+    """The layout of a slot file of which every byte was understood. ``tokens``: little-endian int32 bytes.
+    ``n_streams``: as the server wrote it. ``rows_at``: for each of ``shape.tensors``, the offset of its first row in
+    the file. ``runs``: which rows belong to which tokens, in order of positions. ``checkpoints``: in the order of the
+    appendix. ``end``: the state after all tokens, None on a dense model.
     """
 
     tokens: bytes
@@ -101,13 +101,13 @@ class SlotLayout(Struct, frozen=True):
 
     @property
     def states(self) -> tuple[State, ...]:
-        """All states, one per number of tokens, in order: the checkpoints, and the end unless a checkpoint is there."""
+        """All states, ascending by number of tokens: the checkpoints, and ``end`` unless a checkpoint is there."""
         states = {} if self.end is None else {self.end.n_tokens: self.end}
         states |= {state.n_tokens: state for state in self.checkpoints}
         return tuple(states[n] for n in sorted(states))
 
     def row_spans(self, tensor: int, start: int, end: int) -> Iterator[Span]:
-        """Where the rows of the tokens [start, end) lie in the file, for the tensor with this index in ``shape``."""
+        """The ranges of the file with the rows of the tokens [start, end), of ``shape.tensors[tensor]``."""
         row_bytes, first = self.shape.tensors[tensor].row_bytes, self.rows_at[tensor]
         for run in self.runs:
             low, high = max(start, run.pos), min(end, run.pos + run.n)
@@ -116,10 +116,10 @@ class SlotLayout(Struct, frozen=True):
 
 
 def read_layout(path: Path) -> SlotLayout:
-    """Read the layout of the slot file ``path``: its header, the words before each group of rows, never the rows.
+    """Find the layout of the slot file ``path``. Reads the header and the words before each group of rows, no rows.
 
-    Raises LayoutUnknown with the reason in one line, SnapshotInvalid as ``read_slot_file`` does. Blocking: for a
-    thread. It holds the GIL for 0.1 ms at a time.
+    Raises LayoutUnknown with the reason in one line, SnapshotInvalid as ``read_slot_file`` does. Blocking: call it in a
+    thread. It holds the GIL for at most 0.1 ms at a time.
     """
     header = read_slot_file_now(path)
     if header.has_media:
@@ -139,11 +139,11 @@ def read_layout(path: Path) -> SlotLayout:
 
 
 class _Misfit(Exception):
-    """What is read is not what was expected at that position. The text says why."""
+    """The bytes at some offset are not what the file should have there: ``args`` are the reason and the offset."""
 
 
 class _Cache(Struct, frozen=True):
-    """An attention cache as found in the file. ``core``: the part of it that a state keeps."""
+    """An attention cache in the file. ``core``: the range of its one stream that is not empty, which a state keeps."""
 
     shape: CacheShape
     n_streams: int
@@ -159,8 +159,8 @@ class _Recurrent(Struct, frozen=True):
 
 
 class _Parser:
-    """Parses one slot file. The file does not tell the kind of model, so each order of blocks is tried; exactly one
-    may fit.
+    """Parses one slot file. The file does not tell the kind of model, so the parser tries each possible order of
+    blocks. Exactly one must fit.
     """
 
     def __init__(self, name: str, fd: int, tokens: bytes, size: int) -> None:
@@ -172,7 +172,7 @@ class _Parser:
     def layout(self) -> SlotLayout:
         start = self._first_block()
         found: list[SlotLayout] = []
-        # The misfit that got furthest says most about the file.
+        # If no order fits, report the reason of the attempt that got furthest into the file.
         furthest, reason = -1, ""
         for kinds in ("c", "cc", "cr", "ccr", "r", "m", "mr"):
             try:
@@ -196,7 +196,9 @@ class _Parser:
         return int(12 + n_words * 4)
 
     def _as(self, kinds: str, at: int) -> SlotLayout:
-        """Parse the file as blocks of these kinds: c a cache, m one without V, r a recurrent state. Raises _Misfit."""
+        """Parse the file as blocks of these kinds, one letter each: "c" a cache, "m" a cache without V (MLA), "r" a
+        recurrent state. Raises _Misfit.
+        """
         attention: _Cache | None = None
         window: _Cache | None = None
         recurrent: _Recurrent | None = None

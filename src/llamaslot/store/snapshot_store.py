@@ -1,5 +1,5 @@
-"""One snapshot directory for the lifetime of llamaslot: its catalog, the libraries of its models, the learned hit
-rates.
+"""Everything that belongs to one snapshot directory while llamaslot runs: its catalog, the libraries of its models, and
+the learned hit rates.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from llamaslot.tasks import TaskOwner
 
 
 class SnapshotStore:
-    """A snapshot directory and what belongs to it. ``name``: of its files in ``meta_dir``. ``on_drop`` is called for a
-    snapshot that is gone; ``saves_s`` returns the seconds that each hit of a snapshot saves.
+    """A snapshot directory and what belongs to it. ``name``: the names of its files in ``meta_dir`` begin with it.
+    ``on_drop`` is called when a snapshot is dropped. ``saves_s`` returns the seconds that a hit of a snapshot saves.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class SnapshotStore:
         on_drop: Callable[[Snapshot], None],
         saves_s: Callable[[SnapshotStats], float],
     ) -> None:
-        self.n_backends = 0  # that save into this directory
+        self.n_backends = 0  # number of backends that save into this directory
         self.name, self._on_drop, self._tasks = name, on_drop, TaskOwner()
         self._order = ByValue()
         self._order.saves_s = saves_s
@@ -65,21 +65,25 @@ class SnapshotStore:
         self._tasks.spawn(self.store_learned(), f"{self.name}: keep what was learned")
 
     async def open(self) -> None:
-        """Open the store. Raises LlamaslotError with the remedy if the directory cannot be used."""
+        """Read the learned hit rates and open the catalog. Raises LlamaslotError, with the remedy, if the directory
+        cannot be used.
+        """
         self._order.hit_rates = HitRateModel.from_json(await self._hit_rates.read())
         await self.catalog.open()
 
     def beyond_disk(self) -> str | None:
-        """A warning if the disk is smaller than the quota, else None. Blocking."""
+        """A warning if the disk will be full before the snapshots reach the quota, else None. Blocking."""
         catalog, limits = self.catalog, self.catalog.limits
         return beyond_disk(limits.quota_bytes, limits.min_free_bytes, catalog.directory, catalog.size_bytes)
 
     async def store_learned(self) -> None:
-        """Write the learned hit rates to disk. Canceling is safe: the file is written to its end all the same."""
+        """Write the learned hit rates to disk. Canceling is safe: the file is written all the same."""
         await self._hit_rates.write(self.hit_rates.to_json())
 
     async def close(self) -> None:
-        """Close the store; it must not be used any more."""
+        """Wait for all work on the files, write the hit rates and the manifest, and release the lock. The store must
+        not be used after that.
+        """
         await self._tasks.close()
         await self.store_learned()
         await self.catalog.settle()

@@ -5,7 +5,7 @@ Who does what in an eviction:
 
 1. ``Quota`` decides *when*, and how much: before a reservation that does not fit. ``Catalog`` does so at the start and
    after a change of limits (``_beyond_limits``).
-2. ``scheduling/eviction.py`` ranks by value. ``_rank`` puts snapshots of models that no backend serves before all
+2. ``scheduling/snapshot_value.py`` ranks by value. ``_rank`` puts snapshots of models that no backend serves before all
    others.
 3. ``victims`` chooses in that order, and passes over what *must stay now*: pinned snapshots (``_is_held``) and those in
    ``keep``, which the caller names.

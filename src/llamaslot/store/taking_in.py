@@ -1,12 +1,13 @@
-"""Takes a slot file that llama-server has written into the store: only what the store does not have of it yet.
+"""Takes a slot file that llama-server has written into the store, and writes only those rows and states that the store
+does not have yet.
 
-llama-server writes the whole slot each time. Of a conversation that goes on all but the last turn is on disk already,
-of a new one the system part: those rows stay where they are, and only the rest becomes an *extent*, a file of its own.
-States (checkpoints, recurrent state, attention window) are files of their own too, so each can go when it is no longer
-worth its bytes. What has nothing in common with the rest, on a dense model, stays a whole slot file: it need not be
-copied, and can be an extent of others as it is.
+llama-server writes the whole slot at each save. If a conversation goes on, all rows but those of the last turn are in
+the store already; in a new conversation, often those of the system part. These rows stay where they are. The new rows
+become an *extent*, a file of its own. So does each state (checkpoints, recurrent state, attention window), so that it
+can be left out later without the others. On a dense model, a slot file that shares no rows with the store is kept
+whole. It need not be copied, and other snapshots can use its rows as it is.
 
-Blocking: for threads.
+All functions but ``states_to_keep`` block: call them in threads.
 """
 
 from __future__ import annotations
@@ -30,22 +31,25 @@ from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
 from llamaslot.store.slot_file import slot_file_head
 from llamaslot.store.slot_layout import LayoutUnknown, SlotLayout, read_layout
 
-# Of 32 tokens that are compared: llama-server computes one again where it goes back to a checkpoint.
+# Of the 32 tokens that are compared, one may have other rows: llama-server computes a token again where it goes back to
+# a checkpoint.
 ROUNDED = 1
-MAX_ROWS = 64  # extents of one snapshot; then all is written anew
-GAP_TOKENS = 512  # a state that saves less is not worth its bytes
+MAX_ROWS = 64  # a snapshot whose base has rows in so many files gets all its rows written anew
+GAP_TOKENS = 512  # a state that saves computing fewer tokens is not worth its bytes
 FAR_TOKENS = 8192  # as llama-server's --checkpoint-min-step
-_LAST_TURN = 3  # states: the start of its message, the end of its prompt, the end
-_ROW_BYTES = 8 << 10  # so much of the disk a token is worth on models without rows
-_FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # of an extent, at most: in its footer, and there for each tensor
+_LAST_TURN = 3  # the states of the last turn: at the start of its message, the end of its prompt, and the end
+_ROW_BYTES = 8 << 10  # the disk space that saving one token is worth on models without rows
+_FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # the most bytes of an extent's footer, and more for each tensor
 
 
 class RowsDiffer(SnapshotInvalid):
-    """The rows of a save are not those that the same slot had before: none of them counts as known."""
+    """The rows of a save differ from those in the snapshot that the slot was restored from or saved as. So none of them
+    is taken from that snapshot.
+    """
 
 
 class DataLost(SnapshotInvalid):
-    """The disk has lost data of ``file``; the kernel reports that only once."""
+    """The disk has lost data of ``file`` (EIO). The kernel reports that only once: a later sync would succeed."""
 
     def __init__(self, file: str) -> None:
         super().__init__(f"the disk has lost data of {file}")
@@ -53,9 +57,9 @@ class DataLost(SnapshotInvalid):
 
 
 class Base(Struct, frozen=True):
-    """A snapshot that begins with the same ``n_shared`` tokens as a new one. ``is_lineage``: the slot was restored
-    from it, or saved as it, so its rows are equal bit for bit. ``checksum``: of its slot file, if others have recorded
-    it.
+    """The snapshot whose rows and states a new one may use: both have the first ``n_shared`` tokens in common.
+    ``is_lineage``: the slot was restored from it, or saved as it, so its rows must be equal bit for bit. ``checksum``:
+    of its slot file, None if no snapshot has recorded it.
     """
 
     snapshot: Snapshot
@@ -65,8 +69,8 @@ class Base(Struct, frozen=True):
 
 
 class Intake(Struct, frozen=True):
-    """What is to be written of a slot file. ``known``: parts that are in the store; ``start``: the first token whose
-    rows are not; ``states``: token counts of the states to write; ``own_from``: as in ``Snapshot``.
+    """What to write of a slot file. ``known``: the parts that are in the store already; ``start``: the first token
+    whose rows are not; ``states``: token counts of the states to write; ``own_from``: as in ``Snapshot``.
     """
 
     layout: SlotLayout
@@ -89,18 +93,19 @@ class Intake(Struct, frozen=True):
 
 
 def look(directory: Path, landing: Path, base: Base | None, marks: Collection[int]) -> Intake | None:
-    """Find out what to write of the slot file ``landing``; None if it is kept whole. ``marks``: token counts to which
-    a later request may rewind.
+    """Find out which rows and states of the slot file ``landing`` must be written; None if the file is to be kept
+    whole: on a dense model if it shares no rows with ``base``, on others if it has no checkpoints. ``marks``: token
+    counts to which a later request may rewind.
 
-    Raises LayoutUnknown if its rows cannot be told apart, RowsDiffer, and SnapshotInvalid if a file of ``base`` is
-    gone.
+    Raises LayoutUnknown if llamaslot cannot find the rows in the file, RowsDiffer, and SnapshotInvalid if a file of
+    ``base`` is gone or damaged.
     """
     layout = read_layout(landing)
     rows, states = _known(directory, layout, base)
     start = rows[-1].end if rows else 0
     own_from = min(start, base.snapshot.own_from) if base is not None and base.is_lineage else start
     if base is not None and base.is_lineage:
-        n_sure = start - NEGLIGIBLE_TOKENS  # what follows may have been computed again, in other batches
+        n_sure = start - NEGLIGIBLE_TOKENS  # later rows may have been computed again, in other batches
         if layout.shape.has_states:
             n_sure = max((at for at in states if at <= n_sure), default=0)
         pieces = [
@@ -112,9 +117,9 @@ def look(directory: Path, landing: Path, base: Base | None, marks: Collection[in
             )
     if not layout.shape.has_states:
         return Intake(layout, tuple(rows), start, (), own_from) if rows else None
-    if not layout.checkpoints:  # a build that neither writes nor reads them in slot files, perhaps
+    if not layout.checkpoints:  # perhaps a build that neither writes nor reads checkpoints in slot files
         return None
-    # The states that an earlier save has kept were at marks too, but for its end.
+    # The states that an earlier save has kept were at marks of that save too, except the one at its end.
     marks = {*marks, *(at for at in states if base is not None and at != base.snapshot.n_tokens)}
     there = {state.n_tokens: state.size_bytes for state in layout.states}
     kept = states_to_keep(
@@ -128,7 +133,10 @@ def look(directory: Path, landing: Path, base: Base | None, marks: Collection[in
 
 
 def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list[Part], dict[int, Part]]:
-    """The rows and the states of ``base`` that are also those of a slot file with that ``layout``."""
+    """The parts of ``base`` that a slot file with that ``layout`` shares: its rows, and its states by token count.
+    Empty without a base, if too few tokens are shared, or if the shapes differ. Raises SnapshotInvalid if a file is
+    damaged.
+    """
     if base is None or base.n_shared < MIN_SHARED_TOKENS:
         return [], {}
     snapshot, n_shared = base.snapshot, min(base.n_shared, layout.n_tokens)
@@ -148,7 +156,7 @@ def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list
                 raise SnapshotInvalid(f"{part.file}: has {source.size_bytes} bytes, not {part.size_bytes}")
             try:
                 shape = source.extent().shape
-            except LayoutUnknown as error:  # of this file, not of all that this server writes
+            except LayoutUnknown as error:  # that type would say that all files of this server are unknown
                 raise SnapshotInvalid(f"the file it goes on from is not what it was: {error}") from error
             if shape != layout.shape:
                 return [], {}
@@ -158,12 +166,12 @@ def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list
 def take_in(
     directory: Path, landing: Path, intake: Intake, noted: Noted, new_file: Callable[[], str]
 ) -> Noted:
-    """Write what ``landing`` has more than the store, then the header and the sidecar of the snapshot. Returns the
-    snapshot with its parts; it is durable, and ``let_go`` checks that it is whole.
+    """Write the new rows and states of ``landing`` as extents, then the header and the sidecar of the snapshot. Returns
+    the content of the sidecar, with all parts. All files are synced. Call ``let_go`` then.
 
-    ``new_file()`` gives an id for a file that no snapshot names yet. A slot file that gives its rows to others for the
-    first time is read whole for its checksum: a second or more for several GB, once. Raises SnapshotInvalid (DataLost)
-    and OSError: then there is no snapshot, but there may be files of ids from ``new_file``.
+    ``new_file()`` returns an id for a new extent. If a slot file gives rows to another snapshot for the first time, it
+    is read whole for its checksum, which takes a second or more for several GB. Raises SnapshotInvalid, DataLost and
+    OSError: then the snapshot is not valid, and files of ids from ``new_file`` may be left.
     """
     layout, known = intake.layout, list(intake.known)
     rows = [part for part in known if not part.is_state]
@@ -175,7 +183,7 @@ def take_in(
         return Part(target.name, start, end, os.stat(target).st_size)
 
     for n, part in enumerate(rows):
-        if part.file.endswith(KV):  # llama-server's own file, of which it is not known whether it is on disk
+        if part.file.endswith(KV):  # written by llama-server, so it may not be synced yet
             try:
                 sidecar.sync_data(directory / part.file)
             except OSError as error:
@@ -205,12 +213,12 @@ def take_in(
 
 
 def let_go(directory: Path, landing: Path | None, noted: Noted) -> FileId:
-    """Check that all files of the new snapshot ``noted`` exist, and remove ``landing``, if given, from which it was
-    made. Returns the id of its .kv file.
+    """Check that all files of the new snapshot ``noted`` exist, and remove ``landing``, if given: llama-server's file,
+    from which it was made. Returns the FileId of the snapshot's .kv file. Raises SnapshotInvalid and OSError; then
+    ``landing`` is still there.
 
-    Another llamaslot of a shared store may have evicted a file that the snapshot needs. Within ``Quota.turn`` such an
-    eviction either has been, and is found here, or comes later, and spares what the sidecar names. Raises
-    SnapshotInvalid and OSError: then ``landing`` is still there.
+    Another llamaslot of a shared store may evict a file that the snapshot needs. Call this within ``Quota.turn``: an
+    eviction before is found here, and a later one spares the files that the sidecar names.
     """
     if gone := bad_files(directory, noted):
         raise SnapshotInvalid(f"{', '.join(sorted(gone))} has vanished")
@@ -223,20 +231,22 @@ def let_go(directory: Path, landing: Path | None, noted: Noted) -> FileId:
 def states_to_keep(
     at: Iterable[int], marks: Iterable[int], *, state_bytes: int = 0, row_bytes: int = 0
 ) -> list[int]:
-    """Which states of a slot file are worth their bytes. llama-server leaves up to 32 checkpoints in a file: 3 around
-    the end of each prompt, one at the start of each last user message, others 8,192 tokens apart. One is 63 to 230 MiB
-    on the models that people run, as much as the rows of 1,000 to 10,000 tokens.
+    """Choose the states of a slot file that are worth their bytes, from those after the token counts ``at``. Returns
+    the token counts of the chosen ones, ascending.
 
-    Choose from the states after ``at`` tokens of a conversation, each of ``state_bytes``. ``marks``: the numbers of
-    tokens to which a later request may go back: the ends of the system part and of messages, of the prompt, where
-    conversations parted. ``row_bytes``: of the rows of a token. All in any order; ascending in return.
+    llama-server leaves up to 32 checkpoints in a file: 3 around the end of each prompt, one at the start of each last
+    user message, others 8,192 tokens apart. A state has 63 to 230 MiB on the models that people run, as much as the
+    rows of 1,000 to 10,000 tokens.
 
-    1. The last one: the conversation goes on there.
-    2. For each mark the last one up to it, if that saves ``GAP_TOKENS`` against the one kept before it.
-    3. Where nothing is marked, one each ``FAR_TOKENS``: what is edited need not be a chat.
-    4. Of these only the first, with which other conversations begin, and the last three, where most edits are, need not
-       be worth as much per byte as rows are: another one must save as many tokens as have rows of its size. So all
-       together hardly weigh more than the rows.
+    ``marks``: token counts to which a later request may go back: the end of the system part, of messages and of the
+    prompt, and where conversations parted. ``state_bytes``: of each state. ``row_bytes``: of the rows of one token.
+
+    1. Keep the last state: the conversation goes on there.
+    2. For each mark, keep the last state up to it, if it is at least ``GAP_TOKENS`` behind the previous one of these.
+    3. Keep a state every ``FAR_TOKENS`` where nothing is marked: a text that is no chat may be edited anywhere.
+    4. Of all these, keep the first, with which other conversations begin, and the last three, where most edits are.
+       Keep a state between them only if it is at least as many tokens behind the previous one as have rows of a state's
+       size. So all states together hardly have more bytes than the rows.
     """
     states = sorted(set(at))
     if not states:
