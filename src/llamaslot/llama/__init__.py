@@ -1,1 +1,1 @@
-"""All code that depends on llama-server's interfaces and behaviour."""
+"""llama-server's HTTP interface: routes, requests and answers, and the identity of its model."""

@@ -1,5 +1,6 @@
-"""Requests to llama-server over aiohttp's client: what ``upstream`` does not send. ``client`` imports this when it is
-needed, as aiohttp takes 0.15 s to import. aiohttp's errors are translated here and nowhere else.
+"""Sends those requests to llama-server that ``upstream`` cannot send (TLS, for example), with aiohttp's client.
+``client`` imports this module when it needs it, because importing aiohttp takes 0.15 s. aiohttp's errors are translated
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class AiohttpClient:
     def __init__(self, url: str, api_key: str | None) -> None:
         self._url = url
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # aiohttp's own context has no certificates (quick_import).
+        # aiohttp's default context has no certificates, because of ``quick_import``.
         tls = ssl.create_default_context() if url.startswith("https:") else True
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow, ssl=tls),
@@ -53,8 +54,9 @@ class AiohttpClient:
         silence_s: float | None,
         n_held_bytes: int,
     ) -> AsyncIterator[Response]:
-        """As ``PlainServer.send``; leaving the context closes the response. Raises ConnectionError, TimeoutError and
-        SlotWedged, also while the body of the block reads the response.
+        """Send a request; the context yields its response and closes it at the end. Parameters are those of
+        ``PlainServer.send``. Raises ConnectionError, TimeoutError and SlotWedged, also where the body of the block
+        reads the response.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=REQUEST_CONNECT_S, sock_read=silence_s)
         merged = CIMultiDict(headers)
@@ -90,7 +92,7 @@ def _narrow(address: aiohttp.AddrInfoType) -> socket.socket:
 
 
 class _Response:
-    """An answer to a request of aiohttp's client."""
+    """A ``Response`` that aiohttp's client reads."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -101,7 +103,9 @@ class _Response:
         return self._response.content.at_eof()
 
     async def pass_to(self, take: Take) -> bool:
-        """As ``Response``; for silence it raises aiohttp's error, which ``AiohttpClient.request`` translates."""
+        """As ``Response.pass_to``. If nothing comes for too long, it raises aiohttp's error, which
+        ``AiohttpClient.request`` translates to SlotWedged.
+        """
         while piece := await self._piece():
             if not take(piece):
                 return True

@@ -1,5 +1,5 @@
-"""Answers of llama-server: typed ones, and ``Response``, whose body is still coming and is taken piece by piece, as
-fast as its reader takes it.
+"""Answers of llama-server: types for the short ones that are read whole, and ``Response``, whose body is read piece by
+piece while it arrives.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from multidict import CIMultiDict, CIMultiDictProxy
 class Props:
     """The parts of ``GET /props`` that llamaslot needs.
 
-    ``n_ctx``: the context of one slot, in tokens. ``n_slots`` is None if this is not a llama-server with one model.
-    ``max_models``: for a router, how many models it has loaded at a time, 0 for any number; None if it is no router.
+    ``n_ctx``: the size of one slot's context, in tokens. ``n_slots``: None if the answer is not from a llama-server
+    with one model. ``max_models``: the most models that a router keeps loaded at a time, 0 for any number; None if the
+    server is no router.
     """
 
     n_slots: int | None
@@ -27,13 +28,15 @@ class Props:
     template: str = ""  # hash of the chat template
     modalities: Mapping[str, bool] | None = None  # supported media; None if the build does not report it
     max_models: int | None = None
-    is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
-    # Whether the connection on which this came is still open: then the process is still the same.
+    is_sleeping: bool = False  # the server has unloaded its model (--sleep-idle-seconds): its slots are empty
+    # Returns True while the connection on which the answer came is open: then the server's process is still the same.
     is_connected: Callable[[], bool] = field(default=lambda: False, compare=False)
 
 
 class SlotInfo(Struct, frozen=True):
-    """One entry of ``GET /slots``. ``n_tokens`` is None until the slot has run a task, 0 after it was cleared."""
+    """One entry of ``GET /slots``. ``n_tokens``: tokens in the slot; None until it has run a task, 0 after it was
+    cleared. ``id_task``: the number of its present or last task.
+    """
 
     id: int
     is_processing: bool
@@ -42,7 +45,7 @@ class SlotInfo(Struct, frozen=True):
 
 
 class SlotAction(Struct, frozen=True):
-    """The answer to a save or restore: tokens, bytes, and the server's own time in seconds."""
+    """The answer to a save or restore: tokens and bytes of the file, and the seconds that it took the server."""
 
     n_tokens: int
     n_bytes: int
@@ -50,7 +53,9 @@ class SlotAction(Struct, frozen=True):
 
 
 class Progress(Struct, frozen=True):
-    """One ``prompt_progress`` event: of ``total`` tokens ``cache`` were reused and ``processed`` are present now."""
+    """One ``prompt_progress`` event. Of the prompt's ``total`` tokens, ``cache`` were reused; ``processed``, these
+    included, are in the slot now, ``seconds`` after the start of the prefill.
+    """
 
     total: int
     cache: int
@@ -62,15 +67,15 @@ class Progress(Struct, frozen=True):
 
 BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
 
-#: While its reader is busy, so much of an answer is held, and what was read last (up to the kernel's window).
+#: If more bytes of a relayed answer than this wait for its reader, no more are read from the connection.
 RELAYED_BYTES = 1 << 14
 
-#: Takes a piece of an answer; False if the next one must wait.
+#: Receives a piece of an answer. Returns False if the next piece must wait.
 Take = Callable[[bytes], bool]
 
 
 class Response(Protocol):
-    """An answer whose headers have come, and whose body is read with ``pass_to``."""
+    """An answer whose headers have arrived. Its body is read with ``pass_to``."""
 
     @property
     def status(self) -> int: ...
@@ -81,21 +86,21 @@ class Response(Protocol):
 
     @property
     def has_ended(self) -> bool:
-        """Whether all of the body has come and was passed on."""
+        """True if the whole body has arrived and was passed on."""
         ...
 
     async def pass_to(self, take: Take) -> bool:
-        """Call ``take`` with each piece of the body as it comes, until it returns False. Returns False at the end of
-        the answer, else True.
+        """Call ``take`` with each piece of the body when it arrives, until ``take`` returns False: then returns True.
+        Returns False at the end of the body.
 
-        Raises BackendDown if the connection breaks, SlotWedged if nothing comes for too long, and what ``take`` raises.
-        Canceling is safe: later pieces wait for the next call.
+        Raises BackendDown if the connection breaks, SlotWedged if nothing arrives for too long, and the errors of
+        ``take``. Canceling is safe: the next call goes on with the next piece.
         """
         ...
 
 
 async def next_piece(response: Response) -> bytes:
-    """The next part of the body; empty at its end. Raises as ``pass_to`` does."""
+    """The next piece of the body; empty at its end. Raises as ``pass_to`` does."""
     pieces: list[bytes] = []
 
     def take(piece: bytes) -> bool:
@@ -107,7 +112,7 @@ async def next_piece(response: Response) -> bytes:
 
 
 async def whole(response: Response) -> bytes:
-    """The rest of the body, to its end. Raises as ``pass_to`` does."""
+    """All of the body that was not read yet, to its end. Raises as ``pass_to`` does."""
     pieces: list[bytes] = []
 
     def take(piece: bytes) -> bool:
@@ -119,12 +124,12 @@ async def whole(response: Response) -> bytes:
 
 
 def content_type_of(response: Response) -> str:
-    """The content type as llama-server sent it, character set included."""
+    """The content type as llama-server sent it, with parameters; JSON's if it sent none."""
     return response.headers.get("Content-Type", "application/json")
 
 
 def media_type_of(response: Response) -> str:
-    """The content type without parameters, in lower case."""
+    """The content type without parameters, in lower case; "" if llama-server sent none."""
     return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 

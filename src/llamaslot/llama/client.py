@@ -1,6 +1,6 @@
-"""llama-server's HTTP routes, typed. Errors of connections are translated here and nowhere else.
+"""A client of llama-server with a method for each route. It translates errors of connections to llamaslot's.
 
-Repeatable requests use kept connections (``keep_alive``), every other request opens a new one (``upstream``).
+Requests that may run twice use kept connections (``keep_alive``). Each other request opens a new one (``upstream``).
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ P = ParamSpec("P")
 
 T = TypeVar("T")
 
-QUICK_S = 60.0  # /slots and /tokenize wait for the batch that is running, several seconds on a slow machine
+# Time limit of a short request. llama-server answers /slots and /tokenize after the running batch, which takes several
+# seconds on a slow machine.
+QUICK_S = 60.0
 
 _READ_BYTES = 1 << 18
 
-ACTION_S = 900.0  # a save of many GiB to a slow disk
+ACTION_S = 900.0  # time limit of a save, restore or erase: enough for many GiB to a slow disk
 
 
 _REFUSED = (
@@ -52,8 +54,9 @@ _REFUSED = (
 
 
 def as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """A decorator that raises NotUnderstood where reading an answer fails because its form is unexpected: a task that
-    watches a server must not end because another program (a proxy's page, another build) has answered on its port.
+    """A decorator that turns the errors of reading an answer of unexpected form (KeyError, ValueError, ...) into
+    NotUnderstood. Without it, an answer of another program on the server's port (a proxy's page, an unknown build)
+    would end the task that watches the server.
     """
 
     @functools.wraps(call)
@@ -69,9 +72,8 @@ def as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any,
 
 
 class LlamaServer:
-    """A client of one llama-server. All coroutines may be cancelled: the connection is closed.
-
-    Canceling a slot action does not undo it: llama-server carries it out anyway.
+    """A client of one llama-server. Canceling any coroutine is safe: it closes the connection. A save, restore or erase
+    that was sent is carried out all the same.
     """
 
     health_path = "/health"
@@ -79,8 +81,8 @@ class LlamaServer:
     def __init__(
         self, url: str, api_key: str | None = None, watchdog_s: float | None = None, *, name: str = ""
     ) -> None:
-        """``watchdog_s``: a stream that sends nothing for so long is given up; None: never. ``name``: the backend's
-        name for log lines; defaults to the URL.
+        """``watchdog_s``: seconds without a byte after which a watched answer raises SlotWedged; None: never. ``name``:
+        the backend's name for log lines; the URL by default.
         """
         self.url, self.watchdog_s = url.rstrip("/"), watchdog_s
         self.name = name or self.url
@@ -115,12 +117,14 @@ class LlamaServer:
         is_relayed: bool = False,
         check: Check | None = None,
     ) -> contextlib.AbstractAsyncContextManager[Response]:
-        """Send one request; the context yields the open response. ``path`` is sent unchanged, query included.
-        ``is_relayed``: the answer is read as fast as its consumer takes it, so buffers are small. ``check``: as for
-        ``PlainServer.send``; not over TLS.
+        """Send one request on a new connection; the context yields the response and closes it at the end.
 
-        Raises BackendDown if llama-server cannot be reached or closes the connection, also while the body of the block
-        reads the response. Raises SlotWedged if ``is_watched`` and nothing comes for ``watchdog_s``.
+        ``path``: sent unchanged, with its query. ``is_watched``: raise SlotWedged if nothing arrives for
+        ``watchdog_s``. ``is_relayed``: a client reads the answer, perhaps slowly, so little of it is buffered.
+        ``check``: as for ``PlainServer.send``; never called where aiohttp sends the request (TLS, a body in pieces).
+
+        Raises BackendDown if llama-server cannot be reached or closes the connection, also where the body of the block
+        reads the response.
         """
         silence_s = self.watchdog_s if is_watched else None
         n_held_bytes = RELAYED_BYTES if is_relayed else _READ_BYTES
@@ -149,12 +153,12 @@ class LlamaServer:
     async def _question(
         self, method: str, path: str, data: bytes | None = None, timeout_s: float = QUICK_S
     ) -> Answer:
-        """The answer to a request that may be repeated, sent on a kept connection if possible. Raises BackendDown."""
+        """The answer to a request that may run twice, sent on a kept connection if possible. Raises BackendDown."""
         if self._kept is not None:
             try:
                 return await self._kept.ask(method, path, data, timeout_s)
             except NotConnected:
-                pass  # aiohttp tries each address of the host once more, and reports why none works
+                pass  # try each address of the host once more below, for an error that says why none works
             except (ConnectionError, TimeoutError) as error:
                 raise self._is_down(error) from error
         headers = None if data is None else {"Content-Type": "application/json"}
@@ -162,7 +166,7 @@ class LlamaServer:
             return Answer(response.status, content_type_of(response), await whole(response))
 
     async def _ask_json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
-        """The JSON answer to a request that may be repeated. Raises UpstreamError for an error answer, BackendDown."""
+        """The JSON answer to a request that may run twice. Raises UpstreamError for an error answer, BackendDown."""
         data = None if body is None else orjson.dumps(body)
         return self._checked(await self._question(method, path, data, timeout_s))
 
@@ -174,9 +178,7 @@ class LlamaServer:
         return orjson.loads(answer.body)
 
     async def _json(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
-        """The JSON answer to a request that must be sent only once. Raises UpstreamError for an error answer,
-        BackendDown.
-        """
+        """The JSON answer to a request that must run once only. Raises UpstreamError (error answer), BackendDown."""
         headers, data = {"Content-Type": "application/json"}, orjson.dumps(body)
         async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
             payload = await whole(response)
@@ -185,21 +187,21 @@ class LlamaServer:
         return orjson.loads(payload)
 
     async def why_unhealthy(self, timeout_s: float = 5.0) -> str | None:
-        """Why a server does not serve, from ``GET /health`` (open without an API key), as the end of a sentence; None
-        if it serves. Does not raise.
+        """Why the server cannot serve requests now, as the end of a sentence; None if it can. Asks ``GET /health``,
+        which needs no API key. Never raises.
 
-        Another kind of server, which has no such route (404), serves too.
+        A server of another kind without such a route (404) can serve too.
         """
         try:
             status = (await self._question("GET", self.health_path, timeout_s=timeout_s)).status
             is_serving = status < 500 or status == 501
-            return None if is_serving else f"answers {status} to {self.health_path}"  # 503 while it loads
+            return None if is_serving else f"answers {status} to {self.health_path}"  # 503 while loading
         except BackendDown as error:
             return _why(error.__cause__ or error)
 
     @as_known
     async def props(self, timeout_s: float = 10.0) -> Props:
-        """``GET /props``. Raises UpstreamError: 503 while the server loads, 401 for a wrong key."""
+        """``GET /props``. Raises UpstreamError: 503 while the model is loading, 401 for a wrong API key."""
         answer = await self._question("GET", "/props", timeout_s=timeout_s)
         raw = self._checked(answer)
         settings = raw.get("default_generation_settings") or {}
@@ -224,15 +226,17 @@ class LlamaServer:
         return entry
 
     async def glimpse(self, path: str) -> str:
-        """What the server answers to ``GET path``, in one line for the log. Raises BackendDown."""
+        """Status, content type and the first characters of the answer to ``GET path``, as a line for the log. Raises
+        BackendDown.
+        """
         answer = await self._question("GET", path)
         begin = " ".join(answer.body[:200].decode("utf-8", "replace").split())[:60]
         return f"GET {path} {answer.status} {answer.content_type or 'without a type'} {begin!r}"
 
     @as_known
     async def slots(self) -> list[SlotInfo]:
-        """``GET /slots``. llama-server looks for clients that have left one second after the last such call: so call
-        this at most every 1.25 s while a client is expected to leave.
+        """``GET /slots``. llama-server notices that a client has left only if one second has passed since the last such
+        call. So while a client may have left, call this at most every 1.25 s.
         """
         return [
             SlotInfo(
@@ -246,7 +250,9 @@ class LlamaServer:
 
     @as_known
     async def lora_adapters(self) -> list[Any]:
-        """``GET /lora-adapters``: id, path and scale of each adapter; empty if there are none, or no such route."""
+        """``GET /lora-adapters``: id, path and scale of each adapter. Empty without adapters, and if the build lacks
+        the route.
+        """
         try:
             return list(await self._ask_json("GET", "/lora-adapters"))
         except UpstreamError:
@@ -254,8 +260,8 @@ class LlamaServer:
 
     @as_known
     async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
-        """The prompt rendered from a chat body; ``raw``: the same as JSON, if that is at hand. Raises UpstreamError
-        with llama-server's own 4xx.
+        """``POST /apply-template``: the text of the prompt that llama-server renders from a chat body. ``raw``: the
+        body as JSON, if the caller has it. Raises UpstreamError with llama-server's status if it refuses the body.
         """
         data = orjson.dumps(body) if raw is None else raw
         return str(self._checked(await self._question("POST", "/apply-template", data))["prompt"])
@@ -267,18 +273,22 @@ class LlamaServer:
 
     @as_known
     async def detokenize(self, tokens: bytes) -> str:
-        """The text of ``tokens``, special tokens included. Half a character at an end becomes U+FFFD."""
+        """``POST /detokenize``: the text of ``tokens``, special tokens included. A character that begins or ends
+        outside of them becomes U+FFFD.
+        """
         return str((await self._ask_json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
 
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
-        """``POST`` to any route. Returns status and JSON (None if the answer is not JSON). Raises only BackendDown."""
+        """``POST`` to any route. Returns the status and the JSON answer, None if it is not JSON. Raises only
+        BackendDown, also after ``timeout_s``.
+        """
         return await self._ask(path, body, timeout_s=timeout_s)
 
     async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """As ``ask``, for a body that should be refused. If it is accepted, the rest of the answer is not awaited;
-        with ``return_progress`` llama-server notices within a batch that its client has left.
+        """As ``ask``, for a body that llama-server should refuse. If it accepts the body, returns the status and None,
+        and closes the connection; if the body sets ``return_progress``, llama-server notices that within a batch.
         """
         return await self._ask(path, body, only_refusals=True)
 
@@ -308,14 +318,18 @@ class LlamaServer:
 
     @as_known
     async def save(self, slot: int, filename: str) -> SlotAction:
-        """Write the slot to ``filename`` in ``--slot-save-path``. Raises SlotActionFailed (501 without that flag)."""
+        """Have llama-server save the slot as ``filename`` in its ``--slot-save-path``. Raises SlotActionFailed, with
+        status 501 if the server has no such flag, and BackendDown.
+        """
         raw = await self._slot_action(slot, "save", {"filename": filename})
         seconds = float(raw.get("timings", {}).get("save_ms", 0.0)) / 1000
         return SlotAction(int(raw["n_saved"]), int(raw["n_written"]), seconds)
 
     @as_known
     async def restore(self, slot: int, filename: str) -> SlotAction:
-        """Read ``filename`` into the slot, which must have been erased. A failed restore leaves it empty."""
+        """Have llama-server read ``filename`` into the slot, which must have been erased. Raises SlotActionFailed,
+        which leaves the slot empty, and BackendDown.
+        """
         raw = await self._slot_action(slot, "restore", {"filename": filename})
         seconds = float(raw.get("timings", {}).get("restore_ms", 0.0)) / 1000
         return SlotAction(int(raw["n_restored"]), int(raw["n_read"]), seconds)
@@ -324,12 +338,11 @@ class LlamaServer:
         await self._slot_action(slot, "erase", {})
 
     async def prefill(self, slot: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
-        """Compute the KV cache of exactly ``tokens`` in ``slot``; yields one Progress per batch. ``lora``: scales, as
-        JSON.
+        """Compute the KV cache of exactly ``tokens`` in ``slot``. Yields one Progress per batch; the first one, before
+        anything is computed, tells the reused tokens. ``lora``: the LoRA scales as JSON, "" for the server's.
 
-        With ``n_predict`` 0 and ``return_progress`` llama-server stops by itself after the prompt, and reports the
-        reused tokens before it computes anything. If the iterator is closed early, llama-server ends within one batch,
-        and the computed tokens stay in the slot.
+        ``n_predict`` 0 lets llama-server stop after the prompt. If the iterator is closed early, llama-server stops
+        within one batch, and the computed tokens stay in the slot. Raises UpstreamError, BackendDown and SlotWedged.
         """
         body: dict[str, Any] = {
             "prompt": unpack(tokens),
@@ -372,8 +385,8 @@ class LlamaServer:
 
     @as_known
     async def top_logprobs(self, slot: int, tokens: bytes, n_probs: int) -> dict[int, float]:
-        """The ``n_probs`` likeliest tokens after ``tokens``, each with its log-probability; computed in ``slot``
-        without its cache.
+        """The ``n_probs`` likeliest next tokens after ``tokens``, as a dict from id to log-probability. Computed in
+        ``slot`` from the beginning, which overwrites its content.
         """
         body = {
             "prompt": unpack(tokens),

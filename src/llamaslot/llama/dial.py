@@ -1,4 +1,4 @@
-"""Opens connections to one host and port, such as those of a URL."""
+"""Opens TCP connections to one host and port, and takes these from a URL."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 P = TypeVar("P", bound=asyncio.Protocol)
 
-QUESTION_CONNECT_S = 5.0  # to connect for a short question, which can be repeated
-# To connect for a request of a client. Linux sends the first packet again after 1, 3 and 7 s, if a burst has filled
-# llama-server's backlog.
+QUESTION_CONNECT_S = 5.0  # limit for connecting to ask a short question, which can be repeated
+# Limit for connecting to send a client's request. If a burst has filled llama-server's backlog, Linux sends the first
+# packet again after 1, 3 and 7 s.
 REQUEST_CONNECT_S = 10.0
 
 
@@ -23,8 +23,8 @@ _ODD = re.compile(r"[^!-~]")  # needs encoding
 
 
 class PlainTarget(NamedTuple):
-    """A server at ``http://host[:port][/prefix]``. ``prefix``: prepended to each path. ``headers``: header lines
-    of each request, each with its line end.
+    """A server at ``http://host[:port][/prefix]``. ``prefix``: comes before each path. ``headers``: header lines for
+    each request (Host, Authorization), each with its line end.
     """
 
     host: str
@@ -34,7 +34,7 @@ class PlainTarget(NamedTuple):
 
     @classmethod
     def of(cls, url: str, api_key: str | None) -> PlainTarget | None:
-        """The target of a URL; None if only aiohttp can send to it (TLS, or characters that need encoding)."""
+        """The target of a URL; None if only aiohttp can send to it (TLS, user names, characters that need encoding)."""
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or parts.username is not None:
             return None
@@ -49,19 +49,22 @@ class NotReached(ConnectionError):
 
 
 class Dial:
-    """Opens connections to one host. Tries the last address first, because resolving the name takes a thread."""
+    """Opens connections to one host and port. Tries the address that worked last first, because resolving the host name
+    takes a thread.
+    """
 
     def __init__(
         self, host: str, port: int, open_socket: Callable[[int, int, int], socket.socket] = socket.socket
     ) -> None:
-        """``open_socket``: makes a socket from family, kind and protocol."""
+        """``open_socket(family, kind, protocol)`` makes a socket that is not connected."""
         self._host, self._port, self._open_socket = host, port, open_socket
         self._last: tuple[int, Any] | None = None  # family and address
 
     async def connect(self, make: Callable[[], P], within_s: float) -> P | None:
-        """The protocol (made by ``make``) of a new connection; None if no address accepts one.
+        """Open a connection, and return its asyncio protocol, which ``make`` has made. None if the name cannot be
+        resolved or no address accepts a connection.
 
-        Raises TimeoutError if an address is silent for ``within_s``. Canceling closes the connection.
+        Raises TimeoutError if an address does not answer for ``within_s``. Canceling closes the connection.
         """
         if self._last is not None and (protocol := await self._connect_to(make, *self._last, within_s)):
             return protocol
@@ -100,10 +103,10 @@ async def _connect_socket(sock: socket.socket, address: Any, within_s: float) ->
     """Connect ``sock`` to ``address``. Raises OSError, and TimeoutError after ``within_s``. Canceling leaves the
     socket unconnected.
 
-    At the limit the kernel is asked whether the socket is connected after all: of 1,000 requests at once, this process
-    notices some connections only seconds after they were open.
+    After ``within_s`` the kernel is asked whether the socket is connected: with 1,000 requests at once, this process
+    notices some connections only seconds after they were opened.
     """
-    # To the same machine it is connected when the call returns, which only a second call tells.
+    # A connection to the same machine is open when the first call returns, but only a second call says so.
     for _ in range(2):
         if not (fault := sock.connect_ex(address)):
             return

@@ -1,4 +1,4 @@
-"""Checks whether llama-server accepts a request, without computing anything: a dry run.
+"""Dry runs: find out whether llama-server would accept a request, without computing its prompt.
 
 llama-server reads a completion in this order, and refuses it at the first fault (measured on xllamacpp 2026.10.11549,
 on every kind of model; docs/llama-server.md has the table):
@@ -11,9 +11,9 @@ on every kind of model; docs/llama-server.md has the table):
 5. the length of the prompt: an empty one is answered at once, and one of ``n_ctx`` tokens or more is refused
 6. only now the slot's content is compared with the prompt, and truncated
 
-``POST /apply-template`` checks 1 for a chat. A dry run sends the request with another prompt, which is refused at 5.
-This checks all else in 3 and 4. It runs in a slot that the caller has leased, and which keeps its content. Whether
-there is a route at all is asked with an empty body.
+``POST /apply-template`` has checked 1 for a chat. A dry run sends the fields of the request with another prompt, an
+empty one or one that is too long, with which llama-server stops at step 5. If it gets there, the fields have passed 3
+and 4. A dry run needs a slot that the caller has leased; the slot keeps its content.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _COMPLETION, _CHAT = "/completion", "/v1/chat/completions"
 
-#: Fields that make a chat or its prompt; they were checked with that.
+#: Fields that only form the prompt of a chat: ``POST /apply-template`` has checked them.
 _CHATS = (
     "messages",
     "tools",
@@ -47,7 +47,7 @@ _CHATS = (
     "chat_template_kwargs",
 )
 _PROMPTS = ("prompt", "input", "input_prefix", "input_suffix", "input_extra", "messages")
-#: Fields that llama-server does not read, often with another value in each request.
+#: Fields that llama-server does not read. Many clients send another value with each request.
 _UNREAD = (
     "user",
     "metadata",
@@ -57,7 +57,7 @@ _UNREAD = (
     "store",
     "service_tier",
 )
-#: Any number from -1 on (none, or no limit) that fits into an int32 is accepted for these.
+#: llama-server accepts for these fields any number from -1 (none, or no limit) up to the largest int32.
 _NUMBERS = {
     "seed", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "top_k", "min_p",
     "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty",
@@ -71,41 +71,41 @@ _SWITCHES = {
     "echo",
     "ignore_eos",
 }
-_STOPPER = {"samplers": [0]}
+_STOPPER = {"samplers": [0]}  # the last field that is read; this value is refused
 _REFUSALS = (400, 500)
 _TOO_LONG = "exceed_context_size_error"
 _WORD = "a b "  # two tokens of every vocabulary tested, and fast to tokenize
 _WORD_TOKENS = 2
 _ATTEMPTS = 4
 _MAX_KNOWN = 4096
-# Estimated seconds per token of a prompt that is too long for the slot, until measured (70 ms for 65,000 tokens
-# here), and how many times as much the dry run must be able to save.
+# Estimated seconds per token for tokenizing a prompt that is too long for the slot, until that was measured (70 ms for
+# 65,000 tokens here). A dry run of a chat is made only if a late refusal would waste _WORTH times as much.
 _TOKENIZING_S = 1.5e-6
 _WORTH = 5.0
 
 
 class DryRunServer(Protocol):
-    """The parts of the client that dry runs use."""
+    """The methods of the client that dry runs call."""
 
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
-        """``POST`` any route: status and JSON."""
+        """As ``LlamaServer.ask``."""
         ...
 
     async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """As ``ask``, for a body that should be refused; if it is accepted, the answer is not awaited."""
+        """As ``LlamaServer.refusal``."""
         ...
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
-        """``POST /tokenize`` -> the packed tokens."""
+        """As ``LlamaServer.tokenize``."""
         ...
 
 
 class DryRun(Struct, frozen=True):
-    """What llama-server may refuse of a request whose prompt is valid. ``fields`` are sent to ``path``. ``chat``: the
-    fields of a chat from which the template makes a grammar, None if it makes none. ``tokens``: the prompt, if it was
-    sent as ids.
+    """The parts of a request that llama-server may refuse although its prompt is valid. ``fields``: without the prompt,
+    to send to ``path``. ``chat``: the fields of a chat from which the template makes a grammar, None if it makes none.
+    ``tokens``: the prompt if the client sent it as ids, whose range is checked; else empty.
     """
 
     path: str
@@ -125,9 +125,9 @@ def dry_run(
 ) -> DryRun:
     """The ``DryRun`` of a request.
 
-    ``fields``: of a body, as the samplers receive them; with ``is_chat`` those of the chat body, or of the chat that
-    the body is converted to. ``tokens``: the prompt, if it was sent as ids. ``n``: number of answers; a dry run sets
-    it to 1, because the others would take slots. ``path``: the route that accepts these fields with a prompt.
+    ``fields``: all fields of the body; if ``is_chat``, of the chat body, or of the chat that llama-server converts the
+    body to. ``tokens``: the prompt if the client sent it as ids, else None. ``n``: the number of answers; more than one
+    would take more slots, so a dry run asks for one. ``path``: a route that accepts these fields with a prompt.
     """
     given = dict(fields)
     for name in _UNREAD:
@@ -135,7 +135,7 @@ def dry_run(
     for name in ("n", "n_cmpl") if n > 1 else ():
         given.pop(name, None)
     for name in ("stream", "cache_prompt", "return_progress"):
-        # Set here. A value that is no boolean is sent, so that it is refused.
+        # A dry run sets these itself. But a value that is no boolean stays, so that llama-server refuses it.
         if isinstance(given.get(name), bool | None):
             given.pop(name, None)
     dropped = (*_CHATS, *_PROMPTS) if is_chat else _PROMPTS
@@ -154,44 +154,46 @@ def _with_grammar(chat: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Verdict(enum.Enum):
-    """What a dry run has shown about a request."""
+    """The result of a dry run. TAKEN: llama-server will accept the request. REFUSED: it will refuse it."""
 
     TAKEN = "taken"
     REFUSED = "refused"
-    UNSURE = "unsure"  # the server does not check requests now
-    #: The server ran a prompt that every tested build refuses as too long: the content of the slot is unknown.
+    UNSURE = "unsure"  # the server answered with another error, such as 503 while it is loading
+    #: The server ran the prompt of the dry run, which every tested build refuses: the slot's content is unknown now.
     RUNS = "runs"
 
 
 class DryRuns:
-    """Makes dry runs on one llama-server, and remembers the requests that it has accepted, until ``forget``."""
+    """Makes dry runs on one llama-server, one for each kind of request: remembers which kinds it accepts."""
 
     def __init__(self, server: DryRunServer) -> None:
         self._server = server
         self.forget()
 
     def forget(self) -> None:
-        """Forget everything: the server was restarted, perhaps as another build."""
+        """Forget all results, because the server was restarted, perhaps as another build."""
         self._taken: dict[bytes, None] = {}
         self._ids = (0, 0)  # lowest and highest id known to be valid
-        self._is_usable: dict[str, bool] = {}  # by route: whether dry runs work there
-        # A text that is too long for a prompt, and the seconds needed to tokenize it.
+        self._is_usable: dict[str, bool] = {}  # by route: False if dry runs do not work there
+        # A text with too many tokens for a slot, and the seconds that tokenizing it took.
         self._too_long: tuple[str, float] | None = None
-        # The server's error for a request whose last field is invalid; False if it accepts that.
+        # The server's error for a request with only the invalid last field; False if it accepts that; None: not asked.
         self._stopped: object = None
 
     def note_accepted(self, run: DryRun) -> None:
-        """Record that llama-server has accepted a request like ``run``, so that no dry run is made for the next one."""
+        """Record that llama-server has accepted a request with the fields of ``run``: later ones like it need no dry
+        run.
+        """
         self._learn(_key(run.path, run.fields))
         if run.chat is not None:
             self._learn(_key(_CHAT, run.chat))
 
     async def is_unreadable(self, run: DryRun) -> bool:
-        """Whether llama-server refuses a field of the request for its type or value. llama-server checks this before
-        it looks for a slot, so this works while all slots are busy. An invalid last field is added, which surely
-        prevents the request from running.
+        """True if llama-server refuses a field of the request for its type or value. It checks fields before it looks
+        for a slot, so this needs no lease and works while all slots are busy. The request that is sent has an invalid
+        last field besides, so it surely does not run.
 
-        Checked once for each kind of request. Raises BackendDown. Canceling is safe.
+        Asks once for each kind of request. Raises BackendDown. Canceling is safe.
         """
         key = _key("", run.fields)
         if key is None or key in self._taken:
@@ -202,7 +204,9 @@ class DryRuns:
         return is_wrong
 
     async def is_malformed(self, path: str, body: Mapping[str, Any]) -> bool:
-        """As ``is_unreadable``, for a whole body on a route that keeps all fields."""
+        """As ``is_unreadable``, for a whole body and the route ``path``, but asks at each call. ``path`` must be a
+        route that passes unknown fields on.
+        """
         if self._stopped is None:
             self._stopped = await self._words(_COMPLETION, {"prompt": [[]]})
         if not self._stopped:
@@ -211,18 +215,19 @@ class DryRuns:
         return bool(said) and said != self._stopped
 
     async def _words(self, path: str, body: Mapping[str, Any]) -> object:
-        """llama-server's first error for ``body``, to which an invalid last field is added. False if llama-server
-        accepts even that field, None if it cannot check requests now.
+        """llama-server's error for ``body`` with an invalid last field. False if it accepts even that, None if it
+        answers with another status than 400 or 500, so that nothing is known.
         """
         status, answer = await self._server.ask(path, {**body, **_STOPPER}, QUICK_S)
         return answer if status in _REFUSALS else None if status >= 400 else False
 
     async def ask(self, run: DryRun, slot: int, *, n_ctx: int, lora: str, worth_s: float) -> Verdict:
-        """Whether llama-server will refuse such a request, as far as that can be found out without computing: checked
-        once for each kind of request, in ``slot``, which the caller has leased and which keeps its content.
+        """Find out whether llama-server will accept a request like ``run``, by a dry run in ``slot``, which the caller
+        has leased and which keeps its content. Asks once for each kind of request.
 
-        ``lora``: the scales with which the slot was filled; with others it would be emptied. ``worth_s``: seconds of
-        work wasted if the request is refused only later. Raises BackendDown. Canceling is safe.
+        ``n_ctx``: the size of the slot's context. ``lora``: the LoRA scales of the slot's content, as JSON; with others
+        llama-server would empty the slot. ``worth_s``: the seconds of computing that would be wasted if llama-server
+        refused the request only after the prefill. Raises BackendDown. Canceling is safe.
         """
         ours = {"id_slot": slot, **({"lora": orjson.loads(lora)} if lora else {})}
         if run.chat is not None and worth_s >= _WORTH * self._seconds(n_ctx):
@@ -257,7 +262,7 @@ class DryRuns:
         return verdict
 
     async def _verdict(self, trial: _Trial) -> Verdict:
-        """The verdict of one dry run: TAKEN if the length of the prompt is the first fault that llama-server finds."""
+        """Make one dry run. TAKEN if llama-server finds no fault before the length of the prompt (step 5)."""
         body = {"cache_prompt": True, **_sent(trial.fields), **trial.ours}
         if trial.path != _CHAT and trial.ids is None:
             status, _ = await self._server.ask(trial.path, {**body, "prompt": [[]]}, QUICK_S)
@@ -266,7 +271,7 @@ class DryRuns:
         body = {"stream": True, "return_progress": True, **body}
         if trial.ids is None:
             if (content := await self._long_text(trial.n_ctx)) is None:
-                return Verdict.REFUSED  # a valid request would be refused too: no use
+                return Verdict.REFUSED  # also without fields: ``_ask`` makes no more dry runs here
             body["messages"] = [{"role": "user", "content": content}]
         else:
             body["prompt"] = [*trial.ids, *[trial.ids[1]] * trial.n_ctx]
@@ -278,7 +283,7 @@ class DryRuns:
         return Verdict.TAKEN if is_too_long else _refusal(status)
 
     async def _long_text(self, n_ctx: int) -> str | None:
-        """A text of at least ``n_ctx`` tokens; None if a few attempts fail."""
+        """A text of at least ``n_ctx`` tokens, made once and kept; None if a few attempts fail."""
         n_words = n_ctx // _WORD_TOKENS + 1
         for _ in range(_ATTEMPTS):
             if self._too_long is not None:
@@ -316,7 +321,7 @@ def _refusal(status: int) -> Verdict:
 
 
 def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``fields`` without those to which a dry run gives values of its own."""
+    """``fields`` without those for which a dry run has its own values: ``id_slot``, and ``lora`` if it is valid."""
     left_out = {"id_slot"}
     lora = fields.get("lora")
     if isinstance(lora, list) and all(isinstance(entry, Mapping) for entry in lora):
@@ -325,8 +330,8 @@ def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key(path: str, fields: Mapping[str, Any]) -> bytes | None:
-    """The same key for requests that llama-server accepts or refuses alike; None for a request that it
-    surely accepts.
+    """A key that is the same for requests with the same doubtful fields, which llama-server accepts or refuses alike.
+    None if no field is doubtful: it surely accepts the request.
     """
     doubtful = {name: value for name, value in fields.items() if not _is_sure(name, value)}
     if not doubtful:
@@ -337,7 +342,7 @@ def _key(path: str, fields: Mapping[str, Any]) -> bytes | None:
 
 
 def _is_sure(name: str, value: Any) -> bool:
-    """Whether every build of llama-server accepts this field with this value."""
+    """True if every build of llama-server accepts this field with this value."""
     if value is None or name in ("model", "id_slot"):
         return True
     if name in _NUMBERS:
@@ -359,8 +364,8 @@ IS_NOT_OFFERED = (404, 501)
 
 
 class RouteAvailability:
-    """Which routes the running llama-server has. A route that exists answers an empty body with 400, and takes no
-    slot.
+    """Finds out which routes the running llama-server has, by sending an empty body: a route that exists answers 400
+    and takes no slot.
     """
 
     def __init__(self, server: LlamaServer) -> None:
@@ -368,12 +373,12 @@ class RouteAvailability:
         self._known: dict[str, bool] = {}
 
     def forget(self) -> None:
-        """Forget everything: the server was restarted, perhaps with another model."""
+        """Forget all routes, because the server was restarted, perhaps with another model."""
         self._known = {}
 
     async def has(self, path: str) -> bool:
-        """Whether the server has the route ``path``; asked once. True while that is unknown, because the server is
-        loading. Raises BackendDown, also if there is no answer: a refusal needs no slot.
+        """True if the server has the route ``path``. Asks once; while the server answers with an error such as 503, it
+        returns True and asks again at the next call. Raises BackendDown, also if no answer comes within ``QUICK_S``.
         """
         known = self._known
         if (found := known.get(path)) is None:

@@ -1,8 +1,9 @@
-"""The identity of the running model: the fingerprint for which a snapshot is valid.
+"""The identity of the running model: the *fingerprint* that tells which snapshots are valid for it.
 
-A slot file has no identity, and llama-server restores one of another model of the same shape without an error. If the
-GGUF is replaced under the same path, ``/props`` and ``/v1/models`` are identical. So what the server reports is not
-enough: a fixed short prompt is computed, and the log-probabilities of the next token are compared.
+A slot file does not name its model, and llama-server restores a file of another model with the same shape without an
+error. If an operator replaces the GGUF under the same path, ``/props`` and ``/v1/models`` stay the same. So what the
+server reports is not enough: llamaslot has a fixed short prompt computed, and compares the log-probabilities of the
+next token.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from msgspec import Struct
 from llamaslot.cache.ids import pack
 from llamaslot.cache.reuse import CacheKind
 
-TOLERANCE = 0.02  # of a log-probability: always distinguished two models of one shape; builds differ by less
+# The largest difference of two log-probabilities that count as equal. It distinguished any two models of one shape;
+# builds of llama.cpp differ by less.
+TOLERANCE = 0.02
 N_PROBS = 8
 N_PROBE_TOKENS = 50
-_MIN_COMMON = 6  # of N_PROBS: the last ones may change places within the tolerance
+_MIN_COMMON = 6  # at least so many of N_PROBS must be the same: the last may differ within the tolerance
 _N_SAMPLES, _SAMPLE_BYTES = 256, 4096
 _META = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
 
 
 class Identity(Struct, frozen=True):
-    """What identifies a model. ``told``: what the server reports; ``behaviour``: token id to log-probability after the
-    probe prompt; ``gguf``: hash of the model file, None if it cannot be read.
+    """What identifies a model. ``told``: what the server reports (``told_properties``); ``behaviour``: the likeliest
+    tokens after the probe prompt, as a dict from id to log-probability; ``gguf``: ``gguf_mark`` of the model file, None
+    if llamaslot cannot read it.
     """
 
     told: Mapping[str, Any]
@@ -38,7 +42,7 @@ class Identity(Struct, frozen=True):
     gguf: str | None = None
 
     def is_same(self, other: Identity) -> bool:
-        """Whether snapshots of the model ``other`` are valid for this model. In doubt they are not."""
+        """True if snapshots of the model ``other`` are valid for this model. False in doubt."""
         if dict(self.told) != dict(other.told):
             return False
         if self.gguf is not None and other.gguf is not None and self.gguf != other.gguf:
@@ -49,9 +53,7 @@ class Identity(Struct, frozen=True):
         )
 
     def is_same_as(self, text: str) -> bool:
-        """As ``is_same``, for the model that the fingerprint ``text`` describes; False if ``text`` is
-        no fingerprint.
-        """
+        """As ``is_same``, for the model with the fingerprint ``text``; False if ``text`` is no fingerprint."""
         other = Identity.from_text(text)
         return other is not None and self.is_same(other)
 
@@ -62,16 +64,16 @@ class Identity(Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """A short name for this model, used in file names. The same model may have another key where its GGUF cannot
-        be read.
+        """A short name for this model, used in file names. The key depends on whether the GGUF can be read, so one
+        model may have two.
         """
         data = orjson.dumps([dict(self.told), self.gguf], option=orjson.OPT_SORT_KEYS)
         return xxhash.xxh3_64_hexdigest(data)
 
     @classmethod
     def from_text(cls, text: str) -> Identity | None:
-        """The identity written as ``text``; None if ``text`` has another form: snapshots with such a fingerprint are
-        not used.
+        """The inverse of ``to_text``. None if ``text`` has another form: snapshots with such a fingerprint are not
+        used.
         """
         try:
             data = orjson.loads(text)
@@ -82,22 +84,25 @@ class Identity(Struct, frozen=True):
 
 
 def told_properties(model: Mapping[str, Any], n_slots: int, lora: Any) -> dict[str, Any]:
-    """The properties reported by the server on which a slot file depends. ``model``: an entry of ``/v1/models``.
+    """The properties that the server reports and on which the content of a slot file depends. ``model``: an entry of
+    ``/v1/models``; ``lora``: the answer of ``/lora-adapters``.
 
-    The number of slots is included because files of a non-unified KV cache contain it, the scales of LoRA adapters
-    because no file contains them.
+    The number of slots is part of them because files of a non-unified KV cache contain it. The LoRA adapters are part
+    of them because slot files do not name them.
     """
     meta = model.get("meta") or {}
     return {**{key: meta.get(key) for key in _META}, "n_slots": n_slots, "lora": lora}
 
 
 def probe_tokens(n_vocab: int) -> bytes:
-    """The fixed prompt of the probe, spread over the vocabulary."""
+    """The fixed prompt whose next token is compared: token ids spread over the vocabulary."""
     return pack([(i * 7919 + 101) % max(n_vocab, 2) for i in range(N_PROBE_TOKENS)])
 
 
 async def gguf_mark(path: Path) -> str | None:
-    """Size of a GGUF file and a hash of samples from all of it; None if the file cannot be read."""
+    """A text with the size of a GGUF file and a hash of 256 samples spread over the file; None if the file cannot be
+    read.
+    """
     return await asyncio.to_thread(_mark, path)
 
 
@@ -107,7 +112,7 @@ def _mark(path: Path) -> str | None:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128()
             for i in range(_N_SAMPLES):
-                file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_N_SAMPLES - 1))  # both ends are among them
+                file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_N_SAMPLES - 1))  # both ends are sampled
                 digest.update(file.read(_SAMPLE_BYTES))
     except OSError:
         return None
@@ -122,7 +127,9 @@ _MAX_KEYS = 10_000
 
 
 class Architecture(Struct, frozen=True):
-    """What a GGUF file says of its model. ``window``: tokens of the sliding window, 0 if the model has none."""
+    """What a GGUF file says of its model. ``name``: its architecture, such as "llama"; ``window``: tokens of the
+    sliding window, 0 without one.
+    """
 
     name: str
     cache_kind: CacheKind
@@ -173,7 +180,7 @@ def _string(file: BinaryIO) -> str:
 
 
 def _value(file: BinaryIO, kind: int) -> object:
-    """Read one value of the GGUF's metadata; None for an array, which is skipped."""
+    """Read one value of type ``kind`` from the GGUF's metadata. Skips an array and returns None."""
     if kind == _STRING:
         return _string(file)
     if kind == _ARRAY:

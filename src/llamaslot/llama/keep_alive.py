@@ -1,21 +1,22 @@
-"""A pool of kept connections for repeatable requests to llama-server: HTTP/1.1, one request at a time on each.
+"""A pool of kept connections (keep-alive) for requests to llama-server that may run twice: HTTP/1.1, one request at a
+time on each connection.
 
 A request on a new connection of aiohttp's takes 0.65 ms of this process; here it takes 0.05 ms on a kept connection
 and 0.19 ms on a new one (bench: 1,500 of 400 bytes each, in turns, on one run of a shared core).
 
 What llama-server does with a kept connection, measured on xllamacpp 2026.10.11549:
 
-1. It closes one after 5 idle seconds, after 100 requests (which its answer announces) and after an error (announced
-   too).
-2. It closes one after an answer that took longer than those 5 seconds, without notice.
-3. Each open connection has a thread of its own there. Builds from before March 2026 have n_parallel + 2 threads, so
-   an idle connection blocks others. Later ones have n_parallel + 4 and make new threads as needed, but of several
-   connections opened at once one may be forgotten until another one is closed. With 16 kept for half a second,
-   eight requests at once had their first tokens 0.8 s late, in one burst of five.
+1. It closes the connection after 5 idle seconds, after 100 requests and after an error. The last answer before the
+   latter two announces it.
+2. It closes the connection after an answer that took longer than 5 seconds, without notice.
+3. Each open connection has a thread of its own in llama-server. Builds from before March 2026 have n_parallel + 2
+   threads, so an idle connection blocks others. Later builds have n_parallel + 4 and make new threads as needed. But if
+   several connections are opened at once, one of them may wait until another one is closed. With 16 connections kept
+   for half a second, eight requests at once had their first tokens 0.8 s late, in one burst of five.
 
-So a connection is not reused after 4 idle seconds, after a slow answer or after an error, and only a few are kept. If
-one turns out to be closed before the first byte of an answer, the request is repeated once on a new one: only send
-requests that may run twice.
+So llamaslot does not reuse a connection after 4 idle seconds, after a slow answer or after an error, and keeps only a
+few. If a kept connection turns out to be closed before the first byte of an answer, the request is sent once more on a
+new one. So only send requests that may run twice.
 """
 
 from __future__ import annotations
@@ -31,24 +32,25 @@ import httptools
 
 from llamaslot.llama.dial import QUESTION_CONNECT_S, Dial, PlainTarget
 
-_LATE_S = 0.1  # a timer that is called so late tells that this process was busy
-_IDLE_S = 4.0  # llama-server closes after 5
-_SLOW_S = 4.0  # llama-server may close the connection after an answer that took longer
-_N_IDLE = 2  # kept for _IDLE_S
-# In a burst more are kept, for this many seconds: as many as llama-server has threads beyond those of its slots.
+_LATE_S = 0.1  # if a timer is called so much too late, this process was busy
+_IDLE_S = 4.0  # a kept connection is closed after this time; llama-server closes it after 5 s
+_SLOW_S = 4.0  # no reuse after an answer that took longer: llama-server may close the connection
+_N_IDLE = 2  # so many connections are kept for _IDLE_S
+# So many are kept for _BURST_S: llama-server has as many threads more than slots.
 _N_BURST, _BURST_S = 4, 0.05
-# For one of these to become free; it costs a quarter of a new connection, but may be busy for long.
+# If _N_BURST connections are busy, a request waits so long for one of them: a kept connection costs a quarter of a new
+# one, but may be busy for a long time.
 _WAIT_S = 0.05
-_HEAD_BYTES = 1 << 16  # of the headers of an answer
+_HEAD_BYTES = 1 << 16  # the largest headers of an answer
 _ANSWER_BYTES = 1 << 30
 _LENGTHS = (b"content-length", b"transfer-encoding")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The whole answer to a request. ``content_type`` as the server sent it; "" if it sent none. ``is_connected``:
-    whether the connection on which the answer came is still open. Then the process that sent it, or what stands in
-    front of that process, is alive.
+    """The whole answer to a request. ``content_type``: as the server sent it; "" if it sent none. ``is_connected()``:
+    True while the connection on which the answer came is open. Then the process that sent it is alive, or a proxy in
+    front of it.
     """
 
     status: int
@@ -58,19 +60,19 @@ class Answer:
 
 
 class NotConnected(Exception):
-    """No connection could be opened: nothing was sent."""
+    """No connection could be opened, so nothing was sent."""
 
 
-_Question = tuple[bytes, bytes]  # its head and its body
+_Question = tuple[bytes, bytes]  # a request: head and body
 
 
 class BadAnswer(ConnectionError):
-    """The answer is not valid HTTP, or is larger than any answer should be."""
+    """The answer is not valid HTTP, or is larger than the limit."""
 
 
 class _Gone(ConnectionError):
-    """The server has closed the connection. ``may_repeat``: it was a kept connection, and no byte of the answer had
-    come, so the request is sent again on a new one.
+    """The server has closed the connection. ``may_repeat``: it was a kept connection and no byte of the answer had
+    arrived, so the request should be sent again on a new connection.
     """
 
     def __init__(self, *, may_repeat: bool) -> None:
@@ -79,14 +81,15 @@ class _Gone(ConnectionError):
 
 
 class KeepAlivePool:
-    """Kept connections to one server. They belong to one event loop; call ``close`` there."""
+    """Kept connections to one server. One event loop owns the pool; call ``close`` in that loop."""
 
     def __init__(self, target: PlainTarget, max_bytes: int) -> None:
         """``max_bytes``: the limit of one answer, headers included."""
         self._target, self._dial, self._max_bytes = target, Dial(target.host, target.port), max_bytes
         self._idle: list[_Connection] = []  # the most recently used last; it is reused first
         self._busy: set[_Connection] = set()
-        self._waiting: deque[asyncio.Future[_Connection | None]] = deque()  # for one of the busy ones
+        # Requests that wait for a busy connection to become free.
+        self._waiting: deque[asyncio.Future[_Connection | None]] = deque()
         self._freed_at, self._n_opening = 0.0, 0
         self._sweep_at: asyncio.TimerHandle | None = None
 
@@ -101,11 +104,12 @@ class KeepAlivePool:
         return len(self._idle) + len(self._busy)
 
     async def ask(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Answer:
-        """Send one request and return its whole answer. ``body`` is JSON. The request may be sent twice: see above.
+        """Send one request and return its whole answer. ``body``: JSON, or None. The request may be sent twice, see the
+        module's docstring.
 
-        Raises NotConnected if there is no server, TimeoutError without an answer ``timeout_s`` after a connection was
-        free for it, and ConnectionError if the connection breaks (BadAnswer for an invalid answer). Canceling closes
-        the connection; llama-server still handles the request.
+        Raises NotConnected if no connection can be opened; TimeoutError if no answer came ``timeout_s`` after the
+        request had its connection; ConnectionError if the connection breaks (BadAnswer for an invalid answer).
+        Canceling closes the connection; llama-server still handles the request.
         """
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         head = f"{method} {self._target.prefix}{path} HTTP/1.1\r\n{self._target.headers}{length}\r\n"
@@ -113,14 +117,15 @@ class KeepAlivePool:
         kept = self._take() if self._idle else None
         if kept is None and len(self._busy) + self._n_opening >= _N_BURST:
             kept = await self._next_free()
-        deadline = asyncio.get_running_loop().time() + timeout_s  # of a burst each has its own time
+        # Only from here on: in a burst, the time of waiting for a connection does not count.
+        deadline = asyncio.get_running_loop().time() + timeout_s
         if kept is not None:
             try:
                 return await self._ask_on(kept, question, deadline)
             except _Gone as error:
                 if not error.may_repeat:
                     raise
-                self.drop_idle()  # the others are as old, and their server may be gone: one repeat, on a new connection
+                self.drop_idle()  # the other kept connections are probably closed too
         return await self._ask_on(await self._connect(deadline), question, deadline)
 
     def _take(self) -> _Connection:
@@ -129,12 +134,12 @@ class KeepAlivePool:
         return connection
 
     async def _next_free(self) -> _Connection | None:
-        """Wait for one of the busy connections to become free; None if one of them is closed, or none becomes free for
-        ``_WAIT_S``: then a new one may be opened.
+        """Wait for a busy connection to become free, and return it. None if one of them was closed, or if none became
+        free for ``_WAIT_S``: then the request should open a new one.
         """
         loop = asyncio.get_running_loop()
         free: asyncio.Future[_Connection | None] = loop.create_future()
-        timers = list[asyncio.TimerHandle]()  # the one that runs
+        timers = list[asyncio.TimerHandle]()  # with the timer that is running
         timers.append(loop.call_later(_WAIT_S, self._look, free, timers))
         self._waiting.append(free)
         try:
@@ -148,7 +153,7 @@ class KeepAlivePool:
             timers[0].cancel()
 
     def _look(self, free: asyncio.Future[_Connection | None], timers: list[asyncio.TimerHandle]) -> None:
-        """Go on waiting while connections become free."""
+        """Let a request stop waiting if no connection has become free for ``_WAIT_S``; else look again later."""
         loop = asyncio.get_running_loop()
         if free.done():
             return
@@ -183,8 +188,8 @@ class KeepAlivePool:
         return answer
 
     def _keep(self, connection: _Connection) -> None:
-        """Take back a connection that can be used again: give it to the first request that waits, else keep it. One
-        that cannot be used again is closed, and the first request that waits may open another.
+        """Take back a connection after a request. If it can be reused, give it to the first request that waits, else
+        keep it. If it cannot be reused, close it, and let the first request that waits open a new one.
         """
         self._busy.discard(connection)
         if connection.is_reusable:
@@ -204,12 +209,12 @@ class KeepAlivePool:
             connection.abort()
 
     def _lost(self, connection: _Connection) -> None:
-        """Remove a connection that the server has closed."""
+        """Called when a connection was lost: remove it from the kept ones."""
         if connection in self._idle:
             self._idle.remove(connection)
 
     def _sweep(self) -> None:
-        """Close connections that have been idle for too long; scheduled again while any is kept."""
+        """Close connections that have been idle for too long. Runs every ``_BURST_S`` while any is kept."""
         loop = asyncio.get_running_loop()
         now, spared = loop.time(), []
         for n_newer, connection in enumerate(reversed(self._idle)):
@@ -222,7 +227,7 @@ class KeepAlivePool:
         self._sweep_at = loop.call_later(_BURST_S, self._sweep) if spared else None
 
     def drop_idle(self) -> None:
-        """Close the connections that no request uses."""
+        """Close all connections that no request uses."""
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.abort()
@@ -259,7 +264,9 @@ class _Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     async def ask(self, question: _Question, deadline: float) -> Answer:
-        """Canceling leaves the connection in the middle of an answer: abort it then."""
+        """Send a request, and return its whole answer. Raises _Gone, BadAnswer, and TimeoutError after ``deadline``.
+        Canceling leaves the connection in the middle of an answer: the caller must abort it then.
+        """
         if self._transport is None or self._transport.is_closing():
             raise _Gone(may_repeat=self._n_asked > 0)
         self._n_asked += 1
@@ -279,8 +286,8 @@ class _Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether neither side has closed the connection, as the kernel knows it: this loop hears of it later. For
-        between two answers, when nothing is to be read. Takes 1 us.
+        """True if neither side has closed the connection. Asks the kernel, because the event loop learns of it later.
+        Only meaningful between two answers, when there is nothing to read. Takes 1 us.
         """
         if self._transport is None or self._is_over or self._transport.is_closing():
             return False
@@ -293,7 +300,9 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _is_late(self, deadline: float) -> None:
-        """There was no answer in time: if this process was too busy to read it, it is read now."""
+        """Called at the deadline of an answer: raise TimeoutError in ``ask``. If this call itself comes too late, this
+        process was busy and may not have read the answer yet: wait ``_LATE_S`` more.
+        """
         if (now := self._loop.time()) > deadline + _LATE_S:
             self._timer = self._loop.call_at(now + _LATE_S, self._is_late, now + _LATE_S)
         else:
@@ -308,7 +317,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass of it
-        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)  # its end too
+        # A closed connection is readable too.
+        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         if self._answer is None or self._answer.done():

@@ -1,8 +1,8 @@
-"""Imports aiohttp without the certificates of the system.
+"""Imports aiohttp without loading the certificates of the system.
 
-aiohttp makes two TLS contexts for outgoing connections when it is imported, each with all certificates: 70 ms of a
-start, for a llama-server that is nearly always reached over plain HTTP. ``LlamaServer`` makes a context of its own for
-an ``https`` address, so the empty ones are never used.
+When aiohttp is imported, it makes two TLS contexts for outgoing connections and loads all certificates into each. That
+takes 70 ms of a start, and llama-server is nearly always reached over plain HTTP. For an ``https`` address,
+``AiohttpClient`` makes its own context, so the two without certificates are never used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NOWHERE = "/nonexistent"
 
 
 def import_aiohttp() -> None:
-    """Import aiohttp, unless that was done before. The environment variables are as before afterwards."""
+    """Import aiohttp if it is not imported yet. Changes environment variables meanwhile, and restores them."""
     if "aiohttp" not in sys.modules:
         with environment(dict.fromkeys(_SOURCES, _NOWHERE)):
             import aiohttp  # noqa: F401
@@ -25,8 +25,8 @@ def import_aiohttp() -> None:
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Within the ``with`` block, environment variables of this process have other values. No child may be started
-    meanwhile.
+    """Set environment variables of this process to ``values`` within the ``with`` block, and restore them after it. No
+    child process may be started in the block.
     """
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

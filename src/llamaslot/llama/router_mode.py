@@ -1,8 +1,8 @@
-"""llama-server in router mode: one address, and behind it a process for each model that is loaded. Each request names
-its model: in the JSON of a POST, in the query of a GET.
+"""Clients for llama-server in router mode: one address, and behind it a process for each loaded model. Each request
+names its model: in the JSON of a POST, in the query of a GET.
 
-The router would load a model that is not loaded for any request, and unload another one for it. ``autoload=false`` in
-the query prevents that, and is part of everything that is sent here, so that only ``ModelRouter.load`` loads a model.
+By default the router loads a model when any request names it, and may unload another one for that. The query
+``autoload=false`` prevents that. All requests of ``ModelServer`` have it, so only ``ModelRouter.load`` loads a model.
 (tools/server/server-models.cpp)
 """
 
@@ -22,16 +22,16 @@ from llamaslot.llama.answers import Response, Take, content_type_of, next_piece,
 from llamaslot.llama.client import LlamaServer, as_known
 from llamaslot.llama.keep_alive import Answer
 
-#: What the router says of a model that is not loaded, or is being unloaded.
+#: The router's error text for a model that is not loaded, and for one that is being unloaded.
 _IS_NOT_LOADED = (b"model is not loaded", b"is not running")
 _LIST_S = 10.0
 _SLEEP_FLAG = "--sleep-idle-seconds"
 
 
 class RouterModel(Struct, frozen=True):
-    """A model of a router. ``state``: unloaded, loading, loaded, sleeping (its process runs without the model), or
-    another word. ``sleep_s``: idle seconds after which the model falls asleep; None: never. ``entry``: all that the
-    router tells of it.
+    """A model of a router. ``state``: "unloaded", "loading", "loaded", "sleeping" (its process runs without the model),
+    or another word. ``sleep_s``: after so many idle seconds the model falls asleep; None: never. ``entry``: its whole
+    entry in ``GET /models``.
     """
 
     name: str
@@ -51,7 +51,7 @@ class RouterModel(Struct, frozen=True):
 
 
 def _sleep_s(args: list[str]) -> float | None:
-    """The idle seconds after which a model falls asleep, from the arguments of its process; None: never."""
+    """The idle seconds after which a model falls asleep, from the arguments of its process; None if it never does."""
     if _SLEEP_FLAG not in args[:-1]:
         return None
     seconds = float(args[args.index(_SLEEP_FLAG) + 1])
@@ -59,20 +59,20 @@ def _sleep_s(args: list[str]) -> float | None:
 
 
 class ModelRouter(LlamaServer):
-    """A client for a router itself; ``server_of`` gives one for a model of it. Canceling any of its coroutines closes
-    the connection.
+    """A client for the router itself; ``server_of`` makes a client for one of its models. Canceling any coroutine
+    closes the connection.
     """
 
     @as_known
     async def models(self) -> list[RouterModel]:
-        """``GET /models``. Raises BackendDown, UpstreamError, and NotUnderstood if it is no router."""
+        """``GET /models``. Raises BackendDown, UpstreamError, and NotUnderstood if the server is no router."""
         told = await self._ask_json("GET", "/models", timeout_s=_LIST_S)
         return [RouterModel.of(entry) for entry in told["data"]]
 
     async def load(self, model: str) -> None:
-        """Wait until ``model`` is loaded. If it is not, and the router has reached its ``--models-max``, the least
-        recently used model without a request makes room. Raises BackendDown, and UpstreamError if it cannot be
-        loaded.
+        """Have the router load ``model``, and wait until it is loaded. If the router has reached its ``--models-max``,
+        it first unloads the least recently used model that has no request. Raises BackendDown, and UpstreamError if the
+        model cannot be loaded.
         """
         path = f"/props?model={quote(model, safe='')}&autoload=true"
         async with self.request("GET", path) as response:
@@ -85,12 +85,14 @@ class ModelRouter(LlamaServer):
         return ModelServer(self.url, self.api_key, self.watchdog_s, name=name, model=model)
 
     async def unload(self, model: str) -> None:
-        """Begin to unload ``model``: its process ends a moment later. Raises BackendDown, UpstreamError."""
+        """Have the router unload ``model``. Returns before the model's process has ended. Raises BackendDown,
+        UpstreamError.
+        """
         await self._json("POST", "/models/unload", {"model": model}, timeout_s=10.0)
 
     async def changes(self) -> AsyncGenerator[None, None]:
-        """``GET /models/sse``: yields when the state of any model has changed, until the connection ends. Raises
-        BackendDown, and UpstreamError if this build has no such route.
+        """``GET /models/sse``: yields once when connected, then each time the state of any model has changed, until the
+        router closes the connection. Raises BackendDown, and UpstreamError if this build has no such route.
         """
         async with self.request("GET", "/models/sse") as response:
             if response.status != 200:
@@ -101,10 +103,8 @@ class ModelRouter(LlamaServer):
 
 
 class ModelServer(LlamaServer):
-    """A client for one model of a router.
-
-    If the model is not loaded, every coroutine raises BackendRestarted, and ``on_unloaded`` is called: nothing that is
-    sent here loads it.
+    """A client for one model of a router. Its requests never load the model: if it is not loaded, they call
+    ``on_unloaded`` and raise BackendRestarted.
     """
 
     health_path = "/props"  # the router's own /health tells nothing of the model
@@ -131,7 +131,7 @@ class ModelServer(LlamaServer):
     ) -> Answer:
         answer = await super()._question(method, self._path(path), self._body(data), timeout_s)
         self._check(answer.status, answer.body)
-        # The connection is the router's: that it is still open says nothing of the model's process.
+        # Without ``is_connected``: an open connection to the router says nothing about the model's process.
         return Answer(answer.status, answer.content_type, answer.body)
 
     async def why_unhealthy(self, timeout_s: float = 5.0) -> str | None:
@@ -147,14 +147,14 @@ class ModelServer(LlamaServer):
         return dict(next(entry for entry in entries if entry["id"] == self.model))
 
     def _path(self, path: str) -> str:
-        """``path`` with this model in the query, instead of any other. The router reads the last of two parameters."""
+        """``path`` with ``model`` and ``autoload=false`` in the query, and without any that the client sent."""
         route, _, query = path.partition("?")
         kept = [part for part in query.split("&") if part and not _is_ours(part)]
         return f"{route}?{'&'.join([*kept, self._query])}"
 
     def _body(self, data: Any) -> Any:
-        """``data`` with this model in the JSON: behind the rest, as llama-server uses the last of two equal keys. A
-        form stays as it is.
+        """``data`` with this model's name added at the end of its JSON object: llama-server uses the last of two equal
+        keys. ``data`` that is no JSON object, such as a form, stays as it is.
         """
         if not isinstance(data, bytes) or not data.lstrip().startswith(b"{"):
             return data
@@ -175,7 +175,9 @@ def _is_ours(parameter: str) -> bool:
 
 
 class _IfLoaded(contextlib.AbstractAsyncContextManager[Response]):
-    """A request whose answer, if its status is 400, is read first: it may say that the model is not loaded."""
+    """A request whose answer is read whole before it is yielded if its status is 400: it may say that the model is not
+    loaded.
+    """
 
     def __init__(
         self,
@@ -203,7 +205,7 @@ class _IfLoaded(contextlib.AbstractAsyncContextManager[Response]):
 
 
 class _Read:
-    """A ``Response`` whose body was read already."""
+    """A ``Response`` whose whole body has been read already."""
 
     def __init__(self, response: Response, body: bytes) -> None:
         self.status, self.reason, self.headers = response.status, response.reason, response.headers

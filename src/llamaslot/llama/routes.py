@@ -1,7 +1,7 @@
-"""llama-server's routes as a table: the effect of each on slots, and who may use it.
+"""llama-server's routes as a table: what llamaslot does with a request to each, by the route's effect on slots.
 
-The table is the union of all tested builds (docs/llama-server.md, "Routes"). If a build lacks a route, its own 404 is
-returned. tests/real/test_routes.py compares the table with the real server. ``--api-prefix`` is not supported.
+The table has the routes of all tested builds (docs/llama-server.md, "Routes"). If a build lacks a route, clients get
+that server's 404. tests/real/test_routes.py compares the table with the real server. ``--api-prefix`` is not supported.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-#: completion   one prompt, known token by token: the full path of llamaslot
-#: exclusive    takes a slot by other means: runs while no other request on that backend is between two steps
-#: passthrough  takes no slot: goes through unchanged
+#: completion   has a prompt whose tokens llamaslot finds out: it is queued and placed in a slot
+#: exclusive    llama-server chooses the slot: it is sent while no other request on that backend is between two steps
+#: passthrough  takes no slot: llamaslot forwards it unchanged
 #: own          llamaslot answers it itself
-#: forbidden    403: it would change slots behind llamaslot's back
-#: gated        403 unless ``passthrough.allow`` names its gate: it changes the server or reaches out from it
+#: forbidden    403: it would change slots without llamaslot's knowledge
+#: gated        403 unless ``passthrough.allow`` names its gate: it changes the server, or lets it send requests
+#: elsewhere
 RouteKind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
 
-#: What ``passthrough.allow`` may name.
+#: The values that ``passthrough.allow`` accepts.
 Gate = Literal["POST /props", "/lora-adapters", "/models", "/tools", "/cors-proxy"]
 
 
 class Route(Struct, frozen=True):
-    """One line of the table, or an unknown path (always ``passthrough``).
+    """One line of the table, or an unknown path, whose kind is ``passthrough``.
 
-    ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``format``: the name of the client API whose
-    bodies a completion takes (``formats/``); a passthrough route that has one counts the tokens of such a body.
-    ``may_be_missing``: some builds or models do not have it, and a slot should not be prepared for a 404 or 501.
+    ``path``: as llama-server registers it, for instance ``/slots/:id``. ``format``: the client API whose bodies a
+    completion accepts, by its name in ``formats/``; on a passthrough route, the API of a body whose tokens the route
+    counts. ``may_be_missing``: some builds or models lack the route, so llamaslot asks (``RouteAvailability``) before
+    it prepares a slot.
     """
 
     method: str  # "GET" answers HEAD too; "*" is any
@@ -43,7 +45,7 @@ class Route(Struct, frozen=True):
 
     @property
     def refusal(self) -> str:
-        """Why a forbidden or gated request is refused, and what to do instead: the message of its 403."""
+        """The message of the 403 for a forbidden or gated request: why it is refused, and what to do instead."""
         if self.gate is not None:
             return (
                 f"{self.gate} changes llama-server for all users, or reaches out from it: to let it through, "
@@ -73,7 +75,7 @@ ROUTES: tuple[Route, ...] = (
     _completion("/infill", "infill", may_be_missing=True),
     _completion("/api/chat", "chat", may_be_missing=True),  # older builds: a chat body under another name
     _completion("/v1/messages", "messages"),  # Anthropic
-    # A form: its id_slot would be a string, and llama-server ignores one that is not a number.
+    # The body is a form, in which id_slot would be a string: llama-server ignores any that is not a number.
     _exclusive("/v1/audio/transcriptions"),
     _exclusive("/audio/transcriptions"),
     # One task and one slot for each input or document.
@@ -103,7 +105,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/tokenize", "passthrough"),
     Route("POST", "/detokenize", "passthrough"),
     Route("POST", "/apply-template", "passthrough"),
-    # They accept a completion's body, and count the tokens that it would compute.
+    # These accept a completion's body, and return the number of its prompt tokens.
     Route("POST", "/chat/completions/input_tokens", "passthrough", "chat"),
     Route("POST", "/v1/chat/completions/input_tokens", "passthrough", "chat"),
     Route("POST", "/responses/input_tokens", "passthrough", "responses"),
@@ -118,7 +120,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/models", "passthrough"),
     Route("GET", "/models/sse", "passthrough"),
     Route("GET", "/lora-adapters", "passthrough"),
-    # Answers that continue without their client: only with X-Conversation-Id, which llamaslot does not forward.
+    # For answers that continue after their client has left: that needs X-Conversation-Id, which llamaslot does not
+    # forward.
     Route("GET", "/v1/stream", "passthrough"),
     Route("GET", "/v1/stream/:id", "passthrough"),
     Route("DELETE", "/v1/stream", "passthrough"),
@@ -135,35 +138,34 @@ _EXACT = {(route.method, route.path): route for route in ROUTES}
 _PATTERNS = tuple(route for route in ROUTES if route.path.endswith(("/*", "/:id")))
 _REFUSED = tuple(route for route in ROUTES if route.kind in ("forbidden", "gated"))
 
-#: Methods that llama-server has no handlers for, or (OPTIONS) answers before it looks at the path.
+#: llama-server has no handlers for these methods, or (OPTIONS) answers before it looks at the path.
 _INERT = ("OPTIONS", "TRACE", "CONNECT")
 
 
 def classify(method: str, target: str, allow: Collection[str] = ()) -> Route:
-    """The route that llama-server would use for this request line. Unknown paths are ``passthrough``.
+    """The route that llama-server would use for a request. Unknown paths are ``passthrough``.
 
-    ``target``: the raw request target, percent-encoded, with or without its query (aiohttp: ``request.raw_path``). It
-    must be forwarded unchanged (``origin_form``). ``allow``: gates that are open; their routes become
-    ``passthrough``.
+    ``target``: the raw request target, percent-encoded, with or without its query (aiohttp: ``request.raw_path``),
+    which is also what to forward (``origin_form``). ``allow``: the open gates; their routes become ``passthrough``.
 
-    llama-server compares exactly, after decoding (``server_path``): ``/Completion`` and ``//completion`` are its 404.
-    Forbidden and gated routes are also refused in any spelling that a rewriting proxy between the two could
-    normalize.
+    llama-server compares paths exactly, after decoding them (``server_path``): ``/Completion`` and ``//completion`` get
+    its 404. Forbidden and gated routes are found in other spellings too, because a proxy between llamaslot and
+    llama-server might normalize them.
     """
-    found = _classified(method.upper(), target)  # aiohttp's client does so too
+    found = _classified(method.upper(), target)  # aiohttp's client sends methods in upper case too
     return replace(found, kind="passthrough") if allow and found.gate in allow else found
 
 
 @functools.lru_cache(maxsize=256)
 def _classified(method: str, target: str) -> Route:
-    """As ``classify``, without gates. Cached, as it takes 50 us."""
+    """As ``classify``, with all gates closed. Cached, because it takes 50 us."""
     path = server_path(target)
     found = None if method in _INERT else _refused(method, _mended(path)) or _find(method, path)
     return found or Route(method, path, "passthrough")
 
 
 def _find(method: str, path: str) -> Route | None:
-    """The table's line for a decoded path, compared as llama-server compares."""
+    """The table's line for a decoded path, compared as llama-server compares; None without one."""
     for verb in ("GET" if method == "HEAD" else method, "*"):
         if route := _EXACT.get((verb, path)):
             return route
@@ -174,8 +176,8 @@ def _find(method: str, path: str) -> Route | None:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether ``path`` matches a pattern: ``/*`` matches anything below. ``/:id`` matches up to the next slash, also
-    nothing; a slash may follow it.
+    """True if ``path`` matches ``pattern``. At its end, ``/*`` matches a slash and anything after it. ``/:id`` matches
+    a slash and any text without a slash, even none; one more slash may follow.
     """
     if pattern.endswith("/*"):
         return path.startswith(pattern[:-1])
@@ -184,8 +186,8 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def _refused(method: str, path: str) -> Route | None:
-    """The forbidden or gated route that a normalized path names, with any method; GET and HEAD only where the route's
-    line has them.
+    """The forbidden or gated route with the normalized ``path``; None without one. The method does not matter, except
+    that GET and HEAD match no route of POST.
     """
     for route in _REFUSED:
         if route.method == "POST" and method in ("GET", "HEAD"):
@@ -197,7 +199,9 @@ def _refused(method: str, path: str) -> Route | None:
 
 
 def origin_form(target: str) -> str:
-    """The path and query of a raw request target, for the request to llama-server: no scheme, host or fragment."""
+    """The path and query of a raw request target, without scheme, host and fragment: the target to send to
+    llama-server.
+    """
     target = target.partition("#")[0]
     if not target.startswith("/") and (found := re.match(r"https?://[^/?]*", target, re.IGNORECASE)):
         target = target[found.end() :]
@@ -205,10 +209,10 @@ def origin_form(target: str) -> str:
 
 
 def server_path(target: str) -> str:
-    """The path that llama-server compares with its routes.
+    """The decoded path of ``target``, as llama-server compares it with its routes.
 
-    Its HTTP library (cpp-httplib, ``Server::parse_request_line`` and ``decode_path_component``) cuts at ``#``, then
-    at ``?``, and decodes ``%XX`` and ``%uXXXX`` once, before routing: ``/slots%2f0`` and ``/%u0073lots/0`` are
+    llama-server's HTTP library (cpp-httplib, ``Server::parse_request_line`` and ``decode_path_component``) cuts the
+    target at ``#``, then at ``?``, and decodes ``%XX`` and ``%uXXXX`` once: ``/slots%2f0`` and ``/%u0073lots/0`` are
     ``/slots/0``. Invalid codes stay unchanged, and surrogates (``%ud800``) vanish. It resolves no ``..``, merges no
     slashes, and distinguishes case. Measured on xllamacpp 2026.10.11549.
     """
@@ -229,7 +233,9 @@ def _decode(path: bytes) -> bytes:
 
 
 def _mended(path: str) -> str:
-    """The path as a lenient proxy might forward it: fully decoded, dots and slashes resolved, lower case."""
+    """The path as a proxy might normalize it: decoded repeatedly, without ``.``, ``..`` and double slashes, in lower
+    case.
+    """
     raw = path.encode("utf-8", "surrogateescape")
     for _ in range(8):
         raw = _decode(raw)

@@ -1,13 +1,15 @@
-"""One request to llama-server on a connection of its own, and its answer as it comes: HTTP/1.1 over a plain protocol.
+"""Sends a request to llama-server on a new connection, and reads its answer piece by piece while it arrives: HTTP/1.1
+as an asyncio protocol.
 
 aiohttp's client takes 0.65 ms of this process for a request on a new connection, and wakes a task for each event of a
-stream. Here pieces of an answer go straight from the socket to a function: see ``Response.pass_to``.
+stream. Here each piece of an answer goes from the socket straight to a function (``Response.pass_to``).
 
-A request is never sent twice, so no kept connection is used: llama-server closes one after an answer of more than 5
-seconds, without notice, and a request that is on its way then may have been read or not. A new one takes 0.1 ms more.
+A request must never run twice, so kept connections are not used: llama-server closes a connection after an answer of
+more than 5 seconds, without notice. Nobody knows whether it has read a request that was on its way then. A new
+connection takes 0.1 ms more.
 
-What cannot be sent here is left to aiohttp (``PlainServer.of`` and ``send`` return None): TLS, methods other than GET
-and POST, characters that need care.
+aiohttp sends the requests that cannot be sent here (``PlainServer.of`` and ``send`` return None): over TLS, with other
+methods than GET and POST, with characters outside of printable ASCII.
 """
 
 from __future__ import annotations
@@ -28,25 +30,25 @@ from llamaslot.llama.answers import BROKEN_OFF, RELAYED_BYTES, Response, Take
 from llamaslot.llama.dial import REQUEST_CONNECT_S, Dial, PlainTarget
 from llamaslot.llama.keep_alive import BadAnswer
 
-_HEAD_BYTES = 1 << 16  # of the headers of an answer
+_HEAD_BYTES = 1 << 16  # the largest headers of an answer
 
-# The receive buffer requested from the kernel, which allocates twice that: data that an answer is ahead of its
-# reader.
+# The size of the receive buffer to request from the kernel, which allocates twice as much. It limits how many bytes of
+# an answer wait in the kernel for their reader.
 _WINDOW_BYTES = 1 << 15
 
 _METHODS = ("GET", "POST")
 
 Check = Callable[[], Awaitable[None] | None]
 _ODD_IN_TARGET = re.compile(r"[^!-~]")
-_ODD_IN_HEADERS = re.compile(r"[^\t -~]")  # line ends above all
+_ODD_IN_HEADERS = re.compile(r"[^\t -~]")  # above all line ends, which would begin another header
 
 
 def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
-    """A new socket with a small receive buffer, so that little of an unread answer is held in the kernel, and little
-    at a time in the loop: uvloop reads up to 256 kB at once.
+    """A new socket with a small receive buffer, so that the kernel holds few bytes of an unread answer, and the event
+    loop receives few at once: uvloop reads up to 256 kB.
 
-    The size is set before the socket connects: Linux drops data in flight when the window of a connection shrinks, and
-    large answers stalled for minutes.
+    The size is set before the socket is connected: when the window of an open connection shrinks, Linux drops data that
+    is on its way, and large answers stalled for minutes.
     """
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
@@ -54,7 +56,7 @@ def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
 
 
 class PlainServer:
-    """Sends requests to one server over plain HTTP."""
+    """Sends requests to one server over plain HTTP, each on a new connection."""
 
     def __init__(self, url: str, target: PlainTarget) -> None:
         self._url, self._target = url, target
@@ -67,8 +69,8 @@ class PlainServer:
         return cls(url, target) if target is not None else None
 
     def _head(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> bytes | None:
-        """The request line and headers of a request, as aiohttp writes them; None if a part of it needs care.
-        ``headers`` have no Host, no Authorization, and nothing about lengths and connections.
+        """The request line and headers of a request, as bytes; None if a method or character is not supported here.
+        ``headers``: without Host, Authorization, lengths and connection, which are added.
         """
         items = headers.items()
         is_odd = _ODD_IN_HEADERS.search("".join([part for item in items for part in item]))
@@ -95,12 +97,15 @@ class PlainServer:
         n_held_bytes: int = RELAYED_BYTES,
         check: Check | None = None,
     ) -> PlainResponse | None:
-        """Send a request, and wait for the headers of its answer. The caller closes the response. None if nothing was
-        sent, because the request needs care or there is no connection: then aiohttp sends it, or says why it cannot.
+        """Send a request, and wait for the headers of its answer. The caller must close the response. None if nothing
+        was sent, because the request is not supported here or no connection could be opened: then the caller lets
+        aiohttp send it, which may succeed or raises an error with the reason.
 
-        ``timeout_s`` is for the whole answer, ``silence_s`` for each part of it; ``n_held_bytes``: how much of it is
-        held while nothing reads it. ``check`` is called when the connection is open, before anything is sent; what it
-        returns is awaited. Raises what ``check`` raises, TimeoutError, SlotWedged, and ConnectionError if the
+        ``timeout_s``: limit for the whole answer. ``silence_s``: limit for the time between two pieces of it.
+        ``n_held_bytes``: if more bytes than this wait for a reader, no more are received. ``check()`` is called when
+        the connection is open, before anything is sent; an awaitable that it returns is awaited.
+
+        Raises what ``check`` raises, TimeoutError, SlotWedged after ``silence_s``, and ConnectionError if the
         connection breaks (BadAnswer for an invalid answer). Canceling closes the connection.
         """
         if (head := self._head(method, path, headers, body)) is None:
@@ -120,7 +125,7 @@ class PlainServer:
 
 
 class Sending(contextlib.AbstractAsyncContextManager[Response]):
-    """A context manager for one request (see ``LlamaServer.request``). A class, as a generator takes 10 us more."""
+    """The context manager that ``LlamaServer.request`` returns. A class, because a generator takes 10 us more."""
 
     __slots__ = ("_is_down", "_otherwise", "_over_aiohttp", "_plain", "_response")
 
@@ -130,7 +135,9 @@ class Sending(contextlib.AbstractAsyncContextManager[Response]):
         otherwise: Callable[[], contextlib.AbstractAsyncContextManager[Response]],
         is_down: Callable[[BaseException], BackendDown],
     ) -> None:
-        """``plain`` sends the request, and returns None if it cannot; then ``otherwise`` sends it."""
+        """``plain()`` sends the request, and returns None if it cannot; then ``otherwise`` sends it. ``is_down`` turns
+        an error of the connection into the BackendDown to raise.
+        """
         self._plain, self._otherwise, self._is_down = plain, otherwise, is_down
         self._response: PlainResponse | None = None
         self._over_aiohttp: contextlib.AbstractAsyncContextManager[Response] | None = None
@@ -160,7 +167,7 @@ class Sending(contextlib.AbstractAsyncContextManager[Response]):
 
 
 class PlainResponse(asyncio.Protocol):
-    """One connection to llama-server, and the answer that arrives on it."""
+    """One connection to llama-server, and the ``Response`` that arrives on it."""
 
     def __init__(self, url: str, n_held_bytes: int, silence_s: float | None, timeout_s: float | None) -> None:
         self.status, self.reason = 0, ""
@@ -171,8 +178,8 @@ class PlainResponse(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[bool] | None = None
         self._take: Take | None = None
-        self._read: list[bytes] = []  # parts of the body in the data that is being parsed
-        self._held: list[bytes] = []  # pieces that nothing has taken
+        self._read: list[bytes] = []  # parts of the body in the data that the parser is reading now
+        self._held: list[bytes] = []  # pieces of the body that wait for a reader
         self._n_held = self._n_head = 0
         self._is_paused = self._is_head_over = self._is_over = False
         self._error: Exception | None = None
@@ -183,7 +190,9 @@ class PlainResponse(asyncio.Protocol):
         )
 
     async def ask(self, head: bytes, body: bytes | None) -> None:
-        """Send a request, and wait for the headers of the answer. Raises as ``PlainServer.send`` does."""
+        """Send a request on the open connection, and wait for the headers of the answer. Raises as ``PlainServer.send``
+        does.
+        """
         assert self._transport is not None, "connected"
         self._heard_at = self._loop.time()
         self._watch()
@@ -206,8 +215,8 @@ class PlainResponse(asyncio.Protocol):
         return await self._wait(take)
 
     async def _wait(self, take: Take | None) -> bool:
-        """Wait until ``take`` returns False; if it is None, until the headers have come. Returns False at the end of
-        the answer.
+        """Wait until ``take`` has returned False, or, if it is None, until the headers have arrived: then returns True.
+        Returns False at the end of the answer.
         """
         if take is None and self._is_head_over:
             return True
@@ -222,7 +231,7 @@ class PlainResponse(asyncio.Protocol):
             self._take = self._waiter = None
 
     def close(self) -> None:
-        """Close the connection at once: llama-server notices it. Idempotent."""
+        """Close the connection at once, so that llama-server can notice that its client has left. Idempotent."""
         for timer in (self._timer, self._silence_timer):
             if timer is not None:
                 timer.cancel()
@@ -242,8 +251,8 @@ class PlainResponse(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _watch(self) -> None:
-        """Fail if nothing was received for ``silence_s``, else look again when that may be so. While reading is paused
-        nothing is expected.
+        """Fail with SlotWedged if nothing was received for ``silence_s``; else call this again when that time may be
+        over. Time in which reading is paused does not count.
         """
         if (silence_s := self._silence_s) is None:
             return
@@ -261,7 +270,7 @@ class PlainResponse(asyncio.Protocol):
             self._waiter.set_result(goes_on)
 
     def _fail(self, error: Exception) -> None:
-        """Close the connection; readers get ``error`` once they have read what came before."""
+        """Close the connection. A reader gets ``error`` after the pieces that arrived before."""
         if self._error is None and not self._is_over:
             self._error = error
             if self._waiter is not None and not self._waiter.done():
@@ -283,7 +292,7 @@ class PlainResponse(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._deliver()
-            if self._is_over:  # what follows an answer is not looked at
+            if self._is_over:  # the answer is complete: ignore bytes that follow it
                 self._wake(False)
             else:
                 self._fail(self._broken(BadAnswer(f"no answer in HTTP: {error!r}")))
@@ -297,7 +306,9 @@ class PlainResponse(asyncio.Protocol):
             self._wake(False)
 
     def _deliver(self) -> None:
-        """Pass the part of the body that was read to its taker, or hold it until there is one."""
+        """Pass the part of the body that the parser has read to ``take``; if there is none now, hold it, and pause
+        reading if too much is held.
+        """
         if not self._read:
             return
         piece = self._read[0] if len(self._read) == 1 else b"".join(self._read)
@@ -331,8 +342,8 @@ class PlainResponse(asyncio.Protocol):
             self._fail(self._broken(ConnectionError("the connection was closed")))
 
     def _broken(self, error: ConnectionError) -> Exception:
-        """The error to raise for a broken connection: within the headers ``error`` itself, which the sender
-        translates; within the body BackendDown.
+        """The error to raise for a broken connection. Before the end of the headers: ``error`` itself, which
+        ``Sending`` translates. Within the body: BackendDown.
         """
         if not self._is_head_over:
             return error
@@ -350,11 +361,11 @@ class PlainResponse(asyncio.Protocol):
         self.reason += reason.decode("latin-1")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._is_head_over:  # later ones are trailers
+        if not self._is_head_over:  # headers after the body are trailers: ignore them
             self.headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
 
     def on_headers_complete(self) -> None:
-        if self._is_over or self._parser is None:  # a second answer
+        if self._is_over or self._parser is None:  # of a second answer: ignore it
             return
         self.status = self._parser.get_status_code()
         if self.status < 200:  # an interim answer (100): the answer follows

@@ -1,1 +1,1 @@
-"""A llama-server that llamaslot starts itself."""
+"""llama-servers that llamaslot starts, watches and ends itself."""

@@ -1,11 +1,12 @@
 """The embedded llama-server: ``python -m llamaslot.llama.managed.embedded -m model.gguf --port 8080 …``.
 
-The wheel ``xllamacpp`` contains the server of llama.cpp as a library. It runs in a process of its own, so that it can
-be killed and restarted, and accepts those flags of ``llama-server`` that llamaslot uses. It ends at the end of its
-standard input, on SIGTERM or SIGINT, and with its parent: it never outlives the process that started it.
+The wheel ``xllamacpp`` contains the server of llama.cpp as a library. This module runs it in a process of its own, so
+that it can be killed and restarted, and accepts those flags of ``llama-server`` that llamaslot uses. The process ends
+at the end of its standard input, on SIGTERM or SIGINT, and with its parent: it never outlives the process that started
+it.
 
-Exit codes: 0 asked to end (while it loads: by the signal); 1 the server could not start, and one line on standard
-error says why; 2 wrong flags.
+Exit codes: 0 after one of these (a signal during loading kills it); 1 if the server could not start, and the last line
+on standard error says why; 2 for wrong flags.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-# llama.cpp logs in a thread: its pending lines must come before our last line.
+# Seconds before our last line: llama.cpp logs in a thread, whose lines must come first.
 LOG_LAG_S = 0.1
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to send SIGKILL to this process when the thread that started it ends. Linux only; elsewhere it
-    does nothing.
-
-    Source: prctl(2). It survives execve of an ordinary program, not fork.
+    """Ask the kernel to send SIGKILL to this process when the thread that started it ends. Does nothing on other
+    systems than Linux. The request survives an execve of an ordinary program, but not a fork (prctl(2)).
     """
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
@@ -99,14 +98,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _default_threads() -> int:
-    """The number of threads by default: all cores but one, which llamaslot and the clients need. One thread too many
-    made prefill 4 times slower.
+    """The default number of threads: all cores but one, which llamaslot and the clients need. With one thread too many,
+    prefill was 4 times slower.
     """
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Serve until told to end. Never returns."""
+    """Serve until the end of standard input or a signal, then exit. Never returns."""
     die_with_parent()
     flags = parser().parse_args(argv)
     os.umask(flags.umask)
@@ -125,14 +124,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if not os.access(file, os.R_OK):
             _fail(f"cannot load model {file}: " + ("not readable" if file.exists() else "no such file"))
     try:
-        # Loads the model, holding the GIL: until it returns, signals have their default action and no thread runs.
+        # This loads the model and holds the GIL. Until it returns, no Python thread runs, and signals have their
+        # default action.
         server = xllamacpp.Server(_params(xllamacpp, flags))
     except RuntimeError as error:
         _fail(_why(flags, error))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     _until_end_of_input(server)
-    os._exit(0)  # at once: an orderly stop would wait for every answer that is being decoded
+    os._exit(0)  # at once: an orderly stop would wait for the ends of all running answers
 
 
 def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
@@ -171,12 +171,13 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
     if flags.chat_template_file:
         p.chat_template = flags.chat_template_file.read_text()
     p.warmup = flags.warmup
-    p.fit_params = False  # it loads the model once more to measure it; one that does not fit fails anyway
+    # Else llama.cpp loads the model once more to measure it. A model that does not fit fails anyway.
+    p.fit_params = False
     return p
 
 
 def _redirect(log_file: Path) -> None:
-    """Redirect all output of llama.cpp to ``log_file``: it writes to the descriptors, not to ``sys.stderr``."""
+    """Redirect the descriptors of standard output and error to ``log_file``: llama.cpp does not use ``sys.stderr``."""
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -184,8 +185,8 @@ def _redirect(log_file: Path) -> None:
 
 
 def _why(flags: argparse.Namespace, error: Exception) -> str:
-    """Why the server could not start, as well as that can be told: llama.cpp has one message for every cause, and only
-    a taken port can be detected afterwards.
+    """A line that says why the server could not start. llama.cpp has one message for all causes; of these only a port
+    that another program uses can be found out afterwards.
     """
     if flags.port:
         try:
@@ -197,16 +198,18 @@ def _why(flags: argparse.Namespace, error: Exception) -> str:
 
 
 def _until_end_of_input(server: Any) -> None:
-    """Wait for the end of standard input. ``server`` is a parameter because it serves only while it is referenced."""
+    """Wait for the end of standard input. The parameter ``server`` keeps a reference: without one, the server stops."""
     try:
         while os.read(0, 4096):
             pass
     except OSError:
-        return  # no standard input at all: the same as its end
+        return  # this process has no standard input, which counts as its end
 
 
 def _fail(message: str) -> NoReturn:
-    """Write ``message`` as the last line, and exit. No interpreter shutdown: llama.cpp's threads may still run."""
+    """Write ``message`` as the last line on standard error, and exit with 1, without an interpreter shutdown, because
+    threads of llama.cpp may still run.
+    """
     last = os.dup(2)
     time.sleep(LOG_LAG_S)
     silence = os.open(os.devnull, os.O_WRONLY)

@@ -1,7 +1,8 @@
-"""A llama-server's command line as a user has typed it: what it says, and what must be added behind llamaslot.
+"""A llama-server's command line as a user has typed it after ``llamaslot run --``: finds the flags that it sets, and
+the flags that llamaslot must add.
 
-Flags count in every spelling of llama-server: short, with ``_`` for ``-``, as ``--flag=value``, or as a variable
-``LLAMA_ARG_…`` of the environment, which a flag on the command line overrides (llama.cpp, ``common/arg.cpp``).
+Flags are found in every spelling that llama-server accepts: short, with ``_`` for ``-``, as ``--flag=value``, or as an
+environment variable ``LLAMA_ARG_…``, which a flag on the command line overrides (llama.cpp, ``common/arg.cpp``).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ _OFF = ("off", "disabled", "false", "0")
 
 
 class UnusableCommand(LlamaslotError):
-    """llamaslot cannot run this command line; the message says what would be right."""
+    """llamaslot cannot run this command line; the message says what to change."""
 
 
 class ServerFlag(NamedTuple):
-    """A flag of llama-server: its names, those of its opposite, and its environment variable. ``has_value``: the next
-    word is the flag's value.
+    """A flag of llama-server. ``names``: its spellings; ``opposite``: those of the flag that turns it off;
+    ``variable``: its environment variable, without ``LLAMA_ARG_``; ``has_value``: the next word is its value.
     """
 
     names: tuple[str, ...]
@@ -60,14 +61,16 @@ CHUNK_REUSE = ServerFlag(("--cache-reuse",), "CACHE_REUSE")
 PREFIX = ServerFlag(("--api-prefix",), "API_PREFIX")
 TLS_KEY = ServerFlag(("--ssl-key-file",), "SSL_KEY_FILE")
 TLS_CERT = ServerFlag(("--ssl-cert-file",), "SSL_CERT_FILE")
-KEYS = ServerFlag(("--api-key",), "API_KEY")  # the variable is LLAMA_API_KEY
+KEYS = ServerFlag(("--api-key",), "API_KEY")  # its variable is LLAMA_API_KEY
 KEY_FILE = ServerFlag(("--api-key-file",), "API_KEY_FILE")
 
 _RECOMMENDED = (UNIFIED, CACHE_RAM, IDLE_SLOTS, METRICS, JINJA, BATCH, UBATCH)
 
 
 def _said_on_line(option: ServerFlag, words: Sequence[str]) -> str | None:
-    """The value of an option on the command line, at its last occurrence; "on" or "off" for an option without value."""
+    """The value of an option on the command line, at its last occurrence; "on" or "off" for an option without value.
+    None if the option is not there.
+    """
     said = None
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -91,13 +94,15 @@ def _said_in(option: ServerFlag, environment: Mapping[str, str]) -> str | None:
 
 
 def is_contained(command: Sequence[str] | None) -> bool:
-    """Whether a command runs a container: its program, or what a wrapper starts, is that of a container engine."""
+    """True if a word of the command is a container engine (docker, podman, nerdctl), also behind a wrapper."""
     return any(Path(word).name in _CONTAINERS for word in command or ())
 
 
 @dataclass(frozen=True)
 class GivenCommand:
-    """A user's whole command line (``line``), with the interface of ``process.Launch``. Raises UnusableCommand."""
+    """A user's whole command line, ``line``, with the interface of ``process.Launch``. Making one raises
+    UnusableCommand if llamaslot cannot run it.
+    """
 
     line: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
@@ -131,13 +136,17 @@ class GivenCommand:
             raise UnusableCommand(f"the model file {file} {fault}")
 
     def said(self, option: ServerFlag) -> str | None:
-        """The value that the user gives a flag, "on" or "off" for a flag without value; None if it is not set."""
+        """The value of a flag on the command line or in the environment; "on" or "off" for a flag without value; None
+        if neither sets it.
+        """
         on_line = _said_on_line(option, self._flags)
         return on_line if on_line is not None else _said_in(option, self.environment)
 
     @property
     def _n_program(self) -> int:
-        """The number of words before the flags: ``numactl -m 0 llama-server`` has flags that are not llama-server's."""
+        """The number of words before llama-server's flags. In ``numactl -m 0 llama-server -c 512`` they are 4: ``-m 0``
+        is a flag of numactl.
+        """
         for i, word in enumerate(self.line):
             if Path(word).name.startswith("llama-server") or word == EMBEDDED:
                 return i + 1
@@ -149,7 +158,7 @@ class GivenCommand:
 
     @property
     def model(self) -> str:
-        """What names the model: the real path of its file, or where it is loaded from; empty if nothing names it."""
+        """The real path of the model's file, or the repository or URL that it is loaded from; "" without either."""
         if file := self.said(FILE):
             return os.path.realpath(file)
         sources = (self.said(option) for option in (REPOSITORY, MODEL_URL, DOCKER_REPOSITORY))
@@ -158,7 +167,9 @@ class GivenCommand:
 
     @property
     def api_keys(self) -> list[str]:
-        """The keys that llama-server requires. Raises UnusableCommand if their file cannot be read."""
+        """The API keys that llama-server accepts; empty if it needs none. Raises UnusableCommand if ``--api-key-file``
+        cannot be read.
+        """
         keys = (self.said(KEYS) or "").split(",")
         if (path := self.said(KEY_FILE)) is not None:
             try:
@@ -175,7 +186,7 @@ class GivenCommand:
 
     @property
     def args(self) -> tuple[str, ...]:
-        """The command's flags without host and port, which llamaslot sets."""
+        """The user's flags without ``--host`` and ``--port``, which llamaslot sets."""
         kept, words = list[str](), iter(self._flags)
         for word in words:
             if word.partition("=")[0] not in (*HOST.names, *PORT.names):
@@ -193,8 +204,8 @@ class GivenCommand:
         if self.said(SAVE_PATH) is None:
             flags.append(Flag("--slot-save-path", (), str(slot_save_path)))
         if self.said(SLOTS) is None:
-            # llama-server's own default is four with a unified KV cache, where any task clears idle slots. Four
-            # without it would leave a quarter of the context to each, which breaks clients that need more.
+            # llama-server's own default is four slots with a unified KV cache, in which any task clears idle slots.
+            # Four slots without it would have a quarter of the context each, too little for some clients.
             flags.append(Flag("-np", (), "1"))
         return flags
 
@@ -203,7 +214,9 @@ class GivenCommand:
         return [flag for flag in recommended_flags(tuple(said)) if not flag.names & said]
 
     def costs(self) -> Iterator[str]:
-        """What the user's flags, or flags that are missing, cost behind llamaslot, one line each."""
+        """A line for each flag that makes llama-server work worse with llamaslot, set or missing: what it costs, and
+        what to change.
+        """
         if self.said(SLOTS) is None:
             yield (
                 "-np is not set: one slot with the whole context is used, and one request runs at a time; "

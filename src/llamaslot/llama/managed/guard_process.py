@@ -1,14 +1,16 @@
 """``python -m llamaslot.llama.managed.guard_process command [argument …]``: runs a command that ends when llamaslot
 does.
 
-A llama-server that outlives a killed llamaslot would keep the GPU's memory and the port, and the next one could not
-start. The guard's standard input is a pipe from llamaslot. At its end (llamaslot has closed it, or died) the guard
-sends SIGTERM to its process group and, ``GRACE_S`` later, SIGKILL. It leads a process group of its own, in which the
-command runs too, so a shell script or a ``docker run`` around llama-server ends as well. A SIGTERM to the guard is
-passed on to the group, once: llama-server takes a second one as "at once". It ends as the command ended: with the
-same exit code or by the same signal; 127 if there is no such command.
+If llamaslot is killed and its llama-server goes on, that server keeps the GPU's memory and the port, and the next one
+cannot start. So this process, the *guard*, runs between the two. Its standard input is a pipe from llamaslot. When that
+ends, because llamaslot has closed it or died, the guard sends SIGTERM to its process group and, ``GRACE_S`` later,
+SIGKILL. The command runs in the same group, so a shell script or a ``docker run`` around llama-server ends too.
 
-This is not a ``preexec_fn`` in llamaslot, because code between fork and exec can deadlock beside threads.
+If the guard gets a SIGTERM, it passes it on to the group, once: llama-server takes a second SIGTERM for "at once". The
+guard ends as the command ended: with the same exit code or by the same signal; with 127 if the command cannot be run.
+
+llamaslot does not use a ``preexec_fn`` for this, because code between fork and exec can deadlock in a process with
+threads.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ UMASK = 0o077  # slot files contain transcripts
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and end as it ends. Never returns."""
+    """Run the command ``argv``, and end as it ends. Never returns."""
     command = sys.argv[1:] if argv is None else list(argv)
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, _pass_on)
     try:
-        # The guard process has one thread, so preexec_fn is safe here.
-        # A pipe that nothing is written to: the embedded engine ends at the end of its standard input.
+        # The guard has only one thread, so preexec_fn is safe here. Nothing is written to the pipe: it is there because
+        # the embedded engine ends at the end of its standard input.
         process = subprocess.Popen(command, stdin=subprocess.PIPE, umask=UMASK, preexec_fn=_before_exec)
     except OSError as error:
         os.write(2, f"llamaslot: cannot run {command[0]}: {error.strerror}\n".encode())
@@ -81,7 +83,7 @@ def _read() -> bytes:
 
 
 def _end_as(code: int) -> NoReturn:
-    """End this process with ``code``, an exit code of subprocess: a negative one is minus the number of a signal."""
+    """End this process with ``code``, an exit code of subprocess: if negative, by the signal with that number."""
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has written its own core file already
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

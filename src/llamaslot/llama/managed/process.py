@@ -1,4 +1,6 @@
-"""A llama-server that llamaslot starts, watches and ends: the embedded engine, or a command of the operator's."""
+"""Runs a llama-server: starts it, restarts it when it dies, and ends it. It is the embedded engine, or a command of the
+operator's.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,14 @@ EMBEDDED_MODEL = "smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_CONTEXT = 256  # tokens per slot; llama.cpp rounds a context up to a multiple of it
 
-STOP_S = 15.0  # longer than the guard process's own grace
-HELP_S = 30.0  # `--help` of a CUDA build initializes the GPU first
+STOP_S = 15.0  # from SIGTERM to SIGKILL; longer than ``GRACE_S`` of the guard process
+HELP_S = 30.0  # time limit of ``--help``: a CUDA build initializes the GPU first
 LOG_BYTES = 20 * 1024**2
 
 
 class Backoff(NamedTuple):
-    """The pause between a server's death and its next start: doubled with each death, reset after a
-    period of service.
+    """The pause between a server's death and its next start: ``first_s``, doubled with each death in a row up to
+    ``most_s``. A server that has run for ``served_s`` begins a new row.
     """
 
     first_s: float = 1.0
@@ -52,7 +54,7 @@ BACKOFF = Backoff()
 
 
 def _number(value: object) -> object:
-    """Refuse YAML's ``on`` and ``yes``: they are True, which Python would accept as the number 1."""
+    """Raise ValueError for a boolean, such as YAML's ``on`` and ``yes``: pydantic would accept True as the number 1."""
     if isinstance(value, bool):
         raise ValueError(f"should be a number, not {'on' if value else 'off'}")
     return value
@@ -62,7 +64,9 @@ Number = Annotated[int, BeforeValidator(_number)]
 
 
 class Flag(NamedTuple):
-    """One flag of llama-server: the name that we use, its other names and opposites, and its value if it takes one."""
+    """One flag of llama-server: the ``name`` that llamaslot passes, ``other`` names and opposites, and its value, None
+    if it takes none.
+    """
 
     name: str
     other: tuple[str, ...] = ()
@@ -77,8 +81,8 @@ class Flag(NamedTuple):
 
 
 class Launch(Protocol):
-    """The llama-server that is started. ``command``: the program and what precedes its flags, None for the embedded
-    engine; ``args``: the operator's flags; ``port``: None for a free one.
+    """How to start a llama-server. ``command``: the words before its flags, the program included; None for the embedded
+    engine. ``args``: the operator's flags. ``port``: None for a free one.
     """
 
     @property
@@ -88,17 +92,17 @@ class Launch(Protocol):
     @property
     def port(self) -> int | None: ...
     def needed(self, port: int, slot_save_path: Path) -> list[Flag]:
-        """The flags that are always passed. Raises LlamaslotError if the server cannot be started."""
+        """The flags that llamaslot always passes. Raises LlamaslotError if the server cannot be started."""
         ...
 
     def recommended(self) -> list[Flag]:
-        """The flags that are passed if the build knows them."""
+        """The flags that llamaslot passes if the build's ``--help`` lists them."""
         ...
 
 
 class ManagedConfig(BaseModel):
-    """``backends[].managed``: the model, and how to run it. ``context`` is for all slots together, as llama-server's
-    ``-c``.
+    """``backends[].managed`` of the configuration: the model, and how to run it. ``context``: tokens of all slots
+    together, as llama-server's ``-c``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
@@ -129,7 +133,7 @@ class ManagedConfig(BaseModel):
 
     @property
     def model_name(self) -> str:
-        """The name that llama-server tells for the model: the first of ``--alias``, else the path."""
+        """The model's name in llama-server's answers: the first name in ``--alias``, else the path."""
         alias = ""
         for word, value in pairwise((*self.args, "")):
             name, equals, said = word.partition("=")
@@ -148,16 +152,14 @@ class ManagedConfig(BaseModel):
 
 
 def smollm2_file() -> Path:
-    """The path at which the GGUF of the small chat model is, or will be once it is fetched."""
+    """The path of the GGUF of the small chat model, which may not be fetched yet."""
     named = os.environ.get("LLAMASLOT_SMOLLM2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(named) if named else cache / "llamaslot" / SMOLLM2_FILE
 
 
 def smollm2_path() -> Path:
-    """The path of the GGUF of the small chat model. Raises LlamaslotError with the command to run if it has not been
-    fetched.
-    """
+    """As ``smollm2_file``, but raises LlamaslotError, which names the command to fetch the file, if it is missing."""
     path = smollm2_file()
     if not path.is_file():
         raise LlamaslotError(
@@ -180,7 +182,7 @@ def _named(args: Sequence[str]) -> set[str]:
 
 
 def needed_flags(config: ManagedConfig, model: str, port: int, slot_save_path: Path) -> list[Flag]:
-    """Flags that every llama-server understands and that llamaslot needs."""
+    """The flags that llamaslot always passes: it needs them, and every llama-server knows them."""
     return [
         Flag("-m", ("--model",), model),
         Flag("--host", (), "127.0.0.1"),
@@ -192,10 +194,10 @@ def needed_flags(config: ManagedConfig, model: str, port: int, slot_save_path: P
 
 
 def recommended_flags(args: Sequence[str]) -> list[Flag]:
-    """Flags that make a llama-server work well behind llamaslot; each is used if the build knows it.
+    """The flags with which a llama-server works best with llamaslot. ``args``: the operator's flags.
 
-    A batch of 512 keeps the gaps in other users' streams short while a prompt is computed. If ``args`` sets one of
-    the two batch sizes, neither is changed, because they depend on each other.
+    A batch of 512 tokens keeps the gaps in other users' streams short while a prompt is computed. If ``args`` sets one
+    of the two batch sizes, neither is in the result, because they depend on each other.
     """
     flags = [
         Flag("--no-kv-unified", ("--kv-unified", "-kvu", "-no-kvu")),  # else any task clears the idle slots
@@ -209,8 +211,8 @@ def recommended_flags(args: Sequence[str]) -> list[Flag]:
 
 
 def own_words(launch: Launch, needed: Sequence[Flag], known: Collection[str] | None) -> list[str]:
-    """The words that llamaslot adds to the command line: needed flags, and recommended ones that the build knows
-    (``known``; None: all of them), without those that the operator has set.
+    """The words that llamaslot adds to the command line: the flags in ``needed``, and the recommended ones that are in
+    ``known`` (all if it is None). Flags that the operator has set are left out.
     """
     recommended = [flag for flag in launch.recommended() if known is None or flag.name in known]
     said = _named(launch.args)
@@ -219,12 +221,12 @@ def own_words(launch: Launch, needed: Sequence[Flag], known: Collection[str] | N
 
 
 class ManagedServer:
-    """Runs one llama-server on a port of loopback and restarts it when it dies.
+    """Runs one llama-server on a loopback port. ``run`` restarts it when it dies, ``run_once`` does not.
 
-    ``run`` is its whole life, ``run_once`` a life without restarts. ``port`` None: ``launch.port``, or a free one,
-    chosen now and kept over restarts. ``log_path``: the server's output; at a start a log above 20 MiB becomes
-    ``<log_path>.1``; None: llamaslot's own standard error. ``api_key`` is passed in the environment (LLAMA_API_KEY),
-    where other users cannot see it. ``sleep`` and ``now`` are for tests.
+    ``port``: by default ``launch.port``, or else a free one, chosen now and kept over restarts. ``log_path``: the file
+    for the server's output, by default llamaslot's own standard error; at a start, a log above 20 MiB is renamed to
+    ``<log_path>.1``. ``api_key``: passed in the environment (LLAMA_API_KEY), where other users cannot see it. ``sleep``
+    and ``now`` are for tests.
 
     Raises LlamaslotError if ``model: smollm2`` has not been fetched.
     """
@@ -249,7 +251,7 @@ class ManagedServer:
         self.n_starts = 0
         self.pid: int | None = None  # of the embedded server, or of the guard process of a command
         self.stop_s = STOP_S  # from SIGTERM to SIGKILL
-        self.on_death: Callable[[str], None] = lambda how: None  # it has ended by itself, in words
+        self.on_death: Callable[[str], None] = lambda how: None  # called when it ended by itself
         self._needed = launch.needed(self.port, slot_save_path)
         self._api_key, self._backoff = api_key, backoff
         self._sleep, self._now = sleep, now
@@ -259,10 +261,11 @@ class ManagedServer:
         return f"<ManagedServer {self.name} {self.url} {state}, started {self.n_starts} times>"
 
     async def run(self) -> None:
-        """Start the server, and restart it with backoff whenever it ends, until cancelled.
+        """Start the server, and start it again, after a pause (``Backoff``), whenever it has ended. Never returns.
 
-        Canceling ends the server: SIGTERM, then SIGKILL after ``stop_s``; a second cancellation kills it at once. A
-        server that cannot be started is retried too: what it lacks (a file, memory, the port) may become available.
+        Canceling ends the server: SIGTERM, then SIGKILL after ``stop_s``; a second cancellation kills it at once. If
+        the server cannot be started, that is tried again too: what it lacks (a file, memory, the port) may become
+        available.
         """
         n_deaths = 0
         while True:
@@ -282,9 +285,8 @@ class ManagedServer:
             await self._sleep(delay_s)
 
     async def run_once(self) -> int:
-        """Run the server once. Returns its exit code; a negative one is minus the number of a signal.
-
-        Raises OSError if the server cannot be started. Canceling ends it, as in ``run``.
+        """Run the server once, and wait for its end. Returns its exit code; if a signal ended it, minus the signal's
+        number. Raises OSError if the server cannot be started. Canceling ends the server, as in ``run``.
         """
         command, added = await self._command()
         begin = partial(_open_log, self.log_path, self.slot_save_path, shlex.join(command))
@@ -301,7 +303,7 @@ class ManagedServer:
                 self.pid = None
 
     async def _command(self) -> tuple[list[str], list[str]]:
-        """The command line to start, and those of its words that llamaslot has added."""
+        """The whole command line to start, and the words in it that llamaslot has added."""
         launch, known = self.launch, None
         guarded = [sys.executable, "-m", "llamaslot.llama.managed.embedded"]
         if launch.command is not None:
@@ -318,7 +320,7 @@ class ManagedServer:
         return [*guarded, *added, *launch.args], added
 
     async def _known_flags(self, command: Sequence[str]) -> set[str]:
-        """The flags that ``command --help`` lists; none if it prints nothing within ``HELP_S``. Run at each start."""
+        """The flags that ``command --help`` lists; empty if it does not end within ``HELP_S``. Runs at each start."""
         guarded = [sys.executable, "-m", "llamaslot.llama.managed.guard_process", *command, "--help"]
         name, environment = f"{self.name} --help", self._environment()
         async with _Child(
@@ -333,20 +335,21 @@ class ManagedServer:
         return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", text))
 
     def _environment(self) -> dict[str, str]:
-        """The environment of the server: llamaslot's own, without LLAMA_API_KEY unless a key is configured. A key that
-        only this environment has would make the server refuse llamaslot.
+        """The environment of the server: llamaslot's own, with LLAMA_API_KEY only if a key is configured. With a key
+        that only the environment has, the server would refuse llamaslot's requests.
         """
         environment = {name: value for name, value in os.environ.items() if name != "LLAMA_API_KEY"}
         return environment | ({"LLAMA_API_KEY": self._api_key} if self._api_key else {})
 
 
 class _Child:
-    """A child process in a group of its own that ends with the block, on every path. Raises OSError if it cannot be
-    started.
+    """A context manager that starts a child process in a group of its own, and ends it with the block, on every path.
+    Raises OSError if the process cannot be started.
 
-    ``output`` is called in a thread and returns the target of its output: PIPE, or a descriptor, which is closed
-    here. Its standard input is a pipe from here: the embedded server and the guard process end at its end, also if
-    llamaslot is killed. ``stop_s`` is called when it is to end: the seconds from SIGTERM to SIGKILL; 0: no SIGTERM.
+    ``output()`` is called in a thread. It returns the target of the child's output: PIPE, or a descriptor, which is
+    closed after the start. The child's standard input is a pipe from this process: the embedded server and the guard
+    process end when the pipe does, also if llamaslot is killed. ``stop_s()`` is called at the end of the block, and
+    returns the seconds from SIGTERM to SIGKILL; with 0 only SIGKILL is sent.
     """
 
     def __init__(
@@ -365,7 +368,7 @@ class _Child:
         start = self._tasks.spawn(outcome(self._start, OSError), f"start {self._name}")
         is_cancelled = False
         while not start.done():
-            # A start cannot be cancelled half-way: wait for it, then end what was started.
+            # A start cannot be cancelled half-way: wait for it, then end the process.
             try:
                 await asyncio.wait({start})
             except asyncio.CancelledError:
@@ -388,7 +391,7 @@ class _Child:
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,
                 env=self._environment,
-                start_new_session=True,  # a Ctrl-C in the terminal must not reach it before its slots are saved
+                start_new_session=True,  # a Ctrl-C in the terminal must not end it before its slots are saved
             )
         finally:
             if output >= 0:
@@ -403,7 +406,7 @@ class _Child:
                     async with asyncio.timeout(stop_s):
                         await process.wait()
         finally:
-            # Also if it has ended by itself: a shell script may have left the real server behind, with the port.
+            # Also if the process has ended by itself: a shell script may have left the real server running.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             if process.stdin is not None:
@@ -412,8 +415,9 @@ class _Child:
 
 
 def _open_log(path: Path | None, slot_save_path: Path, command: str) -> int:
-    """A descriptor that appends to ``path``, after a line that names the command. Rotates the log; makes
-    directories. Without a path: standard error.
+    """Open the log ``path`` for appending, write a line that names the command, and return the descriptor; without a
+    path, a copy of standard error. Renames a log that is too large. Makes the directories of the log and of
+    ``slot_save_path``. Blocking; raises OSError.
     """
     slot_save_path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path is None:
@@ -428,7 +432,7 @@ def _open_log(path: Path | None, slot_save_path: Path, command: str) -> int:
 
 
 def _last_line(path: Path | None) -> str:
-    """The last line of the log that is not empty, at most 300 characters of it; "nothing" if there is none."""
+    """The last line of the log that is not empty, cut after 300 characters; "nothing" without one. Blocking."""
     lines: list[str] = []
     if path is not None:
         with suppress(OSError), path.open("rb") as file:
@@ -438,7 +442,7 @@ def _last_line(path: Path | None) -> str:
 
 
 def in_words(code: int) -> str:
-    """An exit code of asyncio's in words; a negative one is minus the number of a signal."""
+    """An exit code in words, as the end of a sentence. A negative one is minus the number of a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
     with suppress(ValueError):
