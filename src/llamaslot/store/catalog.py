@@ -179,9 +179,7 @@ class Catalog:
         await self._upkeep.write_manifest()
 
     def close(self) -> None:
-        """Release the lock of the directory. Call ``settle`` before: removals, commits and times of use that have not
-        ended may be lost. Idempotent.
-        """
+        """Release the lock of the directory. Idempotent. Call ``settle`` before, or work on the files may be lost."""
         self.landing.close()
         self._lock.release()
 
@@ -229,13 +227,13 @@ class Catalog:
         *,
         waits: bool = False,
     ) -> Reservation:
-        """Reserve ``size_bytes``, evicting snapshots that are neither pinned nor in ``keep``. If llama-server writes
-        elsewhere, and ``new_bytes`` is given, only those are reserved. Snapshots in ``spare`` are evicted only if
-        there are no others. When this returns, the evicted files are gone from the disk. ``waits``: for the ends of
-        other reservations, as long as there is no room.
+        """Reserve ``size_bytes`` for a snapshot. If llama-server's file will lie in the landing place, reserve only
+        ``new_bytes``, if given. Evicts as necessary, but never pinned snapshots and those in ``keep``; those in
+        ``spare`` only if the others are not enough. Returns when the evicted files are gone. ``waits``: while there is
+        no room, wait for the ends of other reservations.
 
-        Raises QuotaExceeded, and evicts nothing, if not enough may be evicted. Canceling is safe: the space is
-        released, evictions that have begun are completed.
+        Raises QuotaExceeded, and evicts nothing, if too little may be evicted. Canceling is safe: nothing stays
+        reserved, and evictions that have begun are completed.
         """
         attempt = partial(self._reserve, size_bytes, frozenset(keep), frozenset(spare), new_bytes)
         return await self._turnover.reserve(attempt, waits=waits)
@@ -261,9 +259,7 @@ class Catalog:
         return Reservation(id_, id_ + PART, size_bytes, has_landed)
 
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
-        """Evict snapshots outside ``keep`` so that at least ``short`` is freed. If that is impossible, evict nothing
-        and return False.
-        """
+        """Evict snapshots outside ``keep`` that free at least ``short``. If impossible, evict none and return False."""
         victims = self._table.victims(*short, keep, self._now())
         if not short.is_met_by(self._table.files.freed_bytes(victims), len(victims)):
             return False

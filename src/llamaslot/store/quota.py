@@ -40,16 +40,16 @@ class QuotaExceeded(LlamaslotError):
 
 
 class NoRoomYet(QuotaExceeded):
-    """There may be space when another reservation has ended."""
+    """As QuotaExceeded, but there may be space after other reservations have ended."""
 
 
 class Turnover:
-    """Lets reservations that find no room wait for the end of others. What those have not needed is free then, what
-    they have written may be evicted, and so may what it replaces.
+    """Lets a reservation that finds no room wait for the ends of others. At its end, a reservation releases the bytes
+    that its file did not need, and its snapshot may be evicted, or the older snapshot that it replaces.
     """
 
     def __init__(self, n_held: Callable[[], int]) -> None:
-        """``n_held``: number of reservations that have not ended."""
+        """``n_held()``: the number of reservations that have not ended."""
         self._n_held = n_held
         self._n_trying = self._n_ended = 0
         self._has_ended = ChangeEvent()
@@ -60,9 +60,9 @@ class Turnover:
         self._has_ended.notify()
 
     async def reserve(self, attempt: Callable[[], Awaitable[T]], *, waits: bool) -> T:
-        """The result of ``attempt``, which reserves. With ``waits``, it is called again after each end of another
-        reservation while it raises NoRoomYet and others are left; never set it where a reservation is held already.
-        Raises what ``attempt`` raises. Canceling is safe.
+        """Call ``attempt``, which reserves space, and return its result. With ``waits``, if it raises NoRoomYet and
+        other reservations are left, call it again after the end of the next one. Never set ``waits`` while holding a
+        reservation: two such callers would wait for each other. Raises what ``attempt`` raises. Canceling is safe.
         """
         while True:
             n_ended = self._n_ended
@@ -70,7 +70,7 @@ class Turnover:
             try:
                 return await attempt()
             except BaseException as error:
-                # Others that wait here do not count: they would wait for each other.
+                # Reservations that wait here do not count as left: they would wait for each other.
                 has_others = self._n_ended > n_ended or self._n_trying + self._n_held() > 1
                 if not (waits and has_others and isinstance(error, NoRoomYet)):
                     self.ended()
