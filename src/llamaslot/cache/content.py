@@ -14,8 +14,8 @@ from llamaslot.cache.namespaces import SHARED, Namespace
 class SnapshotKind(enum.StrEnum):
     """What a snapshot holds: one conversation, or a prefix that several conversations share."""
 
-    LEAF = "leaf"  # a conversation, as far as it has gone
-    TRUNK = "trunk"  # exactly what several conversations begin with
+    LEAF = "leaf"  # a conversation, up to the moment of the save
+    TRUNK = "trunk"  # only the common beginning of several conversations
 
 
 class Content(Struct, frozen=True):
@@ -44,7 +44,9 @@ class Content(Struct, frozen=True):
 
     @property
     def n_held(self) -> int:
-        """The number of tokens that saving the slot would write: the known ones, and the unknown ones behind them."""
+        """The number of tokens in the slot: the known ones and the ``n_more`` behind them. Too small if the number of
+        the latter is unknown.
+        """
         return self.n_tokens + self.n_more
 
     def may_hold(self, n_tokens: int) -> bool:
@@ -55,7 +57,7 @@ class Content(Struct, frozen=True):
 
     def followed_by(self, n_more: int) -> Content:
         """The same content with ``n_more`` unknown tokens behind its known ones."""
-        # Not ``replace``, which takes five times as long.
+        # ``replace`` would take five times as long.
         return Content(
             self.tokens, False, self.is_dirty, self.checkpoints, self.snapshot, n_more, self.namespace, self.has_media
         )  # fmt: skip

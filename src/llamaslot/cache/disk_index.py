@@ -107,7 +107,7 @@ class DiskIndex:
             level = list(map(min, level[::2], level[1::2]))
             levels.append(level)
         self._n_leaves = n_leaves
-        # At 1 the minimum of all, at 2i and 2i + 1 those of the halves of i.
+        # A binary tree: index 1 has the minimum of all lengths; 2i and 2i + 1 have those of the two halves of i.
         self._shortest = array("i", [_DROPPED])
         for level in reversed(levels):
             self._shortest.extend(level)
@@ -174,15 +174,15 @@ class DiskIndex:
         return known[: at * _BYTES] + _tokens(b"".join(reversed(chunks)))[: (n_tokens - at * CHUNK) * WIDTH]
 
     def match(self, query: bytes, limit: int | None = None) -> list[Shared[str]]:
-        """As ``PrefixIndex.match``."""
+        """The holders that share a prefix with ``query``, as ``PrefixIndex.match``."""
         return list(islice(self.hits(query), None if limit is None else max(limit, 0)))
 
     def cover(self, tokens: bytes, exclude: Collection[str] = ()) -> int:
-        """As ``PrefixIndex.cover``."""
+        """The longest prefix of ``tokens`` that a holder shares, in tokens, as ``PrefixIndex.cover``."""
         return next((hit.n_shared for hit in self.hits(tokens) if hit.holder not in exclude), 0)
 
     def hits(self, query: bytes) -> Iterator[Shared[str]]:
-        """As ``PrefixIndex.hits``."""
+        """The holders that share a prefix with ``query``, one by one, as ``PrefixIndex.hits``."""
         columns, names = self.columns, self.names
         point, n_shared = self._descend(query)
         seen = (0, 0)
@@ -195,7 +195,7 @@ class DiskIndex:
             n_shared = columns.n_tokens[point]
 
     def longest_full_prefix(self, query: bytes, exclude: Collection[str] = ()) -> Shared[str] | None:
-        """As ``PrefixIndex.longest_full_prefix``."""
+        """The longest holder that is wholly a prefix of ``query``, as ``PrefixIndex.longest_full_prefix``."""
         columns, names = self.columns, self.names
         point, n_shared = self._descend(query)
         if columns.n_tokens[point] > n_shared:
@@ -329,8 +329,10 @@ def freeze(index: PrefixIndex[str]) -> DiskIndex:
     keys: list[bytes] = []
     point_of, before, end, names = array("i"), array("i"), array("i"), list[str]()
     n_tokens, above, first, past, key_of = (array("i") for _ in range(5))
-    path, hashes, chunks = bytearray(), [xxh3_64()], list[int]()  # of the point at hand, by whole chunks
-    unfinished: list[int] = []  # the points on its path
+    # Of the path to the present point: its tokens, the hash before each chunk, and the number of each whole chunk's
+    # key.
+    path, hashes, chunks = bytearray(), [xxh3_64()], list[int]()
+    unfinished: list[int] = []  # the points on this path, whose ``past`` is not known yet
 
     def add_key(chunk: bytes, point: int) -> int:
         text = chunk.decode("utf-32-le", "surrogatepass")
@@ -368,7 +370,7 @@ def freeze(index: PrefixIndex[str]) -> DiskIndex:
     if len(trie) != len(keys):
         raise ValueError(f"{len(keys) - len(trie)} chunks of different sequences have the same hash")
     ids = [trie.key_id(key) for key in keys]
-    by_id_point, by_id_before = array("i", ids), array("i", ids)  # sorted by length below
+    by_id_point, by_id_before = array("i", ids), array("i", ids)  # only for their length: filled below
     for made, id_ in enumerate(ids):
         by_id_point[id_] = point_of[made]
         by_id_before[id_] = ids[before[made]] if before[made] >= 0 else -1

@@ -116,7 +116,7 @@ class Layered:
         raise KeyError(holder)
 
     def match(self, query: bytes, limit: int | None = None) -> list[Shared[str]]:
-        """As ``PrefixIndex.match``."""
+        """The holders of all layers that share a prefix with ``query``, as ``PrefixIndex.match``."""
         layers = self._layers()
         if len(layers) == 1:
             return layers[0].match(query, limit)
@@ -125,14 +125,14 @@ class Layered:
         return list(islice(self.hits(query), max(limit, 0)))
 
     def hits(self, query: bytes) -> Iterator[Shared[str]]:
-        """As ``PrefixIndex.hits``."""
+        """The holders of all layers that share a prefix with ``query``, one by one, as ``PrefixIndex.hits``."""
         layers = self._layers()
         if len(layers) == 1:
             return layers[0].hits(query)
         return heapq.merge(*(layer.hits(query) for layer in layers), key=_order)
 
     def cover(self, tokens: bytes, exclude: Collection[str] = ()) -> int:
-        """As ``PrefixIndex.cover``."""
+        """The longest prefix of ``tokens`` that a holder of any layer shares, in tokens, as ``PrefixIndex.cover``."""
         firsts = (
             next((hit.n_shared for hit in layer.hits(tokens) if hit.holder not in exclude), 0)
             for layer in self._layers()
@@ -140,7 +140,7 @@ class Layered:
         return max(firsts)
 
     def longest_full_prefix(self, query: bytes, exclude: Collection[str] = ()) -> Shared[str] | None:
-        """As ``PrefixIndex.longest_full_prefix``."""
+        """The longest holder of any layer that is wholly a prefix of ``query``, as the method of ``PrefixIndex``."""
         found = [layer.longest_full_prefix(query, exclude) for layer in self._layers()]
         return max((hit for hit in found if hit is not None), key=lambda hit: hit.n_tokens, default=None)
 
@@ -190,7 +190,9 @@ class LayeredIndex(Layered):
         return layers
 
     def insert(self, holder: str, tokens: bytes) -> None:
-        """As ``PrefixIndex.insert``."""
+        """Set the sequence of ``holder`` to ``tokens``, in the overlay. Raises ValueError, and changes nothing, if the
+        bytes do not end on a whole token.
+        """
         if len(tokens) % WIDTH == 0:
             self.drop(holder)
         self._overlay.insert(holder, tokens)

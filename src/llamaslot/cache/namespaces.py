@@ -33,7 +33,9 @@ class Namespace(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The form stored in a sidecar; "" for the shared namespace. A header, and so a user name, has no line feed."""
+        """The namespace as text for a sidecar; "" for the shared one. A line feed separates the fields: a user name,
+        which comes from a header, has none.
+        """
         return f"{self.user}\n{self.lora}" if self.lora else self.user
 
     @classmethod
@@ -49,7 +51,9 @@ PUBLIC = Namespace("public")
 
 @functools.lru_cache(maxsize=1024)
 def marker(namespace: Namespace) -> bytes:
-    """The token ids that stand in front of each sequence of ``namespace`` in an index."""
+    """The mark of ``namespace``: the packed ids that stand in front of each of its sequences in an index. Empty for the
+    shared namespace.
+    """
     if namespace == SHARED:
         return b""
     bits = int.from_bytes(blake2b(namespace.text.encode(), digest_size=8).digest())

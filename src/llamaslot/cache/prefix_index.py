@@ -420,7 +420,7 @@ _KEPT = 8
 
 
 class Changes:
-    """The sequences that were added or removed last, and the number of all changes so far."""
+    """Records the changes of an index: how many there were (``n``), and the sequences of the last ``_KEPT``."""
 
     def __init__(self) -> None:
         self.n = 0

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 
-# llama-server creates a checkpoint this many tokens before the end of each prompt that it computes.
+# llama-server makes a checkpoint this number of tokens before the end of each prompt that it computes.
 CHECKPOINT_BACK = 4
 # llama-server keeps 32 checkpoints (--ctx-checkpoints) and creates about three for each turn (a prefill of ours, then
 # the request): after nine or ten turns those of the first turn were gone from slot and file (measured with two batch
@@ -32,7 +32,7 @@ class CacheKind(enum.Enum):
     checkpoint, or a point near the end that its window still reaches.
     """
 
-    __hash__ = object.__hash__  # the enum's own is a call in Python
+    __hash__ = object.__hash__  # the enum's own hash is slower: a call in Python
 
     DENSE = "dense"
     SWA = "swa"
@@ -57,7 +57,7 @@ def usable(
         return 0
     if cache_kind is CacheKind.DENSE:
         return limit
-    # The exact end is not reliable: tokens that the window needs may be gone.
+    # A sliding window cannot surely resume at the exact end: tokens that the window needs may be gone.
     if cache_kind is CacheKind.SWA:
         return max((at - _SWA_BACK for at in checkpoints if _SWA_BACK < at <= limit), default=0)
     if n_held is not None and n_held <= limit:
@@ -100,8 +100,8 @@ class Predictions:
     def __init__(self) -> None:
         self._short: dict[tuple[CacheKind, str], deque[int]] = {}
         self._back: dict[tuple[CacheKind, str], int] = {}
-        self._n_whole = self.SURE  # answers in a row that came back unchanged
-        # The share of each of the last answers that came back.
+        self._n_whole = self.SURE  # number of answers in a row that came back unchanged, at most SURE
+        # Of each of the last answers, the share of its tokens that came back.
         self._returned: deque[float] = deque(maxlen=self.KEPT)
         self.tallies: dict[tuple[CacheKind, str], Tally] = {}
 

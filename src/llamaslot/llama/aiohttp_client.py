@@ -25,7 +25,7 @@ _PIECE_BYTES = 1 << 20
 
 
 class AiohttpClient:
-    """Sends requests to ``url``, each on a connection of its own."""
+    """Sends requests to the server ``url``, each on a new connection."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self._url = url
@@ -60,7 +60,7 @@ class AiohttpClient:
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=REQUEST_CONNECT_S, sock_read=silence_s)
         merged = CIMultiDict(headers)
-        merged.update(self._headers)  # our key, not the client's
+        merged.update(self._headers)  # llamaslot's API key instead of the client's
         try:
             async with self.session.request(
                 method,

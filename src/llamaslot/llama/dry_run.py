@@ -173,7 +173,7 @@ class DryRuns:
     def forget(self) -> None:
         """Forget all results, because the server was restarted, perhaps as another build."""
         self._taken: dict[bytes, None] = {}
-        self._ids = (0, 0)  # lowest and highest id known to be valid
+        self._ids = (0, 0)  # the lowest and the highest token id that llama-server has accepted
         self._is_usable: dict[str, bool] = {}  # by route: False if dry runs do not work there
         # A text with too many tokens for a slot, and the seconds that tokenizing it took.
         self._too_long: tuple[str, float] | None = None
@@ -204,8 +204,8 @@ class DryRuns:
         return is_wrong
 
     async def is_malformed(self, path: str, body: Mapping[str, Any]) -> bool:
-        """As ``is_unreadable``, for a whole body and the route ``path``, but asks at each call. ``path`` must be a
-        route that passes unknown fields on.
+        """As ``is_unreadable``, for a whole body and the route ``path``, but asks at each call. The route must read all
+        fields of the body.
         """
         if self._stopped is None:
             self._stopped = await self._words(_COMPLETION, {"prompt": [[]]})
@@ -215,8 +215,8 @@ class DryRuns:
         return bool(said) and said != self._stopped
 
     async def _words(self, path: str, body: Mapping[str, Any]) -> object:
-        """llama-server's error for ``body`` with an invalid last field. False if it accepts even that, None if it
-        answers with another status than 400 or 500, so that nothing is known.
+        """llama-server's error for ``body`` with an invalid last field. False if it accepts even that; None after
+        another error status than 400 or 500, which says nothing about the body.
         """
         status, answer = await self._server.ask(path, {**body, **_STOPPER}, QUICK_S)
         return answer if status in _REFUSALS else None if status >= 400 else False
@@ -267,7 +267,8 @@ class DryRuns:
         if trial.path != _CHAT and trial.ids is None:
             status, _ = await self._server.ask(trial.path, {**body, "prompt": [[]]}, QUICK_S)
             return Verdict.TAKEN if status < 400 else _refusal(status)
-        # If it runs, the answer is not awaited; llama-server notices that within a batch.
+        # If llama-server runs the request, ``refusal`` closes the connection, which llama-server notices within a
+        # batch.
         body = {"stream": True, "return_progress": True, **body}
         if trial.ids is None:
             if (content := await self._long_text(trial.n_ctx)) is None:

@@ -248,7 +248,7 @@ class KeepAlivePool:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection to the server, and the answer that arrives on it."""
+    """One connection to the server: one request at a time, and its answer."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, on_lost: Callable[[_Connection], None], max_bytes: int

@@ -236,7 +236,7 @@ class PlainResponse(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         self._timer = self._silence_timer = None
-        self._parser = None  # it refers to this object
+        self._parser = None  # breaks the reference cycle: the parser refers to this object
         self._abort()
 
     def _abort(self) -> None:

@@ -1,4 +1,4 @@
-"""Snapshots on disk."""
+"""Snapshots on disk: writing, finding, reading, evicting and repairing them."""
 
 from llamaslot.store.acceptance import Reservation, SavedSlot
 from llamaslot.store.catalog import Catalog

@@ -82,7 +82,7 @@ class Catalog:
             directory, self.landing, partial(self.reserve, waits=True), self.abandon, self._is_invalid,
             self._table.checksum_of,
         )  # fmt: skip
-        self.given_out = self._copies.given_out  # if a file is damaged, what needs it is dropped
+        self.given_out = self._copies.given_out  # if a file is damaged, drops the snapshots that need it
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:
@@ -91,7 +91,7 @@ class Catalog:
 
     @property
     def fingerprints(self) -> frozenset[str]:
-        """Fingerprints of the models that are served, or were when their backends were last connected."""
+        """The fingerprints of the models that backends serve now, or served when they were last connected."""
         return self._table.fingerprints
 
     def serve(self, backend: str, fingerprint: str) -> None:
@@ -126,13 +126,13 @@ class Catalog:
         return self._table.files.share_bytes(self.snapshots[id_])
 
     async def open(self) -> list[Snapshot]:
-        """Lock the directory, scan and repair it, enforce the quota. Returns the valid snapshots.
-
-        Raises DirectoryUnusable if another llamaslot uses the directory or it cannot be used. Canceling is safe: the
-        lock is released, and the next opening repairs.
+        """Lock the directory, find its snapshots, remove llamaslot's other files, and evict what is beyond the limits.
+        Returns the remaining snapshots. Raises DirectoryUnusable, also if another llamaslot uses the directory.
+        Canceling is safe: the lock is released, and the next opening does the rest.
         """
         try:
-            await in_thread(self._lock.acquire)  # cancelled while the thread still locks, the lock would stay
+            # ``in_thread`` waits for the thread also if cancelled: else the thread might lock after ``close``.
+            await in_thread(self._lock.acquire)
             await self.landing.open()
             return await self._open()
         except BaseException:
@@ -145,7 +145,7 @@ class Catalog:
             found = await scan.scan(self.directory, await self._manifest.read(), self._upkeep.note)
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
-        now = self._now()  # one time for all: ranks of different times are not comparable
+        now = self._now()  # the same for all snapshots: ranks of different times are not comparable
         self._table.add_many(found.snapshots, found.last_used, hits, now)
         self._manifest.file_ids, self._manifest.durable = found.file_ids, found.durable
         for id_, size in found.leftovers.items():
@@ -187,7 +187,7 @@ class Catalog:
 
     @property
     def limits(self) -> Limits:
-        """The limits in force."""
+        """The limits of bytes, files and free space that hold now."""
         return self._quota.limits
 
     def take_limits(self, limits: Limits) -> None:
@@ -287,7 +287,7 @@ class Catalog:
         return result
 
     async def _commit(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
-        """Run the commit of a reservation in its own task."""
+        """The work of ``commit``, in a task of its own."""
         try:
             snapshot = await self.acceptance.accept(state, noted, saved)
         except Exception:

@@ -22,8 +22,8 @@ _MODE = 0o660  # llama-server and llamaslot may run as two users of one group; t
 
 
 class Copier:
-    """Writes the file ``target``, from its beginning to its end. A context manager that closes the file, and unlinks
-    it after an error. ``at``: its length so far.
+    """Writes the file ``target`` from its beginning to its end. A context manager that closes the file, and unlinks it
+    after an error. ``at``: the number of bytes written so far.
     """
 
     def __init__(self, target: Path) -> None:

@@ -99,7 +99,7 @@ def open_generation(
             if _proof(directory / name) != proof:
                 raise GenerationUnusable(f"{name} is not what was written")
         trie = marisa_trie.BinaryTrie()
-        # Not ``map``: it keeps no reference to what it maps, and a later query is a segmentation fault.
+        # Not ``map``: marisa keeps no reference to the buffer that it maps, and a later query is a segmentation fault.
         trie.mmap(str(directory / (id_ + TRIE)))
         columns = _map_columns(directory / (id_ + COLUMNS), counts)
         names = (directory / (id_ + NAMES)).read_text("utf-8").splitlines()

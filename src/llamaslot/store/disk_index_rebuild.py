@@ -20,7 +20,7 @@ from llamaslot.store.disk_index_files import Generation, GenerationUnusable, Rec
 from llamaslot.tasks import TaskOwner, to_its_end
 
 log = logging.getLogger(__name__)
-_AT_ONCE = 64  # branches prepared while the writing thread holds the GIL: 0.1 ms
+_AT_ONCE = 64  # branches that the writing thread prepares at once; it holds the GIL for 0.1 ms
 
 
 class DiskIndexRebuild:
@@ -113,7 +113,7 @@ class DiskIndexRebuild:
                 made, is_cancelled = await to_its_end(
                     disk_index_files.accept, self._directory, id_, self._namespace
                 )
-                index.adopt(made.index)  # also when cancelled: it is the valid one on disk now
+                index.adopt(made.index)  # also if cancelled: the new generation is the valid one on disk now
                 self._current, self._failed_at = id_, None
             if is_cancelled:
                 raise asyncio.CancelledError

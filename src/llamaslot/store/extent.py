@@ -45,8 +45,8 @@ UNCHECKED = -1
 
 
 class Section(Struct, frozen=True, array_like=True):
-    """A section of a file: ``size`` bytes from ``at`` on, and their xxh3_64; UNCHECKED in a slot file, which has no
-    checksums.
+    """A section of a file: ``size`` bytes from offset ``at`` on. ``checksum``: their xxh3_64, or UNCHECKED in a slot
+    file, which has no checksums.
     """
 
     at: int
@@ -59,7 +59,7 @@ class Section(Struct, frozen=True, array_like=True):
 
 
 class KeptState(Struct, frozen=True):
-    """A state in an extent. The fields are those of ``slot_layout.State``."""
+    """A state in an extent: the fields of ``slot_layout.State`` and of its ``StateParts``."""
 
     n_tokens: int
     pos_min: int
@@ -363,7 +363,7 @@ class _Writer:
         return extent
 
 
-_REMEMBERED = 8192  # files
+_REMEMBERED = 8192  # files whose check or checksum is remembered
 
 
 def check_extent(path: Path) -> None:

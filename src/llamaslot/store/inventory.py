@@ -181,7 +181,7 @@ async def read_headers(
         if not item.noted.parts and item.id + KV in bad:
             return replace(item, state=FileState.BROKEN, why="its rows have changed since others need them")
         if its := bad & {part.file for part in item.noted.parts}:
-            # A start compares sizes only, so it uses the file until that is removed.
+            # A start compares only sizes, so it uses the damaged file until ``remove`` has removed it.
             return _with_bad_files(item, {*its, *item.bad_files}, "damaged; with --remove, ")
         return item
 

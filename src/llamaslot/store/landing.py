@@ -77,7 +77,7 @@ class Landing:
         self._files: dict[str, _File] = {}  # by id
         self._kept: dict[tuple[str, int], Kept] = {}  # by snapshot and number of tokens; last used last
         self._said = ""
-        self._links_from = 0.0  # time of the event loop
+        self._links_from = 0.0  # no links are made before this time of the event loop
         self._links_work = False  # llama-server has used a link: a later failure has another reason
 
     @property
@@ -123,7 +123,7 @@ class Landing:
                             os.unlink(entry.path)
 
     def close(self) -> None:
-        """Remove the files that have stayed, and unlock the directory. Idempotent. Blocking."""
+        """Remove the kept files, and unlock the directory. Idempotent. Blocking."""
         for kept in self._kept.values():
             _unlink_quietly(self.path(kept.id))
         self._kept.clear()
@@ -252,7 +252,7 @@ class Landing:
         try:
             found = await asyncio.to_thread(scan.list_own, self.directory)
         except OSError:
-            return  # ``book`` says so
+            return  # ``book`` logs that
         known = self._files.keys() | {kept.id for kept in self._kept.values()}
         for id_ in found.ids_with(PART) - known:
             await self._unlinked(id_)
@@ -308,7 +308,7 @@ def _are_apart(one: Path, other: Path) -> bool:
 
 
 def is_in_memory(directory: Path) -> bool:
-    """Whether a directory is on a tmpfs. Blocking; raises OSError."""
+    """True if a directory is on a tmpfs, which is in memory. Blocking; raises OSError."""
     device = os.stat(directory).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError):

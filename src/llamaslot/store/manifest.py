@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 4
 _HEAD = "llamaslot sidecars"
-Mark = tuple[int, int, int, int]  # a FileId, which takes longer to make
+Mark = tuple[int, int, int, int]  # the fields of a FileId, whose making takes longer
 
 
 class Known(NamedTuple):

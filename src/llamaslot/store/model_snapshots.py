@@ -180,7 +180,7 @@ class ModelSnapshots:
             if snapshot.kind is not SnapshotKind.LEAF:
                 n_common = max(n_common, hit.n_shared)
             elif hit.n_shared >= similarity_min * hit.n_tokens:
-                return None  # the new one continues it, or is the same again
+                return None  # ``new`` continues this snapshot, or is the same conversation saved again
             else:
                 nearest, n_parted = snapshot, hit.n_shared
         is_own = 0 < n_common <= n_parted - NEGLIGIBLE_TOKENS
@@ -329,7 +329,7 @@ class Libraries:
             del self._by_backend[backend]
             if had not in self._by_backend.values():
                 await had.stop_reading()
-                await had.renewal.end()  # both may write to the same directory
+                await had.renewal.end()  # the next library may use the same directory
         if library is None:
             library = await self._open(identity)
         self._by_backend[backend] = library
@@ -351,7 +351,7 @@ class Libraries:
         library = ModelSnapshots(LayeredIndex(await renewal.open()))
 
         def consider(index: LayeredIndex) -> None:
-            if not library.n_unread:  # else a generation would be made of the first few only
+            if not library.n_unread:  # else a generation would be made of only the first few snapshots
                 renewal.consider(index)
 
         library.on_change = consider

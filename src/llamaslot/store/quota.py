@@ -152,7 +152,7 @@ class Quota:
         self.grant(0)  # tells the other llamaslots that what an earlier run had reserved does not count
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
-        self.writing: set[str] = set()  # ids of files that no snapshot names yet
+        self.writing: set[str] = set()  # ids of extents being written, which no sidecar names yet
         self.n_commits = 0  # commits, and files of reservations that were written, since the start
         self._n_waiting = 0
         self._failures = Recurring(log, "snapshots: files can be removed again")
@@ -169,7 +169,7 @@ class Quota:
 
     @property
     def others(self) -> int:
-        """Bytes of the other parts of a shared store, as last seen."""
+        """Bytes of the other parts of a shared store, at the last look at them; 0 without a shared store."""
         return self._neighbours.others if self._neighbours is not None else 0
 
     @property
@@ -179,7 +179,7 @@ class Quota:
 
     @property
     def n_files(self) -> int:
-        """The number of files on disk or reserved, sidecars not counted."""
+        """The number that ``max_files`` limits: snapshots, reservations, removals and leftovers."""
         return self._n_held() + len(self.removing) + len(self.leftovers)
 
     def short(self, size_bytes: int = 0, n_files: int = 0) -> Deficit:

@@ -208,7 +208,7 @@ async def scan(directory: Path, known: Known, on_some: Callable[[Found], Awaitab
     useless, unreadable = list[str](), list[str]()
     for id_, suffixes in sorted(listing.suffixes.items()):
         if not {KV, JSON} <= suffixes:
-            useless.append(id_)  # unless a snapshot needs it
+            useless.append(id_)  # ``_clear`` keeps those of its files that a snapshot needs
             continue
         if suffixes != {KV, JSON}:
             # A snapshot with other files besides: only these are removed.

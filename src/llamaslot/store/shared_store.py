@@ -49,7 +49,7 @@ CLAIM = "in-use"
 QUOTA_LOCK = "quota.lock"  # in META: locked while a process claims a part, or reserves space
 RESERVED = "reserved"
 IN_PLANS_S = 60.0
-_POLL_S = 0.01  # the lock is held for a scan and some removals
+_POLL_S = 0.01  # between two attempts to take the lock, which a process holds for a scan and some removals
 
 
 class StoreUnusable(LlamaslotError):
@@ -118,7 +118,9 @@ def _try_claim(meta_dir: Path) -> int | None:
 
 
 def try_lock(path: Path) -> int | None:
-    """The open file, locked until it is closed; None if another process has it locked. Blocking; raises OSError."""
+    """Lock the file ``path`` (flock) and return its descriptor; closing it unlocks the file. None if another process
+    has locked it. Blocking; raises OSError.
+    """
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,7 +185,9 @@ class Neighbours:
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Within the block no other process reserves space or claims a part. Canceling is safe."""
+        """Wait for the lock of the store. Within the block no other process reserves space, evicts snapshots or claims
+        a part. Canceling is safe.
+        """
         while (lock := try_lock(self._meta / QUOTA_LOCK)) is None:  # noqa: ASYNC110 - of another process
             await asyncio.sleep(_POLL_S)
         try:

@@ -373,7 +373,9 @@ class _Parser:
         return tuple(states)
 
     def _blob(self, at: int, size: int, shape: Shape, n_tokens: int) -> tuple[Span, Span]:
-        """Where window and recurrent state of a checkpoint lie. Raises _Misfit."""
+        """Where the window's cache and the recurrent state lie in a checkpoint of ``size`` bytes at ``at``. Raises
+        _Misfit.
+        """
         limit = at + size
         magic, sequence = BLOB_HEAD.unpack(self._within(at, BLOB_HEAD.size, limit))
         if magic != BLOB_MAGIC or sequence >= _MAX_STREAMS:

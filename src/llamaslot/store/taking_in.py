@@ -81,7 +81,7 @@ class Intake(Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        """An upper bound of the bytes to write."""
+        """An upper bound of the bytes of all files to write."""
         states = [state for state in self.layout.states if state.n_tokens in self.states]
         n_files, n_tokens = len(states) + 2, self.layout.n_tokens
         shape = self.layout.shape

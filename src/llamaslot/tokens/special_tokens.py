@@ -78,7 +78,8 @@ class SpecialTokens:
         self._longest = max(map(len, self._ids), default=0)
         self._in_tokens = Finder(self._ids.values())
         self._alone: dict[str, bool] = {}  # answers of ``stands_alone``
-        # Two characters are enough to skip most of the text in C; the trie is searched only at the rest.
+        # A search for the first two characters of special tokens skips most of a text in C. The trie is searched only
+        # where it finds some.
         heads = "|".join(re.escape(head) for head in sorted({text[:2] for text in self._ids}))
         self._heads = re.compile(heads or r"(?!)")
 

@@ -73,7 +73,7 @@ class TokenizeCache:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._roots: dict[str, _Piece] = {}
-        # Least recently used first. A piece is touched before its parent, so the first is always a leaf.
+        # Least recently used first. ``keep`` moves a piece to the end before its parent, so the first is always a leaf.
         self._recent: OrderedDict[_Piece, None] = OrderedDict()
         self.size_bytes = 0
 
@@ -218,7 +218,7 @@ class SystemPromptCache:
         return tokens
 
     def keep(self, made_from: bytes, tokens: bytes) -> None:
-        self._drop(key := _key(made_from))  # another request may have put the same meanwhile
+        self._drop(key := _key(made_from))  # another request may have stored the same key meanwhile
         self._known[key] = tokens
         self.size_bytes += len(tokens) + _ENTRY_BYTES
         while self.size_bytes > self._limit_bytes and len(self._known) > 1:

@@ -36,7 +36,7 @@ _SHOWN = (
 )  # fmt: skip
 
 _MAX_TEXTS = 1024  # in one list of prompts: for each, one request is sent to the server, one after the other
-_LONG_TEXT = 1 << 16  # characters
+_LONG_TEXT = 1 << 16  # characters; after reading a longer text's tokens, other requests run first
 
 # The most tokens of the header that a template puts before an answer: the role, perhaps the beginning of its reasoning.
 _HEADER_TOKENS = 16
@@ -112,7 +112,7 @@ class _Split(Struct, frozen=True):
 
     whose: str
     specials: SpecialTokens
-    n_version: int  # of the known special tokens
+    n_version: int  # ``specials.n_version`` when the text was split
     known: Known
     marks: list[TokenSpan]
     cuts: list[TokenSpan]
@@ -269,7 +269,8 @@ class Tokenizer:
         continue it. Errors while learning are ignored: the tokens of the request are known already.
         """
         if len(text) - split.known.begin > _LONG_TEXT:
-            await asyncio.sleep(0)  # other requests first: reading the tokens took milliseconds, and so will this
+            # Let other requests run first: reading the tokens took milliseconds, and learning takes as long.
+            await asyncio.sleep(0)
         with contextlib.suppress(LlamaslotError):
             await split.specials.learn(text[split.known.begin :])
         if split.specials.n_version != split.n_version:
@@ -414,7 +415,7 @@ def _key(made_from: list[Any]) -> bytes:
 
 
 def _pack_wrapping(ids: list[int]) -> bytes:
-    """Ids as int32; those out of range wrap around, as in the server's conversion (which then calls them invalid)."""
+    """Pack ids as int32. Ids out of range wrap around, as in the server's conversion: the server refuses them then."""
     try:
         return pack(ids)
     except ValueError:

@@ -160,7 +160,7 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
     if flags.lora:
         p.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0) for file in flags.lora]
     if flags.slot_save_path:
-        p.slot_save_path = f"{flags.slot_save_path}/"  # the library concatenates; only the CLI adds the slash
+        p.slot_save_path = f"{flags.slot_save_path}/"  # the library appends file names without a slash
     p.slot_prompt_similarity = flags.slot_prompt_similarity
     p.cache_ram_mib, p.cache_idle_slots = flags.cache_ram, flags.cache_idle_slots
     p.kv_unified, p.swa_full, p.ctx_shift = flags.kv_unified, flags.swa_full, flags.context_shift

@@ -46,7 +46,7 @@ class Backoff(NamedTuple):
     served_s: float = 60.0
 
     def delay_s(self, n_deaths: int) -> float:
-        """The delay after the ``n_deaths``-th death in a row, counted from 1."""
+        """The pause in seconds after the ``n_deaths``-th death in a row, counted from 1."""
         return float(min(self.most_s, self.first_s * 2 ** min(n_deaths - 1, 30)))
 
 
@@ -401,7 +401,7 @@ class _Child:
         process = self._process
         try:
             if process.returncode is None and (stop_s := self._stop_s()):
-                process.terminate()  # this process alone: the guard process passes it on
+                process.terminate()  # only to the child itself: the guard process passes the signal on
                 with suppress(TimeoutError):
                     async with asyncio.timeout(stop_s):
                         await process.wait()
