@@ -188,8 +188,9 @@ class KeepAlivePool:
         return answer
 
     def _keep(self, connection: _Connection) -> None:
-        """Take back a connection after a request. If it can be reused, give it to the first request that waits, else
-        keep it. If it cannot be reused, close it, and let the first request that waits open a new one.
+        """Take back a connection after a request. If it can be reused, give it to the first request that waits; if none
+        waits, keep it, or close it if ``_N_BURST`` are kept. If it cannot be reused, close it, and let the first
+        request that waits open a new one.
         """
         self._busy.discard(connection)
         if connection.is_reusable:

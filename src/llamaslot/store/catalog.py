@@ -122,7 +122,7 @@ class Catalog:
         return self._table.stats[id_].size_bytes
 
     def share_bytes(self, id_: str) -> int:
-        """A snapshot's share of the files that other snapshots need too. Raises KeyError."""
+        """A snapshot's share of the bytes that it needs together with others, each divided equally. Raises KeyError."""
         return self._table.files.share_bytes(self.snapshots[id_])
 
     async def open(self) -> list[Snapshot]:

@@ -76,7 +76,8 @@ NEVER = Hits()
 
 class HitLog:
     """The file of hits in one directory. All methods block on the disk, and only one thread may call them at a time.
-    They log an error of the disk and never raise it, because the counts only improve the order of eviction.
+    They never raise for an error of the disk, because the counts only improve the order of eviction: ``load`` then
+    returns none, the others log it.
     """
 
     def __init__(self, directory: Path) -> None:

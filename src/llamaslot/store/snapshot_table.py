@@ -7,8 +7,9 @@ Who does what in an eviction:
    after a change of limits (``_beyond_limits``).
 2. ``scheduling/snapshot_value.py`` ranks by value. ``_rank`` puts snapshots of models that no backend serves before all
    others.
-3. ``victims`` chooses in that order, and passes over what *must stay now*: pinned snapshots (``_is_held``) and those in
-   ``keep``, which the caller names.
+3. ``victims`` chooses in that order, and passes over what *must stay now*: snapshots that are pinned (``_is_held``),
+   and those in ``keep``. These are ids that the save names, and, as long as others are enough, ``spare``: the snapshots
+   that queued requests need (``Catalog.reserve``).
 4. ``Catalog._drop`` unlists the victims. ``Quota.remove`` unlinks those of their files that no other snapshot needs.
 5. In a shared store, ``shared_store.Neighbours`` also evicts snapshots of other llamaslots, by last use, not by value.
 """
@@ -354,8 +355,8 @@ class SnapshotTable:
 
     def victims(self, short_bytes: int, n_short: int, keep: Collection[str], now: float) -> list[Snapshot]:
         """Choose the snapshots to evict so that at least ``short_bytes`` bytes and ``n_short`` places for snapshots
-        become free. Changes nothing. Lowest rank first; no more than necessary; none in ``keep`` and none that is held.
-        If these are too few, returns all that may go: the caller checks that.
+        become free. Changes nothing. Lowest rank first; no more than necessary; none in ``keep``, and none that must
+        stay (``_is_held``). If these are not enough, returns all that may go: the caller must check.
 
         Evicting a snapshot frees only those files that no remaining snapshot needs.
         """

@@ -177,7 +177,7 @@ class Tokenizer:
         return cut, await self._of_text(text_before(await self._server.apply_template(cut), cut), whose)
 
     async def completion(self, prompt: Any, whose: str = "") -> list[Prompt]:
-        """The prompts of ``prompt``, the value of a completion's ``prompt``, read as llama-server reads it.
+        """Tokenize ``prompt``, a completion's field, as llama-server does. Returns one or more prompts.
 
         One prompt is a string, a list of ids, or a list of strings and ids. A list of these is several prompts. An
         object with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else, PromptNotTokenizable
