@@ -37,8 +37,8 @@ class NotShared(LlamaslotError):
 
 
 class DirectoryLock:
-    """An flock on ``.llamaslot.lock`` in a directory. It prevents that two llamaslots use the directory: they would
-    delete each other's files. The kernel releases the lock when the process ends; the file stays.
+    """An flock on ``.llamaslot.lock`` in a directory. It keeps a second llamaslot out, because each would delete the
+    other's files. The kernel releases the lock when the process ends; the file stays.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -212,8 +212,8 @@ def create(path: Path) -> BinaryIO:
 
 
 def sweep(directory: Path, id_: str | None) -> None:
-    """Remove all files of other generations than ``id_``, of all if it is None, and its input and draft. Blocking;
-    files that cannot be removed stay. A file that a process has mapped stays readable there.
+    """Remove the files of all generations except ``id_`` (None: of all), and the input and draft of ``id_``. Blocking;
+    files that cannot be removed stay. A file that a process has mapped stays readable in that process.
     """
     with suppress(OSError):
         for path in list(directory.iterdir()):

@@ -133,8 +133,8 @@ class Landing:
 
     async def book(self, id_: str, size_bytes: int, target: str | None = None) -> bool:
         """Book ``size_bytes`` for a file with that id, and remove kept files if necessary. True if the file will lie in
-        the landing place. False if it is a link to ``target`` in the store instead, by default to the id's part file;
-        or if there is no landing place.
+        the landing place. False if llama-server will use the store: through a link to the file ``target`` there (by
+        default the id's part file), or directly if there is no landing place.
 
         Raises NoLanding if neither is possible. Canceling is safe: then nothing is booked.
         """

@@ -255,8 +255,8 @@ class Neighbours:
         self._kept |= await in_thread(_remove, snapshots)
 
     def _files(self, directory: Path, *, with_parts: bool) -> tuple[int, list[_Seen]]:
-        """The bytes of slot files in a part, and its snapshots. ``with_parts``: count part files, which are being
-        written, too; a process that runs counts them as reserved.
+        """The bytes of slot files in a part, and its snapshots. ``with_parts``: also count part files, which saves have
+        not finished. If a process uses the part, they are not counted here, because its reservations count.
         """
         sizes, used, n_parts = dict[str, int](), dict[str, float](), 0
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
