@@ -14,7 +14,6 @@ from llamaslot.cache.ids import pack
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.fleet.pool_index import PoolIndex
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules, place
@@ -51,55 +50,62 @@ def holds(table: SlotTable, tokens: bytes, used_at: float) -> None:
     table.give_back(slot, event, Content(tokens, is_exact=False, is_dirty=bool(tokens)), used_at)
 
 
-def index_of(every: list[SlotTable]) -> PoolIndex:
-    index = PoolIndex()
+def pool_of(every: list[SlotTable]) -> Dispatcher:
+    dispatcher = Dispatcher(RULES, QueueLimits(), lambda: 200.0)
     for table in every:
-        index.attach(table)
-    index.check()
-    return index
+        dispatcher.add(table.backend)
+        dispatcher.attach(table)
+    dispatcher.check()
+    return dispatcher
 
 
-def looked_at(
+async def looked_at(
     every: list[SlotTable], tokens: bytes, reserved: dict[SlotKey, float] | None = None
 ) -> list[str]:
-    request = Request("r", tokens)
-    return [table.backend for table in index_of(every).worth_a_look(every, request, 200.0, reserved or {})]
+    return names(pool_of(every), Request("r", tokens), reserved)
+
+
+def names(
+    dispatcher: Dispatcher, request: Request, reserved: dict[SlotKey, float] | None = None
+) -> list[str]:
+    few = dispatcher._index.worth_a_look(dispatcher.backends.open, request, 200.0, reserved or {})
+    return [table.backend for table in few]
 
 
 @pytest.mark.parametrize("number", [0, 17, 39])
-def test_the_one_that_holds_its_tokens_comes_first(number: int) -> None:
+async def test_the_one_that_holds_its_tokens_comes_first(number: int) -> None:
     """Wherever it stands; only a few others are looked at."""
-    found = looked_at(tables(), own(number) + pack([1]))
+    found = await looked_at(tables(), own(number) + pack([1]))
     assert found[0] == f"gpu{number}"
     assert len(found) < 8
 
 
-def test_a_new_conversation_sees_empty_slots_and_those_used_longest_ago() -> None:
+async def test_a_new_conversation_sees_empty_slots_and_those_used_longest_ago() -> None:
     """As its placement would choose."""
     every = tables()
     holds(every[5], b"", used_at=200.0)
-    assert looked_at(every, pack(range(90_000, 91_000))) == ["gpu5", "gpu39"]
+    assert await looked_at(every, pack(range(90_000, 91_000))) == ["gpu5", "gpu39"]
 
 
-def test_reserved_slots_are_passed_over() -> None:
+async def test_reserved_slots_are_passed_over() -> None:
     """They are for requests that wait for them."""
     reserved = {SlotKey(f"gpu{number}", 0): 1.0 for number in (39, 38)}
-    assert looked_at(tables(), pack(range(90_000, 91_000)), reserved) == ["gpu37", "gpu36"]
+    assert await looked_at(tables(), pack(range(90_000, 91_000)), reserved) == ["gpu37", "gpu36"]
 
 
-def test_a_faster_one_is_always_among_them() -> None:
+async def test_a_faster_one_is_always_among_them() -> None:
     """It computes the prompt soonest."""
     every = tables()
     for _ in range(20):
         every[7].rates.prefill.observe(0, 1000, 0.1)
-    assert "gpu7" in looked_at(every, pack(range(90_000, 91_000)))
+    assert "gpu7" in await looked_at(every, pack(range(90_000, 91_000)))
 
 
-def test_slots_that_are_too_small_are_left_out() -> None:
+async def test_slots_that_are_too_small_are_left_out() -> None:
     """Unless all are."""
     small, large = tables(n_ctx=800)[:2], tables()[2:4]
-    assert looked_at([*small, *large], own(0)) == ["gpu2", "gpu3"]
-    assert looked_at(small, own(0)) == ["gpu0", "gpu1"]
+    assert await looked_at([*small, *large], own(0)) == ["gpu2", "gpu3"]
+    assert await looked_at(small, own(0)) == ["gpu0", "gpu1"]
 
 
 class Many:
@@ -167,7 +173,7 @@ async def test_the_choice_is_as_good_as_among_all(seed: int) -> None:
     for number in range(20):
         many.now += many.rng.uniform(0, 20)
         request = many.asks(number)
-        few = dispatcher._index.worth_a_look(dispatcher.tables, request, many.now)
+        few = dispatcher._index.worth_a_look(dispatcher.backends.open, request, many.now)
         assert len(few) < 8
         chosen, best = (
             place(request, [table.view(request, many.now, {}) for table in some], RULES)
@@ -217,23 +223,21 @@ async def test_a_placement_looks_at_as_much_among_any_number(
 
 
 @pytest.mark.parametrize("n_backends", [4, 20])
-async def test_of_many_backends_only_those_that_have_changed_are_told(n_backends: int) -> None:
-    """Each prefill looks again whose turn it is, at each change of which it is told. Of few all are."""
+async def test_only_backends_that_have_changed_are_told(n_backends: int) -> None:
+    """Each prefill looks again whose turn it is, at each change of which it is told."""
     many, told = Many(1, n_backends), list[str]()
     with contextlib.ExitStack() as stack:
         for name, leases in many.dispatcher.backends.items():
             stack.enter_context(leases.changes.subscribed(partial(told.append, name)))
         lease = await many.dispatcher.lease(many.asks(1))
-        placed = {lease.table.backend} if n_backends > 8 else {*many.dispatcher.backends}
-        assert set(told) == placed
+        assert set(told) == {lease.table.backend}
         told.clear()
         lease.release()
-        assert set(told) == placed
+        assert set(told) == {lease.table.backend}
 
 
 async def test_what_another_namespace_holds_is_not_near() -> None:
     """No other user's tokens attract it."""
     every = tables()
-    index = index_of(every)
     request = Request("r", own(17) + pack([1]), namespace=Namespace("anna"))
-    assert "gpu17" not in [table.backend for table in index.worth_a_look(every, request, 200.0)]
+    assert "gpu17" not in names(pool_of(every), request)

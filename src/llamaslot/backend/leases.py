@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from msgspec.structs import replace
 
@@ -24,6 +24,8 @@ from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot, SlotState
 from llamaslot.store.snapshot_table import Pin
 from llamaslot.tasks import ChangeEvent
+
+T = TypeVar("T")
 
 
 class Admission(Protocol):
@@ -40,6 +42,10 @@ class Admission(Protocol):
         """
         ...
 
+    def backends_changed(self) -> None:
+        """Take notice that a backend of the pool has opened or closed."""
+        ...
+
     def snapshots_in_demand(self) -> set[str]:
         """The ids of the snapshots that queued requests would resume from."""
         ...
@@ -53,28 +59,46 @@ class Admission(Protocol):
         ...
 
 
+class _Told(Generic[T]):
+    """An attribute of ``Leases`` on which it depends whether requests may begin: the pool is told that it was set."""
+
+    def __set_name__(self, owner: type[Leases], name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, leases: Leases, owner: type[Leases]) -> T:
+        value: T = leases.__dict__[self._name]
+        return value
+
+    def __set__(self, leases: Leases, value: T) -> None:
+        leases.__dict__[self._name] = value
+        leases.admission.backends_changed()
+
+
 class Leases:
     """The leases of one backend. ``table`` has the slots of the connected llama-server process; None while not
     connected.
     """
 
+    table = _Told[SlotTable | None]()
+    exclusive = _Told[Request | None]()  # the one exclusive request, if any
+    is_gate_shut = _Told[bool]()  # no other request may begin its first step
+    down = _Told[BackendDown | None]()  # the reason, while llama-server is down
+    is_drained = _Told[bool]()  # the operator drains the backend: no request begins here
+    is_leaving = _Told[bool]()  # its model is being unloaded: requests wait until it is loaded again
+    is_suspect = _Told[bool]()  # llama-server may hang: requests go to other backends if there are any
+
     def __init__(self, backend: str, admission: Admission, now: Callable[[], float]) -> None:
         """``admission`` is the pool to which the backend belongs at first; ``move`` changes it."""
         self.backend, self.admission, self.now = backend, admission, now
-        self.table: SlotTable | None = None
+        self.table = self.exclusive = self.down = None
+        self.is_gate_shut = self.is_drained = self.is_leaving = self.is_suspect = False
+        self.is_exclusive_wanted = False  # the exclusive request waits for others to finish
         self.leases: dict[Lease, None] = {}  # ordered: among equals the first one is chosen
         self.changes = ChangeEvent()  # notified when a lease or the exclusive section has changed
         self._charges: dict[Lease, Charge] = {}  # the accounts of users for the slots that they have now
         self.on_drain: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
         self.pin: Callable[[str], Pin] | None = None  # pins a snapshot
-        self.exclusive: Request | None = None  # the one exclusive request, if any
-        self.is_gate_shut = False  # no other request may begin its first step
-        self.is_exclusive_wanted = False  # the exclusive request waits for others to finish
-        self.down: BackendDown | None = None  # the reason, while llama-server is down
-        self.is_drained = False  # the operator drains the backend: no request begins here
-        self.is_leaving = False  # its model is being unloaded: requests wait until it is loaded again
         self.is_asleep = False  # llama-server has unloaded its model by itself: any use loads it again
-        self.is_suspect = False  # llama-server may hang: requests go to other backends if there are any
         self._used_at, self._worked_at = now(), -math.inf
         self._n_prefilling, self._prefilling_since, self._prefilled_s = 0, 0.0, 0.0
 

@@ -65,7 +65,7 @@ class SlotWorth:
     def __init__(self, slots: list[Slot], rules: Rules, rates: Rates, rewind_model: RewindModel) -> None:
         self.slots, self.rules, self.rates, self.rewind_model = slots, rules, rates, rewind_model
         self.can_save = False
-        self.on_change: Callable[[], None] | None = None  # called when a slot becomes idle or is taken
+        self.on_change: list[Callable[[], None]] = []  # called when a slot becomes idle or is taken
         self._worths: dict[int, Worth] = {}  # of idle slots, as last computed
         self._outdated = {slot.id for slot in slots}
         # Idle slots by their tokens.
@@ -94,8 +94,8 @@ class SlotWorth:
         else:
             self._index.drop(slot.id)
         self._outdated.add(slot.id)
-        if self.on_change is not None:
-            self.on_change()
+        for call in self.on_change:
+            call()
 
     def lost(self, slot: Slot) -> None:
         """Record that ``slot`` is no longer idle. Idempotent."""
@@ -103,8 +103,8 @@ class SlotWorth:
         self._worths.pop(slot.id, None)
         self._outdated.discard(slot.id)
         self._drop_rank(slot.id)
-        if self.on_change is not None:
-            self.on_change()
+        for call in self.on_change:
+            call()
 
     def of(self, slot: Slot) -> Worth:
         """Return the value of an idle slot. While its content is the same, this is the value at the last call of

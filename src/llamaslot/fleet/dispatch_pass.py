@@ -1,28 +1,19 @@
-"""Tells which backends a request may go to, and keeps what is found out while the waiting requests are looked at one
-after the other.
-"""
+"""Keeps what is found out while the waiting requests are looked at one after the other, and tells of it afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from msgspec import Struct, field
 
 from llamaslot.backend.leases import Leases
-from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.scheduling.plan import Wait
-from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
-
-_MOST_NAMED = 8  # an error names at most so many backends
-_FEW = 8  # with at most so many backends, those that wait on any of them are told of each change
 
 
 class DispatchPass(Struct):
     """One pass over all waiting requests. It keeps what is found out for one request for the requests after it."""
 
-    # Counted again only after a slot was leased. Otherwise 250 requests that wait for 64 slots cause 16,000 checks.
-    n_idle: int
     n_slots: int
     # By slot that requests wait for: the seconds for which these requests will use it.
     reserved: dict[SlotKey, float] = field(default_factory=dict)
@@ -47,8 +38,8 @@ class DispatchPass(Struct):
 class News:
     """The backends on which something has changed since the tasks that wait for changes were last told.
 
-    Of many backends, only the tasks that wait on these are told. Each waiting prefill then decides again if it is
-    next. When all prefills on 40 backends were told of each change, this took half of the dispatcher's time.
+    Only the tasks that wait on these are told. Each waiting prefill then decides again if it is next. When all
+    prefills on 40 backends were told of each change, this took half of the dispatcher's time.
     """
 
     def __init__(self, backends: Mapping[str, Leases]) -> None:
@@ -60,52 +51,9 @@ class News:
         self._changed.update(dict.fromkeys(name for name in backends if name is not None))
 
     def tell(self) -> None:
-        """Notify the tasks that wait for changes on these backends. With few backends, notify the tasks on all."""
+        """Notify the tasks that wait for changes on these backends."""
         changed, self._changed = self._changed, {}
-        for name in changed if len(self._backends) > _FEW else [*self._backends]:
+        for name in changed:
             leases = self._backends.get(name)
             if leases is not None and leases.changes.is_heard:
                 leases.changes.notify()
-
-
-def open_backends(backends: Collection[Leases]) -> list[Leases]:
-    """Return the backends that accept a request now. Backends on which llamaslot stands aside are included only if it
-    chooses slots on no connected backend. Suspect backends are included only if no other backend accepts requests, now
-    or soon.
-    """
-    open_, is_assisted = list[Leases](), False
-    for leases in backends:  # in one loop: with 100 backends it is run several times for each request
-        if (table := leases.table) is None:
-            continue
-        if table.is_assisted and not is_assisted:
-            is_assisted = True
-            open_.clear()
-        if table.is_assisted is is_assisted and leases.is_open:
-            open_.append(leases)
-    if trusted := [leases for leases in open_ if not leases.is_suspect]:
-        return trusted
-    return [] if any(leases.is_coming for leases in backends) else open_
-
-
-def open_to(request: Request, open_: list[Leases], backends: Collection[Leases]) -> list[Leases]:
-    """Return the backends in ``open_`` that have not failed ``request``. If no other backend can take it, now or soon,
-    return ``open_``.
-    """
-    if not request.avoids:
-        return open_
-    others = [leases for leases in backends if leases.backend not in request.avoids]
-    is_possible = any(leases.why_not is None for leases in others)
-    return [leases for leases in open_ if leases in others] if is_possible else open_
-
-
-def why_none(backends: Collection[Leases], *, is_queued: bool) -> LlamaslotError | None:
-    """Return the error for requests if there is no backend, or each is down or drained; else None. ``is_queued``: for
-    requests that were accepted before; these wait until a drain has ended.
-    """
-    if not backends:
-        return BackendRestarted("no backend serves this model any more")
-    reasons = [why for leases in backends if (why := leases.why_not) is not None]
-    if len(reasons) < len(backends) or (is_queued and any(leases.is_drained for leases in backends)):
-        return None
-    more = [f"and {len(reasons) - _MOST_NAMED} more"] if len(reasons) > _MOST_NAMED else []
-    return BackendDown("; ".join([*reasons[:_MOST_NAMED], *more]))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
@@ -17,7 +18,8 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.errors import BackendDown, QueueFull
-from llamaslot.fleet.dispatch_pass import DispatchPass, News, open_backends, open_to, why_none
+from llamaslot.fleet.dispatch_pass import DispatchPass, News
+from llamaslot.fleet.open_backends import OpenBackends, PoolBackends
 from llamaslot.fleet.pool_index import PoolIndex
 from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
@@ -42,7 +44,7 @@ class Dispatcher:
         self.rules, self.now = rules, now
         self.queue = Queue(limits)
         self.journal = Journal()
-        self.backends: dict[str, Leases] = {}
+        self.backends = PoolBackends()
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
@@ -52,7 +54,7 @@ class Dispatcher:
 
     @property
     def tables(self) -> list[SlotTable]:
-        return _tables(self.backends.values())
+        return [*self.backends.connected.tables.values()]
 
     @property
     def leases(self) -> list[Lease]:
@@ -85,21 +87,25 @@ class Dispatcher:
     def add(self, backend: str) -> Leases:
         """Add a new backend of this name to the pool. Returns its leases."""
         self.backends[backend] = Leases(backend, self, self.now)
+        self.backends.changed()
         return self.backends[backend]
 
     def join(self, leases: Leases) -> None:
         """Add a backend that comes from another pool, and is not connected. It leaves the other pool later."""
         leases.move(self)
         self.backends[leases.backend] = leases
+        self.backends.changed()
 
     def remove(self, backend: str) -> None:
         """Remove a backend that is not connected. If it was the last one, waiting requests get BackendRestarted."""
         del self.backends[backend]
+        self.backends.changed()
         self._fail_if_none_serves()
 
     def attach(self, table: SlotTable) -> None:
         """Record that the backend named in ``table`` is connected, with these slots."""
         self._index.attach(table)
+        table.worth.on_change.append(partial(self.backends.idle_changed, table))
         self.backends[table.backend].attach(table)
 
     def detach(self, backend: str, error: BackendDown | None = None) -> None:
@@ -110,7 +116,7 @@ class Dispatcher:
         self._fail_if_none_serves()
 
     def _fail_if_none_serves(self) -> None:
-        if (error := why_none(self.backends.values(), is_queued=True)) is not None:
+        if (error := self.backends.why_none(is_queued=True)) is not None:
             for waiting in self.queue:
                 if not waiting.granted.done():
                     waiting.granted.set_exception(error)
@@ -126,7 +132,7 @@ class Dispatcher:
         Raises QueueFull (too many requests, or too long a wait), TooManyRequests (too many of this user) and
         BackendDown. Canceling is safe: the request leaves the queue, and no slot is held."""
         had_a_place = is_back or preempted is not None
-        if (error := why_none(self.backends.values(), is_queued=had_a_place)) is not None:
+        if (error := self.backends.why_none(is_queued=had_a_place)) is not None:
             raise error
         if not (len(self.queue) or had_a_place) and (lease := self._at_once(request)) is not None:
             return lease
@@ -161,7 +167,7 @@ class Dispatcher:
 
     def _newcomer(self, request: Request, is_back: bool, preempted: Preempted | None) -> Waiting:
         granted, now = asyncio.get_running_loop().create_future(), self.now()
-        tables = self._index.worth_a_look(self.tables, request, now)
+        tables = self._index.worth_a_look(self.backends.connected, request, now)
         cost_s, is_small = estimate(tables, request, self.rules)
         waiting = Waiting(request, granted, self.recorder(request), now, cost_s, is_small, is_back)
         if preempted is not None:
@@ -173,19 +179,19 @@ class Dispatcher:
         """Return a lease without the queue, if no request waits and several slots are idle. The slot is the one that
         the queue would give, in two thirds of the time. Returns None if the request needs any of the queue's rules."""
         # No await from here to the end: slots are leased as they were seen.
-        open_, now = open_to(request, self._open(), self.backends.values()), self.now()
-        tables = [table for table in _tables(open_) if table.is_assisted]
-        is_special = len(tables) != len(open_) or any(leases.exclusive is not None for leases in open_)
-        if is_special or request.is_exclusive or not self.queue.may_run_at_once(request.user, now):
+        open_, now = self.backends.open_to(request), self.now()
+        is_special = request.is_exclusive or open_.is_any_exclusive or not open_.is_assisted
+        if is_special or open_.n_idle < 2 or not self.queue.may_run_at_once(request.user, now):
             return None
-        if _n_idle(open_) < 2 or any(its.is_long for each in self.backends.values() for its in each.leases):
+        tables = self._index.worth_a_look(open_, request, now)
+        if any(lease.is_long for table in tables for lease in self.backends[table.backend].leases):
             return None
-        views = [table.view(request, now, {}) for table in self._index.worth_a_look(tables, request, now)]
+        views = [table.view(request, now, {}) for table in tables]
         plan = place(request, views, self.rules)
         if isinstance(plan, Wait):
             return None
         leases, recorder = self.backends[plan.slot.backend], self.recorder(request)
-        table = next(table for table in tables if table is leases.table)
+        table = open_.tables[plan.slot.backend]
         try:
             lease = leases.grant(table.slots[plan.slot.id], request, plan, recorder=recorder, came_at=now)
         except KeyError:  # the catalog has dropped the snapshot meanwhile
@@ -201,10 +207,10 @@ class Dispatcher:
     def snapshots_in_demand(self) -> set[str]:
         """Return the ids of the snapshots that queued requests would resume from, and that should be evicted last.
 
-        The snapshot of each request is found once, and again if it is gone, because then usually a newer one has
-        replaced it."""
-        # One table for each directory: all tables with the same directory have the same snapshots.
-        tables = {id(table.model_snapshots): table for table in self.tables}.values()
+        Looked up once for each request, and again if its snapshot is gone, because usually a newer one has replaced
+        it.
+        """
+        tables = self.backends.connected.libraries
         for waiting in self.queue:
             if waiting.wants is None or not any(table.has_snapshot(waiting.wants) for table in tables):
                 found = (table.best_snapshot(waiting.request) for table in tables)
@@ -226,55 +232,49 @@ class Dispatcher:
             self._look_again = None
         if len(self.queue):
             self._serve_queue()
-        self._news.add(backend, *self._preemptions.choose(self.backends.values(), self.queue, self.now))
-        self._news.tell()  # last, because a request that has just got a slot may go before a prefill
+        self._news.add(backend, *self._preemptions.choose(self.backends.open, self.queue, self.now))
+        self._news.tell()  # last: a request that has just got a slot may have priority over a prefill
 
     def _serve_queue(self) -> None:
-        open_ = self._open()
-        look = DispatchPass(_n_idle(open_), sum(len(table.slots) for table in self.tables))
-        is_assisted = any(leases.table is not None and leases.table.is_assisted for leases in open_)
-        if not open_ or (is_assisted and not look.n_idle and not self.queue.n_unpinned):
-            return  # no request can get a slot, so the order of service is not computed (slow with 1,000 waiting)
+        open_ = self.backends.open
+        look = DispatchPass(self.backends.connected.n_slots)
+        if not open_ or (open_.is_assisted and not open_.n_idle and not self.queue.n_unpinned):
+            return  # the order does not matter: with 1,000 waiting, each arrival would compute it
         for waiting in self.queue.ordered():
-            if is_assisted and look.is_short and not look.n_idle:
-                break  # an earlier request would take any slot, so no later one gets a slot
-            # At most one exclusive request at a time on each backend.
-            here = open_to(waiting.request, open_, self.backends.values())
-            if waiting.request.is_exclusive:
-                here = [leases for leases in here if leases.exclusive is None]
+            if open_.is_assisted and look.is_short and not self.backends.open.n_idle:
+                break  # none behind a request that waits for any slot at all gets one
+            here = self.backends.open_to(waiting.request)
             if here and not waiting.granted.done():
                 self._serve(here, waiting, look)
-        if look.is_spared and look.n_idle and (spared_s := self.queue.look_again_s(self.now())) is not None:
+        is_any_idle = self.backends.open.n_idle > 0
+        if look.is_spared and is_any_idle and (spared_s := self.queue.look_again_s(self.now())) is not None:
             look.again_s.append(spared_s)
         if look.again_s:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
 
-    def _open(self) -> list[Leases]:
-        return open_backends(self.backends.values())
-
-    def _serve(self, here: list[Leases], waiting: Waiting, look: DispatchPass) -> None:
+    def _serve(self, here: OpenBackends, waiting: Waiting, look: DispatchPass) -> None:
         """Give a waiting request a slot on one of the backends ``here``, or record what it waits for."""
-        request, tables = waiting.request, _tables(here)
-        if not self.queue.may_run(waiting, max(look.n_slots, look.n_idle), look.n_idle, self.now()):
+        request, n_idle = waiting.request, self.backends.open.n_idle
+        if not self.queue.may_run(waiting, max(look.n_slots, n_idle), n_idle, self.now()):
             look.is_spared = True
-        elif not tables[0].is_assisted:
-            self._let_through(tables, waiting, look)
+        elif not here.is_assisted:
+            self._let_through(here, waiting, look)
         elif request.placement is Placement.SERVER_CHOSEN:
             if not look.is_short:
-                self._give(waiting, max(here, key=lambda leases: _n_idle([leases])).grant(None, request))
-        elif not look.n_idle:
+                self._give(waiting, self.backends[here.most_idle.backend].grant(None, request))
+        elif not n_idle:
             look.is_short = True  # not placed: placing 250 waiting requests took a second for each burst
-        elif look.n_idle == 1 and self._is_still_behind(tables[0], waiting, look):
+        elif n_idle == 1 and self._is_still_behind(here.first, waiting, look):
             self._leaves_slot(waiting, look)
         else:
-            self._serve_by_cost(tables, waiting, look)
+            self._serve_by_cost(here, waiting, look)
 
-    def _serve_by_cost(self, tables: Sequence[SlotTable], waiting: Waiting, look: DispatchPass) -> None:
+    def _serve_by_cost(self, here: OpenBackends, waiting: Waiting, look: DispatchPass) -> None:
         """Give a waiting request the slot that costs least, or record what it waits for."""
         waiting.behind = None
-        now, decision = self.now(), self._decision(tables, waiting, dict(look.reserved))
+        now, decision = self.now(), self._decision(here, waiting, dict(look.reserved))
         if isinstance(decision, Wait):
-            nearest = self._table_of(decision.place) or tables[0]
+            nearest = self._table_of(decision.place) or here.first
             waiting.recorder.record_wait(decision, prefix_due_s(nearest, decision, now))
             look.waits(decision, waiting.look_at - now, answer_s(nearest, waiting.request))
             return
@@ -283,7 +283,7 @@ class Dispatcher:
         assert table is not None, "what was placed is up"
         if leases.is_exclusive_wanted and is_long(decision, table.long_s):
             return  # an exclusive request waits until no long prefill runs, so none may begin
-        if look.n_idle == 1 and (ahead := self._ahead_of(table, waiting, decision)) is not None:
+        if self.backends.open.n_idle == 1 and (ahead := self._ahead_of(table, waiting, decision)) is not None:
             waiting.behind = ahead
             self._leaves_slot(waiting, look)
         else:
@@ -292,14 +292,14 @@ class Dispatcher:
     def _table_of(self, place: Place | Plan | None) -> SlotTable | None:
         return self.backends[place.slot.backend].table if place is not None else None
 
-    def _let_through(self, tables: Sequence[SlotTable], waiting: Waiting, look: DispatchPass) -> None:
+    def _let_through(self, here: OpenBackends, waiting: Waiting, look: DispatchPass) -> None:
         """Send a request to a backend at which llama-server chooses the slot. Only the number of requests there is
         limited."""
-        for table in sorted(tables, key=lambda table: -table.n_idle):
-            if isinstance(table, UnassistedSlots) and (slot := table.any_idle()) is not None:
-                self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), look)
-                return
-        look.is_short = True
+        table = here.most_idle
+        if isinstance(table, UnassistedSlots) and (slot := table.any_idle()) is not None:
+            self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), look)
+        else:
+            look.is_short = True
 
     def _ahead_of(self, table: SlotTable, waiting: Waiting, plan: Plan) -> Lease | None:
         """Return the lease of another request of the same user that waits in its slot for its first turn, with a
@@ -311,7 +311,7 @@ class Dispatcher:
             return None
         seconds, request = table.rates.prefill.seconds, waiting.request
         own_s = seconds(plan.n_reused, request.n_tokens) + table.rates.interruption.seconds
-        for lease in self.leases:
+        for lease in self.backends[table.backend].leases:
             if lease.is_in_line and lease.table is table and lease.request.user == request.user:
                 assert lease.plan is not None, "only what a client has asked for"
                 if seconds(lease.plan.n_reused, lease.request.n_tokens) <= own_s:
@@ -359,31 +359,29 @@ class Dispatcher:
         lease.recorder.record_plan(plan)
         self._give(waiting, lease)
         self._n_changes += 1
-        look.n_idle = _n_idle(self._open())
 
     def _decision(
-        self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
+        self, here: OpenBackends, waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
         """Return the last decision for a waiting request, if only other requests have arrived since then; else a new
         one."""
         now = self.now()
         if waiting.wait is not None and waiting.n_seen == self._n_changes and now < waiting.look_at:
             return waiting.wait
-        decision = self._decide(tables, waiting, reserved)
+        decision = self._decide(here, waiting, reserved)
         waiting.n_seen, waiting.wait = self._n_changes, None
         if isinstance(decision, Wait):
             waiting.wait = decision
             waiting.look_at = now + max(decision.for_s or math.inf, MIN_LOOK_AGAIN_S)
         return decision
 
-    def _decide(
-        self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
-    ) -> Plan | Wait:
+    def _decide(self, here: OpenBackends, waiting: Waiting, reserved: Mapping[SlotKey, float]) -> Plan | Wait:
         """Decide where a request runs, or what it waits for. If another request computes a prefix of its prompt, ask
         that one to save the prefix."""
         request, now = waiting.request, self.now()
-        tables = self._index.worth_a_look(tables, request, now, reserved)
-        makers = [lease for lease in self.leases if lease.table in tables and lease.is_long]
+        tables = self._index.worth_a_look(here, request, now, reserved)
+        leased = [lease for table in tables for lease in self.backends[table.backend].leases if lease.is_long]
+        makers = [lease for lease in leased if lease.table is here.tables[lease.table.backend]]
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
         views = {table.backend: table.view(request, now, reserved, is_patient=is_patient) for table in tables}
         if is_patient and ask_for_trunk(request, views, makers, now):
@@ -409,6 +407,10 @@ class Dispatcher:
         self._news.add(lease.table.backend)
         waiting.granted.set_result(lease)
 
+    def backends_changed(self) -> None:
+        """Take notice that a backend of the pool has opened or closed."""
+        self.backends.changed()
+
     def paid(self, charge: Charge | None) -> None:
         """End ``charge``: the user's slots that it counts are free. The caller dispatches afterwards."""
         if charge is not None:
@@ -418,8 +420,7 @@ class Dispatcher:
 
     def check(self) -> None:
         """Raise AssertionError naming the first invariant that does not hold, of leases, queue or pool index."""
-        for leases in self.backends.values():
-            leases.check()
+        self.backends.check()
         self.queue.check()
         self._index.check()
         served = [waiting for waiting in self.queue if _is_served(waiting.granted)]
@@ -430,11 +431,3 @@ def _is_served(granted: asyncio.Future[Lease]) -> bool:
     """True if a waiting request has got its lease. Requests that were cancelled or refused leave the queue themselves
     a moment later."""
     return granted.done() and not granted.cancelled() and granted.exception() is None
-
-
-def _tables(backends: Iterable[Leases]) -> list[SlotTable]:
-    return [leases.table for leases in backends if leases.table is not None]
-
-
-def _n_idle(backends: Iterable[Leases]) -> int:
-    return sum(table.n_idle for table in _tables(backends))

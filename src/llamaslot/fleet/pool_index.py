@@ -12,8 +12,9 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import PrefixIndex
+from llamaslot.fleet.open_backends import OpenBackends
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotKey
 
@@ -80,14 +82,16 @@ class PoolIndex:
         table = self._tables.pop(backend, None)
         if table is None or not self._is_kept:
             return
-        table.on_content = table.worth.on_change = None
+        table.on_content = None
+        table.worth.on_change.clear()
         for slot in table.slots:
             self._index.drop(slot.key)
         self._stale.discard(backend)
         self._drop_rank(backend)
 
     def _watch(self, table: SlotTable) -> None:
-        table.on_content, table.worth.on_change = self._holds, partial(self._stale.add, table.backend)
+        table.on_content = self._holds
+        table.worth.on_change.append(partial(self._stale.add, table.backend))
         for slot in table.slots:
             self._holds(slot, _marked(table, slot))
         self._stale.add(table.backend)
@@ -102,29 +106,27 @@ class PoolIndex:
 
     def worth_a_look(
         self,
-        tables: Sequence[SlotTable],
+        among: OpenBackends,
         request: Request,
         now: float,
         reserved: Mapping[SlotKey, float] = MappingProxyType({}),
-    ) -> Sequence[SlotTable]:
-        """Return those of ``tables`` that ``request`` may be placed on: the tables whose slots share most with it,
-        and, of those with an idle slot that is not ``reserved``, the tables where taking one costs least.
+    ) -> list[SlotTable]:
+        """Return the tables of ``among`` that ``request`` may be placed on: those whose slots share most with it, and,
+        of those with an idle slot that is not ``reserved``, the tables where taking one costs least.
 
         Tables whose slots are too small for the prompt are left out if other slots are large enough, because backends
         of one model may have different contexts.
         """
-        if len(tables) < 2:
-            return tables
-        n = request.n_tokens
-        tables = [table for table in tables if table.n_ctx > n] or tables
-        if len(tables) <= _FEW or not self._is_kept:
-            return tables
-        here = {table.backend: table for table in tables}
+        here, n = among.tables, request.n_tokens
+        if n >= among.least_ctx:
+            here = {name: table for name, table in here.items() if table.n_ctx > n} or here
+        if len(here) <= _FEW or not self._is_kept:
+            return [*here.values()]
         nearest = self._nearest(here, request)
         n_reserved = Counter(slot.backend for slot in reserved)
         full = (name for name, n_slots in n_reserved.items() if name in here and here[name].n_idle <= n_slots)
         others = self._others(here, {*nearest, *full}, n, now)
-        return [*nearest.values(), *others] or tables[:_FEW]
+        return [*nearest.values(), *others] or [*islice(here.values(), _FEW)]
 
     def _nearest(self, here: dict[str, SlotTable], request: Request) -> dict[str, SlotTable]:
         if request.no_cache:

@@ -13,8 +13,8 @@ from itertools import chain
 from msgspec import Struct
 
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import DRAIN_S
+from llamaslot.fleet.open_backends import OpenBackends
 from llamaslot.fleet.queue import Queue, answer_s
 
 MOST_TIMES = 2  # preemptions per request
@@ -95,13 +95,13 @@ class Preemptions:
     def __init__(self) -> None:
         self._told: set[Lease] = set()
 
-    def choose(self, backends: Collection[Leases], queue: Queue, now: Callable[[], float]) -> Iterator[str]:
+    def choose(self, backends: OpenBackends, queue: Queue, now: Callable[[], float]) -> Iterator[str]:
         """Tell the leases whose slots are wanted now, and those that were told before but may keep them. Returns the
         names of their backends; the caller notifies the tasks that wait for changes there.
 
         Leases that cannot stop now are not told, nor leases on backends where no request may begin afterwards.
         """
-        stops = _needed(backends, queue, now()) if len(queue) else set[Lease]()
+        stops = set[Lease]() if backends.n_idle or not len(queue) else _needed(backends, queue, now())
         for lease in self._told - stops:
             lease.preempt(is_wanted=False)
         for lease in stops:
@@ -110,34 +110,29 @@ class Preemptions:
         return (lease.table.backend for lease in before | stops)
 
 
-def _needed(backends: Collection[Leases], queue: Queue, now: float) -> set[Lease]:
-    here = [leases for leases in backends if leases.table is not None]
-    tables = [leases.table for leases in here if leases.table is not None]
-    if any(table.n_idle for table in tables):
-        return set()
-    open_ = [leases for leases in here if not (leases.is_gate_shut or leases.is_exclusive_wanted)]
+def _needed(backends: OpenBackends, queue: Queue, now: float) -> set[Lease]:
+    if (n_most := max(queue.n_held.values(), default=0)) < 2:
+        return set()  # no user gives up its only slot
+    open_ = [leases for leases in backends.leases if not leases.is_exclusive_wanted]
     stoppable = [
         lease for leases in open_ for lease in leases.held() if lease.can_stop and _may_stop(lease, now)
     ]
     if not stoppable:
         return set()
-    n_slots = sum(len(table.slots) for table in tables)
     # A generator, because few claims are looked at: with 250 waiting, making all took a millisecond at each change.
     claims = (
         Claim(waiting.request.user.id, queue.deficit_s(waiting.request.user.id))
         for waiting in queue.ordered()
         if waiting.request.user.id  # not for llamaslot itself
         and waiting.wants_any(now)
-        and queue.may_run(waiting, n_slots, 0, now)
+        and queue.may_run(waiting, backends.n_slots, 0, now)
     )
-    first = next(claims, None)
-    n_most = max(queue.n_held.get(lease.request.user.id, 0) for lease in stoppable)
-    if first is None or n_most < queue.n_held.get(first.user, 0) + 2:
+    if (first := next(claims, None)) is None or n_most < queue.n_held.get(first.user, 0) + 2:
         return set()  # it would have more slots than the user that gives one up
     prompts = [_stoppable(lease, queue, now) for lease in stoppable]
-    held = [lease for leases in here for lease in leases.held()]
+    held = [lease for leases in backends.leases for lease in leases.held()]
     waits_s = [left_s(lease, now) for lease in held]
-    waits_s += [DRAIN_S] * (n_slots - len(held))  # slots of clients that have left
+    waits_s += [DRAIN_S] * (backends.n_slots - len(held))  # slots of clients that have left
     return {stoppable[i] for i in chosen(chain([first], claims), prompts, queue.n_held, waits_s)}
 
 

@@ -55,6 +55,10 @@ class PendingSnapshots:
     def __init__(self) -> None:
         self.index: PrefixIndex[str] = PrefixIndex()
         self._entries: dict[str, PendingSave] = {}
+        # By slot and holder. With 400 servers, a search through all entries for those of one slot took half of the time
+        # of a request.
+        self._trunks: dict[SlotKey, dict[str, PendingSave]] = {}
+        self._trunk_holders: dict[str, None] = {}
         self._serial = itertools.count()
         self.changes = Changes()  # sequences added to and removed from ``index``
 
@@ -69,14 +73,17 @@ class PendingSnapshots:
         return self._entries[holder].content.namespace
 
     @property
-    def trunks(self) -> list[str]:
+    def trunks(self) -> Collection[str]:
         """The holders of shared prefixes that are not saved yet. The request that computes one may leave before."""
-        return [entry.holder for entry in self._entries.values() if entry.slot is not None]
+        return self._trunk_holders.keys()
 
     def add(self, content: Content, until: float, backend: str, slot: SlotKey | None = None) -> PendingSave:
         name = "leaving" if slot is None else "prefix"
         entry = PendingSave(f"{name}-{next(self._serial)}", content, until, backend, slot)
         self._entries[entry.holder] = entry
+        if slot is not None:
+            self._trunks.setdefault(slot, {})[entry.holder] = entry
+            self._trunk_holders[entry.holder] = None
         marked = marker(content.namespace) + content.tokens
         self.index.insert(entry.holder, marked)
         self.changes.note(marked)
@@ -85,6 +92,11 @@ class PendingSnapshots:
     def end(self, entry: PendingSave) -> None:
         """Remove a pending save, which is a snapshot now or has failed. Idempotent."""
         if self._entries.pop(entry.holder, None) is not None:
+            if entry.slot is not None:
+                del self._trunk_holders[entry.holder]
+                del self._trunks[entry.slot][entry.holder]
+                if not self._trunks[entry.slot]:
+                    del self._trunks[entry.slot]
             self.index.drop(entry.holder)
             self.changes.note(marker(entry.content.namespace) + entry.content.tokens)
 
@@ -97,12 +109,17 @@ class PendingSnapshots:
 
     def trunks_of(self, slot: SlotKey) -> list[PendingSave]:
         """The shared prefixes that the request in ``slot`` is going to save."""
-        return [entry for entry in self._entries.values() if entry.slot == slot]
+        return [*self._trunks.get(slot, {}).values()]
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
         self.index.check()
         assert self.index.holders() == self._entries.keys(), "what is leaving is indexed"
+        trunks = {holder for of_slot in self._trunks.values() for holder in of_slot}
+        expected = {holder for holder, entry in self._entries.items() if entry.slot is not None}
+        assert trunks == self._trunk_holders.keys() == expected, (
+            "shared prefixes to come are found by their slots"
+        )
 
 
 def content_of(snapshot: WithTokens) -> Content:
