@@ -165,7 +165,8 @@ async def test_asking_loads_nothing(tmp_path: Path) -> None:
             assert await states(it) == {"m1": "unloaded", "m2": "unloaded"}
             assert (await it.get("/health"))[0] == 200
             if name is not None:
-                await it.chat(ONE, model=name)
+                long = [{"role": "user", "content": letters(1, 3000)}]  # a short one may not be worth a save
+                await it.chat(long, model=name)
                 async with asyncio.timeout(20):
                     while it.offspring:  # noqa: ASYNC110 - another process ends it
                         await asyncio.sleep(0.1)
