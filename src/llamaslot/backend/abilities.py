@@ -36,6 +36,10 @@ NO_DIRECTORY = (
     "slot_save_path is not set: a context that leaves its slot is computed again. Set it to the directory that"
     " llama-server was given as --slot-save-path, as seen from here; that of another machine must be mounted (NFS)"
 )
+NO_REWIND = (
+    "%s: this model (%s) resumes only at the exact end of a context or at a checkpoint near it; a prompt that differs"
+    " earlier is computed again%s"
+)
 NO_CHECKPOINTS = (
     "this build of llama-server keeps no checkpoints in slot files: a snapshot ends with its prompt, and the answer"
     " behind it is computed again. A build after b11434 mends it"
@@ -190,7 +194,7 @@ class Probes:
                 self.rates.size.observe(saved.n_tokens, saved.n_bytes)
             except SlotActionFailed as error:
                 log.warning(
-                    "%s: no probe could be saved, so llamaslot estimates the size of snapshots: %s",
+                    "%s: the size of snapshots is estimated, as no probe could be saved: %s",
                     self.api.name, error,
                 )  # fmt: skip
             finally:
@@ -217,12 +221,8 @@ class Probes:
         if n_reused >= n_back - 1:
             return CacheKind.DENSE  # also SWA with --swa-full
         cache_kind = CacheKind.SWA if cache_kind is CacheKind.SWA else CacheKind.RECURRENT
-        hint = "; --swa-full avoids that if there is memory for it" if cache_kind is CacheKind.SWA else ""
-        log.info(
-            "%s: a context of this model (cache kind %s) can be continued only at its exact end or at a checkpoint near"
-            " it; a prompt that differs earlier is computed again%s",
-            self.api.name, cache_kind.value, hint,
-        )  # fmt: skip
+        hint = "; --swa-full mends it where memory allows" if cache_kind is CacheKind.SWA else ""
+        log.info(NO_REWIND, self.api.name, cache_kind.value, hint)
         return cache_kind
 
     async def checkpoints(self, slot: int) -> Files:
@@ -252,8 +252,7 @@ class Probes:
             is_end_enough = await reused(parted + head(other, 2)) == count(parted)
         except SlotActionFailed as error:
             log.info(
-                "%s: no probe could be restored, so llamaslot learns from the first restores whether slot files hold"
-                " checkpoints: %s",
+                "%s: whether snapshots hold checkpoints shows at the first restores, as no probe could be restored: %s",
                 self.api.name, error,
             )  # fmt: skip
             return Files()

@@ -130,21 +130,26 @@ class SlotWorth:
             near.update(worth_a_look(ranks, match.n_shared, most_shared, besides))
         return [self.slots[slot] for slot in sorted(near)]
 
-    def cheapest(self, now: float) -> tuple[float, float] | None:
-        """Return the smallest cost in seconds of losing an idle slot, and the time when this slot was last used. None
-        if no slot is idle. The cost may be slightly out of date, because other copies of the content may have come or
-        gone.
+    def cheapest(self, now: float) -> dict[bool, tuple[float, float]]:
+        """Find the idle slots whose loss costs least: one without a large context (key False) and one with such a
+        context (True). Returns, for those that there are, the seconds of that loss and the time when the slot was last
+        used. Where another slot or a snapshot has the same content, that may have changed since the cost was computed.
         """
+        self._refresh()
         if len(self.slots) > _FEW_SLOTS and self.rewind_model.is_rewindable:
-            self._refresh()
             self._rank(now)
-            first = min((ranks[0] for ranks in self._ranks.values() if ranks), default=None)
-            return (first[0] * TIE_S, first[1]) if first is not None else None
-        self._compute_outdated()
-        return min(
-            ((self._loss_s(self.of(slot), slot, now), slot.used_at) for slot in self.slots if slot.is_idle),
-            default=None,
-        )
+            return {
+                is_large: (ranks[0][0] * TIE_S, ranks[0][1])
+                for is_large, ranks in self._ranks.items()
+                if ranks
+            }
+        found = dict[bool, tuple[float, float]]()
+        for slot in self.slots:
+            if slot.is_idle:
+                worth = self.of(slot)
+                offer = self._loss_s(worth, slot, now), slot.used_at
+                found[worth.is_large] = min(found.get(worth.is_large, offer), offer)
+        return found
 
     @staticmethod
     def _loss_s(worth: Worth, slot: Slot, now: float) -> float:

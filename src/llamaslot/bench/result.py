@@ -1,6 +1,4 @@
-"""The result of a benchmark, and the figures that follow from it. It is saved as JSON, and a later benchmark can be
-compared with it.
-"""
+"""The result of a benchmark, and the figures that follow from it. Saved as JSON, and read again to compare with."""
 
 from __future__ import annotations
 
@@ -16,12 +14,11 @@ FORMAT = 1
 
 
 class Request(Struct):
-    """One request and its answer. ``sent_s``, ``first_s`` (first token of the answer, None if none came) and ``end_s``
-    are seconds since the run began. ``n_prompt``, ``n_reused``, ``n_answer``: tokens of the prompt, those reused (None
-    if the server does not report them), and tokens of the answer.
+    """One request and its answer. Times in seconds since the run began; ``first_s``: of the first token of the answer,
+    None if none came; ``n_reused``: None if the server does not tell.
 
-    ``n_unlimited``: tokens that a cache of unlimited size would have reused: those of the conversation's previous
-    prompt and answer, 0 for the first turn. ``error``: what went wrong, in few words; empty if nothing did.
+    ``n_unlimited``: tokens that a cache of unlimited size would have reused: the prompt and answer before it in its
+    conversation, 0 for the first turn. ``error``: empty, or what went wrong, in few words.
     """
 
     user: str
@@ -37,14 +34,13 @@ class Request(Struct):
 
     @property
     def wait_s(self) -> float | None:
-        """The seconds from sending the request to the first token; None if no token came."""
+        """The seconds from sending the request to its first token."""
         return None if self.first_s is None else self.first_s - self.sent_s
 
 
 class Run(Struct):
-    """One pass of the workload. ``makespan_s``: seconds from the first request to the last answer. ``n_counted``:
-    prompt tokens that the server computed meanwhile, by its own metric ``counter``; None if it has none.
-    """
+    """One pass of the workload. ``n_counted``: prompt tokens computed meanwhile by the server's own counter, whose name
+    is ``counter``; None if it shows none."""
 
     makespan_s: float
     requests: list[Request]
@@ -53,9 +49,7 @@ class Run(Struct):
 
 
 class Side(Struct):
-    """One of the servers that were compared, and its runs. ``about``: slots, context and build, in words. ``n_ctx``:
-    tokens of a slot's context, None if unknown.
-    """
+    """One of the servers that were compared, and its runs."""
 
     name: str
     url: str
@@ -66,7 +60,7 @@ class Side(Struct):
 
 
 class Result(Struct):
-    """The result of a benchmark. ``workload``: its description in words. ``at``: the date and time of its end."""
+    """The result of a benchmark. ``workload``: in words."""
 
     workload: str
     at: str
@@ -79,7 +73,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def load(path: Path) -> Result:
-    """Read a saved result. Raises OSError, and ValueError if the file is no result of this version."""
+    """Read a saved result. Raises OSError, and ValueError if the file is no result."""
     try:
         result = msgspec.json.decode(path.read_bytes(), type=Result)
     except msgspec.MsgspecError as error:
@@ -90,7 +84,7 @@ def load(path: Path) -> Result:
 
 
 class Figures(Struct):
-    """The measures of one server, over all its runs. A measure that is not known is None."""
+    """The measures of one side, over all its runs. None for what is not known."""
 
     n_answered: int
     n_failed: int
@@ -116,9 +110,7 @@ class Figures(Struct):
 
     @property
     def disagreement(self) -> float | None:
-        """The relative difference of computed prompt tokens: the server's own counter over what its answers report,
-        less 1. None if one of them is unknown.
-        """
+        """The difference between the server's own counter and what its answers tell, as a fraction."""
         if self.n_counted is None or not self.n_computed:
             return None
         return self.n_counted / self.n_computed - 1
@@ -170,14 +162,12 @@ def _unfairness(requests: Sequence[Request]) -> float | None:
 
 
 def percentile(ordered: Sequence[float], part: float) -> float | None:
-    """Return the value that a fraction ``part`` (0 to 1) of the sorted values do not exceed; None if there are no
-    values.
-    """
+    """The value that a fraction ``part`` (0 to 1) of the sorted values do not exceed; None without any."""
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)] if ordered else None
 
 
 class Row(Struct):
-    """A line of the table: the value of each server as text, and the ratio of the first to the second."""
+    """A line of the table: a value for each side as text, and how the first compares with the second."""
 
     name: str
     cells: list[str]
@@ -185,7 +175,7 @@ class Row(Struct):
 
 
 def rows(sides: Sequence[Side]) -> list[Row]:
-    """Return the table of all measures of a benchmark, one row each."""
+    """The table of all measures of a benchmark, one row each."""
     of = [figures(side) for side in sides]
 
     def row(name: str, value: Callable[[Figures], float | None], show: Callable[[float], str]) -> Row:
@@ -225,7 +215,7 @@ def seconds(value: float) -> str:
 
 
 def verdict(sides: Sequence[Side]) -> list[str]:
-    """Return the sentences that a reader should see first: the main results, and what makes them doubtful."""
+    """What a reader should know first, in sentences."""
     of = [figures(side) for side in sides]
     said = []
     if len(sides) == 2:

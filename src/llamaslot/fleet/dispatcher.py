@@ -210,7 +210,7 @@ class Dispatcher:
         Looked up once for each request, and again if its snapshot is gone, because usually a newer one has replaced
         it.
         """
-        tables = self.backends.connected.libraries
+        tables = [group[0] for group in self.backends.connected.libraries]
         for waiting in self.queue:
             if waiting.wants is None or not any(table.has_snapshot(waiting.wants) for table in tables):
                 found = (table.best_snapshot(waiting.request) for table in tables)

@@ -44,9 +44,12 @@ class OpenBackends:
         return max(self.tables.values(), key=lambda table: table.n_idle)
 
     @cached_property
-    def libraries(self) -> list[SlotTable]:
-        """One table for each directory of snapshots: those that share one have the same snapshots."""
-        return list({id(table.model_snapshots): table for table in self.tables.values()}.values())
+    def libraries(self) -> list[list[SlotTable]]:
+        """For each directory of snapshots, the tables of the backends that share it: they have the same snapshots."""
+        groups = dict[int, list[SlotTable]]()
+        for table in self.tables.values():
+            groups.setdefault(id(table.model_snapshots), []).append(table)
+        return [*groups.values()]
 
     def idle_changed(self, table: SlotTable) -> None:
         """A slot of ``table`` is idle now, or no longer."""

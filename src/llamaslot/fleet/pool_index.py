@@ -3,8 +3,7 @@ with an idle slot that costs least.
 
 A close look at one backend (``SlotTable.view``) takes 0.1 to 0.2 ms, so of many backends only a few are looked at.
 They are found in one index of the tokens of all slots, and in sorted lists of backends with idle slots. Finding them
-costs about the same for 10 and for 1,000 backends. A placement with its lease takes 1.0 ms of CPU with 10 backends of
-4 slots, 1.6 ms with 100, and 5.6 ms with 1,000, because of loops over all backends (``dispatch_pass``).
+costs about the same for 10 and for 1,000 backends.
 """
 
 from __future__ import annotations
@@ -23,15 +22,16 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.fleet.open_backends import OpenBackends
+from llamaslot.scheduling.placement import TIE_S
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotKey
 
-_N_NEAREST, _N_OTHERS = 3, 2
+_N_NEAREST, _N_ON_DISK, _N_OTHERS = 3, 2, 2
 _FEW = 8  # a pool of at most so many backends has no index: all are looked at
 _N_HITS = 32  # slots that share most with a request; several may be of one backend, and some may be at work
 # Of the backends with idle slots, the cheapest and the fastest are compared: of two backends with the same speed only
 # the cheaper one can be chosen.
-_N_CHEAPEST, _N_FASTEST = 12, 4
+_N_CHEAPEST, _N_FASTEST = 8, 4
 _DEPTH = 5_000  # tokens; backends are ordered by their speed there
 _VALID_S = 60.0  # the cost of a loss falls by 3 % meanwhile
 _RENEWED = 4  # old ranks computed again at each placement
@@ -42,11 +42,12 @@ _Fastest = tuple[float, str]
 
 class _Rank(NamedTuple):
     """The sort keys of a backend with an idle slot, as they were at the time ``at``. ``cheapest``: the seconds that
-    the loss of its cheapest idle slot costs, the time when that slot was last used, and the backend's name.
-    ``fastest``: the seconds of prefill for a token, and the backend's name.
+    the loss of its cheapest idle slot costs, the time when that slot was last used, and the backend's name; False: of
+    the slots without a large context, True: of those with one. ``fastest``: the seconds of prefill for a token, and the
+    backend's name.
     """
 
-    cheapest: _Cheapest
+    cheapest: dict[bool, _Cheapest]
     fastest: _Fastest
     at: float
 
@@ -63,7 +64,7 @@ class PoolIndex:
         self._found = InNamespaces(self._index, self._namespace_of)
         self._stale = set[str]()
         self._ranks: dict[str, _Rank] = {}  # the one ranked longest ago comes first
-        self._cheapest: list[_Cheapest] = []
+        self._cheapest: dict[bool, list[_Cheapest]] = {False: [], True: []}
         self._fastest: list[_Fastest] = []
 
     def attach(self, table: SlotTable) -> None:
@@ -122,13 +123,16 @@ class PoolIndex:
             here = {name: table for name, table in here.items() if table.n_ctx > n} or here
         if len(here) <= _FEW or not self._is_kept:
             return [*here.values()]
-        nearest = self._nearest(here, request)
+        self._renew(now)
+        found = self._nearest(here, request)
         n_reserved = Counter(slot.backend for slot in reserved)
-        full = (name for name, n_slots in n_reserved.items() if name in here and here[name].n_idle <= n_slots)
-        others = self._others(here, {*nearest, *full}, n, now)
-        return [*nearest.values(), *others] or [*islice(here.values(), _FEW)]
+        full = {name for name, n_slots in n_reserved.items() if name in here and here[name].n_idle <= n_slots}
+        found |= dict.fromkeys(self._on_disk(among, here, full, request))
+        found |= dict.fromkeys(self._others(here, {*found, *full}, n))
+        return [here[name] for name in found] or [*islice(here.values(), _FEW)]
 
-    def _nearest(self, here: dict[str, SlotTable], request: Request) -> dict[str, SlotTable]:
+    def _nearest(self, here: Mapping[str, SlotTable], request: Request) -> dict[str, None]:
+        """Find the backends with the slots that share most with ``request``; of equal ones, those with an idle slot."""
         if request.no_cache:
             return {}
         least, shared = min(NEGLIGIBLE_TOKENS, request.n_tokens // 2), dict[str, int]()
@@ -137,26 +141,53 @@ class PoolIndex:
                 break
             if hit.holder.backend in here:
                 shared.setdefault(hit.holder.backend, hit.n_shared)
-        if len(shared) > _N_NEAREST:
-            shared = dict.fromkeys(
-                heapq.nlargest(_N_NEAREST, shared, key=lambda name: (shared[name], here[name].n_idle > 0)), 0
-            )
-        return {name: here[name] for name in shared}
+        if len(shared) <= _N_NEAREST:
+            return dict.fromkeys(shared)
 
-    def _others(
-        self, here: dict[str, SlotTable], besides: Collection[str], n_tokens: int, now: float
-    ) -> list[SlotTable]:
-        self._renew(now)
-        names = {
-            *_first(_N_CHEAPEST, (name for _, _, name in self._cheapest), here, besides),
-            *_first(_N_FASTEST, (name for _, name in self._fastest), here, besides),
-        }
+        def key(name: str) -> tuple[int, bool]:
+            return shared[name], here[name].n_idle > 0
 
-        def cost(name: str) -> tuple[float, float, str]:
-            loss_s, used_at, _ = self._ranks[name].cheapest
-            return round(loss_s + here[name].rates.prefill.seconds(0, n_tokens), 2), used_at, name
+        return dict.fromkeys(heapq.nlargest(_N_NEAREST, shared, key=key))
 
-        return [here[name] for name in heapq.nsmallest(_N_OTHERS, names, key=cost)]
+    def _on_disk(
+        self, among: OpenBackends, here: Mapping[str, SlotTable], full: Collection[str], request: Request
+    ) -> list[str]:
+        """If the backends have several directories: find those that restore a part of ``request`` from their own, and
+        have the cheapest idle slots. This costs a look-up for each directory.
+        """
+        if len(among.libraries) < 2 or request.no_cache:
+            return []
+        costs_s = dict[str, float]()
+        for group in among.libraries:
+            library = group[0].model_snapshots
+            hits = library.in_namespaces.match(request.tokens, request.reads, 1) if library.snapshots else []
+            if not hits or hits[0].n_shared < NEGLIGIBLE_TOKENS:
+                continue
+            offers = [
+                min(self._ranks[name].cheapest.values())
+                for table in group
+                if (name := table.backend) in here and name in self._ranks and name not in full
+            ]
+            if offers:
+                loss_s, _, name = min(offers)
+                n_shared = min(hits[0].n_shared, request.n_tokens)
+                costs_s[name] = loss_s + here[name].rates.prefill.seconds(n_shared, request.n_tokens)
+        return heapq.nsmallest(_N_ON_DISK, costs_s, key=costs_s.__getitem__)
+
+    def _others(self, here: Mapping[str, SlotTable], besides: Collection[str], n_tokens: int) -> list[str]:
+        """Find the backends with the cheapest idle slots; for a small request, slots without a large context first."""
+        names = set(_first(_N_FASTEST, (name for _, name in self._fastest), here, besides))
+        for ranks in self._cheapest.values():
+            names.update(_first(_N_CHEAPEST, (name for _, _, name in ranks), here, besides))
+
+        def cost(name: str) -> tuple[bool, int, float, str]:
+            cheapest, table = self._ranks[name].cheapest, here[name]
+            is_small = n_tokens < table.rules.small_prompt_tokens
+            loss_s, used_at, _ = cheapest[False] if is_small and False in cheapest else min(cheapest.values())
+            seconds = loss_s + table.rates.prefill.seconds(0, n_tokens)
+            return is_small and False not in cheapest, round(seconds / TIE_S), used_at, name
+
+        return heapq.nsmallest(_N_OTHERS, names, key=cost)
 
     def _renew(self, now: float) -> None:
         """Compute the ranks of the backends that have changed, and some of the oldest ranks."""
@@ -168,18 +199,20 @@ class PoolIndex:
         for name in {*self._stale, *old}:
             self._drop_rank(name)
             table = self._tables[name]
-            if (offer := table.worth.cheapest(now)) is None:
+            if not (cheapest := table.worth.cheapest(now)):
                 continue
-            loss_s, used_at = offer
-            rank = _Rank((loss_s, used_at, name), (table.rates.prefill.per_token_s(_DEPTH), name), now)
+            offers = {is_large: (*offer, name) for is_large, offer in cheapest.items()}
+            rank = _Rank(offers, (table.rates.prefill.per_token_s(_DEPTH), name), now)
             self._ranks[name] = rank
-            insort(self._cheapest, rank.cheapest)
+            for is_large, offer in offers.items():
+                insort(self._cheapest[is_large], offer)
             insort(self._fastest, rank.fastest)
         self._stale.clear()
 
     def _drop_rank(self, backend: str) -> None:
         if (rank := self._ranks.pop(backend, None)) is not None:
-            del self._cheapest[bisect_left(self._cheapest, rank.cheapest)]
+            for is_large, offer in rank.cheapest.items():
+                del self._cheapest[is_large][bisect_left(self._cheapest[is_large], offer)]
             del self._fastest[bisect_left(self._fastest, rank.fastest)]
 
     def _namespace_of(self, slot: SlotKey) -> Namespace:
@@ -192,7 +225,9 @@ class PoolIndex:
         if not self._is_kept:
             return
         self._index.check()
-        assert self._cheapest == sorted(rank.cheapest for rank in self._ranks.values()), "ranks ascend"
+        for is_large, ranks in self._cheapest.items():
+            offers = [rank.cheapest[is_large] for rank in self._ranks.values() if is_large in rank.cheapest]
+            assert ranks == sorted(offers), "ranks ascend"
         assert self._fastest == sorted(rank.fastest for rank in self._ranks.values()), "speeds ascend"
         for name, table in self._tables.items():
             is_ranked = name in self._ranks or name in self._stale

@@ -1,5 +1,5 @@
-"""The last decisions and their reasons: in which slot a request was placed, which place was next best, what it waited
-for, what was saved. The journal has numbers and names only. Text of prompts is in it only with ``log.prompts``.
+"""The last decisions and their reasons: where a request was placed, the alternatives, what it waited for, what was
+saved. It contains numbers and names only, never a token or a text.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ KEPT = 1000
 
 
 class Option(Struct, frozen=True):
-    """A place that a decision considered: a slot, and where its prefix comes from. ``n_reused``: prompt tokens expected
-    to be reused there. ``terms``: the cost in estimated seconds by purpose (wait, save, evict, …), without those that
-    are 0.
-    """
+    """A place that a decision considered. ``terms``: estimated seconds by purpose, without those that are 0."""
 
     slot: SlotKey
     source: str
@@ -46,10 +43,9 @@ class Option(Struct, frozen=True):
 
 
 class Waited(Struct):
-    """A period in which a request waited in the queue for a place (``what``), because waiting for it was cheaper than
-    the best place available at once (``instead``, None if there was none).
+    """A period in which a request waited for a cheaper place than those available.
 
-    ``expected_s``: estimated seconds of the wait; ``seconds``: actual ones, None until the wait is over.
+    ``expected_s``: estimated; ``seconds``: actual, None until it is over.
     """
 
     what: Option
@@ -59,9 +55,8 @@ class Waited(Struct):
 
 
 class Act(Struct, frozen=True):
-    """A step that was performed: a save, erase, restore or prefill. ``is_done``: False if it failed. ``n_tokens``:
-    tokens that it saved, restored or computed. ``waited_s``: seconds that it waited for other steps and requests; of
-    these, ``paused_s`` for running streams. ``n_interruptions``: how often it stopped for another request.
+    """A step that was performed. ``n_tokens``: saved, restored or computed. ``waited_s``: seconds spent waiting for
+    its turn, of these ``paused_s`` for running streams. ``n_interruptions``: how often it stopped for another request.
     """
 
     step: str
@@ -76,15 +71,13 @@ class Act(Struct, frozen=True):
 
 
 class Decision(Struct):
-    """The journal's entry of one request, from its placement to its answer; or of one save that llamaslot made by
-    itself.
+    """One request from its place to its answer, or one save that llamaslot made by itself.
 
-    ``at``: when the entry began, in seconds since 1970. ``user``: the request's user, empty for llamaslot's own work.
-    ``queued_s``: seconds in the queue. ``n_expected``: prompt tokens expected to be reused when all steps were done;
-    ``n_reused``: those that llama-server reused. Both are None until llama-server has reported. ``rewrote``: names of
-    the rules that changed the system prompt. ``is_assisted``: False if llama-server chose the slot; then ``chosen``,
-    ``next_best`` and ``slot`` are None. ``diverged``: where the prompt differs from cached text, if many tokens were
-    computed again because of that.
+    ``at``: seconds since 1970. ``user``: the request's user, empty for llamaslot's own work. ``queued_s``: total time
+    in the queue. ``n_expected``: tokens expected to be reused after the steps; ``n_reused``: tokens reused, None
+    until that is known. ``rewrote``: rules that changed its system prompt. ``is_assisted``: false if llama-server
+    chose the slot; then there is no place. ``diverged``: where the prompt differs from cached text, if much was
+    recomputed because of that.
     """
 
     id: str
@@ -146,24 +139,24 @@ class Decision(Struct):
 
 
 class Journal:
-    """The last ``KEPT`` decisions. ``clock`` returns seconds since 1970."""
+    """The last ``KEPT`` decisions. ``clock`` returns the time of day."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._decisions: deque[Decision] = deque(maxlen=KEPT)
 
     def begin(self, id_: str, n_tokens: int, user: str = "") -> Decision:
-        """Add and return a new entry; the caller fills it in."""
+        """Add a new entry, which the caller fills in."""
         decision = Decision(id_, self._clock(), n_tokens, user=user)
         self._decisions.append(decision)
         return decision
 
     def latest(self, n: int = KEPT) -> Iterator[Decision]:
-        """Return the last ``n`` decisions, newest first."""
+        """The last ``n`` decisions, newest first."""
         return map(Decision.resolved, islice(reversed(self._decisions), n))
 
     def since(self, at: float) -> Iterator[Decision]:
-        """Return the decisions that began after ``at`` (seconds since 1970), newest first. Some may be unfinished."""
+        """The decisions that began after ``at``, newest first, each as far as it has come."""
         return takewhile(lambda decision: decision.at > at, reversed(self._decisions))
 
     def __len__(self) -> int:
@@ -171,7 +164,7 @@ class Journal:
 
 
 def explain(decision: Decision) -> str:
-    """Return a decision as one line of text. An unfinished one says what the request waits for."""
+    """A decision in one line, as far as it has come."""
     who = f"{decision.id} {decision.n_tokens:,} tok"
     if not decision.is_assisted:
         return f"{decision.id} -> llama-server chooses the slot"
@@ -221,7 +214,7 @@ def _seconds(seconds: float) -> str:
 
 
 class DecisionRecorder:
-    """Writes the journal's entry of one request. The first call of a ``record_…`` method makes the entry."""
+    """Writes the journal entry of one request. There is no entry before the request's first decision."""
 
     def __init__(self, journal: Journal, request: Request, now: Callable[[], float]) -> None:
         self._journal, self._request, self._now = journal, request, now
@@ -229,9 +222,8 @@ class DecisionRecorder:
         self.decision: Decision | None = None
 
     def record_wait(self, wait: Wait, expected_s: float | None = None) -> None:
-        """Record that the request waits for the place of ``wait``. Nothing is recorded if ``wait`` names no place, or
-        the place for which the request already waits. ``expected_s``: estimated seconds of the wait, if they are not
-        those in its cost (for a prefix that another request computes).
+        """Record that the request waits for a specific place. A repeated call changes nothing. ``expected_s``: given
+        if the wait may be longer than its share of the cost (for a prefix that is being computed).
         """
         if wait.place is None or wait.for_s is None:
             return
@@ -258,14 +250,12 @@ class DecisionRecorder:
         _say(decision)
 
     def found(self, n_prompt: int, n_reused: int) -> None:
-        """Record the token counts of a request for which llama-server chose the slot."""
+        """Record that llama-server has chosen the slot and reports these token counts."""
         decision = self._begun()
         decision.n_tokens, decision.n_reused = n_prompt, n_reused
 
     def record_step(self, slot: SlotKey, act: Act) -> None:
-        """Record a step that ended in ``slot``. Without a plan (a save by llamaslot itself) the entry is logged at
-        once.
-        """
+        """Record a step. A step without a plan (a save by llamaslot itself) is an entry of its own."""
         decision = self._begun()
         is_own = decision.chosen is None and decision.plan is None
         decision.slot = slot
@@ -279,16 +269,16 @@ class DecisionRecorder:
         decision.n_expected, decision.n_reused = n_expected, n_reused
 
     def rewrote(self, rules: list[str]) -> None:
-        """Record the names of the rules that have changed the request's system prompt."""
+        """Record the rules that have changed the request's system prompt; called first."""
         if rules:
             self._begun().rewrote = rules
 
     def diverged(self, told: dict[str, object]) -> None:
-        """Record where the prompt differs from cached text, so that many tokens were computed again."""
+        """Record why much of the prompt was computed again."""
         self._begun().diverged = told
 
     def ended(self) -> None:
-        """Record that the wait of the request has ended: it got its slot, or left the queue. Idempotent."""
+        """Record that the request waits no longer, served or not. Idempotent."""
         if self.decision is not None and self.decision.waits:
             self._end_wait(self.decision.waits[-1])
 

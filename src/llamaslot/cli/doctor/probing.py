@@ -1,7 +1,6 @@
-"""The probes of a llama-server by ``llamaslot doctor``, if no llamaslot serves it now. Each finding is an effect that
-was seen, not a flag that was read.
+"""What ``llamaslot doctor`` tries on a llama-server that no llamaslot serves at present: each finding by its effect.
 
-The probes use one or two idle slots. While other slots are working, only short probes are made.
+It works in one or two idle slots. Beside running answers it does only what is short.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MANY_CHECKPOINTS = 8
 
 
 class ServerProbes:
-    """Probes one llama-server. ``budget_s``: most seconds for filling a slot to its end; None: no limit."""
+    """Probes one llama-server. ``budget_s``: for filling a slot to its end; None: as long as it takes."""
 
     def __init__(self, settings: BackendConfig, api: LlamaServer, budget_s: float | None) -> None:
         self._name, self._api, self._budget_s = settings.name, api, budget_s
@@ -45,8 +44,8 @@ class ServerProbes:
         self.findings: list[Finding] = []
 
     async def examine(self) -> None:
-        """Make all probes and add their results to ``findings``. Raises BackendDown if llama-server stops answering.
-        Canceling gives the slots back first.
+        """Make all probes and add their results to ``findings``. Raises BackendDown. Canceling gives the slots back
+        first.
         """
         try:
             props = await self._api.props()
@@ -123,9 +122,7 @@ class ServerProbes:
     # -- slot files --------------------------------------------------------------------------------------------------
 
     async def _can_save(self, slot: int) -> bool:
-        """Save a few tokens of ``slot``, and rename and remove the file. Returns True if that worked; adds a finding
-        either way.
-        """
+        """Whether slots can be saved: save a few tokens, look where the file appears, rename and remove it."""
         async with asyncio.timeout(_STEP_S):
             can_save = await self._probes.can_save(slot, 0)
         if can_save:
@@ -149,8 +146,8 @@ class ServerProbes:
         return False
 
     async def _files(self, slot: int, props: Props, *, is_quiet: bool) -> None:
-        """For a model that cannot rewind to any token, find out whether its slot files can be used, and (if no slot is
-        working, ``is_quiet``) whether checkpoints make them large.
+        """For a model that cannot rewind to any token: whether its slot files can be used, and whether checkpoints
+        make them large.
         """
         kind = await self._step(lambda: self._probes.cache_kind(slot, props))
         if kind is None or kind is CacheKind.DENSE:
@@ -165,8 +162,8 @@ class ServerProbes:
             await self._step(lambda: self._checkpoints(slot, props))
 
     async def _checkpoints(self, slot: int, props: Props) -> None:
-        """Find out how much larger checkpoints make slot files, from the bytes of files after one, two and many tasks:
-        each task leaves two checkpoints, up to --ctx-checkpoints.
+        """How much larger checkpoints make slot files: each task leaves two, up to --ctx-checkpoints, so the bytes of
+        files after one, two and many tasks are compared.
         """
         n_each, n_first = 8, min(props.n_ctx // 2, 512)
         tokens = meaningless_tokens(n_first + n_each * (_MORE_TASKS + 1))
@@ -209,8 +206,8 @@ class ServerProbes:
     # -- slots -------------------------------------------------------------------------------------------------------
 
     async def _ram_cache(self, slot: int, *, is_alone: bool) -> None:
-        """Find out whether llama-server has a RAM cache. ``is_alone``: all slots are empty, so the probe may let
-        llama-server choose the slot; else it uses ``slot``.
+        """Whether llama-server has a RAM cache. ``is_alone``: no slot holds anything, so llama-server
+        may choose one.
         """
         has = await self._step(lambda: self._probes.has_ram_cache(None if is_alone else slot))
         if has:
@@ -223,7 +220,7 @@ class ServerProbes:
             self._say("RAM cache", "ok", "none in the way")
 
     async def _idle_slots(self, slot: int, other: int | None, others: list[SlotInfo], n_slots: int) -> bool:
-        """Return True if a task in ``slot`` empties idle slots. False also if that could not be tried."""
+        """Whether a task empties the idle slots. False also if that could not be tried."""
         held = {info.id for info in others if info.n_tokens} - {other}
         were_emptied = bool(held) and any(
             info.id in held and not info.n_tokens for info in await self._api.slots()
@@ -247,7 +244,7 @@ class ServerProbes:
     # -- speed -------------------------------------------------------------------------------------------------------
 
     async def _filled(self, slot: int, props: Props) -> Filled:
-        """Fill the slot to its end if that fits into the budget. Adds findings about batch size and context shift."""
+        """Fill the slot to its end if that is quick, and report the batch size and the context shift."""
         filled = await fill(self._api, slot, props.n_ctx - 5, self._budget_s)
         if filled.batch is not None:
             text = f"{filled.batch:,} tokens in {filled.batch_s:.2f} s: so long streams stand still beside a prompt"
@@ -315,9 +312,7 @@ class ServerProbes:
                 pass
 
     async def _step(self, probe: Callable[[], Awaitable[Any]]) -> Any:
-        """Return the result of a small probe. If llama-server refuses it or takes too long, add a finding and return
-        None.
-        """
+        """The result of a small probe; None, and a finding, if llama-server refuses it or takes too long."""
         try:
             async with asyncio.timeout(_STEP_S):
                 return await probe()
