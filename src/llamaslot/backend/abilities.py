@@ -29,12 +29,13 @@ _RAM_PROBE = 64  # tokens of the context that a probe displaces from its slot
 _MAX_WINDOW = 8192  # a longer sliding window is not probed: it would take too long at each start
 
 NO_SAVE_PATH = (
-    "llama-server runs without --slot-save-path: a context that leaves its slot is computed again. Start it with"
-    " --slot-save-path DIR and set its slot_save_path to the same directory"
+    "llama-server runs without --slot-save-path, so nothing is saved: a context whose slot another conversation takes"
+    " is computed again. Start llama-server with --slot-save-path DIR, and set its slot_save_path to the same directory"
 )
 NO_DIRECTORY = (
-    "slot_save_path is not set: a context that leaves its slot is computed again. Set it to the directory that"
-    " llama-server was given as --slot-save-path, as seen from here; that of another machine must be mounted (NFS)"
+    "slot_save_path is not set, so nothing is saved: a context whose slot another conversation takes is computed again."
+    " Set it to the directory of llama-server's --slot-save-path, as llamaslot sees it; if llama-server runs on another"
+    " machine, mount the directory here (NFS)"
 )
 NO_REWIND = (
     "%s: this model (%s) resumes only at the exact end of a context or at a checkpoint near it; a prompt that differs"
@@ -42,16 +43,17 @@ NO_REWIND = (
 )
 NO_CHECKPOINTS = (
     "this build of llama-server keeps no checkpoints in slot files: a snapshot ends with its prompt, and the answer"
-    " behind it is computed again. A build after b11434 mends it"
+    " after it is computed again. Builds after b11434 keep them"
 )
 SNAPSHOTS_UNUSABLE = (
     "this build of llama-server keeps no checkpoints in slot files, without which nothing of a sliding-window model's"
-    " snapshot can be used: none is written, and a context that leaves its slot is computed again. Start it with"
-    " --swa-full, or use a build after b11434"
+    " snapshot can be reused. So nothing is saved: a context whose slot another conversation takes is computed again."
+    " Start llama-server with --swa-full, or use a build after b11434"
 )
 STALE = (
-    "this build of llama-server resumes from checkpoints of another conversation after a restore, and answers wrongly:"
-    " nothing is saved or restored, and a context that leaves its slot is computed again. Use a newer build"
+    "after a restore this build of llama-server resumes from checkpoints of another conversation, and answers wrongly."
+    " So nothing is saved or restored: a context whose slot another conversation takes is computed again. Use a newer"
+    " build"
 )
 
 

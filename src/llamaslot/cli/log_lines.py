@@ -47,8 +47,8 @@ class _JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str, kind: str) -> None:
-    """Log one line per record to stderr. ``kind``: ``text``, with the time unless stderr goes to systemd's journal;
-    ``json``; ``auto``: text for a terminal and for the journal, else JSON.
+    """Set up the log: one line per record on stderr, from ``level`` on. ``kind``: ``text`` (without the time if stderr
+    goes to systemd's journal), ``json``, or ``auto``: text for a terminal and for the journal, else JSON.
     """
     handler = logging.StreamHandler()
     if kind == "json" or (kind == "auto" and not (sys.stderr.isatty() or _is_journal())):

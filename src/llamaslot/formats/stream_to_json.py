@@ -43,12 +43,12 @@ class Doubt(enum.StrEnum):
 
     #: The end of the text may be missing: llama-server does not stream a part of a character, nor what may be the
     #: beginning of a stop word.
-    HELD_BACK = "held back"
+    HELD_BACK = "the end of the text may be missing"
     #: Parsing has left nothing of the text (``<think></think>``, blanks). An answer without a stream has the raw text
     #: then.
-    UNPARSED = "unparsed"
+    UNPARSED = "parsing has left nothing of the text"
     #: The events have an unknown form, which will be the same in all streams of this llama-server.
-    UNKNOWN = "unknown"
+    UNKNOWN = "its events have an unknown form"
 
 
 class Incomplete(Unavailable):

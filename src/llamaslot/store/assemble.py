@@ -78,7 +78,9 @@ def assemble(pieces: Sequence[Piece], state: StateAt | None, earlier: Sequence[S
             sources[path] = source, source.extent()
         shape = _common_shape(pieces, sources)
         if shape.has_states is (state is None):
-            raise DoesNotFit(f"{pieces[-1].path.name}: a model with states needs one, another none")
+            raise DoesNotFit(
+                f"{pieces[-1].path.name}: has no state for a model with states, or one for a model without"
+            )
         _check(pieces, sources)
         n_streams = sources[pieces[-1].path][1].n_streams
         writer = _Writer(stack.enter_context(Copier(target)), sources, shape, n_streams)

@@ -59,7 +59,9 @@ class Outgoing(Struct, frozen=True):
         with Source(directory / self.rows[-1].file) as source:
             extent = source.extent()
         if extent.shape.has_states is not bool(self.states):  # checked before space is reserved
-            raise DoesNotFit(f"{self.rows[-1].file}: a model with states needs one, another none")
+            raise DoesNotFit(
+                f"{self.rows[-1].file}: has no state for a model with states, or one for a model without"
+            )
         attention, n_tokens = extent.shape.attention, self.rows[-1].end
         size_bytes = n_tokens * WIDTH + _MORE_BYTES + 16 * extent.n_streams
         if attention is not None:
