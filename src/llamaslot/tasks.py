@@ -93,7 +93,12 @@ class TaskOwner:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("task %s died: %r", task.get_name(), error, exc_info=error)
+            log.error(
+                "task %s died: internal error in llamaslot; please report it: %r",
+                task.get_name(),
+                error,
+                exc_info=error,
+            )
 
     def __len__(self) -> int:
         return len(self._tasks)

@@ -28,4 +28,4 @@ async def test_lora_scales_set_for_everybody_end_what_the_slots_held(tmp_path: P
             assert response.status == 200
         answer = await client.post("/v1/completions", prompt)
         assert answer["usage"]["prompt_tokens"] > 900
-        assert "reconnecting to llama-server" in stack.llamaslot.log
+        assert "reconnects to llama-server" in stack.llamaslot.log

@@ -266,7 +266,7 @@ async def test_a_disk_that_refuses_a_mark_costs_nothing(
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         await shelter.catalog.change_kind(snapshot.id, SnapshotKind.TRUNK, is_pinned=True)
-    assert "cannot mark " in caplog.text
+    assert "cannot write the sidecar of " in caplog.text
     assert shelter.catalog.snapshots[snapshot.id].is_pinned
 
 

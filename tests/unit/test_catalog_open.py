@@ -117,8 +117,8 @@ async def test_a_smaller_quota_is_enforced_at_opening(
     assert await shelter.settled() == shelter.whole()
     assert not shelter.dropped
     assert [record.message for record in caplog.records] == [
-        f"snapshots: 1 in {shelter.directory}, 2.9 KiB of 3.9 KiB used; "
-        "removed 0 unfinished and 0 broken, evicted 2, ignored 0 files of others"
+        f"snapshots: 1 in {shelter.directory}, 2.9 KiB used of the quota of 3.9 KiB; "
+        "removed 0 unfinished and 0 broken ones, evicted 2, left 0 unknown files alone"
     ]
 
 

@@ -246,7 +246,7 @@ async def test_an_unmounted_directory_is_not_taken_for_an_empty_one(
         os.unlink(path)
     for _ in range(3):
         await shelter.catalog.abandon(await shelter.catalog.reserve(1_000))
-    assert caplog.text.count("its lock file is missing; unmounted or moved?") == 1
+    assert caplog.text.count("its lock file is missing (unmounted? moved?)") == 1
     for path, data in content:
         shelter.put(path.name, data)
     assert await shelter.catalog.verify(snapshot.id) == snapshot
@@ -459,7 +459,7 @@ async def test_smaller_limits_hold_at_once(shelter: Shelter, caplog: pytest.LogC
         await shelter.catalog.settle()
         assert shelter.dropped == [saved[1].id, saved[2].id]
         assert shelter.bytes_on_disk() <= 4_500
-    assert "snapshots: 2 evicted for the new limits" in caplog.messages
+    assert "snapshots: 2 evicted to keep to the new limits of store" in caplog.messages
     shelter.catalog.take_limits(Limits(4_500, max_files=1))
     await shelter.catalog.settle()
     assert shelter.dropped == [saved[1].id, saved[2].id, saved[0].id]

@@ -157,7 +157,7 @@ def test_who_may_be_checked_as(box: Path) -> None:
     result = CliRunner().invoke(
         cli.main, ["serve", "--as", SYSTEM_USER, "--config", str(box / "config.yaml")]
     )
-    assert (result.exit_code, "--as goes with --check" in result.stderr) == (2, True)
+    assert (result.exit_code, "--as is for --check" in result.stderr) == (2, True)
 
 
 # -- a quota that the disk does not have ---------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_quota_beyond_the_disk_is_told(box: Path) -> None:
     assert beyond_disk(2 * n_free, 0, box, 2 * n_free) is None
     assert "store.quota is" in str(beyond_disk(2 * n_free, 0, box, 1 << 20))
     assert "1.0 MiB are there" in str(beyond_disk(2 * n_free, 0, box, 1 << 20))
-    assert "worth least goes" in str(beyond_disk(n_free // 2, n_free, box, 0)), (
+    assert "The least valuable are evicted" in str(beyond_disk(n_free // 2, n_free, box, 0)), (
         "what is left to others is not ours"
     )
     assert "min_free" not in str(beyond_disk(2 * n_free, 0, box, 0)), "all of the disk is ours"

@@ -177,7 +177,7 @@ def test_show_takes_the_beginning_of_an_id(stopped: StoppedStore, run: Run) -> N
     assert said["created"].endswith("(23 h ago)")
     for name, why in (
         ("zz", "there is no such snapshot"),
-        ("ls-", "4 snapshots begin like this; say more of it"),
+        ("ls-", "the ids of 4 snapshots begin so; give more characters"),
     ):
         refused = run("show", name)
         assert (refused.exit_code, refused.stderr) == (2, f"{name}: {why}\n")

@@ -470,7 +470,7 @@ def test_without_the_engine_a_managed_server_needs_a_command(
     [
         ("listen:\n  port: 1\n\thost: x\n", "line 3, column 1: "),
         ("listen: {port: 1\nstore: {}\n", "line 2, "),
-        ("listen:\n  port: 1\n  port: 2\n", "line 3, column 3: 'port' is there twice"),
+        ("listen:\n  port: 1\n  port: 2\n", "line 3, column 3: the key 'port' is there twice"),
         ("listen: !!python/object:os.system {}\n", "line 1, column 9: could not determine a constructor"),
         ("listen: 2026-13-45\n", "is not YAML: month must be in 1..12"),
         ("listen: \x01\n", "is not YAML: unacceptable character #x0001"),

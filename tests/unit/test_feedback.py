@@ -89,7 +89,7 @@ def test_a_snapshot_that_fails_twice_is_dropped(house: House, caplog: pytest.Log
         displace(house)
     assert snapshot not in house.catalog.snapshots
     assert f"{snapshot}.kv" not in house.server.files
-    lines = [record for record in caplog.records if "twice gave less" in record.getMessage()]
+    lines = [record for record in caplog.records if "twice in a row less" in record.getMessage()]
     assert [record.levelno for record in lines] == [logging.WARNING]
     assert house.metrics.retired._value.get() == 1
     house.check_nothing_is_left()

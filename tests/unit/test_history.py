@@ -104,7 +104,7 @@ async def test_a_damaged_file_is_said_once(
             await history.write()
             assert [its.id for its in history.latest] == ["a"]
             assert not history.is_kept
-    assert caplog.text.count("the page's history ends at a restart") == 1
+    assert caplog.text.count("the page forgets its history at a restart") == 1
     assert path.read_bytes() == content
 
 

@@ -100,7 +100,7 @@ def test_rm_takes_keys_away(run: Run, path: Path) -> None:
     [
         (("add", "a b"), "a b: a name should be 1 to 63 letters"),
         (("add", "-"), "a name should be"),
-        (("add", "ada"), "ada has a key already: choose another name, or take that one away"),
+        (("add", "ada"), "ada has a key already: choose another name, or remove the old key"),
         (("add", "bob", "--max-running", "0"), "0 is not in the range x>=1"),
         (
             ("ls", "--file", "/nowhere/keys.json"),

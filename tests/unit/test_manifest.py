@@ -229,7 +229,7 @@ async def test_every_flipped_byte_is_noticed(shelter: Shelter, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "there is no"),
+        (None, "does not exist"),
         (b"", "it is damaged, or of another version"),
         (b"somebody's\nfile", "it is damaged, or of another version"),
         (b'{"n": 1}', "not of this format: KeyError"),
@@ -351,4 +351,4 @@ async def test_a_new_directory_needs_no_word(tmp_path: Path, caplog: pytest.LogC
     assert caplog.messages == []
     (tmp_path / "ls-0123456789abcdef.json").touch()
     await register.read()
-    assert "reading all files" in caplog.text
+    assert "reading each sidecar" in caplog.text

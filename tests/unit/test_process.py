@@ -177,7 +177,7 @@ async def test_only_flags_that_help_names_are_passed(
 async def test_it_is_started_again_on_the_same_port_after_longer_and_longer(
     managed: Managed, script: Script, sleeper: Sleeper, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each death is followed by a start after twice the time; the log says how it died and its last words."""
+    """Each death is followed by a start after twice the time; the log says how it died, and its last line."""
     server = managed()
     port = server.port
     async with running(server):
@@ -191,7 +191,7 @@ async def test_it_is_started_again_on_the_same_port_after_longer_and_longer(
     assert server.port == port
     deaths = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert "ended with exit code 3" in deaths[0]
-    assert "its last words: out of memory" in deaths[0]
+    assert "llama.log: out of memory" in deaths[0]
     assert "was killed by SIGKILL" in deaths[3]
 
 

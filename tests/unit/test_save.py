@@ -354,7 +354,7 @@ class TestInTheBackground:
         assert table is not None
         assert house.catalog.snapshots == {}
         assert all(slot.content.is_dirty for slot in table.slots)
-        assert caplog.text.count("was not saved: ") == 1
+        assert caplog.text.count("could not be saved to disk: ") == 1
         house.catalog.is_disk_full = False
         house.loop.pass_time(60.0)
         house.start(house.idle_save.save_all(), "idle save")

@@ -301,7 +301,7 @@ async def test_what_cannot_be_told_apart_is_kept_whole(
         snapshot = await tree.take(A[:n], data=data)
         assert not snapshot.parts
         assert (tmp_path / snapshot.file_name).read_bytes() == data
-    assert caplog.text.count("slot files are kept whole") == 1
+    assert caplog.text.count("slot files of this model are kept whole") == 1
     tree.catalog.close()
 
 
@@ -579,7 +579,7 @@ async def test_one_damaged_file_takes_all_that_need_it(
     assert set(tree.catalog.snapshots) == {apart.id}
     (line,) = [line for line in caplog.messages if line.startswith("snapshot dropped:")]
     assert path.name in line
-    assert "(1 more" in line
+    assert "; 1 others that need the same file" in line
     await tree.check_all()
     tree.catalog.close()
 

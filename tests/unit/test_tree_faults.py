@@ -91,7 +91,7 @@ async def test_a_base_that_cannot_be_found_costs_no_save(
     draft = await tree.catalog.reserve(1 << 18)
     saved = await tree.commit(draft, pack(A), tree.write_file(draft, A), find_base=find_base)
     assert not saved.parts
-    assert "kept whole: 'no such root'" in caplog.text
+    assert "shares no rows with others: 'no such root'" in caplog.text
     await tree.check_all()
     tree.catalog.close()
 
@@ -120,10 +120,13 @@ async def test_a_damaged_base_is_named(tmp_path: Path, caplog: pytest.LogCapture
         path.write_bytes(data)
         second = await tree.take(tokens, after=first.id)
         assert not second.parts
-        assert f"{second.id} is kept whole: the file it goes on from" in caplog.text
+        assert (
+            f"{second.id} is kept whole, it shares no rows with others: the file it goes on from"
+            in caplog.text
+        )
         assert f"{first.file_name}: rows of type" in caplog.text
         await tree.catalog.drop(first.id)
-    assert "slot files are kept whole" not in caplog.text
+    assert "slot files of this model are kept whole" not in caplog.text
     await tree.check_all()
     tree.catalog.close()
 

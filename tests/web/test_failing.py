@@ -69,7 +69,7 @@ async def test_one_that_answers_500_draws_no_requests(
         assert (await it.chat("hello")).status == 200
         assert (await it.post("/tokenize", {"content": "hi"})).status == 200
         assert n_sent(it, place) <= 2
-        assert f"{place}: answers with errors, and gets no requests for 60 s while" in caplog.text
+        assert f"{place}: llama-server answers with errors; for 60 s it gets no request" in caplog.text
         it.fakes[place].overrides = {}
 
         def is_forgiven() -> bool:

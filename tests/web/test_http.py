@@ -508,7 +508,7 @@ async def test_there_may_be_so_many_connections(tmp_path: Path, caplog: pytest.L
         async with asyncio.timeout(PATIENCE_S):
             while not await is_let_in():  # noqa: ASYNC110  # llamaslot has no event for it
                 await asyncio.sleep(0.01)
-    assert caplog.text.count("2 connections are open") == 1
+    assert caplog.text.count("2 client connections are open") == 1
 
 
 async def test_an_upgrade_that_is_not_wanted_is_a_plain_request(tmp_path: Path) -> None:

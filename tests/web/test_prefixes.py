@@ -172,7 +172,7 @@ async def test_a_header_that_moves_is_told(
     assert found["message"] == (0 if path == CHAT else None)
     assert found["at"] < 100
     assert 2900 < found["n_lost"] < 3100
-    assert f"differs at token {found['at']}, in system" in caplog.text
+    assert f" tokens) at token {found['at']}, in system" in caplog.text
     assert "text" not in found
     assert "Tuesday" not in caplog.text
 

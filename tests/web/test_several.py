@@ -79,7 +79,7 @@ async def test_it_is_counted_and_said_without_its_words(
             assert (await it.post(path, OPAQUE[path])).status == 200
         for kind in ("messages", "responses"):
             assert await it.count(f'completions_untokenized_total{{kind="{kind}",reason="shape"}}') == 2
-    said = [line for line in caplog.messages if "could not be tokenized" in line]
+    said = [line for line in caplog.messages if "does not know the tokens of a prompt" in line]
     assert len(said) == 1
     assert all(letters(seed, 300)[:10] not in caplog.text for seed in (50, 51))
     assert "input_file" not in caplog.text

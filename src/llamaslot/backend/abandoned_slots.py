@@ -101,7 +101,7 @@ class AbandonedSlots:
             try:
                 infos = {info.id: info for info in await self._api.slots()}
             except LlamaslotError as error:
-                log.debug("%s: cannot poll /slots: %s", self._leases.backend, error)
+                log.debug("%s: a poll of llama-server's /slots failed: %s", self._leases.backend, error)
                 self.on_failure()
                 infos = {}
             polled_at = self._now()

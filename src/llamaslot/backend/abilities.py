@@ -37,10 +37,6 @@ NO_DIRECTORY = (
     " Set it to the directory of llama-server's --slot-save-path, as llamaslot sees it; if llama-server runs on another"
     " machine, mount the directory here (NFS)"
 )
-NO_REWIND = (
-    "%s: this model (%s) resumes only at the exact end of a context or at a checkpoint near it; a prompt that differs"
-    " earlier is computed again%s"
-)
 NO_CHECKPOINTS = (
     "this build of llama-server keeps no checkpoints in slot files: a snapshot ends with its prompt, and the answer"
     " after it is computed again. Builds after b11434 keep them"
@@ -196,7 +192,7 @@ class Probes:
                 self.rates.size.observe(saved.n_tokens, saved.n_bytes)
             except SlotActionFailed as error:
                 log.warning(
-                    "%s: the size of snapshots is estimated, as no probe could be saved: %s",
+                    "%s: no probe could be saved, so llamaslot estimates the size of snapshots: %s",
                     self.api.name, error,
                 )  # fmt: skip
             finally:
@@ -223,8 +219,12 @@ class Probes:
         if n_reused >= n_back - 1:
             return CacheKind.DENSE  # also SWA with --swa-full
         cache_kind = CacheKind.SWA if cache_kind is CacheKind.SWA else CacheKind.RECURRENT
-        hint = "; --swa-full mends it where memory allows" if cache_kind is CacheKind.SWA else ""
-        log.info(NO_REWIND, self.api.name, cache_kind.value, hint)
+        hint = "; --swa-full avoids that if there is memory for it" if cache_kind is CacheKind.SWA else ""
+        log.info(
+            "%s: a context of this model (cache kind %s) can be continued only at its exact end or at a checkpoint near"
+            " it; a prompt that differs earlier is computed again%s",
+            self.api.name, cache_kind.value, hint,
+        )  # fmt: skip
         return cache_kind
 
     async def checkpoints(self, slot: int) -> Files:
@@ -254,7 +254,8 @@ class Probes:
             is_end_enough = await reused(parted + head(other, 2)) == count(parted)
         except SlotActionFailed as error:
             log.info(
-                "%s: whether snapshots hold checkpoints shows at the first restores, as no probe could be restored: %s",
+                "%s: no probe could be restored, so llamaslot learns from the first restores whether slot files hold"
+                " checkpoints: %s",
                 self.api.name, error,
             )  # fmt: skip
             return Files()

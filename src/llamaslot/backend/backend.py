@@ -222,7 +222,7 @@ class Backend:
     def lost(self, table: SlotTable) -> None:
         """llama-server has restarted, so ``table`` is of another process: connect again. Queued requests wait."""
         if self.session is not None and self.session.table is table:
-            log.warning("%s: llama-server has restarted: its slots are empty", self.name)
+            log.warning("%s: llama-server has restarted, its slots are empty; reconnecting", self.name)
             self.metrics.restarts.inc()
             self._forget(Health.CONNECTING)
         self._doubt.set()
@@ -230,7 +230,7 @@ class Backend:
     def changed(self, why: str) -> None:
         """Connect again for the reason ``why``: what llamaslot knows of this process is no longer valid."""
         if self.session is not None:
-            log.info("%s: %s; reconnecting to llama-server", self.name, why)
+            log.info("%s: llamaslot reconnects to llama-server, because %s", self.name, why)
             self._forget(Health.CONNECTING)
         self._doubt.set()
 
@@ -251,7 +251,7 @@ class Backend:
         """Connect again, to probe why slots have lost their content. At most once in ten minutes."""
         if self.now() >= self._look_again_at:
             self._look_again_at = self.now() + _LOOK_AGAIN_S
-            self.changed("slots have lost their contexts three times in ten minutes")
+            self.changed("its slots have lost contexts three times in ten minutes")
 
     def doubt(self) -> None:
         """A request to llama-server has failed: check at once if the process is still there."""
@@ -307,7 +307,9 @@ class Backend:
                     return await self._members.replace_by_models(self, session.max_models)
             except (BackendDown, BackendRestarted) as error:
                 if str(error) != complaint:
-                    log.warning("%s: connecting failed, tried again each second: %s", self.name, error)
+                    log.warning(
+                        "%s: connecting to llama-server failed, tried again each second: %s", self.name, error
+                    )
                 complaint = str(error)
                 self._why_down = f"is not ready: {complaint}"
                 self._forget(Health.DOWN)
@@ -330,10 +332,7 @@ class Backend:
         except (BackendDown, BackendRestarted):
             raise
         except Exception as error:  # a bug in llamaslot must not prevent answers
-            log.exception(
-                "%s: internal error while connecting: llama-server chooses slots itself; please report it",
-                self.name,
-            )
+            log.exception("%s: internal error in llamaslot while connecting; please report it", self.name)
             return handshake.give_up(error)
 
     async def _until_healthy(self) -> None:
@@ -345,7 +344,7 @@ class Backend:
             pause_s = next(polls, None)
             if pause_s is None and not is_told:
                 is_told = True
-                log.info("%s: waiting for llama-server at %s, which %s", self.name, self.api.url, why)
+                log.info("%s: waiting until llama-server at %s is ready; it %s", self.name, self.api.url, why)
             await asyncio.sleep(pause_s or _HEALTH_POLL_S[-1])
 
     def _serve(self, session: ServerSession) -> None:
@@ -368,11 +367,11 @@ class Backend:
         self.metrics.assist.set(session.is_assisted)
         self._members.connected(self, session)
         if session.aside is not None:
-            log.warning("%s: assist is off: %s", self.name, session.aside)
+            log.warning("%s: assist is off (llama-server chooses the slots): %s", self.name, session.aside)
             return
         library = session.table.model_snapshots
         log.info(
-            "%s: connected to llama-server: %s with %d slots of %d tokens, %s; usable snapshots: %d",
+            "%s: connected to llama-server: model %s, %d slots of %d tokens each, cache kind %s, %d usable snapshots",
             self.name, session.model_name, len(session.table.slots), session.table.n_ctx,
             session.table.cache_kind.value, library.n_unread + len(library.snapshots),
         )  # fmt: skip
@@ -396,12 +395,15 @@ class Backend:
                     if isinstance(error, UpstreamError) and is_servers_own(error.status):
                         self.suspicion.blame(error)
                     elif isinstance(error, NotUnderstood) and session.props.n_slots is not None:
-                        self.changed("another program answers now")
+                        self.changed("another program answers at its address now")
                     else:
                         self.suspicion.end()
                     continue
                 self._why_down = "does not answer"
-                log.warning("%s: llama-server does not answer; requests get 503 until it does", self.name)
+                log.warning(
+                    "%s: llama-server does not answer; requests get 503, unless another backend takes them",
+                    self.name,
+                )
                 self._forget(Health.DOWN)
                 return
             if (props.boot_id, props.n_slots) != (session.props.boot_id, session.props.n_slots):
@@ -412,7 +414,7 @@ class Backend:
             self._prove(session, props)
             is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
             if is_due and await has_idle_slot(self.api, session.table):
-                self.changed("a slot is idle now")
+                self.changed("a slot is idle now in which it can probe llama-server")
 
     async def _watched_props(self) -> Props:
         """Return the answer to ``GET /props``. While it takes more than 2 s, other backends get the requests, if there

@@ -157,9 +157,9 @@ class CacheMisses:
         where, texts = await self._where(prompt, parted.at, body, format_), await self._texts(lease, holder)
         self._metrics.cache_misses.labels(where.where).inc()
         log.info(
-            "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; %d equal tokens after"
-            " that are computed again%s",
-            lease.request.id, parted.at, where, parted.n_held, holder.name, parted.n_lost, _quoted(texts),
+            "%s: cache miss: the prompt differs from the context of %s (%d tokens) at token %d, in %s; behind the"
+            " difference the two have %d tokens in common, which are computed again%s",
+            lease.request.id, holder.name, parted.n_held, parted.at, where, parted.n_lost, _quoted(texts),
         )  # fmt: skip
         _note(lease, "changed", holder, parted.n_lost, where, texts)
 
@@ -180,15 +180,15 @@ class CacheMisses:
         texts = await self._texts(lease, holder)
         if has_gone_back:
             log.info(
-                "%s: the conversation goes back to %s: it differs at token %d from the %d of %s; %d tokens before that"
-                " are computed again%s",
-                request.id, where, at, holder.n_tokens, holder.name, n_lost, _quoted(texts),
+                "%s: the conversation goes back to %s: its prompt differs from the context of %s (%d tokens) at token"
+                " %d; %d common tokens before the difference are computed again%s",
+                request.id, where, holder.name, holder.n_tokens, at, n_lost, _quoted(texts),
             )  # fmt: skip
         else:
             log.info(
-                "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; this model rewinds to"
-                " checkpoints only, so %d tokens before that are computed again%s",
-                request.id, at, where, holder.n_tokens, holder.name, n_lost, _quoted(texts),
+                "%s: cache miss: the prompt differs from the context of %s (%d tokens) at token %d, in %s; this model"
+                " rewinds to checkpoints only, so %d common tokens before the difference are computed again%s",
+                request.id, holder.name, holder.n_tokens, at, where, n_lost, _quoted(texts),
             )  # fmt: skip
         _note(lease, "went back" if has_gone_back else "checkpoint", holder, n_lost, where, texts)
 
@@ -227,7 +227,11 @@ class CacheMisses:
 
 
 def _quoted(texts: dict[str, str] | None) -> str:
-    return f": after {texts['before']!r} now {texts['now']!r}, earlier {texts['earlier']!r}" if texts else ""
+    return (
+        f"; text before it {texts['before']!r}, text now {texts['now']!r}, text earlier {texts['earlier']!r}"
+        if texts
+        else ""
+    )
 
 
 def _note(

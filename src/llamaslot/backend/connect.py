@@ -244,7 +244,7 @@ class Handshake:
                 if not adopted:
                     await self._empty(table, info.id, now, is_shared=not (lora or self.rules.is_isolated))
         for warning in self.probes.warnings:
-            log.warning("%s: llamaslot can do less here: %s", self.name, warning)
+            log.warning("%s: llamaslot can do less with this llama-server: %s", self.name, warning)
         busy = tuple(table.slots[info.id] for info in infos if info.is_processing)
         warnings = tuple(self.probes.warnings)
         names = _names(model)
@@ -282,7 +282,7 @@ class Handshake:
         If llama-server cannot erase slots at all, content in the shared namespace (``is_shared``) stays in the slot.
         That is harmless, because llama-server compares tokens itself."""
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
-            log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
+            log.warning("%s: slot %d could not be erased; its unknown content is not reused", self.name, slot)
             table.take(table.slots[slot], Request("adoption"), now, has_answer=False)
             table.give_back(table.slots[slot], SlotEvent.FAIL, NOTHING, now)
 
@@ -290,7 +290,7 @@ class Handshake:
         try:
             await self.api.erase(slot)
         except SlotActionFailed as error:  # 501 without --slot-save-path
-            log.debug("%s: slot %d was not erased: %s", self.name, slot, error)
+            log.debug("%s: llama-server did not erase slot %d: %s", self.name, slot, error)
             return False
         return True
 
@@ -307,7 +307,10 @@ class Handshake:
             self._reservations.push_async_callback(self.catalog.abandon, reservation)
             saved = await self.api.save(info.id, reservation.part_name)
         except (QuotaExceeded, SnapshotInvalid, SlotActionFailed) as error:
-            log.info("%s: slot %d is not adopted, its context is lost: %s", self.name, info.id, error)
+            log.info(
+                "%s: what slot %d held before llamaslot connected is lost, as it could not be saved: %s",
+                self.name, info.id, error,
+            )  # fmt: skip
             if reservation is not None:
                 await self.catalog.abandon(reservation)
             return None
@@ -338,7 +341,10 @@ class Handshake:
             snapshot = await self.catalog.commit(reservation, adopted)
         except LlamaslotError as error:
             await self.catalog.abandon(reservation)
-            log.info("%s: a filled slot is not adopted, its context is lost: %s", self.name, error)
+            log.info(
+                "%s: what a slot held before llamaslot connected is lost, as its saved file cannot be used: %s",
+                self.name, error,
+            )  # fmt: skip
             return None
         table.add_snapshot(snapshot)
         return snapshot
@@ -373,7 +379,7 @@ class Handshake:
         table.take(slot, Request("adoption"), now, has_answer=False)
         table.give_back(slot, SlotEvent.KEEP, content_of(snapshot), now)
         log.info(
-            "%s: slot %d adopted: the %d tokens that it held before llamaslot connected can be reused",
+            "%s: slot %d adopted: requests can reuse the %d tokens that it held before llamaslot connected",
             self.name, slot.id, snapshot.n_tokens,
         )  # fmt: skip
         return True
@@ -400,7 +406,9 @@ class Handshake:
         if n_others := sum(
             not (snapshot.fingerprint in served or self._is_ours(snapshot)) for snapshot in snapshots
         ):
-            log.warning("%s: snapshots belong to another model and are not used: %d", self.name, n_others)
+            log.warning(
+                "%s: %d snapshots on disk belong to another model and are not used", self.name, n_others
+            )
         table.use_snapshots(await self.libraries.of(self.name, current, self._is_ours))
         return fingerprint
 

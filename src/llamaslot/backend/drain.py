@@ -42,7 +42,10 @@ class Drain:
         """
         if self._leases.is_drained and not self.unsaved:
             return
-        log.info("%s: draining: no request begins here until 'llamaslot undrain'", self._backend)
+        log.info(
+            "%s: draining: running requests go on, and no request begins at this backend until 'llamaslot undrain %s'",
+            self._backend, self._backend,
+        )  # fmt: skip
         self._leases.is_drained, self._is_saved = True, False
         self._running = self._tasks.spawn(self._run(), f"{self._backend}: drain")
         self._leases.dispatch()
@@ -51,7 +54,7 @@ class Drain:
         """Let requests begin at this backend again. Idempotent."""
         if not self._leases.is_drained:
             return
-        log.info("%s: undrained: requests may begin here again", self._backend)
+        log.info("%s: undrained: requests may begin at this backend again", self._backend)
         if self._running is not None:
             self._running.cancel()
         self._leases.is_drained = self._is_saved = False
@@ -62,10 +65,13 @@ class Drain:
             await self._leases.changes.wait()
         n_saved = await self._idle_save.save_all()
         self._is_saved = True
-        log.info("%s: drained: no request runs here, %d slots were saved", self._backend, n_saved)
+        log.info(
+            "%s: drained: no request runs at this backend, and %d slots were saved to disk",
+            self._backend, n_saved,
+        )  # fmt: skip
         if unsaved := self.unsaved:
             log.warning(
-                "%s: drained, but not saved: slots %s, whose contexts are lost when llama-server stops; 'llamaslot"
-                " drain %s' tries again",
+                "%s: drained, but some slots could not be saved: %s; their contexts are lost when llama-server stops;"
+                " 'llamaslot drain %s' tries to save them again",
                 self._backend, unsaved, self._backend,
             )  # fmt: skip

@@ -37,7 +37,7 @@ from llamaslot.store.model_snapshots import content_of
 from llamaslot.tasks import outcome
 
 log = logging.getLogger(__name__)
-_NOT_RESTORED = "%s: snapshot %s was not restored: %s"  # request, snapshot, reason
+_NOT_RESTORED = "%s: snapshot %s could not be restored, the request goes on without it: %s"
 _SET_ASIDE_S = 10.0  # no request gets a snapshot for so long that could not be restored for a passing reason
 T = TypeVar("T")
 
@@ -208,7 +208,10 @@ class PlanExecutor:
             lease.check_current()
             await self.api.erase(lease.slot_id)
         except LlamaslotError as error:
-            log.warning("%s: slot %s was not erased: %s", lease.request.id, lease.slot_name, error)
+            log.warning(
+                "%s: slot %s could not be erased, so its content counts as unknown: %s",
+                lease.request.id, lease.slot_name, error,
+            )  # fmt: skip
             lease.set_content(None)
             return False
         lease.set_content(NOTHING)
@@ -249,7 +252,7 @@ class PlanExecutor:
         lease.recorder.record_step(lease.slot_key, act)
         if not is_whole:
             log.warning(
-                "%s: snapshot %s was restored in part (%d of %d tokens)",
+                "%s: snapshot %s was restored in part (%d of %d tokens), the request goes on without it",
                 lease.request.id, snapshot_id, n_tokens, given.n_tokens,
             )  # fmt: skip
             return False

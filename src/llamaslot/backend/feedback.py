@@ -98,7 +98,7 @@ class Feedback:
         if lease.restored is None:
             lease.table.lost_slots.count(self._now())
         log.info(
-            "%s: slot %s holds %d tokens of the prompt instead of %d; choosing another place",
+            "%s: slot %s holds only %d tokens of the prompt, %d were expected; llamaslot places the request again",
             lease.request.id, lease.slot_name, n_found, lease.forecast.n_expected,
         )  # fmt: skip
 
@@ -134,8 +134,8 @@ class Feedback:
         assert plan is not None
         self.metrics.reuse_mispredictions.inc()
         log.info(
-            "%s: slot %s: %d prompt tokens reused, %d expected",
-            lease.request.id, lease.slot_name, n_reused, lease.forecast.n_expected,
+            "%s: llama-server reused only %d prompt tokens in slot %s, %d were expected",
+            lease.request.id, n_reused, lease.slot_name, lease.forecast.n_expected,
         )  # fmt: skip
         is_resident = lease.restored is None and forecast.n_expected >= NEGLIGIBLE_TOKENS
         if is_resident and n_reused < forecast.n_expected / 2:
@@ -146,7 +146,8 @@ class Feedback:
             return
         if self._strikes.count("memory", forecast.n_expected, n_reused):  # once may be an accident
             log.warning(
-                "%s: this model (SWA or recurrent) rewinds to its checkpoints only: its forecasts count on those alone",
+                "%s: llama-server twice reused nothing of slots that it had to rewind: from now on llamaslot expects"
+                " reuse at checkpoints only (as of SWA and recurrent models)",
                 table.backend,
             )
             table.cache_kind = CacheKind.SWA
@@ -167,12 +168,12 @@ class Feedback:
             table.rewind_model.keeps_checkpoints = False
             table.can_save = table.can_save and table.cache_kind is not CacheKind.SWA
             found = NO_CHECKPOINTS if table.can_save else SNAPSHOTS_UNUSABLE
-            log.warning("%s: llamaslot can do less here: %s", table.backend, found)
+            log.warning("%s: llamaslot can do less with this llama-server: %s", table.backend, found)
         return True
 
     def _retire(self, snapshot: Snapshot, n_expected: int, n_reused: int) -> None:
         log.warning(
-            "snapshot %s twice gave less than half of what was expected (%d of %d tokens) and is dropped",
+            "snapshot dropped: %s: twice in a row less than half of the expected tokens were reused from it (%d of %d)",
             snapshot.id, n_reused, n_expected,
         )  # fmt: skip
         self.metrics.retired.inc()

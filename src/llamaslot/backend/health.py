@@ -146,7 +146,9 @@ def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
     if not is_asleep or table is None or not (filled := table.filled()):
         return
     log.info(
-        "%s: llama-server has unloaded its model (--sleep-idle-seconds): its slots are empty", leases.backend
+        "%s: llama-server has unloaded its model (--sleep-idle-seconds), so its slots are empty; the next request loads"
+        " the model again",
+        leases.backend,
     )
     for slot in filled:
         table.take(slot, Request("sleep"), now, has_answer=False)
@@ -179,7 +181,7 @@ class Suspicion:
         pause_s = min(_PAUSE_S * 2 ** min(self._n_errors, 30), _PAUSE_AT_LAST_S)
         self._n_errors, self._until = self._n_errors + 1, self._leases.now() + pause_s
         log.warning(
-            "%s: answers with errors, and gets no requests for %g s while another backend can take them: %s",
+            "%s: llama-server answers with errors; for %g s it gets no request that another backend can take: %s",
             self._leases.backend, pause_s, error,
         )  # fmt: skip
         self.begin()

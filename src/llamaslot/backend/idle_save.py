@@ -65,12 +65,13 @@ class IdleSave:
             async with asyncio.timeout(save_s):
                 n_saved = await self.save_all()
             log.info(
-                "%s: %d slots saved before its llama-server stops or unloads the model",
+                "%s: %d slots saved to disk before llama-server stops or unloads the model",
                 self._leases.backend, n_saved,
             )  # fmt: skip
         except TimeoutError:
             log.warning(
-                "%s: not every slot was saved within %g s: the other contexts are lost when llama-server stops",
+                "%s: not every slot was saved within %g s: the contexts of the unsaved slots are lost when llama-server"
+                " stops",
                 self._leases.backend, save_s,
             )  # fmt: skip
 

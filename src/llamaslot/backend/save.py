@@ -325,7 +325,7 @@ class Saving:
         lease = file.lease
         if file.kind is SnapshotKind.TRUNK:
             log.info(
-                "%s: shared-prefix snapshot of %d tokens saved: %s",
+                "%s: shared-prefix snapshot of %d tokens saved as %s",
                 lease.request.id, snapshot.n_tokens, snapshot.id,
             )  # fmt: skip
         if snapshot.id in self.catalog.snapshots:
@@ -352,9 +352,8 @@ class Saving:
 
     def say_failed(self, lease: Lease, error: Exception, what: str = "slot") -> None:
         """Log why the slot of ``lease`` was not saved. The same reason is logged again only after a while."""
-        self._failures.failed(
-            error, "%s: %s %s was not saved: %s", lease.request.id, what, lease.slot_name, error
-        )
+        text = "%s: %s %s could not be saved to disk: %s"
+        self._failures.failed(error, text, lease.request.id, what, lease.slot_name, error)
 
     @staticmethod
     def _must_go_back(rewind_model: RewindModel, content: Content) -> bool:

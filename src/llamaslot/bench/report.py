@@ -1,4 +1,4 @@
-"""The report: one HTML file with the table and the plots, which needs nothing from outside.
+"""The report of a benchmark: one HTML file with the table and the plots, which loads nothing from elsewhere.
 
 The plots are plotly's (the extra ``llamaslot[bench]``), written here as its JSON.
 """
@@ -22,14 +22,14 @@ Trace = dict[str, Any]
 
 
 def is_available() -> bool:
-    """Whether plotly is installed, so that the report can have plots."""
+    """True if plotly is installed, which the plots need."""
     from importlib.util import find_spec
 
     return find_spec("plotly") is not None
 
 
 def report(result: Result) -> str:
-    """The report as one HTML page. Raises ImportError without plotly."""
+    """Return the report as one HTML page. Raises ImportError if plotly is not installed."""
     from plotly.io import to_html
     from plotly.offline import get_plotlyjs
 
@@ -181,7 +181,9 @@ def _makespan(sides: Sequence[Side]) -> Trace:
 
 
 def _bars(number: int, side: Side, what: str, color: str) -> Trace:
-    """The bars of a timeline: when, and for how long, each request of a side was ``what``: waiting or answering."""
+    """Return the bars of a timeline: for each request of ``side`` when, and for how long, it was waiting or answering
+    (``what``).
+    """
     starts, lasts, names, texts = [], [], [], []
     for request in side.runs[0].requests if side.runs else []:
         begins = request.sent_s if what == "waiting" else request.first_s
@@ -280,7 +282,7 @@ def _fairness(sides: Sequence[Side]) -> Trace:
 
 
 def _by_number(user: str) -> tuple[str, int, str]:
-    """A sort key with which ``user2`` comes before ``user10``."""
+    """Return a sort key with which ``user2`` comes before ``user10``."""
     letters = user.rstrip("0123456789")
     return letters, int(user[len(letters) :] or 0), user
 

@@ -1,4 +1,6 @@
-"""The result of a benchmark, and the figures that follow from it. Saved as JSON, and read again to compare with."""
+"""The result of a benchmark, and the figures that follow from it. It is saved as JSON, and a later benchmark can be
+compared with it.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ FORMAT = 1
 
 
 class Request(Struct):
-    """One request and its answer. Times in seconds since the run began; ``first_s``: of the first token of the answer,
-    None if none came; ``n_reused``: None if the server does not tell.
+    """One request and its answer. ``sent_s``, ``first_s`` (first token of the answer, None if none came) and ``end_s``
+    are seconds since the run began. ``n_prompt``, ``n_reused``, ``n_answer``: tokens of the prompt, those reused (None
+    if the server does not report them), and tokens of the answer.
 
-    ``n_unlimited``: tokens that a cache of unlimited size would have reused: the prompt and answer before it in its
-    conversation, 0 for the first turn. ``error``: empty, or what went wrong, in few words.
+    ``n_unlimited``: tokens that a cache of unlimited size would have reused: those of the conversation's previous
+    prompt and answer, 0 for the first turn. ``error``: what went wrong, in few words; empty if nothing did.
     """
 
     user: str
@@ -34,13 +37,14 @@ class Request(Struct):
 
     @property
     def wait_s(self) -> float | None:
-        """The seconds from sending the request to its first token."""
+        """The seconds from sending the request to the first token; None if no token came."""
         return None if self.first_s is None else self.first_s - self.sent_s
 
 
 class Run(Struct):
-    """One pass of the workload. ``n_counted``: prompt tokens computed meanwhile by the server's own counter, whose name
-    is ``counter``; None if it shows none."""
+    """One pass of the workload. ``makespan_s``: seconds from the first request to the last answer. ``n_counted``:
+    prompt tokens that the server computed meanwhile, by its own metric ``counter``; None if it has none.
+    """
 
     makespan_s: float
     requests: list[Request]
@@ -49,7 +53,9 @@ class Run(Struct):
 
 
 class Side(Struct):
-    """One of the servers that were compared, and its runs."""
+    """One of the servers that were compared, and its runs. ``about``: slots, context and build, in words. ``n_ctx``:
+    tokens of a slot's context, None if unknown.
+    """
 
     name: str
     url: str
@@ -60,7 +66,7 @@ class Side(Struct):
 
 
 class Result(Struct):
-    """The result of a benchmark. ``workload``: in words."""
+    """The result of a benchmark. ``workload``: its description in words. ``at``: the date and time of its end."""
 
     workload: str
     at: str
@@ -73,7 +79,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def load(path: Path) -> Result:
-    """Read a saved result. Raises OSError, and ValueError if the file is no result."""
+    """Read a saved result. Raises OSError, and ValueError if the file is no result of this version."""
     try:
         result = msgspec.json.decode(path.read_bytes(), type=Result)
     except msgspec.MsgspecError as error:
@@ -84,7 +90,7 @@ def load(path: Path) -> Result:
 
 
 class Figures(Struct):
-    """The measures of one side, over all its runs. None for what is not known."""
+    """The measures of one server, over all its runs. A measure that is not known is None."""
 
     n_answered: int
     n_failed: int
@@ -110,7 +116,9 @@ class Figures(Struct):
 
     @property
     def disagreement(self) -> float | None:
-        """The difference between the server's own counter and what its answers tell, as a fraction."""
+        """The relative difference of computed prompt tokens: the server's own counter over what its answers report,
+        less 1. None if one of them is unknown.
+        """
         if self.n_counted is None or not self.n_computed:
             return None
         return self.n_counted / self.n_computed - 1
@@ -162,12 +170,14 @@ def _unfairness(requests: Sequence[Request]) -> float | None:
 
 
 def percentile(ordered: Sequence[float], part: float) -> float | None:
-    """The value that a fraction ``part`` (0 to 1) of the sorted values do not exceed; None without any."""
+    """Return the value that a fraction ``part`` (0 to 1) of the sorted values do not exceed; None if there are no
+    values.
+    """
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)] if ordered else None
 
 
 class Row(Struct):
-    """A line of the table: a value for each side as text, and how the first compares with the second."""
+    """A line of the table: the value of each server as text, and the ratio of the first to the second."""
 
     name: str
     cells: list[str]
@@ -175,7 +185,7 @@ class Row(Struct):
 
 
 def rows(sides: Sequence[Side]) -> list[Row]:
-    """The table of all measures of a benchmark, one row each."""
+    """Return the table of all measures of a benchmark, one row each."""
     of = [figures(side) for side in sides]
 
     def row(name: str, value: Callable[[Figures], float | None], show: Callable[[float], str]) -> Row:
@@ -215,7 +225,7 @@ def seconds(value: float) -> str:
 
 
 def verdict(sides: Sequence[Side]) -> list[str]:
-    """What a reader should know first, in sentences."""
+    """Return the sentences that a reader should see first: the main results, and what makes them doubtful."""
     of = [figures(side) for side in sides]
     said = []
     if len(sides) == 2:

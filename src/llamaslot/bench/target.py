@@ -1,4 +1,6 @@
-"""A server under test: what it is, one request to it, and its counters. Any server with OpenAI's chat completions."""
+"""A server that is measured: its model and context, a request to it, and its counters. It may be any server with
+OpenAI's chat completions.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ class BenchError(LlamaslotError):
 
 
 class ContextTooSmall(Exception):
-    """A prompt was refused: the context has only ``n_ctx`` tokens."""
+    """The server refused a prompt as too long: the context has only ``n_ctx`` tokens."""
 
     def __init__(self, n_ctx: int) -> None:
         super().__init__(f"a context of {n_ctx} tokens")
@@ -37,7 +39,7 @@ class ContextTooSmall(Exception):
 
 
 class Target:
-    """One base URL. ``keys``: API keys, shared out among the users. An async context manager."""
+    """The client of one base URL; an async context manager. ``keys``: API keys, which the users share out."""
 
     def __init__(
         self,
@@ -80,7 +82,9 @@ class Target:
         return self._session
 
     async def look(self) -> None:
-        """Find model and context. Raises BenchError if no chat can be asked for."""
+        """Find out the model and the size of its context, and set ``model``, ``n_ctx`` and ``about``. Raises BenchError
+        if the server cannot be asked.
+        """
         served = await self._models()
         names = [str(entry.get("id")) for entry in served]
         if not self.model:
@@ -132,7 +136,7 @@ class Target:
         return served
 
     async def _json(self, url: str) -> dict[str, Any] | None:
-        """The JSON of a page; None if the server does not have the page, which may be llama.cpp's only."""
+        """Return the JSON object at ``url``; None if the server has no such page (some pages are llama.cpp's only)."""
         text = await self._page(url)
         try:
             found = orjson.loads(text or "")
@@ -148,7 +152,7 @@ class Target:
             return None
 
     async def computed(self) -> tuple[str, int] | None:
-        """The name of the server's counter of prompt tokens computed, and its value; None if it shows none."""
+        """Return the name and the value of the server's counter of computed prompt tokens; None if it has none."""
         page = await self._page(f"{self.root}/metrics") or ""
         for name, less in _COUNTERS:
             if (value := _counter(page, name)) is not None:
@@ -167,8 +171,9 @@ class Target:
         began: float,
         number: int = 0,
     ) -> str:
-        """Send a chat and read its answer to the end: the text of that. The request is filled in; what fails is told in
-        its ``error``. Raises ContextTooSmall. Canceling closes the connection.
+        """Send a chat, read its answer to the end and return the answer's text. Times (since ``began``) and token
+        counts are written to ``request``; if something fails, ``request.error`` says what. ``number``: of the user, for
+        its key. Raises ContextTooSmall. Canceling closes the connection.
         """
         body = {
             "model": self.model,
@@ -208,7 +213,7 @@ class Target:
         return "".join(said)
 
     def _take(self, data: dict[str, Any], request: Request, said: list[str], began: float) -> None:
-        """Take one event of an answer. Raises ContextTooSmall."""
+        """Add one event of an answer to ``request``, and its text to ``said``. Raises ContextTooSmall."""
         if error := data.get("error"):
             text = str(orjson.dumps(error), "utf-8")
             _raise_if_too_small(text)
@@ -234,13 +239,13 @@ class Target:
 
 
 def _counter(page: str, name: str) -> float | None:
-    """The sum of a Prometheus counter over all its labels."""
+    """Return the sum of the Prometheus counter ``name`` over all its labels; None if the page has no such counter."""
     values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)", page, re.M)
     return sum(map(float, values)) if values else None
 
 
 def _raise_if_too_small(text: str) -> None:
-    """Raise ContextTooSmall if an error says so: in llama.cpp's form, or in that of vLLM and others."""
+    """Raise ContextTooSmall if the text of an error says so, as llama.cpp, vLLM and others write it."""
     if (found := re.search(r'"n_ctx":\s*(\d+)', text)) or (
         found := re.search(r"maximum context length is (\d+)", text)
     ):
@@ -248,7 +253,7 @@ def _raise_if_too_small(text: str) -> None:
 
 
 def _message(text: str) -> str:
-    """The words of an error answer, in one short line."""
+    """Return the message of an error answer as one line of at most 160 characters."""
     try:
         told = orjson.loads(text)
         told = told.get("error", told)

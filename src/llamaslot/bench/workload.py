@@ -1,7 +1,7 @@
-"""What the users of a benchmark do, and how they do it: who asks when, how long prompts and answers are; then the run
-of that on a server, with texts from a folder or made up.
+"""The workload of a benchmark: which user asks when, and how long prompts and answers are. And its run on a server,
+with texts from a folder or made up.
 
-A workload is made of a few numbers (``team``) or of a journal (``recorded``). It has no text.
+A workload is made from a few numbers (``team``) or from a journal (``recorded``). It has no text.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _LEAST_NEW = 8
 
 
 class Turn(Struct, frozen=True):
-    """One request of a conversation. ``n_new``: tokens of text that come to the conversation; ``n_answer``: tokens of
-    answer asked for. It is sent ``think_s`` after the answer before it, and ``after_s`` after that was asked for,
-    whichever is later; for the first turn both count from the beginning.
+    """One request of a conversation. ``n_new``: tokens that its question adds to the conversation; ``n_answer``: most
+    tokens of the answer. It is sent ``think_s`` after the end of the previous answer, but not before ``after_s`` after
+    the previous request was sent. For the first turn both times count from the beginning of the run.
     """
 
     n_new: int
@@ -41,19 +41,19 @@ class Turn(Struct, frozen=True):
 
 
 class Conversation(Struct, frozen=True):
-    """The turns of one user, each with all that went before."""
+    """The turns of one conversation of a user. Each request contains all messages before it."""
 
     user: str
     turns: tuple[Turn, ...]
 
     def n_tokens(self) -> int:
-        """The number of tokens of the last prompt and its answer, at most; without the shared system prompt."""
+        """Return the most tokens that the last prompt and its answer can have, without the shared system prompt."""
         return sum(turn.n_new + turn.n_answer + 2 * _AROUND for turn in self.turns)
 
 
 class Workload(Struct, frozen=True):
-    """What all users of a benchmark do. ``n_shared``: tokens of the system prompt with which all
-    conversations begin.
+    """The conversations of all users of a benchmark. ``n_shared``: tokens of the system prompt with which all of them
+    begin.
     """
 
     conversations: tuple[Conversation, ...]
@@ -69,12 +69,12 @@ class Workload(Struct, frozen=True):
 
     @property
     def n_context(self) -> int:
-        """The number of tokens that the longest conversation takes in a slot."""
+        """The most tokens that the longest conversation takes in a slot."""
         return self.n_shared + _AROUND + max(conversation.n_tokens() for conversation in self.conversations)
 
     @property
     def n_prompt(self) -> int:
-        """The number of tokens of all prompts together, roughly: what a server without any cache computes."""
+        """The approximate number of tokens of all prompts together: those that a server without a cache computes."""
         n = 0
         for conversation in self.conversations:
             so_far = self.n_shared
@@ -85,10 +85,9 @@ class Workload(Struct, frozen=True):
         return n
 
     def fitted(self, n_ctx: int) -> Workload:
-        """The same workload with shorter texts, so that every conversation fits into ``n_ctx`` tokens, with room for
-        an estimate of lengths that is a little wrong.
-
-        Raises ValueError if the answers alone leave no room.
+        """Return the workload with texts so short that every conversation fits into 95 % of ``n_ctx`` tokens: the
+        lengths are estimates. Returns this workload if it fits already. Raises ValueError if the answers alone leave no
+        room.
         """
         room = int(n_ctx * 0.95)
         if self.n_context <= room:
@@ -133,9 +132,9 @@ def team(
     shared: int,
     seed: int,
 ) -> Workload:
-    """A workload of users who each have one conversation: a first prompt of half to one and a half times ``context``
-    tokens, of these ``shared`` in a system prompt of all, then questions of ``question`` tokens after ``think_s``
-    seconds on average.
+    """Return a workload of ``users`` who each have one conversation of ``turns`` requests. The first prompt has 0.5 to
+    1.5 times ``context`` tokens, of these ``shared`` in a system prompt that all users have. Each later question has
+    ``question`` tokens, and follows the answer after ``think_s`` seconds on average.
     """
     rng = random.Random(seed)
     sizes = [context * (0.5 + i / max(1, users - 1)) for i in range(users)] if users > 1 else [float(context)]
@@ -152,11 +151,11 @@ def team(
 
 
 def recorded(journal: Iterable[Mapping[str, Any]], *, answer: int, longest_pause_s: float) -> Workload:
-    """The shape of what a journal has: its users, the times and lengths of their prompts. Answers, which it does not
-    tell, have ``answer`` tokens. Raises ValueError if it has no request of a user.
+    """Return a workload with the users of a journal, and the times and lengths of their prompts. Every answer has
+    ``answer`` tokens, as a journal does not have their lengths. Raises ValueError if no request in it has a user.
 
-    Which prompts belong to one conversation is guessed by their lengths, whatever was found again at that time. Times
-    in which nothing was asked are shortened to ``longest_pause_s``.
+    Which prompts belong to one conversation is guessed from their lengths alone, not from what was reused at that time.
+    Times without any request are shortened to ``longest_pause_s``.
     """
     asked = sorted(
         (float(decision["at"]), str(decision["user"]), int(decision["n_tokens"]))
@@ -194,7 +193,9 @@ _PROBE_CHARS = 3000
 
 
 async def chars_per_token(target: Target, texts: Texts, salt: str) -> float:
-    """How many characters of these texts are a token. Asks for one token. Raises BenchError if it is not answered."""
+    """Return how many characters of ``texts`` are one token of ``target``, from two small requests. Raises BenchError
+    if the server does not answer them, or reports no token counts.
+    """
     lengths = []
     # The template's own tokens cancel out.
     for number, n_chars in enumerate((_PROBE_CHARS // 6, _PROBE_CHARS)):
@@ -214,9 +215,8 @@ async def chars_per_token(target: Target, texts: Texts, salt: str) -> float:
 
 
 class Measurement:
-    """One run of a workload. Nothing in its texts was ever sent before: ``salt`` begins each prompt.
-
-    ``on_answer`` is called after each one.
+    """One run of a workload on ``target``. Each prompt begins with ``salt``, so that no server has any of them in its
+    cache. ``chars``: characters per token. ``on_answer`` is called with each request when its answer has ended.
     """
 
     def __init__(
@@ -237,7 +237,9 @@ class Measurement:
         }
 
     async def run(self) -> Run:
-        """Run the whole workload. Raises ContextTooSmall. Canceling ends all requests."""
+        """Run the whole workload, and return its requests with their times. Raises ContextTooSmall. Canceling ends all
+        requests.
+        """
         before = await self._target.computed()
         self._began = time.perf_counter()
         shared = self._text(self._workload.n_shared, "all")
@@ -296,13 +298,15 @@ _SUFFIXES, _NOUNS, _VERBS, _ADJECTIVES = map(
 
 
 class Texts:
-    """Characters of a folder, or sentences of random words. ``folder`` without any text raises ValueError."""
+    """Texts for prompts: pieces of the files in ``folder``, or sentences of random words if it is None. Raises
+    ValueError if the folder has less than 1,000 characters of text.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._source = _read(folder) if folder is not None else ""
 
     def take(self, n_chars: int, rng: random.Random) -> str:
-        """A text of exactly so many characters."""
+        """Return a text of exactly ``n_chars`` characters, chosen with ``rng``."""
         if not self._source:
             return _made_up(n_chars, rng)
         pieces, n = [], 0

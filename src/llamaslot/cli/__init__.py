@@ -39,7 +39,7 @@ _MONITORING = {
 
 
 class LateGroup(click.Group):
-    """A group of commands in its own module of the same name, imported when one of its commands is used."""
+    """A group of commands whose module, of the same name, is imported only when the group is used."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return self._group.list_commands(context)
@@ -67,7 +67,7 @@ main.add_command(bench)
 main.add_command(demo)
 main.add_command(drain)
 main.add_command(undrain)
-main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))
+main.add_command(LateGroup("snapshots", help="List, check and remove the snapshots on disk."))
 main.add_command(doctor)
 main.add_command(status)
 main.add_command(reload)
@@ -81,14 +81,16 @@ main.add_command(LateGroup("keys", help="Make, list and revoke the keys of clien
 @click.option(
     "--check", "is_check", is_flag=True, help="Only check the configuration; exit code 2 if it has faults."
 )
-@click.option("--as", "who", metavar="USER[:GROUP]", help="With --check: as this user, for root.")
+@click.option(
+    "--as", "who", metavar="USER[:GROUP]", help="With --check, as root: check what this user may use."
+)
 def serve(path: Path, is_check: bool, who: str | None) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve clients until SIGTERM or SIGINT.
 
-    Before it ends, unsaved contexts are saved.
+    Then running answers get time to end, and unsaved contexts are saved.
     """
     if who is not None and not is_check:
-        raise click.UsageError("--as goes with --check: a service manager says who serves")
+        raise click.UsageError("--as is for --check; the user that serves is set by the service manager")
     gc.disable()  # it takes a fifth of the imports' time; the application begins with it again
     try:
         _serve(path, is_check, who)
@@ -115,7 +117,9 @@ def _serve(path: Path, is_check: bool, who: str | None) -> None:
 
 
 def _check(path: Path, who: str | None) -> None:
-    """Check the configuration and print the result. Raises ConfigError."""
+    """Check the configuration and print notes and the result; with ``who`` as that user, whose exit code ends this
+    process. Raises ConfigError with the faults.
+    """
     from llamaslot.cli.check import check, check_as
 
     if who is not None:

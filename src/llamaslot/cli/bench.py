@@ -1,4 +1,4 @@
-"""``llamaslot bench URL [--vs URL]``: whether it pays, measured with a team's workload."""
+"""``llamaslot bench URL [--vs URL]``: measures with a team's workload what llamaslot saves."""
 
 from __future__ import annotations
 
@@ -26,27 +26,33 @@ _SHARED = 1000
 @click.command()
 @click.argument("url")
 @click.option(
-    "--vs", metavar="URL|FILE", help="What to compare with: another base URL, or a result of --json."
+    "--vs", metavar="URL|FILE", help="Compare with another base URL, or with a file written by --json."
 )
-@click.option("--name", default="llamaslot", show_default=True, help="Of the first, in the report.")
-@click.option("--vs-name", help="Of the other.  [default: its address]")
-@click.option("--model", help="Needed where several are served.")
-@click.option("--vs-model", help="The same for --vs.")
+@click.option("--name", default="llamaslot", show_default=True, help="Name of URL in the report.")
+@click.option("--vs-name", help="Name of --vs in the report.  [default: its address]")
+@click.option("--model", help="Model to ask; needed if URL serves several.")
+@click.option("--vs-model", help="Model to ask of --vs.")
 @click.option(
     "--key",
     "keys",
     multiple=True,
     envvar="LLAMASLOT_BENCH_KEY",
-    help="API key; several are shared out among users.",
+    help="API key. If repeated, the users share the keys out.",
 )
 @click.option(
     "--vs-key",
     "vs_keys",
     multiple=True,
     envvar="LLAMASLOT_BENCH_VS_KEY",
-    help="The same for --vs.  [default: --key]",
+    help="API key for --vs.  [default: --key]",
 )
-@click.option("--users", type=click.IntRange(1, 1000), default=8, show_default=True)
+@click.option(
+    "--users",
+    type=click.IntRange(1, 1000),
+    default=8,
+    show_default=True,
+    help="Users that ask at the same time.",
+)
 @click.option(
     "--turns", type=click.IntRange(1, 1000), default=4, show_default=True, help="Requests of each user."
 )
@@ -55,78 +61,82 @@ _SHARED = 1000
     type=click.IntRange(16),
     default=8000,
     show_default=True,
-    help="Tokens of first prompts, on average.",
+    help="Tokens of a user's first prompt, on average.",
 )
 @click.option(
     "--shared",
     type=click.IntRange(0),
-    help="Of these, in a system prompt of all users.  [default: 1000, or half of --context]",
+    help="Tokens of these in a system prompt that all users share.  [default: 1000, or half of --context]",
 )
 @click.option(
     "--question",
     type=click.IntRange(8),
     default=300,
     show_default=True,
-    help="Tokens that each later turn adds.",
+    help="Tokens of each later question.",
 )
 @click.option(
-    "--answer", type=click.IntRange(1), default=60, show_default=True, help="Tokens of an answer, at most."
+    "--answer", type=click.IntRange(1), default=60, show_default=True, help="Most tokens of an answer."
 )
 @click.option(
     "--think",
     type=click.FloatRange(0),
     default=5.0,
     show_default=True,
-    help="Seconds between answer and next question, on average.",
+    help="Seconds between an answer and the next question, on average.",
 )
 @click.option(
     "--shape",
     type=click.File("rb"),
-    help="Users, times and lengths from a journal, instead of the options before.",
+    help="File with a journal: its users, times and lengths are used instead of --users to --think.",
 )
 @click.option(
     "--longest-pause",
     type=click.FloatRange(0),
     default=10.0,
     show_default=True,
-    help="With --shape: longer times without a request are shortened to this.",
+    help="With --shape: seconds; longer times without a request are shortened to this.",
 )
 @click.option(
     "--text",
     "folder",
     type=click.Path(exists=True, path_type=Path),
-    help="Take texts from this folder or file.  [default: made up]",
+    help="Folder or file to take texts from.  [default: made-up texts]",
 )
 @click.option(
-    "--rounds", type=click.IntRange(1, 20), default=1, show_default=True, help="Runs of each side, in turns."
+    "--rounds",
+    type=click.IntRange(1, 20),
+    default=1,
+    show_default=True,
+    help="Runs on each server, alternating.",
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the lengths and pauses.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the random lengths and pauses.")
 @click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(1),
     default=600.0,
     show_default=True,
-    help="Seconds without a byte after which a request has failed.",
+    help="A request fails after this many seconds without a byte.",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path, dir_okay=False),
     default=_REPORT,
     show_default=True,
-    help="HTML, with plots.",
+    help="File for the report: HTML with plots.",
 )
 @click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the result as JSON, for --vs later.",
+    help="File for the result as JSON, for a later --vs.",
 )
 def bench(url: str, vs: str | None, **options: Any) -> None:
-    """Measure whether a server, or llamaslot in front of it, pays.
+    """Measure how long a team waits for a server, and how many tokens it reuses.
 
     Several users send growing conversations to URL, any OpenAI base URL, and
-    then to the one of --vs. What was reused is what the servers tell.
+    then to the one of --vs. Reused tokens are those that the servers report.
     """
     import asyncio
 
@@ -166,7 +176,9 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
 
 
 def _earlier(vs: str | None) -> Result | None:
-    """The result saved in a file; None if ``URL`` is an address. Raises OSError and ValueError."""
+    """Return the result saved in the file ``vs``. None if ``vs`` is None or an address. Raises OSError, and ValueError
+    if the file is no result.
+    """
     from llamaslot.bench.result import load
 
     if vs is None or "://" in vs or not Path(vs).is_file():
@@ -175,7 +187,7 @@ def _earlier(vs: str | None) -> Result | None:
 
 
 def _add_earlier(result: Result, earlier: Result) -> None:
-    """Add the first side of a saved result to the comparison."""
+    """Add the first server of a saved result to ``result``, with a note if it was measured with another workload."""
     side = earlier.sides[0]
     if earlier.workload != result.workload:
         note = f"{side.name} was measured with another workload: {earlier.workload}"
@@ -185,14 +197,15 @@ def _add_earlier(result: Result, earlier: Result) -> None:
 
 
 class _Comparison:
-    """The runs of a benchmark on one server, or on two in turns."""
+    """The runs of a benchmark on the server at ``url``, or alternating on that one and the one at ``vs``."""
 
     def __init__(self, url: str, vs: str | None, options: dict[str, Any]) -> None:
         self._url, self._vs, self._options = url, vs, options
 
     async def run(self) -> Result:
-        """Run the benchmark and report. Raises BenchError, ValueError if the workload cannot be made, and OSError for
-        its files.
+        """Run the benchmark and return its result. If a server refuses a prompt as too long, all begins again with
+        shorter texts. Raises BenchError if a server cannot be measured, ValueError if the workload cannot be made, and
+        OSError if a file of texts cannot be read. Canceling ends all requests.
         """
         import contextlib
         import time
@@ -265,7 +278,9 @@ class _Comparison:
         texts: Texts,
         chars: Sequence[float],
     ) -> None:
-        """Make all runs; which server begins alternates. Raises ContextTooSmall."""
+        """Run the workload on each target ``rounds`` times and add the runs to ``sides``. The servers take turns in
+        being first. ``chars``: characters per token of each target. Raises ContextTooSmall.
+        """
         from llamaslot.bench.workload import Measurement
 
         rounds = self._options["rounds"]
@@ -298,7 +313,9 @@ def _salt() -> str:
 
 
 def _workload(options: dict[str, Any]) -> Workload:
-    """The workload that the options describe. Raises ValueError if the file of --shape is no journal."""
+    """Return the workload that the options describe. Raises ValueError if the file of --shape is no journal, or
+    --shared is too large.
+    """
     from llamaslot.bench.workload import recorded, team
 
     if (shape := options["shape"]) is None:
@@ -322,7 +339,9 @@ def _workload(options: dict[str, Any]) -> Workload:
 
 
 def _fitted(workload: Workload, n_ctx: int) -> Workload:
-    """The workload with texts that fit into the servers' context. Raises ValueError if that is impossible."""
+    """Return ``workload`` with texts so short that each conversation fits into ``n_ctx`` tokens; print a note if they
+    are shortened. Raises ValueError if the answers alone do not fit.
+    """
     fitted = workload.fitted(n_ctx)
     if fitted is not workload:
         click.echo(
@@ -334,7 +353,7 @@ def _fitted(workload: Workload, n_ctx: int) -> Workload:
 
 
 def _in_words(workload: Workload, options: dict[str, Any]) -> str:
-    """The workload described in words."""
+    """Return a description of the workload in words."""
     where = f"text from {options['folder']}" if options["folder"] else "made-up text"
     firsts = [conversation.turns[0].n_new + workload.n_shared for conversation in workload.conversations]
     if options["shape"] is not None:

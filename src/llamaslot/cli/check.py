@@ -1,7 +1,7 @@
 """``serve --check``: checks the configuration, and whether the service's user can use the files that it names.
 
-Root may read and write everything, so a check by root does not find what the service's user may not use. ``--as
-USER`` checks in a process of that user. Without it, owners and modes show what only root can use.
+Root may read and write everything, so root does not notice what the service's user may not use. ``--as USER`` checks in
+a process of that user. Without it, root is told which files only root can use, by their owners and modes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _WORDS = {os.R_OK: "read", os.W_OK: "write", os.X_OK: "enter"}
 
 
 class Checked(Struct):
-    """The result of a check. ``faults`` prevent llamaslot from serving, or from serving correctly; ``notes`` are
-    hints; ``only_root``: what another user could not use, as owners and modes show to root.
+    """The result of a check, as lines of text. ``faults`` prevent llamaslot from serving, or from saving; ``notes`` are
+    hints; ``only_root``: files that no other user can use, by owner and mode, if root checks.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -43,8 +43,9 @@ class Checked(Struct):
 
 
 def check(path: Path) -> Checked:
-    """Check everything that the user of this process can check. Raises ConfigError with the faults of the file
-    itself, and those of its directories that can be found all the same.
+    """Check the configuration file at ``path``, and whether the user of this process can use the files that it names.
+    Raises ConfigError if the file has faults; then the directory of the first backend is checked as far as it can be
+    read.
     """
     try:
         config = Config.load(path)
@@ -76,7 +77,9 @@ def check(path: Path) -> Checked:
 
 
 def _unusable(config: Config) -> Iterator[str]:
-    """Faults of directories that this user cannot use. Files that are only read were read with the configuration."""
+    """Yield the faults of directories, and of model files, that this user cannot use. Other files were read with the
+    configuration.
+    """
     made = [("store.meta_dir", config.store.meta_dir)]  # at the start
     if config.store.directory is not None:
         made.append(("store.directory", config.store.directory))
@@ -106,8 +109,8 @@ def _unusable(config: Config) -> Iterator[str]:
 
 
 def _unusable_as_written(path: Path) -> Iterator[str]:
-    """Faults of the directory that the file names, if the file has other faults (a key file that cannot be read, for
-    example).
+    """Yield the fault of the first backend's ``slot_save_path``, read from a file that has other faults, such as a key
+    file that cannot be read.
     """
     try:
         backend = read_yaml(path)["backends"][0]
@@ -121,7 +124,7 @@ def _unusable_as_written(path: Path) -> Iterator[str]:
 
 
 def _closed(path: Path, need: int) -> str | None:
-    """Why this user cannot use ``path`` as ``need`` says; None if it can."""
+    """Return why this user cannot use ``path``; None if it can. ``need``: bits of ``os.R_OK``, ``W_OK``, ``X_OK``."""
     if not path.exists():
         if any(not os.access(above, os.X_OK) for above in path.parents if above.exists()):
             return f"{_user()} cannot reach {path}: it may not enter a directory above it. {_SHARED}"
@@ -135,8 +138,8 @@ def _closed(path: Path, need: int) -> str | None:
 
 
 def _closed_within(key: str, directory: Path, prefixes: tuple[str, ...]) -> Iterator[str]:
-    """Faults of llamaslot's own files that this user may not use: they belong to another user, for example to root
-    after a first try.
+    """Yield a fault if ``directory`` has files of llamaslot (names with ``prefixes``) that this user may not use,
+    because they belong to another user: to root, for example, after a first try.
     """
     closed = [
         Path(entry.path)
@@ -175,7 +178,7 @@ def _owner(path: Path) -> str:
 
 
 def _only_for_root(path: Path, config: Config) -> Iterator[str]:
-    """The files and directories that only root can use, whoever the service's user is."""
+    """Yield a line for each file and directory of the configuration that only root can use."""
     auth, tls = config.auth, config.listen.tls
     read = {
         "the configuration": path.absolute(),
@@ -212,13 +215,15 @@ def _no_python(who_cannot: str, python: Path) -> str:
 
 
 def _is_roots_alone(path: Path, need: int) -> bool:
-    """Whether the modes of ``path`` and of the directories above it allow access to root only."""
+    """True if no user but root can use ``path`` (``need``: a bit such as ``os.R_OK``), by its mode and those of the
+    directories above it.
+    """
     wanted = [(path, need), *((above, os.X_OK) for above in path.absolute().parents)]
     return not all(_is_open(at, bit) for at, bit in wanted)
 
 
 def _is_open(path: Path, bit: int) -> bool:
-    """Whether any user other than root has this access: as owner, group or other."""
+    """True if the mode of ``path`` gives the access ``bit`` to a user other than root: as owner, group or other."""
     status = path.stat()
     of_group = bit << 3 if status.st_gid != 0 else 0
     of_owner = bit << 6 if status.st_uid != 0 else 0
@@ -229,17 +234,17 @@ def _is_open(path: Path, bit: int) -> bool:
 
 
 def check_as(path: Path, who: str) -> tuple[int, str]:
-    """Run ``serve --check`` as ``who``, as ``run_as`` does."""
+    """Run ``serve --check`` as the user ``who``. Returns and raises as ``run_as``."""
     return run_as(who, path, "serve", "--check")
 
 
 def run_as(who: str, path: Path, *words: str) -> tuple[int, str]:
-    """Run ``llamaslot`` with these words and this configuration as ``who`` (``USER`` or ``USER:GROUP``). Returns the
-    exit code and the output.
+    """Run ``llamaslot`` with the arguments ``words`` and the configuration at ``path`` as ``who`` (``USER`` or
+    ``USER:GROUP``). Returns the exit code, and what it printed.
 
-    It runs with that user's groups and home, and with what the unit sets: /var/lib/llamaslot as its state directory,
-    unless $STATE_DIRECTORY names another. Raises ConfigError if there is no such user, or if it cannot run llamaslot
-    at all.
+    The process has that user's groups and home directory. Its state directory is that of the systemd unit,
+    /var/lib/llamaslot, unless $STATE_DIRECTORY names another. Raises ConfigError if there is no such user, if this
+    process is neither that user nor root, or if the user cannot run llamaslot at all.
     """
     name, _, group = who.partition(":")
     try:

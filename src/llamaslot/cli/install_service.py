@@ -31,8 +31,8 @@ _TYPES = {
 
 
 class Options(NamedTuple):
-    """What the units of a machine need beside the configuration. ``program``: the directory of the llamaslot program;
-    None for that of this one.
+    """The options of the command, which the units need beside the configuration. ``program``: the directory of the
+    llamaslot program; None: that of the running one.
     """
 
     has_socket: bool = False
@@ -59,36 +59,44 @@ _DEFAULT = Options()
     "directory",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     metavar="DIR",
-    help="Write them there (/etc/systemd/system) instead of printing them.",
+    help="Write the units to DIR (/etc/systemd/system) instead of printing them.",
 )
-@click.option("--force", is_flag=True, help="Replace files that differ.")
+@click.option("--force", is_flag=True, help="Replace existing files that differ.")
 @click.option(
-    "--socket", "has_socket", is_flag=True, help="systemd listens: a restart refuses no connection."
+    "--socket",
+    "has_socket",
+    is_flag=True,
+    help="Add a socket unit: systemd listens, and a restart refuses no connection.",
 )
-@click.option("--user", default=_DEFAULT.user, show_default=True, help="That llamaslot runs as.")
+@click.option("--user", default=_DEFAULT.user, show_default=True, help="User of llamaslot.")
+@click.option("--server-user", default=_DEFAULT.server_user, show_default=True, help="User of llama-server.")
+@click.option("--group", default=_DEFAULT.group, show_default=True, help="Group of both users.")
 @click.option(
-    "--server-user", default=_DEFAULT.server_user, show_default=True, help="That llama-server runs as."
+    "--program",
+    default=None,
+    metavar="DIR",
+    help="Directory of the program llamaslot.  [default: that of this one]",
 )
-@click.option("--group", default=_DEFAULT.group, show_default=True, help="Of both.")
+@click.option("--model", default=_DEFAULT.model, show_default=True, help="Path of llama-server's GGUF.")
 @click.option(
-    "--program", default=None, metavar="DIR", help="Of the program llamaslot.  [default: where this one is]"
-)
-@click.option("--model", default=_DEFAULT.model, show_default=True, help="Of llama-server.")
-@click.option(
-    "--slots", type=click.IntRange(1), default=_DEFAULT.slots, show_default=True, help="Of llama-server."
+    "--slots",
+    type=click.IntRange(1),
+    default=_DEFAULT.slots,
+    show_default=True,
+    help="Slots of llama-server.",
 )
 @click.option(
     "--context",
     type=click.IntRange(1),
     default=_DEFAULT.context,
     show_default=True,
-    help="Tokens of each slot.",
+    help="Context of each slot, in tokens.",
 )
 def install_service(path: Path, directory: Path | None, force: bool, **given: Any) -> None:
     """Print systemd units for llamaslot and for each llama-server on this machine.
 
     Users, group, umask, directories and ports agree with each other and with the
-    configuration. A file that is there and differs is shown, and not replaced.
+    configuration. For an existing file that differs the difference is shown, and the file is kept.
     """  # fmt: skip
     from llamaslot.config.load import Config
 
@@ -124,7 +132,9 @@ def install_service(path: Path, directory: Path | None, force: bool, **given: An
 
 
 def remarks(path: Path, config: Config, options: Options, *, has_systemd: bool) -> Iterator[str]:
-    """What on this machine would keep the units from working, one remark each."""
+    """Yield one line for each thing on this machine that would keep the units from working. ``has_systemd``: systemd
+    runs.
+    """
     if not has_systemd:
         yield f"systemd does not run here: for a machine where it does; here: llamaslot serve --config {path}"
     for file in dict.fromkeys(
@@ -150,7 +160,9 @@ def _is_known(find: Callable[[str], object], name: str) -> bool:
 
 
 def units(path: Path, config: Config, options: Options, *, is_new: bool = False) -> Iterator[tuple[str, str]]:
-    """The name and text of each unit. ``is_new``: systemd knows ``Type=notify-reload``."""
+    """Yield the file name and the text of each unit. ``is_new``: systemd knows ``Type=notify-reload``
+    (253 and later).
+    """
     local = [backend for backend in config.backends if backend.url is not None and _is_here(backend.url)]
     names = {
         backend.name: "llama-server" if len(local) == 1 else f"llama-server-{backend.name}"
@@ -195,7 +207,9 @@ def _of_server(backend: BackendConfig, config: Config, options: Options) -> str:
 
 
 def _in_memory(directory: Path | None) -> str:
-    """The lines of a unit that make a directory below /run, for llama-server and llamaslot."""
+    """Return the lines of a unit that make ``directory`` for llama-server and llamaslot, if it is below /run; else
+    none.
+    """
     if directory is None or not directory.is_relative_to("/run") or directory == Path("/run"):
         return ""
     name = directory.relative_to("/run")
@@ -224,7 +238,7 @@ def _is_here(url: str) -> bool:
 
 
 def _systemd() -> int:
-    """The version of systemd on this machine; 0 without one."""
+    """Return the version of systemd on this machine; 0 if there is none."""
     try:
         said = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False).stdout
     except OSError:

@@ -27,7 +27,7 @@ _file = click.option(
     "--file",
     "file",
     type=click.Path(path_type=Path),
-    help="The file of keys; else auth.keys_file of --config.",
+    help="File of keys.  [default: auth.keys_file of --config]",
 )
 _at_least_1, _at_least_0 = click.IntRange(min=1), click.IntRange(min=0)
 
@@ -35,9 +35,9 @@ _at_least_1, _at_least_0 = click.IntRange(min=1), click.IntRange(min=0)
 @keys.command()
 @_config
 @_file
-@click.option("--max-running", type=_at_least_1, help="Requests of it that may be in slots at a time.")
-@click.option("--max-waiting", type=_at_least_0, help="Requests of it that may wait at a time.")
-@click.option("--admin", "is_admin", is_flag=True, help="It may use llamaslot's own pages too.")
+@click.option("--max-running", type=_at_least_1, help="Most slots that requests with this key use at a time.")
+@click.option("--max-waiting", type=_at_least_0, help="Most requests with this key that wait at a time.")
+@click.option("--admin", "is_admin", is_flag=True, help="The key also opens llamaslot's own pages.")
 @click.argument("name")
 def add(
     path: Path,
@@ -59,7 +59,7 @@ def add(
         with editing(place) as entries:
             if any(entry.name == name for entry in entries):
                 raise LlamaslotError(
-                    f"{name} has a key already: choose another name, or take that one away with: "
+                    f"{name} has a key already: choose another name, or remove the old key first: "
                     f"llamaslot keys rm {name}"
                 )
             entries.append(
@@ -113,8 +113,8 @@ def ls(path: Path, file: Path | None) -> None:
 
 
 def _place(path: Path, file: Path | None) -> Path:
-    """The path of the file of keys that the configuration names. The rest of the configuration is not checked: it may
-    name files that do not exist yet. Raises ConfigError.
+    """Return the path of the file of keys: ``file``, else ``auth.keys_file`` of the configuration at ``path``. The rest
+    of the configuration is not checked, since it may name files that do not exist yet. Raises ConfigError.
     """
     if file is not None:
         return file

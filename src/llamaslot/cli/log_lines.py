@@ -1,4 +1,4 @@
-"""How log lines look: for people, and for systemd's journal."""
+"""The formats of log lines: text, text for systemd's journal, and JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _JOURNAL_LEVELS = {
 
 
 class _JournalFormatter(logging.Formatter):
-    """Formats log lines for systemd's journal, which has its own clock and takes the level from ``<4>`` at the start
-    of a line.
+    """Formats log lines for systemd's journal: without the time, which the journal adds, and with the level as a number
+    in front, such as ``<4>``.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -61,8 +61,8 @@ def set_up_logging(level: str, kind: str) -> None:
 
 
 def _is_journal() -> bool:
-    """Whether stderr goes to the journal. systemd names the device and inode of the stream; a terminal inside a
-    service inherits only the variable.
+    """True if stderr goes to systemd's journal: ``$JOURNAL_STREAM`` names its device and inode. A terminal inside a
+    service inherits the variable, but is another file.
     """
     try:
         stream = os.fstat(2)

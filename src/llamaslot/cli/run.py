@@ -25,8 +25,8 @@ STOP_S = 9.0
 
 
 class _Run(click.Command):
-    """A command whose options end at the first word that is none: what follows belongs to llama-server, with or
-    without ``--``.
+    """A command whose options end at the first word that is no option. That word and all that follow are llama-server's
+    command line, with or without ``--`` before them.
     """
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
@@ -55,9 +55,11 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     "--store",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Where contexts are kept; all models may share it. Default: 'models' in the state directory.",
+    help="Directory for snapshots; all models may share it. Default: 'models' in the state directory.",
 )
-@click.option("--quota", default="20GiB", show_default=True, metavar="SIZE", help="Of the contexts on disk.")
+@click.option(
+    "--quota", default="20GiB", show_default=True, metavar="SIZE", help="Most bytes of snapshots on disk."
+)
 @click.option(
     "--stop-s",
     type=click.FloatRange(min=1.0),
@@ -65,14 +67,14 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     default=STOP_S,
     show_default=True,
     metavar="SECONDS",
-    help="From SIGTERM to the end: less than what the supervisor waits before it kills.",
+    help="Seconds from SIGTERM to the end; less than the supervisor waits before SIGKILL.",
 )
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
-    help="Of llamaslot's own lines on standard error.",
+    help="Least level of llamaslot's own log lines, on standard error.",
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARG]...")
 def run(
@@ -110,7 +112,9 @@ def _run(
     try:
         given = GivenCommand(line)
         if store is not None and given.said(SAVE_PATH) is not None:
-            raise LlamaslotError("--slot-save-path and --store: leave one of them out, they say the same")
+            raise LlamaslotError(
+                "--slot-save-path and --store both name the directory of the snapshots: leave one of them out"
+            )
         address = _address(listen, given)
         from llamaslot.config.sections import default_meta_dir
         from llamaslot.http.serve import serve_command
@@ -144,7 +148,9 @@ def _run(
 
 
 def _address(listen: str | None, given: GivenCommand) -> tuple[str, str]:
-    """The host and port on which to listen, from the option. Raises UsageError."""
+    """Return the host and port to listen on: from ``--listen``, else from llama-server's command line. Raises
+    UsageError.
+    """
     from llamaslot.llama.managed.given_command import HOST, PORT
 
     if listen is None:
@@ -164,7 +170,7 @@ def _config(
     quota: str,
     stop_s: float,
 ) -> Config:
-    """The configuration that ``serve`` would have for this command. Raises ConfigError."""
+    """Return a configuration for ``serve`` that is equivalent to this command line. Raises ConfigError."""
     from pydantic import ValidationError
 
     from llamaslot.config.faults import fault_lines
@@ -194,7 +200,7 @@ def _config(
 
 
 def _remember(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, without keys, for commands with ``--store``. Raises ConfigError."""
+    """Write the settings, without keys, to ``path``, where commands with ``--store`` find them. Raises ConfigError."""
     import json
 
     from llamaslot.errors import ConfigError
@@ -210,7 +216,9 @@ def _remember(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _keys_file(meta_dir: Path, keys: list[str]) -> Path:
-    """A file with the keys that llama-server requires, as keys of llamaslot's clients. Raises ConfigError."""
+    """Write a file of client keys in ``meta_dir``, with the keys that llama-server would require. Returns its path.
+    Raises ConfigError.
+    """
     from llamaslot.config.keys import editing, made_now
 
     path = meta_dir / "keys.json"

@@ -1,5 +1,5 @@
-"""Requests to the running llamaslot through its own pages: which llamaslot a command is about, and the commands that
-change it: ``llamaslot drain``, ``undrain``, ``reload``.
+"""Requests of commands to the running llamaslot, at its own pages, ``/llamaslot/…``. Also the commands that change what
+it does: ``llamaslot drain``, ``undrain``, ``reload``.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _TIMEOUT_S = 10.0
 
 
 class NotRunning(LlamaslotError):
-    """Nothing answers where the configuration says that llamaslot listens."""
+    """No llamaslot answers at the address at which the configuration says that it listens."""
 
 
 class Refused(LlamaslotError):
-    """The running llamaslot has refused a request; the text is the server's own. ``status`` as in HTTP."""
+    """The running llamaslot has answered with an error. ``status``: the HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -46,8 +46,8 @@ class Refused(LlamaslotError):
 
 
 class Running:
-    """The running llamaslot of a configuration, or at an address. If its pages need a key and there is no
-    ``auth.admin_key``, the environment variable LLAMASLOT_KEY gives the key.
+    """The client of a running llamaslot. ``where``: its address, for messages. ``connect`` returns a new connection.
+    ``key``: the key for its pages; None: that in the environment variable LLAMASLOT_KEY, if it is set.
     """
 
     def __init__(self, where: str, connect: Callable[[], HTTPConnection], key: str | None = None) -> None:
@@ -57,8 +57,8 @@ class Running:
 
     @classmethod
     def with_config(cls, config: Config) -> Running:
-        """The running llamaslot that this configuration describes. Raises ConfigError if a key file is not readable
-        any more.
+        """Return the client for the llamaslot that this configuration describes. Raises ConfigError if its key file
+        cannot be read.
         """
         listen = config.listen
         return cls(
@@ -67,13 +67,13 @@ class Running:
 
     @classmethod
     def of(cls, path: Path) -> Running:
-        """The running llamaslot of the configuration file at ``path``. Raises ConfigError."""
+        """Return the client for the llamaslot of the configuration file at ``path``. Raises ConfigError."""
         return cls.with_config(load(path))
 
     @classmethod
     def at(cls, url: str) -> Running:
-        """The running llamaslot at ``http://host:port``, or https; the rest of the URL is left out. Raises ValueError
-        for another text.
+        """Return the client for the llamaslot at ``http://host:port`` or ``https://host:port``; a path in the URL is
+        ignored. Raises ValueError if ``url`` is no such address.
         """
         from http.client import HTTPConnection, HTTPSConnection
         from urllib.parse import urlsplit
@@ -93,7 +93,9 @@ class Running:
         return self._answer("POST", f"/llamaslot/{page}" + (f"?{urlencode(query)}" if query else ""))
 
     def _answer(self, method: str, target: str) -> dict[str, Any]:
-        """The body of the answer to one request. Raises NotRunning, and Refused for an error answer."""
+        """Send one request and return the JSON of its answer. Raises NotRunning if no llamaslot answers, Refused after
+        an error.
+        """
         from http.client import HTTPException
 
         connection = self._connect()
@@ -126,8 +128,8 @@ class Running:
 
 
 def load(path: Path) -> Config:
-    """Load the configuration at ``path``. Raises ConfigError: if there is no such file, with the other ways to say
-    which llamaslot the command is about.
+    """Load the configuration at ``path``. Raises ConfigError. If there is no such file, its text also names the other
+    options by which the command can find a llamaslot.
     """
     from llamaslot.config.load import Config
 
@@ -157,8 +159,8 @@ def _connection(listen: ListenConfig) -> HTTPConnection:
 
 
 def with_config_or_store(command: F) -> F:
-    """A decorator that adds ``--config`` and ``--store``, which say what llamaslot a command is about. The command
-    gets the path of the configuration as ``path``.
+    """A decorator that adds the options ``--config`` and ``--store`` to a command. Both name the configuration of a
+    llamaslot; the command gets its path as ``path``.
     """
     config = click.option(
         "--config",
@@ -201,12 +203,12 @@ def _of_run(context: click.Context, option: click.Parameter, store: Path | None)
 @with_config_or_store
 @click.argument("backend")
 def drain(path: Path, backend: str) -> None:
-    """Take BACKEND out of service: running answers end, its slots are saved, nothing new begins there.
+    """Take BACKEND out of service: no request begins there, running answers end, then its slots are saved.
 
-    Waits until that is done; if it is interrupted, the draining goes on. Exit code 1: slots could not be saved.
+    Waits until that is done. If this command is interrupted, llamaslot goes on. Exit code 1: slots could not be saved.
 
-    The running llamaslot is found by its configuration. If its pages need a key and that has no auth.admin_key, the
-    environment variable LLAMASLOT_KEY gives one.
+    The running llamaslot is found by its configuration. If its pages need a key, and the configuration has no
+    auth.admin_key, set the environment variable LLAMASLOT_KEY.
     """
     with report_faults():
         running = Running.of(path)
@@ -216,7 +218,7 @@ def drain(path: Path, backend: str) -> None:
     unsaved = [str(slot["id"]) for slot in status["slots"] if slot["is_worth_saving"]]
     if status["drain"] and unsaved:
         click.echo(
-            f"{backend}: drained, but not saved: slots {', '.join(unsaved)}; the log of llamaslot says why"
+            f"{backend}: drained, but some slots could not be saved: {', '.join(unsaved)}; llamaslot's log says why"
         )
         sys.exit(1)
     click.echo(f"{backend}: {status['drain'] or 'in service'}")
@@ -240,10 +242,10 @@ def _status_of(running: Running, backend: str) -> dict[str, Any]:
 @click.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
 def reload(path: Path) -> None:
-    """Read the configuration again; SIGHUP does the same.
+    """Make the running llamaslot read its configuration again, as SIGHUP does.
 
-    Says what is in force now, and what needs a restart. With a fault in the file
-    nothing changes, and the exit code is 2.
+    Prints which changes are in force now, and which need a restart. If the file has
+    faults, nothing changes, and the exit code is 2.
     """
     with report_faults():
         answer = Running.of(path).post("reload")

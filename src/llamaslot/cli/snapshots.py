@@ -48,11 +48,11 @@ _SORTS = {
 
 @click.group()
 def snapshots() -> None:
-    """Look at the snapshots on disk, check them, remove some."""
+    """List, check and remove the snapshots on disk."""
 
 
-_json = click.option("--json", "is_json", is_flag=True, help="All that is known, for programs.")
-_dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+_json = click.option("--json", "is_json", is_flag=True, help="Print JSON with all fields.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Print what would be removed, and remove nothing.")
 
 
 @snapshots.command()
@@ -64,10 +64,10 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be 
     type=click.Choice(list(_SORTS)),
     default="used",
     show_default=True,
-    help="What comes first.",
+    help="Which snapshots come first.",
 )
 def ls(path: Path, is_json: bool, order: str) -> None:
-    """List all snapshots, the most recently used first, or as --sort says."""
+    """List all snapshots, the most recently used first, or in the order of --sort."""
     with report_faults():
         store = _store_of(path)
         stock = take_stock(store.directory)
@@ -87,7 +87,7 @@ def ls(path: Path, is_json: bool, order: str) -> None:
 @_json
 @click.argument("name", metavar="ID")
 def show(path: Path, is_json: bool, name: str) -> None:
-    """Show all about one snapshot, but not its text. The beginning of its ID is enough."""
+    """Show what is known about one snapshot, without its text. The beginning of its ID is enough."""
     with report_faults():
         store = _store_of(path)
         item = _chosen(store, [name])[0]
@@ -123,12 +123,14 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 @snapshots.command()
 @with_config_or_store
 @_dry_run
-@click.option("--others", is_flag=True, help="Also remove those of models other than the last served one.")
+@click.option(
+    "--others", is_flag=True, help="Also remove snapshots of models other than the last served one."
+)
 def gc(path: Path, dry_run: bool, others: bool) -> None:
-    """Remove unfinished and broken files, and what exceeds the limits of the configuration.
+    """Remove unfinished and broken snapshots, and the least valuable ones beyond the limits of the configuration.
 
-    Compares sizes and headers. Damaged rows are found by verify, which reads all files. What a sidecar may need that
-    cannot be read stays.
+    Only sizes and headers are compared. The command verify reads whole files, and so finds damaged data too. A file
+    that an unreadable sidecar may need is kept.
     """
     with report_faults():
         store = _store_of(path)
@@ -151,12 +153,12 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 @snapshots.command()
 @with_config_or_store
 @_dry_run
-@click.option("--remove", "removes", is_flag=True, help="Remove what is broken.")
+@click.option("--remove", "removes", is_flag=True, help="Remove the broken snapshots.")
 @click.argument("names", metavar="[ID]...", nargs=-1)
 def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> None:
-    """Read all snapshots, or some, and list the broken ones. Exit code 1 if a broken one stays.
+    """Read all snapshots, or those named, and list the broken ones. Exit code 1 if a broken one is left.
 
-    Of slot files that no other snapshot needs, which have no checksums, only the headers are read.
+    A slot file that only one snapshot needs has no checksums: only its header is read.
     """
     with report_faults():
         store = _store_of(path)
@@ -279,8 +281,8 @@ def _store_of(path: Path) -> OfflineStore:
 
 
 def _chosen(store: OfflineStore, names: Sequence[str]) -> list[Item]:
-    """The snapshots whose ids begin with ``names``, with or without ``ls-``. Raises DirectoryUnusable if a name has
-    no match or several.
+    """Return one snapshot for each name: the only one whose id begins with it. ``ls-`` may be left out. Raises
+    DirectoryUnusable if a name matches no snapshot or several.
     """
     items = take_stock(store.directory).items
     chosen = {}
@@ -292,7 +294,7 @@ def _chosen(store: OfflineStore, names: Sequence[str]) -> list[Item]:
         ]
         if len(found) != 1 or not name.removeprefix("ls-"):
             many = (
-                f"{len(found)} snapshots begin like this; say more of it"
+                f"the ids of {len(found)} snapshots begin so; give more characters"
                 if found
                 else "there is no such snapshot"
             )
@@ -303,8 +305,8 @@ def _chosen(store: OfflineStore, names: Sequence[str]) -> list[Item]:
 
 @contextlib.contextmanager
 def _locked(store: OfflineStore, only_reads: bool) -> Iterator[None]:
-    """Hold the lock of the snapshot directory in the block, unless nothing will be changed. Raises
-    DirectoryUnusable.
+    """A context manager that holds the lock of the snapshot directory, so that no llamaslot uses it. With
+    ``only_reads`` it takes no lock. Raises DirectoryUnusable if another process has the lock.
     """
     if only_reads:
         yield
@@ -344,7 +346,7 @@ _OURS, _OTHERS = "served last", "another"
 
 
 class Removal(Struct, frozen=True):
-    """A snapshot to remove, and the reason as the table shows it."""
+    """A snapshot to remove, and the reason that the table shows."""
 
     item: Item
     why: str
@@ -355,8 +357,8 @@ class Removal(Struct, frozen=True):
 
 
 class OfflineStore(Struct, frozen=True):
-    """A snapshot directory, its limits, and what llamaslot has learned there. ``models``: those last served by the
-    backends with that directory; empty if that is unknown for any of them.
+    """A snapshot directory, its limits, and what llamaslot has learned there: rates and hit rates. ``models``: the
+    model last served by each backend with this directory; empty if that of any backend is unknown.
     """
 
     directory: Path
@@ -368,8 +370,8 @@ class OfflineStore(Struct, frozen=True):
 
     @classmethod
     def of(cls, config: Config, now: float) -> OfflineStore:
-        """The first snapshot directory that the configuration names. Raises DirectoryUnusable if it names none.
-        Blocking.
+        """Return the first snapshot directory that the configuration names, at the time ``now``. Raises
+        DirectoryUnusable if it names none. Blocking.
         """
         store = config.store
         named = [backend for backend in config.backends if backend.slot_save_path is not None]
@@ -390,19 +392,21 @@ class OfflineStore(Struct, frozen=True):
         return cls(Path(str(config.directory_of(backend))), limits, now, known, rates, hit_rates)
 
     def is_ours(self, item: Item) -> bool:
-        """Whether a model that was served last can use the snapshot; also true if those models are not known."""
+        """True if a model that was served last can use the snapshot. True also if those models are not known."""
         if item.noted is None or not self.models:
             return True
         other = Identity.from_text(item.noted.fingerprint)
         return other is not None and any(model.is_same(other) for model in self.models)
 
     def saves_s(self, stats: SnapshotStats) -> float:
-        """The seconds that each hit of a snapshot saves."""
+        """Return the seconds that one hit of the snapshot saves: its prefill, less its restore."""
         return stats.saves_s(self.rates.prefill.seconds, self.rates.restore.seconds)
 
 
 def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
-    """The snapshots of least value that exceed the configured limits: bytes, files, or free space."""
+    """Return the least valuable of ``items``: so many that the others keep to the limits of bytes, files and free
+    space.
+    """
     order = ByValue(store.hit_rates)
     order.saves_s = store.saves_s
     table = SnapshotTable(order)

@@ -32,19 +32,19 @@ _NARROW = 60  # columns
 _LEFT_OUT = frozenset({"TOKENS", "USED", "SAVED", "WAITED", "FIRST TOKEN"})
 
 _url = click.option(
-    "--url", metavar="URL", help="Instead of --config: its address, like http://127.0.0.1:8081."
+    "--url", metavar="URL", help="Address of llamaslot, instead of --config: http://127.0.0.1:8081."
 )
 
 
 @click.command()
 @with_config_or_store
 @_url
-@click.option("--json", "is_json", is_flag=True, help="All that /llamaslot/status tells.")
+@click.option("--json", "is_json", is_flag=True, help="Print the JSON of /llamaslot/status.")
 def status(path: Path, url: str | None, is_json: bool) -> None:
     """Show slots, queue, users, snapshots and warnings of the running llamaslot.
 
-    It is found by its configuration, or at --url. If its pages need a key and that has no
-    auth.admin_key, the environment variable LLAMASLOT_KEY gives one.
+    It is found by its configuration, or at --url. If its pages need a key, and the configuration
+    has no auth.admin_key, set the environment variable LLAMASLOT_KEY.
     """
     with report_faults():
         running = _running(path, url)
@@ -66,8 +66,8 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
 @_url
 @click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=_EVERY_S, show_default=True)
 def top(path: Path, url: str | None, every_s: float) -> None:
-    """Show what ``status`` shows, and the last requests with the reasons of their cost, once a
-    second. Ctrl-C ends it.
+    """Show what ``status`` shows, and below it why each of the last requests cost what it did;
+    renewed once a second. Ctrl-C ends it.
     """
     from rich.console import Console
     from rich.live import Live
@@ -86,7 +86,9 @@ def top(path: Path, url: str | None, every_s: float) -> None:
 
 
 def _running(path: Path, url: str | None) -> Running:
-    """The running llamaslot that the options name. Raises ConfigError, and BadParameter for what is no address."""
+    """Return the client for the llamaslot at ``url``, or of the configuration at ``path`` if ``url`` is None. Raises
+    ConfigError, and BadParameter if ``url`` is no address.
+    """
     if url is None:
         return Running.of(path)
     try:
@@ -108,8 +110,8 @@ def headline(found: Json) -> str:
 
 
 def today(sums: Json | None) -> str:
-    """One line: what was saved since midnight, and what failed. None if an older llamaslot answers, which does not
-    tell that.
+    """Return a line about the requests since midnight: tokens reused, seconds saved, waits, failures. ``sums``: None if
+    an older llamaslot answers, which does not report them.
     """
     from llamaslot.observe.words import seconds
 
@@ -132,8 +134,8 @@ def today(sums: Json | None) -> str:
 
 
 def rows(found: Json, in_flight: Sequence[Json]) -> Iterator[tuple[str, ...]]:
-    """The rows of the table: one per slot, with what its request does (``in_flight``); one for a backend that has none
-    to show.
+    """Yield the rows of the table: one per slot, with what its request does now (from ``in_flight``); for a backend
+    without slots one row with its health.
     """
     flights = {(flight["backend"], flight["slot"]): flight for flight in in_flight}
     for backend in found["backends"]:
@@ -172,7 +174,7 @@ def _row(backend: Json, slot: Json, flight: Json | None) -> tuple[str, ...]:
 
 
 def _doing(flight: Json) -> str:
-    """What a request does, such as ``answering, 43 tokens, 31/s``."""
+    """Return what a request does now, such as ``answering, 43 tokens, 31/s``."""
     said = [flight["stage"]]
     if flight["n_answered"]:
         said.append(several(flight["n_answered"], "token", "tokens"))
@@ -184,12 +186,14 @@ def _doing(flight: Json) -> str:
 
 
 def person(user: str | None) -> str:
-    """A user id (``key:ada``, ``named:ada``, ``at:10.0.0.5``) as people call it."""
+    """Return a user id without its kind: ``ada`` for ``key:ada`` and ``named:ada``, ``10.0.0.5`` for
+    ``at:10.0.0.5``.
+    """
     return user.partition(":")[2] or user if user else ""
 
 
 def remarks(found: Json) -> list[str]:
-    """Lines below the table: which users wait, why a backend is down or assist is off, warnings."""
+    """Return the lines below the table: which users wait, why a backend is down, why assist is off, warnings."""
     said = []
     waiting = [(person(user["id"]), user["waiting"]) for user in found["users"] if user["waiting"]]
     if waiting:
@@ -205,8 +209,8 @@ def remarks(found: Json) -> list[str]:
 
 
 def _drawn(running: Running, width: int = 80) -> RenderableType:
-    """The whole table for the terminal. ``width``: of the terminal; a narrow one shows less beside what each request
-    does, and why.
+    """Ask the running llamaslot, and return all that ``top`` shows. ``width``: columns of the terminal; a narrow one
+    gets fewer columns of the tables.
     """
     from rich.console import Group
     from rich.text import Text
@@ -227,7 +231,9 @@ def _drawn(running: Running, width: int = 80) -> RenderableType:
 
 
 def _table(headings: Sequence[str], width: int) -> Table:
-    """A table with those headings for which the terminal has room; the last column gets what the others leave."""
+    """Return an empty table with the headings that fit into ``width`` columns. The last column gets the width that is
+    left.
+    """
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold")
@@ -243,14 +249,16 @@ def _cells(headings: Sequence[str], row: Sequence[str], width: int) -> list[Text
 
 
 def _cut(text: str) -> Text:
-    """One line, cut to the width of the terminal."""
+    """Return ``text`` as one line that is cut at the width of its column."""
     from rich.text import Text
 
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _ended(found: Sequence[Json], now: float) -> Iterator[tuple[str, ...]]:
-    """Lines about the last requests, newest first: how long ago they ended, and why they cost what they did."""
+    """Yield a row for each of the last requests, newest first: how long ago it ended, its user, its waits, and why it
+    cost what it did.
+    """
     from llamaslot.observe.words import seconds
 
     for request in found:

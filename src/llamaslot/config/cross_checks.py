@@ -20,8 +20,9 @@ from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
 
 
 def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
-    """The path and text of each fault that concerns more than one value. ``raw``: the parsed YAML, of any shape. Wrong
-    types are skipped here; the models report them.
+    """Yield the path and the text of each fault that concerns more than one value of the file.
+
+    ``raw``: the parsed YAML, of any shape. A value of a wrong type is skipped here: its section's model reports it.
     """
     if not isinstance(raw, dict):
         return
@@ -44,14 +45,16 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
 
 
 def _keeps(backend: object) -> bool:
-    """Whether snapshots of a backend are kept on disk. True for a value of a wrong type, as that is not known."""
+    """Return True if a backend has a directory for snapshots. True also if ``backend`` is no mapping: it
+    may have one.
+    """
     if not isinstance(backend, dict):
         return True
     return bool(backend.get("managed")) or backend.get("slot_save_path") is not None
 
 
 def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
-    """Faults of two backends with the same name, URL, or port."""
+    """Yield a fault for each backend that has the name, the URL or the port of an earlier one."""
     names, urls, ports = dict[object, int](), dict[object, int](), dict[object, int]()
     for i, backend in enumerate(backends):
         if not isinstance(backend, dict):
@@ -101,7 +104,9 @@ def _model_faults(
 
 
 def _known_models(backends: Sequence[object], info: ValidationInfo) -> list[str] | None:
-    """The names of all models and backends; None if some are known only once a server tells them."""
+    """Return the names of all models and backends. None unless every backend is managed: else a server
+    tells its names.
+    """
     known = dict[str, None]()
     for raw in backends:
         try:
@@ -117,8 +122,8 @@ def _known_models(backends: Sequence[object], info: ValidationInfo) -> list[str]
 def _directory_faults(
     raw: dict[str, Any], backends: Sequence[object], info: ValidationInfo
 ) -> Iterator[tuple[Loc, str]]:
-    """Faults of directories for slot files that hold other files of llamaslot too: each side would take the other's
-    files for foreign.
+    """Yield the faults of directories that are used for two purposes: slot files and llamaslot's own files, or two
+    directories of slot files one inside the other. Each side would take the other's files for foreign.
     """
     store = raw.get("store")
     meta = _real(store.get("meta_dir"), info) if isinstance(store, dict) else None
@@ -150,7 +155,7 @@ def _directory_faults(
 
 
 def _real(path: object, info: ValidationInfo) -> Path | None:
-    """A path with its links resolved; None for a value of a wrong type, which is reported elsewhere."""
+    """Return ``path`` as absolute path without links. None if it is no text; its section's model reports that."""
     try:
         return anchored(Path(path), info).resolve() if isinstance(path, str) and path else None
     except ValueError:
@@ -158,8 +163,8 @@ def _real(path: object, info: ValidationInfo) -> Path | None:
 
 
 def _auth_faults(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
-    """Faults of ``auth``: a host that other machines can reach requires keys, or a setting that says that none are
-    needed.
+    """Yield the faults of ``auth`` and ``listen.host``. A host that other machines can reach requires
+    ``auth.keys_file`` or ``auth.allow_anonymous``.
     """
     listen, auth = (
         section if isinstance(section := raw.get(name), dict) else {} for name in ("listen", "auth")
@@ -188,7 +193,9 @@ def _auth_faults(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether all addresses of a host belong to this machine. Raises OSError and UnicodeError for an unknown host."""
+    """Return True if all addresses of ``host`` are loopback addresses. Raises OSError or UnicodeError if the host is
+    unknown.
+    """
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
 
@@ -258,8 +265,8 @@ _BEGINNINGS = (
 
 
 def _instead_of_gguf(file: Path) -> str | None:
-    """What kind of file a model file is by its first bytes; None for a GGUF, and for a file that cannot be read, which
-    ``serve --check`` reports.
+    """Return what a model file is instead of a GGUF, by its first bytes. None for a GGUF, and for a file that cannot be
+    read, which ``serve --check`` reports.
     """
     try:
         with file.open("rb") as opened:
@@ -275,6 +282,6 @@ def _instead_of_gguf(file: Path) -> str | None:
 
 
 def _first_word(command: object) -> str | None:
-    """The program in a command, given as a line or a list; None if the command has a fault of its own."""
+    """Return the program of a command, which is a line or a list of words; None if it is neither, or empty."""
     words = command.split() if isinstance(command, str) else command
     return words[0] if isinstance(words, list) and words and isinstance(words[0], str) else None

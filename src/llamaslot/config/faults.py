@@ -1,4 +1,4 @@
-"""Describes the faults of a config file: the path of the key, what is expected, and a probable correction."""
+"""Puts the faults of a configuration file into words: the path of the key, what is expected, a probable correction."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ _WORDING = {
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a key that occurs twice in one mapping; YAML would use only the last."""
+    """A YAML loader that refuses a mapping with the same key twice; PyYAML would use the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is there twice", key.start_mark
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
                 )
             if isinstance(key.value, str):
                 seen.add(key.value)
@@ -66,7 +66,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The file as plain data. Raises ConfigError if it cannot be read, or with the line at which it is not YAML."""
+    """Return the content of a YAML file as lists, mappings and plain values. Raises ConfigError if the file cannot be
+    read or is not YAML, then with the line.
+    """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -86,14 +88,14 @@ def read_yaml(path: Path) -> Any:
 
 
 def fault_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line per fault: its path in the file (``backends[0].url``), and what is expected."""
+    """Return one line for each fault: the path in the file (``backends[0].url``), and what is expected there."""
     return [
         f"{dotted(details['loc'])}: {_say(details, model)}" for details in error.errors(include_url=False)
     ]
 
 
 def dotted(loc: Loc) -> str:
-    """``("backends", 0, "url")`` as ``backends[0].url``."""
+    """Return a path as text: ``("backends", 0, "url")`` becomes ``backends[0].url``."""
     if loc[-1:] == ("[key]",):  # pydantic's mark for the key itself
         return f"{dotted(loc[:-2])}, the key {loc[-2]!r}"
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
@@ -101,8 +103,8 @@ def dotted(loc: Loc) -> str:
 
 
 def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Every key that a file may have, as a path: ``listen.port``, ``backends[0].managed.slots``; sections are left
-    out.
+    """Yield the path of every key that a configuration file may have: ``listen.port``, ``backends[0].managed.slots``.
+    Sections are left out. ``above``: text that is put before each path.
     """
     for name, field in model.model_fields.items():
         inner = None if _is_mapping(field.annotation) else _inner(field.annotation)
@@ -155,7 +157,7 @@ def _meant(word: str, known: list[str]) -> str:
 
 
 def _section(loc: Loc, model: type[BaseModel]) -> type[BaseModel]:
-    """The model of the section at the path ``loc``."""
+    """Return the model of the section at the path ``loc`` of a file that ``model`` describes."""
     is_name = False  # of a mapping's entry
     for part in loc:
         if is_name or not isinstance(part, str):

@@ -1,7 +1,7 @@
-"""The file of keys (``auth.keys_file``): the users of llamaslot and their limits.
+"""The file of client keys (``auth.keys_file``): the users of llamaslot and their limits.
 
-A key is 256 random bits, so it is enough to store its SHA-256. It cannot be guessed. A salt adds nothing, because no
-two keys are equal and no table of so many can exist; a slow hash is for passwords, which people choose. The key
+A key is 256 random bits, so it is enough to store its SHA-256: nobody can guess a key. A salt adds nothing, because no
+two keys are equal and no table of 2**256 hashes can exist. A slow hash is for passwords, which people choose. The key
 itself is shown once, when it is made.
 """
 
@@ -35,7 +35,7 @@ _HINT = "llamaslot keys add NAME"
 
 
 def name_of_key(name: str) -> str:
-    """Check the name of a key, and return it. Raises ValueError."""
+    """Return ``name``. Raises ValueError if it cannot be the name of a key."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             "a name should be 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -50,7 +50,10 @@ def _digest(text: str) -> str:
 
 
 class Key(Section):
-    """One entry of the file of keys. ``digest``: ``sha256:`` and the hexadecimal SHA-256 of the key."""
+    """One entry of the file of keys. ``digest``: ``sha256:`` and the hexadecimal SHA-256 of the key. ``max_running``
+    and ``max_waiting``: limits of requests of this key, None for those of ``queue``. ``is_admin``: the key opens
+    ``/llamaslot/…`` too.
+    """
 
     name: Annotated[str, AfterValidator(name_of_key)]
     digest: Annotated[str, AfterValidator(_digest)]
@@ -69,7 +72,7 @@ class Keys(Section):
 
 
 def new_key() -> str:
-    """A new key: 256 random bits, in letters that need no quotes anywhere."""
+    """Return a new random key of 256 bits, in characters that need no quotes in a shell, YAML or JSON."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
@@ -78,7 +81,9 @@ def digest_of(key: str) -> str:
 
 
 def read_keys(path: Path) -> tuple[tuple[Key, ...], FileId]:
-    """The entries of the file, and the id of the file that was read. Raises ConfigError with all its faults."""
+    """Read a file of keys. Returns its entries, and the id of the file that was read, by which a change is noticed.
+    Raises ConfigError with all faults of the file.
+    """
     try:
         raw, mark = _read(path)
     except FileNotFoundError:
@@ -128,12 +133,13 @@ def _parsed(path: Path, raw: bytes) -> tuple[Key, ...]:
 
 @contextlib.contextmanager
 def editing(path: Path) -> Iterator[list[Key]]:
-    """The entries of the file, to be changed in the block. They are written at its end, unless the block raises. A
-    lock keeps other editors out.
+    """A context manager that yields the entries of a file of keys as a list, for the block to change. At the end of the
+    block the list is written to the file, unless the block raised. A lock on the directory makes other processes wait
+    that edit the file in this way.
 
-    The file is replaced as a whole: a reader finds the old or the new one. A link stays a link. A new file has mode
-    0600; an existing one keeps its owner, group and mode, less permissions of others. A missing or empty file has no
-    keys. Raises ConfigError.
+    The file is replaced as a whole: a reader finds the old content or the new one. A symbolic link stays a link. A new
+    file has mode 0600; an existing one keeps its owner, group and mode, without permissions for others. A missing or
+    empty file has no keys. Raises ConfigError if the file cannot be read or written, or has faults.
     """
     path = path.resolve()
     try:
@@ -161,7 +167,9 @@ def _written(keys: list[Key]) -> bytes:
 
 
 def _replace(path: Path, data: bytes, directory: int) -> None:
-    """Replace the file of keys by a new one. Raises OSError."""
+    """Write ``data`` to a new file and rename it to ``path``. ``directory``: descriptor of its directory, which is
+    synced. Raises OSError, and ConfigError if the old file's owner cannot be kept.
+    """
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     before = _status(path)
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -182,7 +190,9 @@ def _replace(path: Path, data: bytes, directory: int) -> None:
 
 
 def _give(file: int, path: Path, to: os.stat_result) -> None:
-    """Give the new file the old one's owner and group. Raises ConfigError."""
+    """Give the open ``file`` the owner and group of ``to``. Raises ConfigError, with ``path``, if this
+    process may not.
+    """
     try:
         os.fchown(file, to.st_uid, to.st_gid)
     except PermissionError:
@@ -200,6 +210,6 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def made_now(name: str, key: str, **more: Any) -> Key:
-    """The entry of a key that is made now. Raises ValidationError."""
+    """Return the entry for a key made now; ``more``: limits and ``is_admin``. Raises ValidationError."""
     now = datetime.now(UTC).replace(microsecond=0)
     return Key(name=name, digest=digest_of(key), created=now, **more)

@@ -87,20 +87,20 @@ class Config(Section):
         return self.backends[0]
 
     def directory_of(self, backend: BackendConfig) -> Path | None:
-        """The directory with the snapshots of a backend; None if it has none."""
+        """Return the directory that keeps the snapshots of ``backend``; None if it has no ``slot_save_path``."""
         return (
             (self.store.directory or backend.slot_save_path) if backend.slot_save_path is not None else None
         )
 
     @property
     def rules(self) -> tuple[RewriteRule, ...]:
-        """All rules that rewrite system prompts, built-in ones included."""
+        """All rules that rewrite system prompts: the ready ones that are on, then those of ``rewrite``."""
         return in_force(self.rewrite, self.rewrite_off)
 
     @model_validator(mode="wrap")
     @classmethod
     def _whole(cls, raw: Any, handler: ModelWrapValidatorHandler[Config], info: ValidationInfo) -> Config:
-        """Report faults of several settings together with the faults of single ones."""
+        """Check the whole file, so that faults of settings together are reported beside faults of single settings."""
         if isinstance(raw, dict):  # a section whose keys are all commented out is None in YAML
             raw = {
                 key: _NOTHING.get(key, {}) if value is None and key != "backends" else value
@@ -130,7 +130,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _slot_files_of_a_managed_server(self) -> Config:
-        """The default of ``slot_save_path`` for a managed server: ``store.directory``, else ``<store.meta_dir>/kv``."""
+        """Set ``slot_save_path`` of managed servers without one to ``store.directory``, else to
+        ``<store.meta_dir>/kv``.
+        """
         default = {"slot_save_path": self.store.directory or self.store.meta_dir / "kv"}
         backends = tuple(
             backend.model_copy(update=default)

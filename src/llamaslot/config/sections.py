@@ -1,4 +1,4 @@
-"""The sections of config.yaml, each a frozen model. docs/configuration.md says more about each key."""
+"""The sections of config.yaml, each a frozen model with its keys. docs/configuration.md says more about each key."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ _FAIRNESS = Fairness()  # the defaults of ``queue``
 
 
 def _managed(value: object, info: ValidationInfo) -> object:
-    """``managed`` in its full form: ``command`` and ``args`` may be one line, as typed in a shell, and contain
-    numbers; paths become absolute.
+    """Return the section ``managed`` with ``command`` and ``args`` as lists of strings: in the file each may be one
+    line, as typed in a shell, and a list may have numbers. A relative path of ``model`` becomes absolute. A value that
+    is no mapping is returned unchanged, for the check that follows.
     """
     if not isinstance(value, dict):
         return value
@@ -64,19 +65,19 @@ def _split(line: str, key: str) -> list[str]:
         raise ValueError(f"{key} cannot be split into words ({error}); write a list instead") from error
 
 
-#: Values of ``listen.host`` that stand for every address, and where to ask then on this machine.
+#: Values of ``listen.host`` that stand for all addresses of this machine, each with the address to connect to locally.
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class ListenConfig(Section):
-    # Address to listen on; one that other machines reach requires keys or auth.allow_anonymous.
+    # Address to listen on. If other machines can reach it, auth.keys_file or auth.allow_anonymous is required.
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Port = 8081
-    # Bytes of an unpacked request body; a larger one is answered 413.
+    # Most bytes of a request body, unpacked; a larger one is answered 413.
     max_body: Annotated[Size, Field(gt=0)] = 64 * MIB
-    # Seconds for the header to arrive, and again for the body, which gets one more per 4 KiB; then 408.
+    # Seconds in which a header must arrive; the same time and one second more per 4 KiB for a body. Else 408.
     read_timeout_s: Annotated[Seconds, Field(gt=0)] = 30.0
-    # Connections of clients; one more is answered 503. None: the limit of open files, less 2048, or half of it.
+    # Most client connections; one more is answered 503. None: the limit of open files, less 2048, or half of it.
     max_connections: Annotated[Count, Field(gt=0)] | None = None
     tls: TlsConfig | None = None
     # Origins whose web pages may call llamaslot from a browser; "*": all.
@@ -104,17 +105,19 @@ def _strong_secret(key: SecretStr) -> SecretStr:
 class AuthConfig(Section):
     """Which clients may use llamaslot, and which may use its own pages."""
 
-    # The clients' keys, written by ``llamaslot keys``; with it requests need one.
+    # File of the client keys, written by ``llamaslot keys``. If it is set, each request needs a key.
     keys_file: Annotated[FilePath, AfterValidator(_keys_file)] | None = None
-    # Serve requests without a key, even from other machines.
+    # True: serve requests without a key, even from other machines.
     allow_anonymous: bool = False
-    # A key for ``/llamaslot/…`` that no other route accepts.
+    # The key for llamaslot's own pages, ``/llamaslot/…``; other routes do not accept it.
     admin_key: Annotated[SecretStr, AfterValidator(_strong_secret)] | None = None
-    # A file with that key alone on one line.
+    # Instead: a file with the admin key alone, on one line.
     admin_key_file: Annotated[FilePath, AfterValidator(_strong_key_file)] | None = None
 
     def resolve_admin_key(self) -> str | None:
-        """The admin key. Raises ConfigError if the file, readable at the start, is not readable any more."""
+        """Return the admin key: ``admin_key``, else that in ``admin_key_file``; None if neither is set. Raises
+        ConfigError if the file cannot be read.
+        """
         return _resolved(self.admin_key, self.admin_key_file, "auth.admin_key_file")
 
 
@@ -133,41 +136,42 @@ ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class BackendConfig(Section):
-    """One llama-server: its address (``url``) or how to run it (``managed``)."""
+    """One llama-server: its address (``url``), or how llamaslot runs it (``managed``)."""
 
-    # The backend's name in log, metrics and headers; of several each has its own.
+    # The backend's name in log, metrics and headers. No two backends may have the same.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "llama"
-    # Root of a running llama-server, without /v1.
+    # Base URL of a running llama-server, without /v1.
     url: Annotated[str, AfterValidator(server_url)] | None = None
-    # llama-server's --slot-save-path as seen from llamaslot; None: nothing is saved.
+    # llama-server's --slot-save-path, as llamaslot sees that directory. None: nothing is saved to disk.
     slot_save_path: FilePath | None = None
-    # llama-server's --api-key.
+    # The key that llama-server requires (--api-key).
     api_key: Annotated[SecretStr, Field(min_length=1)] | None = None
-    # A file with that key alone on one line.
+    # Instead: a file with this key alone, on one line.
     api_key_file: Annotated[FilePath, AfterValidator(key_file)] | None = None
-    # A llama-server that llamaslot starts and stops.
+    # A llama-server that llamaslot starts, restarts when it dies, and stops.
     managed: Annotated[ManagedConfig, BeforeValidator(_managed)] | None = None
 
     def resolve_api_key(self) -> str | None:
-        """The key that llama-server requires, read from its file at each call; None if it requires none.
-
-        Raises ConfigError if the file, readable at the start, is not readable any more.
+        """Return llama-server's API key: ``api_key``, else that in ``api_key_file``, which is read at each call. None
+        if neither is set. Raises ConfigError if the file cannot be read.
         """
         return _resolved(self.api_key, self.api_key_file, "api_key_file")
 
 
 class ManagedModelsConfig(Section):
-    """Settings of all managed llama-servers together. With neither key all run from the start."""
+    """Settings of all managed llama-servers together. If neither key is set, all start with llamaslot; else each starts
+    when a request needs its model.
+    """
 
-    # Models that are loaded at a time, each by the first request for it. None: all.
+    # Most models loaded at a time; for one more, the least recently used is unloaded. None: all.
     max_loaded: Annotated[Count, Field(gt=0)] | None = None
-    # A model is unloaded, its slots saved first, after so many seconds without a request. None: never.
+    # A model without requests for this many seconds is unloaded, after its slots are saved. None: never.
     idle_unload_s: Annotated[Seconds, Field(gt=0)] | None = None
 
 
 def default_meta_dir() -> Path:
-    """The default of ``store.meta_dir``: systemd's StateDirectory if there is one, else /var/lib/llamaslot for root,
-    else the XDG state directory.
+    """Return the default of ``store.meta_dir``: the first directory in ``$STATE_DIRECTORY`` (set by systemd), else
+    ``/var/lib/llamaslot`` for root, else ``llamaslot`` below ``$XDG_STATE_HOME`` or ``~/.local/state``.
     """
     if given := os.environ.get("STATE_DIRECTORY"):
         return Path(given.split(":")[0])
@@ -177,112 +181,115 @@ def default_meta_dir() -> Path:
 
 
 class StoreConfig(Section):
-    # Bytes of snapshots; beyond, the least valuable are evicted. 0: save nothing.
+    # Most bytes of all snapshots together; beyond it the least valuable are evicted. 0: nothing is saved.
     quota: Size = 20 * GIB
-    # Most snapshots; beyond, the least valuable are evicted.
+    # Most snapshots; beyond it the least valuable are evicted.
     max_files: Annotated[Count, Field(gt=0)] = 10_000
-    # Where snapshots are kept. None: in each slot_save_path; else that is only where llama-server writes and reads.
+    # Where snapshots are kept. None: in each slot_save_path. If set, slot_save_path is only where llama-server writes
+    # and reads slot files.
     directory: FilePath | None = None
-    # Bytes of slot files that stay in slot_save_path for the next restore, if ``directory`` is elsewhere.
+    # With ``directory``: bytes of slot files that stay in slot_save_path, ready for the next restore.
     landing_quota: Size = 0
-    # Bytes to leave free on the snapshots' file system; with less, some are evicted. 0: none go before it is full.
+    # Bytes to keep free on the snapshots' file system: snapshots are evicted for it. 0: only when it is full.
     min_free: Size = 1 * GIB
     # Directory of llamaslot's own files.
     meta_dir: FilePath = Field(default_factory=default_meta_dir)
-    # Unsaved slots are saved after so many seconds without a request.
+    # When a backend has been idle for this many seconds, its unsaved slots are saved.
     idle_save_s: Seconds = 2.0
 
 
 class RoutingConfig(Section):
-    # Least fraction of a slot's tokens that a request must share to continue there; less is another conversation.
+    # A request continues an occupied slot if it begins with at least this fraction of the slot's tokens.
     similarity_min: Annotated[float, BeforeValidator(number), Field(gt=0, le=1)] = SIMILARITY_MIN
-    # A shorter prompt evicts no context of at least this many tokens while another slot is idle.
+    # A prompt with fewer tokens evicts no context of at least this many tokens while an idle slot holds less.
     small_prompt_tokens: Count = SMALL_PROMPT_TOKENS
 
 
 class CacheConfig(Section):
-    # Whether a request may reuse what another user has computed.
+    # shared: a request may reuse what another user's request computed. per_user: it may not.
     isolation: Literal["shared", "per_user"] = "shared"
 
 
 class PrefillConfig(Section):
-    # A prefill that takes longer is computed in chunks. None: 20 times what a request costs, at most 1 s.
+    # A prompt whose prefill is estimated to take longer is computed in chunks. None: 20 times what one more request
+    # costs this server, at most 1 s.
     chunk_threshold_s: Seconds | None = None
-    # Fraction of time for running streams beside a long prompt.
+    # While a long prompt is computed, running streams get this fraction of the time.
     decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = _SHARING.decode_share
-    # Duration of a chunk; between two, other requests get their turn.
+    # Duration of a chunk. Other requests wait about as long for their turn.
     chunk_s: Annotated[Seconds, Field(gt=0)] = _SHARING.chunk_s
-    # Longest delay of a long prompt's next chunk by requests with a short prefill.
+    # Longest time for which requests with a short prefill delay the next chunk of a long prompt.
     max_yield_s: Seconds = _SHARING.max_yield_s
-    # A long prompt that has waited this long is not overtaken by later ones.
+    # A long prompt that has waited this long is overtaken by no later one.
     starvation_s: Seconds = _SHARING.starvation_s
 
 
 class QueueConfig(Section):
-    # Requests that may wait for a slot; one more is answered 503.
+    # Most requests that may wait for a slot. When one more comes, the latest of the user with most is answered 503.
     max_waiting: Count = 256
-    # Longest wait for a slot, then 503. None: no limit.
+    # A request that has waited this long for a slot is answered 503. None: no limit.
     max_wait_s: Annotated[Seconds, Field(gt=0)] | None = 600.0
-    # Requests of one user that may wait; one more is answered 429. A key's own limit wins.
+    # Most waiting requests of one user; one more is answered 429. None: no limit. A key's own limit wins.
     user_max_waiting: Annotated[Count, Field(gt=0)] | None = None
-    # Slots of one user at a time. None: as many as no other user needs. A key's own limit wins.
+    # Most slots of one user at a time. None: as many as no other user needs. A key's own limit wins.
     user_max_running: Annotated[Count, Field(gt=0)] | None = None
-    # Slot time by which small requests may overtake a waiting request in all; 0: never.
+    # Small requests overtake a waiting request until they have used this much slot time together. 0: never.
     small_request_max_overtake_s: Seconds = _FAIRNESS.max_overtake_s
-    # So long after its last answer a user is expected back, and a slot is left idle for it.
+    # For this long after its last answer a user is expected back: users above their share leave a slot idle for it.
     return_grace_s: Seconds = _FAIRNESS.return_grace_s
 
 
 class ModelConfig(Section):
     """The settings that are different for one model."""
 
-    # Instead of the top-level ``prewarm``; None: as there.
+    # Used for this model instead of the top-level ``prewarm``. None: the top-level one is used.
     prewarm: tuple[Annotated[FilePath, AfterValidator(chat_file)], ...] | None = None
-    # As the section of that name, whose values hold for what is left out here.
+    # Keys of the top-level ``queue`` that this model has other values for.
     queue: QueueConfig = QueueConfig.model_construct()
 
 
 class ModelsConfig(Section):
-    """Names of models in addition to those that the servers tell."""
+    """Names of models beside those that the llama-servers report, and settings of single models."""
 
-    # Names that clients may use, each with a model's name as its server tells it, or the name of a backend.
+    # More names for models. Each value is a name that a llama-server reports, or the name of a backend.
     aliases: dict[ModelName, ModelName] = Field(default_factory=dict)
-    # The model for requests that name none, or an unknown one: a name as in ``aliases``. None: answered 404.
+    # The model for requests that name none, or an unknown one: a name like a value of ``aliases``. None: if there are
+    # several models, these requests get 400 and 404.
     default: ModelName | None = None
-    # By a model's name, as in ``aliases``: its own limits and ``prewarm``.
+    # Settings of one model, under the name that its server reports.
     each: dict[ModelName, ModelConfig] = Field(default_factory=dict)
 
 
 class TimeoutsConfig(Section):
-    # Seconds from arrival to the first token, then 504. None: no limit.
+    # A request without a first token this many seconds after its arrival is answered 504. None: no limit.
     first_token_s: Annotated[Seconds, Field(gt=0)] | None = None
-    # Seconds from arrival to the end of the answer, then 504. None: no limit.
+    # A request whose answer has not ended this many seconds after its arrival is answered 504. None: no limit.
     total_s: Annotated[Seconds, Field(gt=0)] | None = None
-    # A slot without progress for so long is stuck: its request ends, and it is erased.
+    # If a slot makes no progress for this many seconds, its request ends with 504, and the slot is erased. None: never.
     watchdog_s: Annotated[Seconds, Field(gt=0)] | None = 300.0
 
 
 class StreamConfig(Section):
-    # Seconds between two comments to a waiting stream.
+    # Seconds between two SSE comments to a waiting stream.
     keepalive_s: Annotated[Seconds, Field(gt=0)] = 10.0
-    # False: none, for clients that cannot read SSE comments.
+    # False: no comments are sent, for clients that cannot read them.
     comments: bool = True
 
 
 class PassthroughConfig(Section):
-    # Routes that change llama-server or reach out from it; others are answered 403.
+    # Routes that change llama-server or reach out from it. Each is answered 403 unless it is listed here.
     allow: tuple[Gate, ...] = ()
 
 
 class ShutdownConfig(Section):
-    # Seconds to save unsaved slots, after draining.
+    # After ``drain_s`` unsaved slots are saved, for at most this many seconds.
     save_s: Seconds = 60.0
-    # Seconds for running answers to end after SIGTERM, and again to close their connections.
+    # After SIGTERM running answers get this many seconds to end, then their connections as many to close.
     drain_s: Seconds = 30.0
 
 
 def _can_trace(endpoint: str) -> str:
-    """Check that the extra that sends traces is installed. Raises ValueError."""
+    """Return ``endpoint``. Raises ValueError if the extra ``llamaslot[otel]``, which sends traces, is not installed."""
     from importlib.util import find_spec
 
     try:
@@ -302,7 +309,7 @@ class LogConfig(Section):
     ] = "info"
     # auto: text for a terminal and for systemd's journal, else JSON lines.
     format: Literal["auto", "text", "json"] = "auto"
-    # Cache misses in log and journal quote 80 characters before and after the difference: users' texts.
+    # True: log and journal quote 80 characters before and after a difference that caused a cache miss (users' texts).
     prompts: bool = False
-    # Where traces go, by OpenTelemetry (llamaslot[otel]): http://127.0.0.1:4318/v1/traces. None: nowhere.
+    # URL that gets a trace of each completion, such as http://127.0.0.1:4318/v1/traces; needs llamaslot[otel].
     otlp_endpoint: Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_can_trace)] | None = None

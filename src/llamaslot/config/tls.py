@@ -1,4 +1,6 @@
-"""``listen.tls``: a certificate and its key, loaded at the start, by ``--check``, and when they were renewed."""
+"""``listen.tls``: the certificate for HTTPS and its key. They are loaded at the start, by ``--check``, and again when
+their files have changed.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def _readable(path: Path) -> Path:
 
 
 class TlsConfig(Section):
-    """The certificate and its key, as files in PEM; ``cert`` also contains the certificate's issuers, itself first
-    (certbot's ``fullchain.pem``).
+    """The paths of two PEM files. ``cert``: the certificate, then those of its issuers (certbot's ``fullchain.pem``);
+    ``key``: its private key, unencrypted.
     """
 
     cert: Annotated[FilePath, AfterValidator(_readable)]
@@ -41,7 +43,7 @@ class TlsConfig(Section):
 
 
 def load_certificate(settings: TlsConfig) -> ssl.SSLContext:
-    """Load certificate and key. Raises ValueError that says which of the two is wrong."""
+    """Return a TLS context with the certificate and its key. Raises ValueError, which names the file that is wrong."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
     is_encrypted = False
@@ -73,14 +75,15 @@ def _wording(settings: TlsConfig, error: OSError, is_encrypted: bool) -> str:
 
 
 class Certificate:
-    """The certificate on disk, checked at most once a second, when a client connects.
+    """The certificate on disk. When a client connects, at most once a second, its files are checked for a change, and
+    loaded again.
 
-    If it cannot be loaded (only one file of a renewal is there yet), the old one stays in use, and the log says so
-    once for each change of the files.
+    If changed files cannot be loaded (for example, only one file of a renewal is there yet), the old certificate stays
+    in use, and one log line says so for each change of the files.
     """
 
     def __init__(self, settings: TlsConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        """Load the files. Raises ConfigError if they, right a moment ago, are not valid any more."""
+        """Load the files. Raises ConfigError if they have become invalid since the configuration was checked."""
         self._settings = settings
         self._watch = Watch(settings.cert, settings.key, clock=clock)
         try:
@@ -101,7 +104,7 @@ class Certificate:
             self._latest = load_certificate(self._settings)
         except ValueError as error:
             log.error(
-                "listen.tls: the changed certificate is not usable, the old one stays in use: %s", error
+                "listen.tls: the changed certificate cannot be used, the old one stays in use: %s", error
             )
         else:
             log.info("listen.tls: the changed certificate %s is in use", self._settings.cert)

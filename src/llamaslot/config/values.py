@@ -15,14 +15,19 @@ from llamaslot.sizes import parse_size
 
 
 def number(value: object) -> object:
-    """Refuse YAML's ``on`` and ``yes``: they are True, which Python would accept as the number 1."""
+    """Return ``value``. Raises ValueError for True and False (``on``, ``yes`` in YAML), which Python would take as 1
+    and 0.
+    """
     if isinstance(value, bool):
         raise ValueError(f"should be a number, not {'on' if value else 'off'}")
     return value
 
 
 def anchored(path: Path, info: ValidationInfo) -> Path:
-    """The path with ``~`` expanded; a relative path is relative to the directory of the config file."""
+    """Return ``path`` as absolute path: ``~`` is expanded, and a relative path starts at the directory of the
+    configuration file (``info.context``), else at the working directory. Raises ValueError for an empty path or an
+    unknown home.
+    """
     if str(path) == ".":
         raise ValueError("should be a path, and is empty")
     try:
@@ -34,7 +39,9 @@ def anchored(path: Path, info: ValidationInfo) -> Path:
 
 
 def address_of(url: str) -> tuple[str, int, str] | None:
-    """Host, port and path of a URL, equal for texts that surely name the same server; None if it is no URL."""
+    """Return host, port and path of a URL; None if it is no URL. Two results are equal only if both URLs surely lead to
+    the same server.
+    """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -53,7 +60,7 @@ def address_of(url: str) -> tuple[str, int, str] | None:
 
 
 def server_url(url: str) -> str:
-    """The URL as ``scheme://host:port[/prefix]``, without a slash at its end. Raises ValueError."""
+    """Return the URL without a slash at its end. Raises ValueError unless it is ``http[s]://host[:port][/prefix]``."""
     if "://" not in url:
         raise ValueError(f"should begin with http:// or https://; did you mean http://{url}?")
     try:
@@ -76,7 +83,9 @@ def server_url(url: str) -> str:
 
 
 def read_key(path: Path) -> str:
-    """The key in a file of one line. Raises ValueError with the fault of the file."""
+    """Return the key in a file that has only this one line. Raises ValueError if the file cannot be read, is empty or
+    has more lines.
+    """
     try:
         key = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -90,7 +99,7 @@ def read_key(path: Path) -> str:
 
 
 def strong_key(key: str) -> None:
-    """Check a key. Raises ValueError for one that could be found by trying."""
+    """Raise ValueError if ``key`` is short enough to be found by trying: less than 16 characters, or with blanks."""
     if len(key) < 16 or not re.fullmatch(r"[!-~]+", key):
         raise ValueError(
             "should be at least 16 letters, digits and signs without blanks: openssl rand -hex 32"
@@ -98,7 +107,9 @@ def strong_key(key: str) -> None:
 
 
 def origin(text: str) -> str:
-    """Check an origin: ``https://chat.example.org:8443``, as browsers send it, or ``*``. Raises ValueError."""
+    """Return an origin in lower case: ``*``, or as browsers send it, ``https://chat.example.org:8443``. Raises
+    ValueError for another text.
+    """
     if text != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+", text):
         raise ValueError(
             "should be '*' (any page), or an origin such as https://chat.example.org: scheme, host and port, "
@@ -133,17 +144,19 @@ FilePath = Annotated[Path, AfterValidator(anchored)]
 
 
 class Section(BaseModel):
-    """A section of the configuration.
+    """The base class of the sections of the configuration. Instances are frozen; an unknown key is a fault.
 
-    Its validator is built with that of ``Config``, or at its first use: building each alone takes 20 ms in all. So
-    defaults are made by ``model_construct``.
+    pydantic builds the validators of all sections together with that of ``Config``, or at the first use: building each
+    one at import takes 20 ms in all. Defaults are made by ``model_construct``, which needs no validator.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
 
 def read_chat_file(path: Path) -> dict[str, Any]:
-    """The chat body in a file. Raises ValueError with the fault of the file."""
+    """Return the chat body in a JSON file: an object with ``messages``. Raises ValueError with the fault
+    of the file.
+    """
     try:
         body = orjson.loads(path.read_bytes())
     except OSError as error:

@@ -20,7 +20,7 @@ from llamaslot.fleet.pool import Pool
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
-_GIVEN_UP = "llama-server restarts again and again; see its log"
+_GIVEN_UP = "llama-server restarted again and again while it had this request; its log may say why"
 
 
 class Answer(Protocol):
@@ -149,8 +149,9 @@ class Attempts:
         self._error, self.avoids = error, frozenset({self.backend.name})
         self.backend.metrics.failovers.inc()
         log.warning(
-            "%s: %s has failed, another backend takes the request: %s", self.id, self.backend.name, error
-        )
+            "%s: backend %s has failed, another backend takes the request: %s",
+            self.id, self.backend.name, error,
+        )  # fmt: skip
         self.lease = self._asked = None
 
     def _has_answered(self, status: int) -> None:
@@ -183,7 +184,9 @@ class Attempts:
             return False
         failed.suspect()
         failed.metrics.failovers.inc()
-        log.warning("%s: %s has failed, another backend takes the request: %s", self.id, failed.name, error)
+        log.warning(
+            "%s: backend %s has failed, another backend takes the request: %s", self.id, failed.name, error
+        )
         self.lease = self._asked = None
         return True
 

@@ -84,7 +84,8 @@ class InfillPrompts:
                 executor.metrics.wedged.inc()
                 self._known_until = self._dispatcher.now() + _AGAIN_S
                 log.warning(
-                    "%s: probing /infill took more than %g s in slot %s; tried again in ten minutes",
+                    "%s: llamaslot could not find out within %g s, in slot %s, how llama-server builds /infill prompts;"
+                    " it tries again in ten minutes",
                     lease.table.backend, _LEARNING_S, lease.slot_name,
                 )  # fmt: skip
                 # The slot drains: llama-server may be working in it.
@@ -97,7 +98,8 @@ class InfillPrompts:
             return Infill(api, await learn(api, lease.slot_id, self._n_ctx))
         except PromptNotTokenizable as error:
             log.info(
-                "%s: how /infill prompts are built is unknown, so no cached prefix is found for them: %s",
+                "%s: llamaslot does not know how llama-server builds /infill prompts, and finds no cached prefix for"
+                " them: %s",
                 lease.table.backend, error,
             )  # fmt: skip
             return error

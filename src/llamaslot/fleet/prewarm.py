@@ -115,7 +115,8 @@ class Prewarm:
                     self._left_of[library] = table
                     self._left[library] = [one for one in targets if one is not None]
             except LlamaslotError as error:
-                log.debug("prewarm: postponed to the next connect: %s", error)  # with another slot table
+                # It connects with another slot table, for which everything is done again.
+                log.debug("prewarm: postponed until llamaslot connects again: %s", error)
             return
 
     # -- configured prefixes -------------------------------------------------------------------------------------
@@ -145,7 +146,9 @@ class Prewarm:
                 for one in targets
             ):
                 await self._set_pinned(table, snapshot, is_pinned=False)
-                log.info("prewarm: snapshot %s is no longer configured and may be evicted", snapshot.id)
+                log.info(
+                    "prewarm: no configured file needs snapshot %s any more; it may be evicted", snapshot.id
+                )
 
     async def _set_pinned(self, table: SlotTable, snapshot: Snapshot, *, is_pinned: bool) -> None:
         with contextlib.suppress(KeyError):  # it has just been dropped
@@ -166,7 +169,10 @@ class Prewarm:
         if (there := table.model_snapshots.snapshot_at(one.trunk, table.rules.public)) is not None:
             if not there.is_pinned:
                 await self._set_pinned(table, there, is_pinned=True)
-            log.info("prewarm: %s (%d tokens) is saved as snapshot %s", one.name, one.n_tokens, there.id)
+            log.info(
+                "prewarm: the prefix of %s (%d tokens) is saved as snapshot %s",
+                one.name, one.n_tokens, there.id,
+            )  # fmt: skip
             left.remove(one)
         elif one.n_tokens < MIN_SHARED_TOKENS:
             log.warning(
@@ -175,7 +181,9 @@ class Prewarm:
             )  # fmt: skip
             left.remove(one)
         elif one.n_failed == _ATTEMPTS:
-            log.warning("prewarm: %s could not be saved in %d attempts", one.name, _ATTEMPTS)
+            log.warning(
+                "prewarm: %s is given up: %d attempts to compute and save it failed", one.name, _ATTEMPTS
+            )
             left.remove(one)
         else:
             await self._compute(table, one)
@@ -220,6 +228,6 @@ class Prewarm:
         except SlotWedged as error:
             if executor is not None:
                 executor.metrics.wedged.inc()
-            log.warning("%s: this prewarm has failed: %s", request.id, error)
+            log.warning("%s: an attempt to compute this file's prefix failed: %s", request.id, error)
         except (LlamaslotError, RetryPlacement) as error:
-            log.debug("%s: this prewarm has not been computed: %s", request.id, error)
+            log.debug("%s: this file's prefix was not computed: %s", request.id, error)

@@ -234,7 +234,9 @@ class Registry:
             raise BackendDown(
                 "it runs in router mode and has no model: --models-dir names a directory of them"
             )
-        log.info("%s: llama-server runs in router mode, with %d models", backend.name, len(models))
+        log.info(
+            "%s: llama-server runs in router mode; llamaslot serves its %d models", backend.name, len(models)
+        )
         add = partial(self._add_model, backend)
         its = RouterModeModels(backend, router, max_models, add, self._open, self.save_s)
         self._routers.append(its)
@@ -296,7 +298,8 @@ class Registry:
     def _move(self, backend: Backend, old: Pool, new: Pool) -> None:
         if backend.last_session is not None:
             log.warning(
-                "%s: serves another model than before, and belongs to that model's pool now", backend.name
+                "%s: llama-server serves another model than before; the backend now gets requests for that model",
+                backend.name,
             )
         backend.abandoned_slots.end_gone()
         new.join(backend)

@@ -159,9 +159,9 @@ class Router:
             if others and name not in self._warned:
                 self._warned.add(name)
                 log.warning(
-                    "%s: its model is called %s, like another one of %s, and is not the same (weights, number of slots"
-                    " or chat template differ): requests for %s go to the backend that is configured first. Start one"
-                    " of them with another --alias, or give all of them the same flags",
+                    "%s: its model is called %s, like the model of %s, but is another one (weights, number of slots or"
+                    " chat template differ): requests for %s go to the backend that is configured first. Start one of"
+                    " these llama-servers with another --alias, or all of them with the same flags",
                     backend.name, name, " and ".join(others[0].backends), name,
                 )  # fmt: skip
 

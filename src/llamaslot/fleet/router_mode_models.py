@@ -60,7 +60,7 @@ class RouterModeModel(ServedOnDemand):
             if not self.is_loaded:
                 raise BackendDown(f"{self.name}: was unloaded while llamaslot connected to it")
             await self._backend.presence.changes.wait()
-        log.info("%s: loaded: a request needs it", self.name)
+        log.info("%s: its model is loaded now, as a request needs it", self.name)
 
     async def unload(self) -> None:
         """Save the slots, have the router unload the model, and wait until it has. A failure is logged."""
@@ -73,11 +73,16 @@ class RouterModeModel(ServedOnDemand):
                 async with asyncio.timeout(_END_S):
                     while self.is_loaded:
                         await leases.changes.wait()
-                log.info("%s: unloaded: idle, or another model needs its place", self.name)
+                log.info(
+                    "%s: its model is unloaded now: it was idle, or another model needs its place", self.name
+                )
         except LlamaslotError as error:
-            log.warning("%s: was not unloaded: %s", self.name, error)
+            log.warning("%s: the router did not unload this model: %s", self.name, error)
         except TimeoutError:
-            log.warning("%s: was not unloaded: it still runs after %g s", self.name, _END_S)
+            log.warning(
+                "%s: the router did not unload this model: it still runs %g s after the request to unload it",
+                self.name, _END_S,
+            )  # fmt: skip
         finally:
             if self._backend.presence.is_awake:
                 self._backend.sleep()
@@ -191,7 +196,7 @@ class RouterModeModels:
             if self._is_gone:
                 self._is_gone = False
                 self._backend.metrics.is_up.set(True)
-                log.info("%s: the router answers again", self.name)
+                log.info("%s: the router answers again, so its models are served again", self.name)
                 self.on_demand.forgive()
                 for model in self._models.values():
                     model.back()
@@ -201,7 +206,10 @@ class RouterModeModels:
         if not self._is_gone:
             self._is_gone = True
             self._backend.metrics.is_up.set(False)
-            log.warning("%s: the router's models are not served until it answers again: %s", self.name, error)
+            log.warning(
+                "%s: the router does not answer, and its models are not served until it does: %s",
+                self.name, error,
+            )  # fmt: skip
             for model in self._models.values():
                 model.gone(f"does not answer as a router ({error})")
 

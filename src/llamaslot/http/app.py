@@ -181,8 +181,9 @@ class App:
             return error_response(wrapped)
         except Exception:
             log.exception(
-                "%s %s: answered 500: internal error; please report it", request.method, request.path
-            )
+                "%s %s was answered 500: internal error in llamaslot; please report it",
+                request.method, request.path,
+            )  # fmt: skip
             mistake = LlamaslotError(MISTAKE)
             note_error(request, mistake)
             return error_response(mistake)

@@ -54,7 +54,7 @@ class Keyring:
         keys, mark = read_keys(path)
         self._watch = Watch(path, clock=clock, known=(mark,))
         self._take(keys)
-        log.info("keys: %d read from %s", len(keys), path)
+        log.info("keys: %d client keys read from %s", len(keys), path)
 
     def _take(self, keys: tuple[Key, ...]) -> None:
         self._users = tuple((key.digest, key.user) for key in keys)
@@ -77,11 +77,14 @@ class Keyring:
             keys, mark = read_keys(self._path)
         except ConfigError as error:
             faults = "; ".join(error.faults)
-            log.error("keys: %s: %s; the keys read before stay in force", self._path, faults)
+            log.error(
+                "keys: %s has changed and cannot be used: %s; the keys read before stay in force",
+                self._path, faults,
+            )  # fmt: skip
             return
         self._watch.known = (mark,)  # the id of the file as it was read: it may have changed since
         self._take(keys)
-        log.info("keys: %s has changed, %d keys are in force", self._path, len(keys))
+        log.info("keys: %s has changed: its %d client keys are in force", self._path, len(keys))
 
 
 class Authenticator:

@@ -91,7 +91,7 @@ class Connection(web.RequestHandler):
         set_options(self.transport)
         if not self._all.enter(self):
             error = TooManyConnections(
-                "there are as many connections as there may be (listen.max_connections)"
+                "too many connections are open (listen.max_connections); try again later"
             )
             self._say_and_close("503 Service Unavailable", error)
 
@@ -123,10 +123,12 @@ class Connection(web.RequestHandler):
         if self.transport is None or self._is_serving:
             return
         log.info(
-            "a client sent no complete request header within %g s: connection closed", self._timeouts.read_s
+            "a client sent no complete request header within %g s, so its connection is closed",
+            self._timeouts.read_s,
         )
         self._say_and_close(
-            "408 Request Timeout", TooSlow("the header of the request has not come to its end in time")
+            "408 Request Timeout",
+            TooSlow("the request header did not arrive completely in time (listen.read_timeout_s)"),
         )
 
     def _say_and_close(self, status: str, error: LlamaslotError) -> None:

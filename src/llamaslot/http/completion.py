@@ -61,7 +61,7 @@ from llamaslot.tokens.tokenizer import NoPrompt
 
 log = logging.getLogger(__name__)
 
-_BEYOND = "llama-server has fewer slots than answers were asked for, or its model reads no such media"
+_BEYOND = "llama-server has fewer slots than n asks answers for, or its model does not read such media"
 
 
 class Completions:
@@ -168,7 +168,7 @@ class _Exchange:
         except (BackendDown, SlotWedged) as error:
             if isinstance(error, SlotWedged):
                 self.backend.metrics.wedged.inc()
-                log.warning("%s: this request ends without its answer: %s", self.id, error)
+                log.warning("%s: the request ends without a complete answer: %s", self.id, error)
             self.backend.doubt()
             return await self.down.fail(error)
         except NoPrompt as error:
@@ -184,7 +184,9 @@ class _Exchange:
         except Exception:
             if not self.down.has_begun:
                 raise
-            log.exception("%s: request failed: internal error; please report it", self.id)
+            log.exception(
+                "%s: the answer ends with an error: internal error in llamaslot; please report it", self.id
+            )
             return await self.down.fail(LlamaslotError(f"{MISTAKE} (request id {self.id})"))
 
     async def _run(self) -> web.StreamResponse:
@@ -324,7 +326,8 @@ class _Exchange:
         self.backend.metrics.preempted.inc()
         n_done = preempted.prefill_stats.n_tokens if preempted.prefill_stats is not None else 0
         log.info(
-            "%s: its slot goes to a user with fewer slots; queued again with %d of %d tokens computed",
+            "%s: its slot goes to a user with fewer slots; the request waits in the queue again, with %d of its %d"
+            " prompt tokens computed",
             self.id, n_done, slot_request.n_tokens,
         )  # fmt: skip
 

@@ -350,7 +350,7 @@ class Answering:
         if (doubt := reading.assembly.doubt) is None:
             return reading.assembled()
         log.info(
-            "%s: repeating the request without streaming, as no answer can be assembled from its stream: %s",
+            "%s: cannot build a JSON answer from llama-server's stream (%s), repeating the request without streaming",
             self.client_request.id, doubt.value,
         )  # fmt: skip
         if doubt is Doubt.UNKNOWN:
@@ -441,8 +441,8 @@ class Answering:
         if not log.isEnabledFor(logging.INFO):
             return
         log.info(
-            "%s: answered for %s in slot %s (%s): %d of %d prompt tokens computed%s, first byte after %.2f s, complete"
-            " after %.2f s",
+            "%s: answered for %s in slot %s (source %s): %d of %d prompt tokens computed%s, first byte after %.2f s,"
+            " complete after %.2f s",
             self.client_request.id, self.lease.request.user.id, self.lease.slot_name, self.source.value,
             n_computed, self.lease.request.n_tokens,
             f" ({prefill_stats.seconds:.2f} s of it before the request itself)" if prefill_stats is not None else "",

@@ -194,7 +194,8 @@ class Connections:
         if len(self._open) >= self._n_max:
             if not self._is_full:
                 log.warning(
-                    "%d connections are open (listen.max_connections): further ones get 503", self._n_max
+                    "%d client connections are open (listen.max_connections): further ones get 503",
+                    self._n_max,
                 )
             self._is_full = True
             return False
@@ -241,6 +242,6 @@ def raise_file_limit() -> None:
     now = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= now < _FEW_FILES:
         log.warning(
-            "this process may open %d files only: each client takes one, each running request two; raise LimitNOFILE"
-            " (systemd) or ulimit -n", now,
+            "this process may open %d files only: each client connection takes one, each running request two; raise"
+            " LimitNOFILE (systemd) or ulimit -n", now,
         )  # fmt: skip

@@ -242,7 +242,10 @@ class Requests:
             try:
                 self.history.add(self._activity(flight))
             except Exception:  # a fault here must not end a request, nor the history of others
-                log.exception("%s: missing in the history: internal error; please report it", flight.id)
+                log.exception(
+                    "%s: this request is missing in the history: internal error in llamaslot; please report it",
+                    flight.id,
+                )
         if ended:
             self.history.stored(self.size_bytes)
             self.has_changed.set()

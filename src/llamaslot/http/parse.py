@@ -25,7 +25,7 @@ from llamaslot.tokens.tokenizer import NoPrompt, Prompt
 
 # With an empty prompt and several answers, the slots of the other answers wait until the first has computed the prompt,
 # which it never does. They are lost until llama-server is restarted (measured on xllamacpp 2026.10.11549).
-_NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"
+_NO_COPIES = "an empty 'prompt' has only one answer: leave 'n' out, or send a prompt"
 
 
 Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[Response]]

@@ -61,7 +61,7 @@ async def relay(
         if not response.prepared:
             raise
         log.warning(
-            "%s %s: llama-server closed the connection in the middle of an answer",
+            "%s %s: llama-server closed the connection in the middle of its answer, so the client gets only a part",
             request.method, request.path,
         )  # fmt: skip
         if await end_relayed(request, error) is None:

@@ -91,7 +91,7 @@ class Reload:
         at_once += [f"backends: {name} drains" for name in removed]
         self.config = in_force
         log.info(
-            "reload: in force: %s; needs a restart: %s",
+            "reload: changes in force now: %s; changes that need a restart: %s",
             ", ".join(at_once) or "nothing new", ", ".join(restart) or "nothing",
         )  # fmt: skip
         return {"in_force": at_once, "needs_restart": restart}

@@ -44,8 +44,8 @@ class SystemPrompts:
             if name not in self._told:
                 self._told.add(name)
                 log.warning(
-                    "rewrite: rule %s took more than %g ms for a system prompt, which was sent without it; a simpler"
-                    " pattern or a smaller max_chars helps",
+                    "rewrite: rule %s took more than %g ms for a system prompt, which was sent without this rule; a"
+                    " simpler pattern or a smaller max_chars helps",
                     name, LIMIT_S * 1000,
                 )  # fmt: skip
         if fired:

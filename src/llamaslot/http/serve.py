@@ -224,7 +224,7 @@ async def serve(config: Config, path: Path | None = None) -> None:
             keep_answers_flowing()
             manager.ready(f"serves on {' and '.join(_address(*address) for address in front.addresses)}")
             await stop.wait()
-            log.info("stopping")
+            log.info("stopping: running answers get time to end, then unsaved slots are saved")
             manager.stopping()
             await tasks.close()
             await managed.stop_loading()
@@ -322,7 +322,7 @@ async def serve_command(config: Config, server: ManagedServer, stop_s: float) ->
             keep_answers_flowing()
             await stop.wait()
             stops_at = loop.time() + stop_s
-            log.info("stopping")
+            log.info("stopping: running answers get time to end, then unsaved slots are saved")
             if life.done():
                 code = life.result()
                 for pool in registry.pools:

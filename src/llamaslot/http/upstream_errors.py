@@ -25,7 +25,7 @@ from llamaslot.scheduling.request import Placement
 
 log = logging.getLogger(__name__)
 
-_REFUSED = "llama-server does not take the fields of this request"
+_REFUSED = "llama-server refuses the fields of this request"
 _TIMEOUT_S = 5.0  # a refusal needs no slot
 
 
@@ -49,10 +49,11 @@ async def servers_error_for(
             if upstream.status >= 400:
                 return UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
         log.warning(
-            "%s: llama-server ran a request that llamaslot takes for invalid; reconnecting, as a slot may have changed",
-            request.path,
-        )
-        backend.changed("a slot was used without a lease")
+            "%s: llama-server ran a request to %s that llamaslot takes for invalid; llamaslot reconnects, as a slot may"
+            " have changed",
+            backend.name, request.path,
+        )  # fmt: skip
+        backend.changed("it has computed in a slot that llamaslot had not given to a request")
     except BackendDown:
         pass
     return error
@@ -95,7 +96,8 @@ async def ensure_accepted(
         if (refusal := await _answer_to(backend, client_request, lease)) is not None:
             raise refusal
     log.warning(
-        "%s: llama-server accepted what it refused in a dry run; the request is placed again",
+        "%s: llama-server runs this request, although it refused a dry run of it (the same fields with a prompt that is"
+        " never computed); llamaslot places the request again",
         client_request.id,
     )
     backend.dry_runs.note_accepted(run)

@@ -255,7 +255,8 @@ class DryRuns:
         if verdict is Verdict.RUNS or not self._is_usable.get(trial.path, True):
             self._is_usable[trial.path] = False
             log.info(
-                "dry runs of %s do not work on this llama-server: what it refuses may be computed first",
+                "llamaslot cannot ask this llama-server in a dry run whether it would refuse a request to %s: it may"
+                " compute such a prompt before the refusal",
                 trial.path,
             )
             return Verdict.RUNS if verdict is Verdict.RUNS else Verdict.TAKEN

@@ -1,5 +1,5 @@
-"""The record of one request that has ended, for the page, its history and ``/llamaslot/activity``. Numbers and names
-only, never a text of a prompt, except where ``log.prompts`` lets the journal quote it.
+"""The record of one request that has ended, for the page, its history and ``/llamaslot/activity``. It has numbers and
+names, and text of prompts only if ``log.prompts`` lets the journal quote it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FEW = 3  # prefills: a line through fewer has no distance from them, which says
 
 
 class Outcome(enum.StrEnum):
-    """How a request ended: answered, cancelled, refused, or failed."""
+    """How a request ended."""
 
     DONE = "done"
     LEFT = "left"  # its client went away
@@ -40,13 +40,14 @@ class Stage(Struct, frozen=True):
 
 
 class Activity(Struct, kw_only=True):
-    """A request that has ended. ``at``: of its arrival, in seconds since 1970. ``client``: its User-Agent.
+    """A request that has ended. ``at``: when it arrived, in seconds since 1970. ``client``: its User-Agent header.
 
-    ``n_prompt`` tokens were asked for, of which ``n_reused`` were not computed (None: not told), ``n_computed`` were,
-    in ``prefill_s`` seconds; ``n_answered`` tokens were answered in ``decode_s`` seconds. Token counts are
-    llama-server's. ``queued_s``, ``first_s`` and ``total_s``: seconds until it had its slot, until its first token,
-    until its end. ``saved_s``: seconds of prefill that the reused tokens would have taken, give or take
-    ``saved_error_s``. ``text``: the decision in words.
+    Token counts are llama-server's. ``n_prompt``: tokens of the prompt; ``n_reused``: those that llama-server did not
+    compute again, None if it did not report that; ``n_computed``: those that it computed, in ``prefill_s`` seconds.
+    ``n_answered``: tokens of the answer, which took ``decode_s`` seconds. From the arrival, ``queued_s``, ``first_s``
+    and ``total_s`` are the seconds until the request had its slot, its first token, and its end. ``saved_s``: seconds
+    of prefill that the reused tokens would have taken, plus or minus ``saved_error_s``. ``text``: why the prompt cost
+    what it did, in words.
     """
 
     id: str
@@ -79,25 +80,25 @@ class Activity(Struct, kw_only=True):
     serial: int = 0  # ascending; unique within this process and its history
 
     def row(self) -> dict[str, Any]:
-        """The fields that a table shows of the request: all but its stages."""
+        """Return all fields but ``stages`` and ``diverged``, for a row of a table."""
         told = asdict(self)
         del told["stages"], told["diverged"]
         return told
 
     def to_json(self) -> dict[str, Any]:
-        """All fields of the request."""
+        """Return all fields, those of stages included."""
         return {**self.row(), "stages": [asdict(stage) for stage in self.stages], "diverged": self.diverged}
 
 
 class Savings:
-    """Computes what reuse has saved on one backend, by its learned rate of prefill."""
+    """Computes the prefill time that reuse saved on one backend, from the backend's learned prefill rate."""
 
     def __init__(self) -> None:
         self._error, self._n_left = 0.0, 0
 
     def of(self, rate: PrefillRate, n_reused: int) -> tuple[float, float]:
-        """The seconds that ``n_reused`` tokens at the beginning of a prompt would have taken, and the possible error
-        of that. 0 while no prefill was observed.
+        """Return the seconds that computing the first ``n_reused`` tokens of a prompt would have taken, and the likely
+        error of these seconds (plus or minus). Both are 0 while no prefill was observed.
         """
         if not n_reused or not rate.known:
             return 0.0, 0.0
@@ -110,8 +111,10 @@ class Savings:
 
 
 def error_share(rate: PrefillRate) -> float:
-    """The mean distance of the observed prefills from the line fitted to them, as a share, weighted by tokens. Errors
-    of single prefills are assumed to have the same direction: then a sum has the same share. 1 after one or two.
+    """Return how far the observed prefills are from the rate that was fitted to them: the mean relative error of their
+    seconds, weighted by tokens. 1 after one or two prefills, 0 after none.
+
+    All errors are assumed to have the same direction. Then the sum of many prefills has the same relative error.
     """
     samples = rate.to_json()["samples"]
     if 0 < len(samples) < _FEW:

@@ -1,8 +1,7 @@
-"""The history of requests, kept over restarts in a SQLite file. Everything is in memory too: the file is read once, and
-written a few seconds after a change, by one thread of its own. Requests never wait for it.
+"""The history of requests, which a SQLite file keeps over restarts. All of it is in memory too. One thread reads the
+file once, and writes to it five seconds after a change. Requests never wait for the file.
 
-``sqlite3`` in one thread, not aiosqlite: that is the same thread with a future for every statement, and here a whole
-batch is one call.
+Why not aiosqlite: it uses a thread too, with a future for every statement. Here a whole batch is one call.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ CREATE TABLE sums (step INTEGER, at INTEGER, backend TEXT, model TEXT, sums BLOB
 CREATE TABLE owners (serial INTEGER PRIMARY KEY, snapshot TEXT UNIQUE NOT NULL, user TEXT NOT NULL);
 CREATE TABLE began (at REAL NOT NULL);
 """
-_NOT_KEPT = "history: %s cannot be used (%s): the page's history ends at a restart; %s"
 
 
 class WrongVersion(Exception):
@@ -50,7 +48,9 @@ class WrongVersion(Exception):
 
 
 class History:
-    """The last ``KEPT`` requests, newest last, and the sums of all. ``path``: of the file; None to keep none."""
+    """The last ``KEPT`` requests, newest last, and sums over all requests. ``path``: the SQLite file; None: a restart
+    forgets the history. ``clock`` returns seconds since 1970.
+    """
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.time) -> None:
         self._path, self._clock = path, clock
@@ -70,7 +70,9 @@ class History:
         self.is_loaded = path is None
 
     def add(self, activity: Activity) -> None:
-        """Add a request that has ended. Costs some microseconds; the file is written later."""
+        """Add a request that has ended, and give it its ``serial``. Takes some microseconds: the file is
+        written later.
+        """
         self._serial += 1
         activity.serial = self._serial
         self.latest.append(activity)
@@ -79,28 +81,30 @@ class History:
         self._write_soon()
 
     def own(self, snapshot: str, user: str) -> None:
-        """Record that a snapshot holds a conversation of that user."""
+        """Record that ``snapshot`` (its id) holds a conversation of ``user``."""
         self.owners[snapshot] = self._new_owners[snapshot] = user
         if len(self.owners) > KEPT_OWNERS:
             del self.owners[next(iter(self.owners))]
 
     def stored(self, size_bytes: int) -> None:
-        """Record how many bytes of snapshots are on disk now."""
+        """Record that snapshots take ``size_bytes`` on disk now."""
         self.series.stored(self._clock(), size_bytes)
 
     @property
     def is_kept(self) -> bool:
-        """Whether the history survives a restart, as far as is known."""
+        """True if a restart keeps the history: there is a file, and it has not failed yet."""
         return self._file is not None and not self._is_told
 
     def activity(self, id_: str) -> Activity | None:
-        """The latest request with that id."""
+        """Return the latest request with the id ``id_``; None if it is not among the last ``KEPT``."""
         return next((one for one in reversed(self.latest) if one.id == id_), None)
 
     # -- the file ------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Read the file. A file that cannot be read is reported once, and left alone. Canceling is safe."""
+        """Read the file and put its requests before those in memory. If it cannot be read, that is logged once, and the
+        file stays as it is. Canceling is safe.
+        """
         if self._file is None or (found := await self._in_thread(self._file.read)) is None:
             return
         requests, sums, owners, began = found
@@ -123,7 +127,9 @@ class History:
         self._tasks.spawn(self.write(), "write the history")
 
     async def write(self) -> None:
-        """Write what is new to the file. What fails is tried again with the next write. Canceling is safe."""
+        """Write to the file what has changed since the last write. If that fails, the next write tries the same again.
+        Canceling is safe.
+        """
         async with self._writes:
             if not self.is_loaded:
                 await self.load()
@@ -144,7 +150,9 @@ class History:
                 self.series.dirty |= {key for key, _ in sums}
 
     async def _in_thread(self, call: Callable[[], T]) -> T | None:
-        """The result of ``call``, run in the file's thread; None if the file cannot be used, which is logged once."""
+        """Run ``call`` in the file's thread and return its result. None if it raised, which is logged once. After an
+        error other than a locked database the file is not used any more.
+        """
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "history")
         try:
@@ -152,13 +160,16 @@ class History:
         except Exception as error:  # a history is worth no request
             if not self._is_told:
                 self._is_told = True
-                log.warning(_NOT_KEPT, self._path, error, _remedy(error))
+                log.warning(
+                    "history: %s cannot be used (%s), so the page forgets its history at a restart; %s",
+                    self._path, error, _remedy(error),
+                )  # fmt: skip
             if not isinstance(error, _locked_errors()):
                 self._file = None
             return None
 
     async def close(self) -> None:
-        """Write what is new, and close the file."""
+        """Write what has changed since the last write, and close the file. Blocks until its thread has ended."""
         if self._timer is not None:
             self._timer.cancel()
         await self._tasks.drain()
@@ -170,8 +181,8 @@ class History:
 
 
 def _without_texts(activity: Activity) -> Activity:
-    """``activity`` without texts of prompts: ``log.prompts`` lets the journal quote them, but they are not kept on
-    disk.
+    """Return ``activity`` without texts of prompts. ``log.prompts`` lets the journal quote them, but they are never
+    written to disk.
     """
     if activity.diverged is None or "text" not in activity.diverged:
         return activity
@@ -194,15 +205,15 @@ def _remedy(error: Exception) -> str:
 
 
 class _File:
-    """The SQLite file, used by one thread only. Every method blocks, and raises sqlite3.Error and WrongVersion."""
+    """The SQLite file. Only one thread may use it. Every method blocks, and raises sqlite3.Error and WrongVersion."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db: sqlite3.Connection | None = None
 
     def read(self) -> tuple[list[Activity], list[tuple[Key, Sums]], dict[str, str], float]:
-        """Read all of the file: requests, oldest first, sums, owners of snapshots, and the time of the
-        first request.
+        """Read the whole file. Returns the last ``KEPT`` requests, oldest first; the sums; the user of each snapshot
+        id; and the time of the first request ever, in seconds since 1970 (now if there is no file).
         """
         if not self._path.exists():
             return [], [], {}, time.time()
@@ -225,7 +236,9 @@ class _File:
         began: float,
         now: float,
     ) -> bool:
-        """Write everything new in one transaction: all of it, or nothing."""
+        """Write requests, sums and owners in one transaction, and delete those that are too old by ``now``. ``began``:
+        the time of the first request ever, written only once. Returns True.
+        """
         with self._open() as db:
             db.executemany("INSERT OR REPLACE INTO requests VALUES (?, ?, ?)", requests)
             db.executemany(
@@ -246,7 +259,7 @@ class _File:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """The connection, in a transaction."""
+        """A context manager that yields the connection in a transaction, and opens the file if needed."""
         import sqlite3  # 10 ms, which the start of llamaslot does not wait for
 
         if self._db is None:

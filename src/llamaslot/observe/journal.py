@@ -1,5 +1,5 @@
-"""The last decisions and their reasons: where a request was placed, the alternatives, what it waited for, what was
-saved. It contains numbers and names only, never a token or a text.
+"""The last decisions and their reasons: in which slot a request was placed, which place was next best, what it waited
+for, what was saved. The journal has numbers and names only. Text of prompts is in it only with ``log.prompts``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ KEPT = 1000
 
 
 class Option(Struct, frozen=True):
-    """A place that a decision considered. ``terms``: estimated seconds by purpose, without those that are 0."""
+    """A place that a decision considered: a slot, and where its prefix comes from. ``n_reused``: prompt tokens expected
+    to be reused there. ``terms``: the cost in estimated seconds by purpose (wait, save, evict, …), without those that
+    are 0.
+    """
 
     slot: SlotKey
     source: str
@@ -43,9 +46,10 @@ class Option(Struct, frozen=True):
 
 
 class Waited(Struct):
-    """A period in which a request waited for a cheaper place than those available.
+    """A period in which a request waited in the queue for a place (``what``), because waiting for it was cheaper than
+    the best place available at once (``instead``, None if there was none).
 
-    ``expected_s``: estimated; ``seconds``: actual, None until it is over.
+    ``expected_s``: estimated seconds of the wait; ``seconds``: actual ones, None until the wait is over.
     """
 
     what: Option
@@ -55,8 +59,9 @@ class Waited(Struct):
 
 
 class Act(Struct, frozen=True):
-    """A step that was performed. ``n_tokens``: saved, restored or computed. ``waited_s``: seconds spent waiting for
-    its turn, of these ``paused_s`` for running streams. ``n_interruptions``: how often it stopped for another request.
+    """A step that was performed: a save, erase, restore or prefill. ``is_done``: False if it failed. ``n_tokens``:
+    tokens that it saved, restored or computed. ``waited_s``: seconds that it waited for other steps and requests; of
+    these, ``paused_s`` for running streams. ``n_interruptions``: how often it stopped for another request.
     """
 
     step: str
@@ -71,13 +76,15 @@ class Act(Struct, frozen=True):
 
 
 class Decision(Struct):
-    """One request from its place to its answer, or one save that llamaslot made by itself.
+    """The journal's entry of one request, from its placement to its answer; or of one save that llamaslot made by
+    itself.
 
-    ``at``: seconds since 1970. ``user``: the request's user, empty for llamaslot's own work. ``queued_s``: total time
-    in the queue. ``n_expected``: tokens expected to be reused after the steps; ``n_reused``: tokens reused, None
-    until that is known. ``rewrote``: rules that changed its system prompt. ``is_assisted``: false if llama-server
-    chose the slot; then there is no place. ``diverged``: where the prompt differs from cached text, if much was
-    recomputed because of that.
+    ``at``: when the entry began, in seconds since 1970. ``user``: the request's user, empty for llamaslot's own work.
+    ``queued_s``: seconds in the queue. ``n_expected``: prompt tokens expected to be reused when all steps were done;
+    ``n_reused``: those that llama-server reused. Both are None until llama-server has reported. ``rewrote``: names of
+    the rules that changed the system prompt. ``is_assisted``: False if llama-server chose the slot; then ``chosen``,
+    ``next_best`` and ``slot`` are None. ``diverged``: where the prompt differs from cached text, if many tokens were
+    computed again because of that.
     """
 
     id: str
@@ -139,24 +146,24 @@ class Decision(Struct):
 
 
 class Journal:
-    """The last ``KEPT`` decisions. ``clock`` returns the time of day."""
+    """The last ``KEPT`` decisions. ``clock`` returns seconds since 1970."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._decisions: deque[Decision] = deque(maxlen=KEPT)
 
     def begin(self, id_: str, n_tokens: int, user: str = "") -> Decision:
-        """Add a new entry, which the caller fills in."""
+        """Add and return a new entry; the caller fills it in."""
         decision = Decision(id_, self._clock(), n_tokens, user=user)
         self._decisions.append(decision)
         return decision
 
     def latest(self, n: int = KEPT) -> Iterator[Decision]:
-        """The last ``n`` decisions, newest first."""
+        """Return the last ``n`` decisions, newest first."""
         return map(Decision.resolved, islice(reversed(self._decisions), n))
 
     def since(self, at: float) -> Iterator[Decision]:
-        """The decisions that began after ``at``, newest first, each as far as it has come."""
+        """Return the decisions that began after ``at`` (seconds since 1970), newest first. Some may be unfinished."""
         return takewhile(lambda decision: decision.at > at, reversed(self._decisions))
 
     def __len__(self) -> int:
@@ -164,7 +171,7 @@ class Journal:
 
 
 def explain(decision: Decision) -> str:
-    """A decision in one line, as far as it has come."""
+    """Return a decision as one line of text. An unfinished one says what the request waits for."""
     who = f"{decision.id} {decision.n_tokens:,} tok"
     if not decision.is_assisted:
         return f"{decision.id} -> llama-server chooses the slot"
@@ -214,7 +221,7 @@ def _seconds(seconds: float) -> str:
 
 
 class DecisionRecorder:
-    """Writes the journal entry of one request. There is no entry before the request's first decision."""
+    """Writes the journal's entry of one request. The first call that records something makes the entry."""
 
     def __init__(self, journal: Journal, request: Request, now: Callable[[], float]) -> None:
         self._journal, self._request, self._now = journal, request, now
@@ -222,8 +229,9 @@ class DecisionRecorder:
         self.decision: Decision | None = None
 
     def record_wait(self, wait: Wait, expected_s: float | None = None) -> None:
-        """Record that the request waits for a specific place. A repeated call changes nothing. ``expected_s``: given
-        if the wait may be longer than its share of the cost (for a prefix that is being computed).
+        """Record that the request waits for the place of ``wait``. Nothing is recorded if ``wait`` names no place, or
+        the place for which the request already waits. ``expected_s``: estimated seconds of the wait, if they are not
+        those in its cost (for a prefix that another request computes).
         """
         if wait.place is None or wait.for_s is None:
             return
@@ -250,12 +258,14 @@ class DecisionRecorder:
         _say(decision)
 
     def found(self, n_prompt: int, n_reused: int) -> None:
-        """Record that llama-server has chosen the slot and reports these token counts."""
+        """Record the token counts of a request for which llama-server chose the slot."""
         decision = self._begun()
         decision.n_tokens, decision.n_reused = n_prompt, n_reused
 
     def record_step(self, slot: SlotKey, act: Act) -> None:
-        """Record a step. A step without a plan (a save by llamaslot itself) is an entry of its own."""
+        """Record a step that ended in ``slot``. Without a plan (a save by llamaslot itself) the entry is logged at
+        once.
+        """
         decision = self._begun()
         is_own = decision.chosen is None and decision.plan is None
         decision.slot = slot
@@ -269,16 +279,16 @@ class DecisionRecorder:
         decision.n_expected, decision.n_reused = n_expected, n_reused
 
     def rewrote(self, rules: list[str]) -> None:
-        """Record the rules that have changed the request's system prompt; called first."""
+        """Record the names of the rules that have changed the request's system prompt."""
         if rules:
             self._begun().rewrote = rules
 
     def diverged(self, told: dict[str, object]) -> None:
-        """Record why much of the prompt was computed again."""
+        """Record where the prompt differs from cached text, so that many tokens were computed again."""
         self._begun().diverged = told
 
     def ended(self) -> None:
-        """Record that the request waits no longer, served or not. Idempotent."""
+        """Record that the wait of the request has ended: it got its slot, or left the queue. Idempotent."""
         if self.decision is not None and self.decision.waits:
             self._end_wait(self.decision.waits[-1])
 

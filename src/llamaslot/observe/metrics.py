@@ -24,13 +24,10 @@ _WHY = {
     Reason.MISCOUNTED: "llama-server counted other tokens in it; please report the model",
 }
 
-_COSTS = "the prompt of a %s request could not be tokenized, so its context is not found again: %s"
-
 
 class Metrics:
-    """The metrics of one llamaslot; ``n_…`` gauges are set when they are read.
-
-    What concerns one llama-server is in ``of_backend``, with the labels ``backend`` and ``model``.
+    """The metrics of one llamaslot. Those of one llama-server are in ``of_backend``, with the labels ``backend`` and
+    ``model``. The gauges are set when the metrics are read.
     """
 
     def __init__(self) -> None:
@@ -38,14 +35,15 @@ class Metrics:
         self._families: dict[str, Any] = {}
         self.requests = self.counter(
             "requests",
-            "HTTP requests that clients of llamaslot sent and that were answered, by kind of route and status (499: "
-            "the client left before)",
+            "HTTP requests of clients that llamaslot has answered, by kind of route and HTTP status (499: the client "
+            "left before)",
             "kind",
             "status",
         )
         self.untokenized = self.counter(
             "completions_untokenized",
-            "Completions whose prompt llamaslot could not tokenize, so that their context is not found again",
+            "Completions served although llamaslot does not know their tokens, so that their context is not found"
+            " again",
             "kind",
             "reason",
         )
@@ -59,16 +57,19 @@ class Metrics:
         self.rewrites = self.counter(
             "requests_rewritten", "Requests whose system prompt a rewrite rule of llamaslot changed", "rule"
         )
-        self.n_waiting = self.gauge("requests_waiting", "Completions in llamaslot's queue for a slot now")
+        self.n_waiting = self.gauge(
+            "requests_waiting", "Completions that wait for a slot in llamaslot's queue now"
+        )
         self.n_tasks = self.gauge(
-            "tasks", "Tasks of llamaslot's event loop now; a number that grows without requests is a fault"
+            "tasks",
+            "Tasks of llamaslot's event loop now; a number that grows while no requests come is a fault",
         )
         self.n_snapshots = self.gauge(
-            "snapshots", "Contexts on disk (snapshots) that can be restored with the models served now"
+            "snapshots", "Contexts on disk (snapshots) that the models served now can use"
         )
         self.bytes_stored = self.gauge(
             "snapshot_stored_bytes",
-            "Bytes that contexts on disk (snapshots) take, those being written included",
+            "Bytes that contexts on disk (snapshots) take, with space reserved for those being written",
         )
         self.quota_bytes = self.gauge(
             "snapshot_quota_bytes", "Bytes that contexts on disk may take (store.quota)"
@@ -78,7 +79,8 @@ class Metrics:
         )
         self.saves_differing = self.gauge(
             "snapshot_differing_saves",
-            "Saves since the start of llamaslot whose rows were not those that the slot had before",
+            "Saves since the start of llamaslot that were kept whole, because their KV cache differed from the snapshot"
+            " that the slot was restored from or saved as",
         )
 
     def counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -91,26 +93,26 @@ class Metrics:
         return self._family(Histogram, name, text, labels, buckets=_SECONDS)
 
     def _family(self, kind: type[T], name: str, text: str, labels: Sequence[str], **more: Any) -> T:
-        """The metric family of this name, created by the first backend that uses it."""
+        """Return the metric family ``llamaslot_<name>``. The first call makes it, with ``text`` as its HELP line."""
         if name not in self._families:
             self._families[name] = kind(f"llamaslot_{name}", text, labels, registry=self.registry, **more)
         family: T = self._families[name]
         return family
 
     def with_model(self) -> list[Any]:
-        """The metric families whose only labels are ``backend`` and ``model``."""
+        """Return the metric families whose labels are ``backend`` and ``model`` and no more."""
         return [family for family in self._families.values() if family._labelnames == ("backend", "model")]
 
     def of_backend(self, name: str) -> BackendMetrics:
         return BackendMetrics(self, name)
 
     def exposition(self) -> bytes:
-        """All metrics in the Prometheus text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
 
 class CounterBy:
-    """A counter of one backend and model with one more label."""
+    """A counter of one backend and model, with one more label: ``labels`` returns the counter of one value of it."""
 
     def __init__(self, family: Counter, backend: str, model: str) -> None:
         self._family, self._backend, self._model = family, backend, model
@@ -123,20 +125,23 @@ class CounterBy:
 
 
 class BackendMetrics:
-    """Counters and histograms of one backend, by the model that it serves. Before its first model is known there are
-    only the gauges ``is_up`` and ``assist``.
+    """The metrics of one backend. Counters and histograms have the label ``model``: each model that the backend has
+    served has its own. Before the first model is known the label is empty; ``serves`` removes these series.
     """
 
     def __init__(self, metrics: Metrics, backend: str) -> None:
         self._metrics, self._backend, self._model = metrics, backend, ""
-        self.is_up = self._gauge("backend_up", "1 while llamaslot sends requests to this llama-server")
+        self.is_up = self._gauge(
+            "backend_up", "1 while llamaslot can send requests to this llama-server, else 0"
+        )
         self.assist = self._gauge(
-            "backend_assist", "1 while llamaslot chooses slots, 0 while it leaves that to llama-server"
+            "backend_assist",
+            "1 while llamaslot chooses slots; 0 while llama-server chooses them itself, or is down",
         )
         self._bind()
 
     def serves(self, model: str) -> None:
-        """Count for ``model`` from now on."""
+        """Use the counters and histograms of ``model`` from now on."""
         if model != self._model:
             if not self._model:
                 self._forget()
@@ -144,7 +149,9 @@ class BackendMetrics:
             self._bind()
 
     def _forget(self) -> None:
-        """Remove the series that were made before the first model was known; they are empty, as a rule."""
+        """Remove the series without a model name, which were made before the first model was known. As a rule they are
+        empty.
+        """
         for family in self._metrics.with_model():
             with contextlib.suppress(KeyError):
                 family.remove(self._backend, "")
@@ -153,7 +160,7 @@ class BackendMetrics:
         return self._metrics.gauge(name, text, "backend").labels(self._backend)
 
     def _bind(self) -> None:
-        """Make the counters of this backend and its model."""
+        """Make the counters and histograms of this backend and its model."""
         names, values = ("backend", "model"), (self._backend, self._model)
 
         def counter(name: str, text: str) -> Counter:
@@ -167,7 +174,8 @@ class BackendMetrics:
 
         self.refused = counter(
             "completions_refused",
-            "Completions that llama-server refused in a dry run, before any slot was changed",
+            "Completions that llama-server refused in a dry run (a request that computes nothing), before any slot was"
+            " changed",
         )
         self.placed = counter_by(
             "source",
@@ -175,11 +183,12 @@ class BackendMetrics:
             "Completions answered, by where the reused beginning of their prompt came from (resident: the slot; "
             "snapshot: the disk; cold: nowhere; server: llama-server chose the slot)",
         )
-        self.tokens_prompt = counter("prompt_tokens", "Tokens of the prompts of completions answered")
+        self.tokens_prompt = counter("prompt_tokens", "Tokens of the prompts of answered completions")
         self.tokens_reused = counter_by(
             "source",
             "reused_tokens",
-            "Prompt tokens that llama-server did not compute again, by where they came from",
+            "Prompt tokens that llama-server did not compute again, by where they came from (see"
+            " llamaslot_completions_total)",
         )
         self.seconds_saved = counter_by(
             "source",
@@ -192,7 +201,8 @@ class BackendMetrics:
         )
         self.retired = counter(
             "snapshots_retired",
-            "Contexts on disk dropped because restoring them twice gave less than half of the expected tokens",
+            "Contexts on disk dropped because twice in a row less than half of the expected tokens were reused from"
+            " them",
         )
         self.reuse_mispredictions = counter(
             "reuse_mispredictions", "Completions that reused fewer prompt tokens than llamaslot expected"
@@ -200,11 +210,10 @@ class BackendMetrics:
         self.steps_failed = counter_by(
             "step",
             "steps_failed",
-            "Saves, restores, erases and prefills before a completion that failed; it was answered all the same",
+            "Saves, restores, erases and prefills before a completion that failed; the completion was answered all the"
+            " same",
         )
-        self.saves = counter(
-            "snapshot_saves", "Contexts of slots that llama-server saved to disk for llamaslot"
-        )
+        self.saves = counter("snapshot_saves", "Contexts of slots that llama-server saved to disk")
         self.bytes_saved = counter(
             "snapshot_saved_bytes", "Bytes that llama-server wrote when it saved slots"
         )
@@ -214,25 +223,28 @@ class BackendMetrics:
         )
         self.failovers = counter(
             "failovers",
-            "Requests that went to another backend because this one failed before their answer began",
+            "Requests that another backend took because this one failed before their answer began",
         )
-        self.restarts = counter("backend_restarts", "Times that llama-server was found to be another process")
+        self.restarts = counter("backend_restarts", "Restarts of llama-server that llamaslot noticed")
         self.save_s = histogram(
-            "snapshot_save_seconds", "Seconds of one save of a context, waiting for llama-server included"
+            "snapshot_save_seconds",
+            "Seconds of one save of a context, with the wait until llama-server begins it",
         )
         self.restore_s = histogram(
             "snapshot_restore_seconds",
-            "Seconds of one restore of a context, waiting for llama-server included",
+            "Seconds of one restore of a context, with the wait until llama-server begins it",
         )
         self.queue_s = histogram(
             "queue_seconds", "Seconds that a completion waited in llamaslot's queue for its slot"
         )
         self.first_byte_s = histogram(
             "completion_first_byte_seconds",
-            "Seconds from the arrival of a completion to the first byte of its answer (not streamed: to all of it)",
+            "Seconds from the arrival of a completion to the first byte of its answer (unstreamed: to the whole"
+            " answer)",
         )
         self.wedged = counter(
-            "slots_wedged", "Slots given up because llama-server sent nothing for timeouts.watchdog_s"
+            "slots_wedged",
+            "Slots whose request was ended because llama-server showed no progress for timeouts.watchdog_s",
         )
         self.replanned = counter(
             "completions_replanned",
@@ -245,7 +257,8 @@ class BackendMetrics:
             "prefill_interruptions", "Chunks of long prompts interrupted so that other requests could run"
         )
         self.prefill_wait_s = histogram(
-            "prefill_wait_seconds", "Seconds that a long prompt waited between the chunks of its prefill"
+            "prefill_wait_seconds",
+            "Seconds that a long prompt waited between its chunks, for other requests and running streams",
         )
         self.prefill_pause_s = counter(
             "prefill_pause_seconds",
@@ -254,7 +267,8 @@ class BackendMetrics:
         self.cache_misses = counter_by(
             "where",
             "cache_misses",
-            "Completions that computed 1,024 known tokens or more again because of a difference in front of them",
+            "Completions that computed 1,024 or more cached tokens again, because their prompt differs from the cached"
+            " one",
         )
 
     def saved(self, size_bytes: int, seconds: float) -> None:
@@ -268,8 +282,8 @@ class BackendMetrics:
         self.restore_s.observe(seconds)
 
     def reused(self, source: str, n_reused: int, n_prompt: int, saved_s: float = 0.0) -> None:
-        """Count the tokens of a prompt of which ``n_reused`` were reused. ``saved_s``: seconds that computing those
-        would have taken.
+        """Count one completion by ``source``: a prompt of ``n_prompt`` tokens, of which llama-server reused
+        ``n_reused``. ``saved_s``: seconds that computing the reused tokens would have taken.
         """
         self.placed.labels(source).inc()
         self.tokens_reused.labels(source).inc(n_reused)
@@ -284,15 +298,19 @@ class BackendMetrics:
 
 
 class UntokenizedRequests:
-    """Counts and logs the requests served without known tokens; each reason is logged once."""
+    """Counts the requests that were served although llamaslot does not know their tokens. Logs each reason once."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._told: set[Reason] = set()
 
     def count(self, format_: str, reason: Reason) -> None:
-        """Count one more request of the format named ``format_``, and log ``reason`` if it is new."""
+        """Count one request. ``format_``: the name of its format. Log ``reason`` if no request had it before."""
         self._metrics.untokenized.labels(format_, reason.value).inc()
         if reason not in self._told:
             self._told.add(reason)
-            log.warning(_COSTS, format_, _WHY[reason])
+            log.warning(
+                "llamaslot does not know the tokens of a prompt (request format %s), so its context is not found again:"
+                " %s; this reason is logged once",
+                format_, _WHY[reason],
+            )  # fmt: skip

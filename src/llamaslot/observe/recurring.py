@@ -1,5 +1,5 @@
-"""Logs faults that come again with each request, as on a full disk: one line when they begin, one each ten minutes
-while they last, one when there was none for a minute.
+"""Logs faults that come again with each request, as on a full disk. There is one line when they begin, one every ten
+minutes while they last, and one at the first success after a minute without a fault.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class _Said(Struct):
 
 
 class Recurring:
-    """The failures of one kind of work, which go to ``log``. ``over``: the log line when nothing fails any more."""
+    """Logs the failures of one kind of work (saves, for example) to ``log``. ``over``: the line that says that the work
+    succeeds again.
+    """
 
     def __init__(self, log: logging.Logger, over: str, *, now: Callable[[], float] = time.monotonic) -> None:
         self._log, self._over, self._now = log, over, now
@@ -32,8 +34,9 @@ class Recurring:
         self._failed_at = -math.inf
 
     def failed(self, reason: object, text: str, *values: object) -> None:
-        """Log a failure with ``text``: as a warning, unless one of the same kind was logged less than ten minutes ago:
-        then at level debug. Reasons are of one kind if they differ in numbers and ids only.
+        """Log a failure: ``text`` with ``values`` filled in, as a warning. If a failure of the same kind was logged as
+        a warning less than ten minutes ago, the line is logged at level debug and counted. Two failures are of the same
+        kind if their reasons differ only in numbers and ids.
         """
         kind, now = _PARTICULARS.sub("", str(reason)), self._now()
         self._failed_at = now
@@ -50,8 +53,8 @@ class Recurring:
         self._kinds[kind] = _Said(now)
 
     def succeeded(self) -> None:
-        """Log that nothing fails any more, if failures were logged and the last was a minute ago: until then others
-        may fail all the same, as large files do where small ones still fit.
+        """Record a success. Logs ``over`` if failures were logged and the last one was at least a minute ago. Before
+        that the fault may not be over: on a nearly full disk small files still fit, and large ones fail.
         """
         if self._kinds and self._now() >= self._failed_at + OVER_S:
             self._kinds.clear()

@@ -1,5 +1,5 @@
-"""Sums over time: what requests have reused, saved and waited for, by minute, hour, backend and model. No clock, no
-file: times come in as seconds since 1970.
+"""Sums over the requests of each minute, of each hour and of all time, for each backend and model: tokens reused,
+seconds saved, seconds waited. This module has no clock and no file; times are given in seconds since 1970.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _LEAST_S = 0.001
 
 
 class Key(NamedTuple):
-    """The key of one period. ``at``: its beginning, in seconds since 1970; it lasts ``step`` seconds."""
+    """Names the sums of one period, backend and model. The period begins ``at`` (seconds since 1970) and lasts ``step``
+    seconds (0: for ever).
+    """
 
     step: int
     at: int
@@ -31,8 +33,9 @@ class Key(NamedTuple):
 
 
 class Sums(Struct):
-    """The sums of one period. ``first``: the number of requests by class of seconds to the first token
-    (``class_of``).
+    """The sums over the requests of one period. The fields that ``Activity`` has too are added up. ``n``: requests;
+    ``n_faults`` and ``n_unserved``: those that ended so. ``first``: a histogram of the seconds to the first token: the
+    number of requests in each class (``class_of``). ``disk_bytes``: the bytes of snapshots on disk; 0: unknown.
     """
 
     n: int = 0
@@ -69,8 +72,8 @@ class Sums(Struct):
             self.first[class_] = self.first.get(class_, 0) + 1
 
     def add(self, other: Sums) -> None:
-        """Add other sums, field by field: a loop over names takes five times as long, and a day of minutes is
-        thousands of sums.
+        """Add ``other`` to these sums. The fields are written out: a loop over their names takes five times as long,
+        and a day has thousands of sums.
         """
         self.n += other.n
         self.n_faults += other.n_faults
@@ -89,8 +92,8 @@ class Sums(Struct):
             self.first[class_] = self.first.get(class_, 0) + n
 
     def first_s(self, share: float) -> float | None:
-        """The seconds, within 7 %, in which that share of the requests had its first token; None if no request had
-        one.
+        """Return the seconds within which a fraction ``share`` (0 to 1) of the requests had their first token, with an
+        error of at most 7 %. None if no request had a first token.
         """
         left = share * sum(self.first.values())
         for class_ in sorted(self.first):
@@ -130,8 +133,8 @@ def total(parts: Iterable[Sums]) -> Sums:
 
 
 class Series:
-    """All sums, by step, period, and backend and model. ``dirty``: keys that have changed since they were last taken
-    for the file.
+    """All sums, by length of the period, its beginning, backend and model. ``dirty``: the keys of the sums that have
+    changed since the last ``take_dirty``.
     """
 
     def __init__(self) -> None:
@@ -143,13 +146,13 @@ class Series:
         return sum(len(period) for periods in self._sums.values() for period in periods.values())
 
     def count(self, activity: Activity) -> None:
-        """Count a request into the period in which it ended."""
+        """Add a request to the minute and the hour in which it ended, and to the sums of all time."""
         at = activity.at + activity.total_s
         for step in KEPT_S:
             self._of(step, at, activity.backend or "", activity.model).count(activity)
 
     def stored(self, at: float, size_bytes: int) -> None:
-        """Record how many bytes of snapshots were on disk at that time."""
+        """Record that snapshots took ``size_bytes`` on disk at the time ``at``."""
         for step in (MINUTE, HOUR):
             sums = self._of(step, at, "", "")
             sums.disk_bytes = size_bytes or _EMPTY
@@ -163,7 +166,7 @@ class Series:
         return sums
 
     def load(self, rows: Iterable[tuple[Key, Sums]]) -> None:
-        """Add the sums that an earlier process has written."""
+        """Add the sums that an earlier process has written to the file."""
         for key, sums in rows:
             period = self._sums[key.step].setdefault(key.at, {})
             if (mine := period.get((key.backend, key.model))) is not None:
@@ -173,13 +176,13 @@ class Series:
                 period[key.backend, key.model] = sums
 
     def take_dirty(self) -> list[tuple[Key, Sums]]:
-        """The sums that have changed since the last call, which are to be written now."""
+        """Return the sums that have changed since the last call, with their keys: those that the file lacks."""
         keys, self.dirty = self.dirty, set()
         found = ((key, self._sums[key.step].get(key.at, {}).get((key.backend, key.model))) for key in keys)
         return [(key, sums) for key, sums in found if sums is not None]
 
     def sweep(self, now: float) -> None:
-        """Forget sums that are too old, at most once an hour."""
+        """Forget the sums that are older than ``KEPT_S``. Does something at most once an hour."""
         if now - self._swept_at < HOUR:
             return
         self._swept_at = now
@@ -190,8 +193,8 @@ class Series:
     # -- questions -----------------------------------------------------------------------------------------------
 
     def since(self, at: float) -> Sums:
-        """The sum of everything from the minute of ``at`` on: minutes up to the next full hour, then hours. A whole
-        day in minutes, of three backends, took 34 ms at each look; this takes 2.
+        """Return the sums over all requests from the minute of ``at`` on. They are added up from minutes until the next
+        full hour, then from hours: that takes 2 ms for a day of three backends, and minutes alone 34 ms.
         """
         hour = math.ceil(at / HOUR) * HOUR
         minutes = [its for began, its in self._sums[MINUTE].items() if at - MINUTE < began < hour]
@@ -203,13 +206,14 @@ class Series:
         return total(self._sums[EVER].get(0, {}).values())
 
     def names(self) -> tuple[list[str], list[str]]:
-        """The names of backends and models for which there are any sums."""
+        """Return the names of the backends, and those of the models, that have any sums, both sorted."""
         keys = self._sums[EVER].get(0, {})
         return sorted({backend for backend, _ in keys} - {""}), sorted({model for _, model in keys} - {""})
 
     def points(self, span: str, now: float, backend: str = "", model: str = "") -> Iterator[tuple[int, Sums]]:
-        """The periods of a time span up to now that have any sums, oldest first; of one backend or model, or of all.
-        Each is computed when it is asked for: a day takes 30 ms in all.
+        """Yield the beginning and the sums of each point of a plot, oldest first. ``span``: a key of ``SPANS``, which
+        ends ``now``. ``backend``, ``model``: only theirs; empty: of all. A point without requests is left out. Each
+        point is computed when the iterator comes to it: a day takes 30 ms in all.
         """
         back_s, step = SPANS[span]
         periods = self._sums[MINUTE if step < HOUR else HOUR]

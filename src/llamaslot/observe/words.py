@@ -15,7 +15,7 @@ _TOLD_S = 0.05  # shorter steps are no reason why a request was slow
 
 
 def seconds(value: float) -> str:
-    """A time span in words: ``4 ms``, ``0.62 s``, ``71 s``, ``12 min``, ``3.4 h``."""
+    """Return a time span as text: ``4 ms``, ``0.62 s``, ``71 s``, ``12 min``, ``3.4 h``."""
     if value < 0.1:
         return f"{value * 1000:.0f} ms"
     if value < 10:
@@ -26,7 +26,7 @@ def seconds(value: float) -> str:
 
 
 def decision(activity: Activity, acts: list[Act]) -> str:
-    """Why a request's prompt cost what it did, in words. There are seven cases:
+    """Return in words why a request's prompt cost what it did. There are seven cases:
 
     1. llama-server chose the slot.
     2. The request had no slot.
@@ -61,7 +61,9 @@ def decision(activity: Activity, acts: list[Act]) -> str:
 
 
 def differs(diverged: Mapping[str, Any]) -> str:
-    """Where a prompt differs from the cached text: ``differs at token 16,276, in the system message: …``."""
+    """Return in words where a prompt differs from cached text: ``differs at token 16,276, in the system
+    message: …``.
+    """
     lost = diverged.get("n_lost") or 0
     again = f": {lost:,} tokens behind it computed again" if lost else ""
     match diverged.get("why"):

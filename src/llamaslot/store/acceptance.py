@@ -29,7 +29,7 @@ from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, let_go
 
 log = logging.getLogger(__name__)
 
-_KEPT_WHOLE = "snapshots: %s is kept whole: %s; its rows are not shared with other snapshots"
+_KEPT_WHOLE = "snapshots: the slot file of snapshot %s is kept whole, it shares no rows with others: %s"
 
 
 class Reservation(Struct, frozen=True):
@@ -130,7 +130,7 @@ class Acceptance:
         self._directory, self._table, self._quota, self._manifest = directory, table, quota, manifest
         self._evict, self._pin, self._lost, self._landing = evict, pin, lost, landing
         self._said = set[str]()
-        self._failures = Recurring(log, "snapshots: rows are shared again")
+        self._failures = Recurring(log, "snapshots: slot files share rows again")
         self.n_differing = 0  # saves whose rows were not those that the slot was restored from or saved with
         self.added_bytes = 0  # bytes that all saves have added to the store
 
@@ -265,7 +265,9 @@ class Acceptance:
             reason = str(error).partition(": ")[2]
             if (kind := re.sub(r"\d+", "", reason)) not in self._said:
                 self._said.add(kind)
-                log.warning("snapshots: slot files are kept whole, their rows cannot be shared: %s", reason)
+                log.warning(
+                    "snapshots: all slot files of this model are kept whole, they share no rows: %s", reason
+                )
             return
         self.n_differing += isinstance(error, RowsDiffer)
         reason = str(error) or repr(error)

@@ -162,8 +162,8 @@ class Catalog:
         for id_ in self.snapshots.keys() - found.durable:
             self._upkeep.sync(Noted.of(self.snapshots[id_]))  # an earlier llamaslot was killed before it did
         log.info(
-            "snapshots: %d in %s, %s of %s used; removed %d unfinished and %d broken, evicted %d, ignored %d files"
-            " of others",
+            "snapshots: %d in %s, %s used of the quota of %s; removed %d unfinished and %d broken ones, evicted %d,"
+            " left %d unknown files alone",
             len(self.snapshots), self.directory, readable_size(self.size_bytes), readable_size(self.limits.quota_bytes),
             found.n_unfinished, len(found.faults), len(over), found.n_foreign,
         )  # fmt: skip
@@ -206,7 +206,7 @@ class Catalog:
         for victim in over:
             self._drop(victim.id)
         if over:
-            log.info("snapshots: %d evicted for the new limits", len(over))
+            log.info("snapshots: %d evicted to keep to the new limits of store", len(over))
 
     def _beyond_limits(self, now: float) -> list[Snapshot]:
         """The snapshots to evict so that the limits hold (bytes, number of files, free space on the disk), although
@@ -408,8 +408,10 @@ class Catalog:
             bad = [name for name in snapshot.files if name == id_ + KV or name in str(error)]
             ids.update(*(self._table.files.users[name] for name in bad))
         listed = ids & self.snapshots.keys()
-        also = f" ({len(listed - {id_})} more that need it too)" if listed - {id_} else ""
-        log.warning("snapshot dropped: %s%s", error, also)
+        log.warning(
+            "snapshot dropped: a file of it cannot be used: %s; %d others that need the same file are dropped too",
+            error, len(listed - {id_}),
+        )  # fmt: skip
         for each in sorted(listed):
             self._drop(each)
 

@@ -56,7 +56,8 @@ class DiskIndexRebuild:
             found = await asyncio.to_thread(self._open)
         except GenerationUnusable as error:
             log.warning(
-                "index: the disk index in %s is not used: %s; prefixes are found in memory until it is rebuilt",
+                "index: the disk index in %s cannot be used: %s; until it is rebuilt, an index in memory finds"
+                " prefixes",
                 self._directory, error,
             )  # fmt: skip
             found = None
@@ -120,15 +121,16 @@ class DiskIndexRebuild:
         except (LlamaslotError, OSError) as error:
             self._failed_at = len(index)
             log.warning(
-                "index: cannot write the disk index: %s; prefixes that it lacks are found in memory", error
+                "index: the disk index cannot be rebuilt: %s; an index in memory finds the prefixes that it lacks",
+                error,
             )
             return False
         finally:
             index.unseal()
             await asyncio.to_thread(disk_index_files.sweep, self._directory, self._current)
         log.info(
-            "index: %d snapshots written to the disk index (%s) in %.1f s",
-            *(len(made.index), readable_size(made.size_bytes), time.monotonic() - started),
+            "index: disk index rebuilt in %.1f s: it finds the prefixes of %d snapshots, and its files take %s",
+            *(time.monotonic() - started, len(made.index), readable_size(made.size_bytes)),
         )
         if self._on_made is not None:
             await self._on_made()

@@ -188,18 +188,18 @@ class Landing:
 
     def _unusable(self, error: OSError) -> NoLanding:
         what = f"{self.directory} cannot be used: {error.strerror or error}"
-        self._say(
-            what,
-            "%s. Nothing is saved or restored until it can be used again; snapshots in %s stay. Make or mount it again,"
-            " writable for llama-server and llamaslot, and restart llamaslot",
-            what, self._store,
-        )  # fmt: skip
+        if self._is_news(what):
+            log.warning(
+                "landing place: %s. Nothing is saved or restored until it can be used again; snapshots in %s stay. Make"
+                " or mount it again, writable for llama-server and llamaslot, and restart llamaslot",
+                what, self._store,
+            )  # fmt: skip
         return NoLanding(what)
 
-    def _say(self, what: str, text: str, *values: object) -> None:
-        if what != self._said:
-            self._said = what
-            log.warning("landing place: " + text, *values)
+    def _is_news(self, what: str) -> bool:
+        """Return True if ``what`` was not the last fault that was logged, and note that it is logged now."""
+        is_news, self._said = what != self._said, what
+        return is_news
 
     def written(self, id_: str) -> None:
         """Record that a booked file is written, so the file system counts its bytes."""
@@ -213,13 +213,13 @@ class Landing:
         is_link = (file := self._files.get(id_)) is not None and file.is_link
         if is_link and not self._links_work:
             self._links_from = asyncio.get_running_loop().time() + _TRY_LINKS_S
-            self._say(
-                "links",
-                "llama-server cannot use files of %s through a link in %s: what does not fit there is not saved or"
-                " restored. Give that more room, or let llama-server reach the store under the same path (in a"
-                " container: mount it there too)",
-                self._store, self.directory,
-            )  # fmt: skip
+            if self._is_news("links"):
+                log.warning(
+                    "landing place: llama-server cannot use files of %s through a link in %s: slot files that do not"
+                    " fit there are not saved or restored. Give that directory more room, or let llama-server reach the"
+                    " store under the same path (in a container: mount it there too)",
+                    self._store, self.directory,
+                )  # fmt: skip
             return True
         return False
 

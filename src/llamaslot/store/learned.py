@@ -47,7 +47,7 @@ class LearnedFile:
             await asyncio.to_thread(self._write, orjson.dumps(data))
         except OSError as error:
             log.warning(
-                "%s: cannot write %s (learned rates), which are learned again after a restart: %s",
+                "%s: cannot write the file %s; the speeds and sizes in it are learned again after a restart: %s",
                 self._name, self.path, error.strerror or error,
             )  # fmt: skip
 
@@ -82,7 +82,7 @@ class HitLog:
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / HITS_NAME
-        self._failures = Recurring(log, "snapshots: hit counts are written again")
+        self._failures = Recurring(log, "snapshots: the file of hit counts is written again")
         self._n_lines = 0
 
     def load(self) -> dict[str, Hits]:
@@ -126,7 +126,11 @@ class HitLog:
 
     def _failed(self, error: OSError) -> None:
         reason = error.strerror or error
-        self._failures.failed(reason, "snapshots: cannot write hit counts: %s", reason)
+        self._failures.failed(
+            reason,
+            "snapshots: the file of hit counts cannot be written, a restart forgets the latest hits: %s",
+            reason,
+        )
 
     def _write(self, path: Path, how: int, hits: Mapping[str, Hits]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, _MODE)

@@ -74,11 +74,16 @@ class Manifest:
             return _decode(self.path.read_bytes())
         except FileNotFoundError:
             if any(self._directory.glob("*.json")):  # a new directory has nothing to read
-                log.info("snapshots: there is no copy of the sidecars (%s): reading all files", self.path)
-        except OSError as error:
-            log.warning("snapshots: cannot use %s: %s; reading all files", self.path, error.strerror or error)
-        except _Unusable as error:
-            log.warning("snapshots: cannot use %s: %s; reading all files", self.path, error)
+                log.info(
+                    "snapshots: %s, the copy of all sidecars, does not exist: reading each sidecar and slot-file"
+                    " header",
+                    self.path,
+                )  # fmt: skip
+        except (OSError, _Unusable) as error:
+            log.warning(
+                "snapshots: cannot use %s, the copy of all sidecars: %s; reading each sidecar and slot-file header",
+                self.path, getattr(error, "strerror", None) or error,
+            )  # fmt: skip
         return Known.nothing()
 
     async def write(self, snapshots: Mapping[str, Snapshot], last_used: Mapping[str, float]) -> None:
@@ -106,7 +111,8 @@ class Manifest:
                 os.rename(new, path)
         except OSError as error:
             log.warning(
-                "snapshots: cannot write %s: %s; the next start may read all files",
+                "snapshots: cannot write %s, the copy of all sidecars: %s; the next start may have to read each sidecar"
+                " and slot-file header",
                 path, error.strerror or error,
             )  # fmt: skip
 

@@ -116,7 +116,9 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
     others = (
         f", and store.min_free leaves {readable_size(min_free_bytes)} to others" if min_free_bytes else ""
     )
-    return f"{room}{others}. What is worth least goes when that is full, not at the quota"
+    return (
+        f"{room}{others}. The least valuable are evicted when the disk is full, before the quota is reached"
+    )
 
 
 class Deficit(NamedTuple):
@@ -349,7 +351,11 @@ class Quota:
             n_left, error = await asyncio.to_thread(scan.remove, self.directory, id_, keeps_data=keeps_data)
             if error is not None:
                 reason = error.strerror or error
-                self._failures.failed(reason, "snapshots: %s cannot be removed: %s", id_, reason)
+                self._failures.failed(
+                    reason,
+                    "snapshots: files of snapshot %s cannot be removed, they still count for the quota: %s",
+                    id_, reason,
+                )  # fmt: skip
             elif not self.leftovers:
                 self._failures.succeeded()
         finally:

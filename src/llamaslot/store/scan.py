@@ -397,7 +397,11 @@ def _shortened(
         ) from error
     snapshot = noted.snapshot(noted.digest)
     return Loaded(
-        snapshot, last_used, file_id, True, f"{fault}: its first {n_tokens} tokens stay as {noted.id}"
+        snapshot,
+        last_used,
+        file_id,
+        True,
+        f"{fault}: its first {n_tokens} tokens are kept as snapshot {noted.id}",
     )
 
 

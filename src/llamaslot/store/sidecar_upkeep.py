@@ -52,7 +52,7 @@ class Upkeep:
         self._undated: dict[str, float] = {}  # times of last use, by id, that no thread writes yet
         self._is_dating = False
         self._n_changed = 0
-        self._failures = Recurring(log, "snapshots: files are synced again")
+        self._failures = Recurring(log, "snapshots: slot files are written through to the disk again")
         self._syncing = asyncio.Lock()
 
     def changed(self, n: int) -> None:
@@ -129,7 +129,8 @@ class Upkeep:
                 await asyncio.to_thread(sidecar.change_kind, self._directory, snapshot)
             except (OSError, SnapshotInvalid) as error:
                 log.warning(
-                    "snapshots: cannot mark %s in its sidecar: %s; its kind and pin change until the next start only",
+                    "snapshots: cannot write the sidecar of snapshot %s: %s; the next start forgets its new kind or"
+                    " pin",
                     snapshot.id, error,
                 )  # fmt: skip
 
@@ -150,10 +151,14 @@ class Upkeep:
                 if noted.id in self._table.snapshots:
                     reason = error.strerror or error
                     if error.errno == errno.EIO:
-                        log.warning("snapshots: %s cannot be synced: %s; it is dropped", noted.id, reason)
+                        log.warning("snapshot dropped: %s: fsync of its files failed: %s", noted.id, reason)
                         self._lost(noted.id)  # the kernel reports the error once; a second sync would succeed
                     else:
-                        self._failures.failed(reason, "snapshots: %s cannot be synced: %s", noted.id, reason)
+                        self._failures.failed(
+                            reason,
+                            "snapshots: fsync of snapshot %s failed, a power failure would lose it: %s",
+                            noted.id, reason,
+                        )  # fmt: skip
         if noted.id not in self._table.snapshots and noted.id not in self._table.pending_delete:
             # Dropped meanwhile: the thread may have written the sidecar after its removal, so remove it again.
             is_needed = self._table.is_known(noted.id)
@@ -193,15 +198,18 @@ class Sweep:
             found = await asyncio.to_thread(_compare, self._directory, before)
         except OSError as error:
             reason = error.strerror or error
-            self._failures.failed(reason, "snapshots: %s cannot be read: %s", self._directory, reason)
+            self._failures.failed(
+                reason, "snapshots: directory %s cannot be read: %s", self._directory, reason
+            )
             return
         self._failures.succeeded()
         if found is None:
             # Not the directory that we locked (unmounted, moved): forget and remove nothing.
             if not self._is_missed:
                 log.warning(
-                    "snapshots: %s is not the directory it was: its lock file is missing; unmounted or moved? Until "
-                    "llamaslot is restarted with it in its place, files that vanish are not noticed",
+                    "snapshots: %s is not the directory that llamaslot opened: its lock file is missing (unmounted?"
+                    " moved?). Until the directory is back, llamaslot removes no files there and does not notice lost"
+                    " ones",
                     self._directory,
                 )
             self._is_missed = True
@@ -213,7 +221,7 @@ class Sweep:
             if self._quota.is_shared:
                 log.info("snapshot dropped: %s: another llamaslot of this store has evicted it", id_)
             else:
-                log.warning("snapshot dropped: %s: its file has vanished", id_)
+                log.warning("snapshot dropped: %s: a file that it needs has vanished from the disk", id_)
             self._drop(id_)
         # An id is known before its file exists. So a file with an unknown id belongs to nothing, or is gone by now.
         for id_ in unnamed:

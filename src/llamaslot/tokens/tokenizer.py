@@ -260,7 +260,8 @@ class Tokenizer:
         special = text[cut.start : cut.end]
         if specials.drop(special):
             log.warning(
-                "tokenizer: cutting prompts at %r changes their tokens: they are no longer cut there", special
+                "tokenizer: a text cut at %r has other tokens than the whole text, so prompts are no longer cut there",
+                special,
             )
         return None
 
@@ -297,7 +298,7 @@ class Tokenizer:
             whole = "; from now on prompts are tokenized whole, which takes longer"
             remedy = whole if self._model.is_whole else ""
             log.warning(
-                "tokenizer: llama-server counts %d tokens in a prompt, llamaslot %d%s",
+                "tokenizer: llama-server counted %d tokens in a prompt, llamaslot counted %d%s",
                 n_server, prompt.n_tokens, remedy,
             )  # fmt: skip
         return False

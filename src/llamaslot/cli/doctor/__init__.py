@@ -17,16 +17,16 @@ _BUDGET_S = 30.0
 
 @click.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
-@click.option("--as", "who", metavar="USER[:GROUP]", help="As this user, for root: the one that will serve.")
+@click.option("--as", "who", metavar="USER[:GROUP]", help="As root: check as this user, who will serve.")
 @click.option("--deep", is_flag=True, help="Fill a slot to its end, however long that takes.")
-@click.option("--json", "is_json", is_flag=True, help="For programs.")
+@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def doctor(path: Path, who: str | None, deep: bool, is_json: bool) -> None:
-    """Look for what costs reuse or speed, and say what mends it.
+    """Find what makes reuse or speed worse than it could be, and how to mend it.
 
-    Exit code 0: nothing found; 1: something; 2: the configuration has faults.
+    Exit code 0: nothing found; 1: something found; 2: the configuration has faults.
 
-    It is safe while llama-server works: if a llamaslot serves this configuration, it is asked; else one or two idle
-    slots are used, and given back as they were.
+    It is safe while llama-server works. If a llamaslot serves this configuration, doctor asks it. Else it tries
+    llama-server in one or two idle slots: it saves their contexts first, and restores them at the end.
     """
     # Slow imports are made where they are needed.
     import orjson

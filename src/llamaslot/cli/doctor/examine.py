@@ -1,7 +1,7 @@
 """Which checks ``llamaslot doctor`` makes.
 
-What a running llamaslot serves is asked from it, and no slot is touched behind its back. A llama-server without one is
-tried: in idle slots, whose contexts are saved first and restored.
+If a llamaslot serves the configuration, doctor asks it, and touches no slot. Else doctor tries each llama-server in
+idle slots, whose contexts it saves first and restores at the end.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _PORTS = (8080, 9931)  # of a llama-server without --port: newer builds have the
 
 
 def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Finding]:
-    """All findings about a configuration. ``budget_s``: for filling a slot of a llama-server to its end; None: as long
-    as it takes. Raises ConfigError.
+    """Yield all findings about a configuration. ``budget_s``: most seconds for filling a slot of a llama-server to its
+    end; None: no limit. Raises ConfigError.
     """
     yield from of_check(check(path))
     yield from of_machine(config)
@@ -56,7 +56,9 @@ def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Fin
 
 
 def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """The status of the running llamaslot, None if none runs, empty if it does not tell; and a finding about that."""
+    """Return the status of the running llamaslot, and a finding about that. The status is None if no llamaslot runs,
+    and empty if it refuses to show it.
+    """
     check = "llamaslot"
     running = Running.with_config(config)
     try:
@@ -72,7 +74,9 @@ def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
 
 
 def _tried(settings: BackendConfig, budget_s: float | None, *, is_served: bool = True) -> Iterator[Finding]:
-    """Findings from trying a llama-server without a running llamaslot."""
+    """Yield the findings from probes of one llama-server. ``is_served``: False if its llamaslot has drained it, so that
+    the probes may use its slots.
+    """
     directory = settings.slot_save_path
     if settings.url is None:
         yield Finding(
@@ -93,7 +97,9 @@ def _tried(settings: BackendConfig, budget_s: float | None, *, is_served: bool =
 
 
 async def probed(settings: BackendConfig, budget_s: float | None) -> list[Finding]:
-    """Findings from probes of a llama-server. Raises BackendDown if it does not answer at all."""
+    """Probe a llama-server and return the findings. ``budget_s``: as in ``examined``. Raises BackendDown if it does not
+    answer at all. Canceling gives the slots back first.
+    """
     assert settings.url is not None, "a server of its own"
     api = LlamaServer(settings.url, settings.resolve_api_key(), 60.0, name=settings.name)
     probes = ServerProbes(settings, api, budget_s)
@@ -111,7 +117,7 @@ async def probed(settings: BackendConfig, budget_s: float | None) -> list[Findin
 
 
 def _elsewhere(settings: BackendConfig) -> Iterator[Finding]:
-    """Whether a llama-server answers on one of its default ports, where ``url`` says another one."""
+    """Yield a finding if a llama-server answers on a default port of llama-server that is not the port of ``url``."""
     if settings.url is None:
         return
     parts = urlsplit(settings.url)

@@ -20,8 +20,8 @@ _NARROWEST = 20  # columns of a text that is broken
 
 
 class Finding(Struct, frozen=True):
-    """One line of the report. ``check``: what was looked at. ``text``: what was seen, and what it costs. ``remedy``:
-    the flag, line or command that mends it.
+    """One line of the report. ``check``: what was checked. ``text``: what was found, and what it costs. ``remedy``: the
+    flag, line of configuration or command that mends it.
     """
 
     check: str
@@ -35,8 +35,8 @@ class Finding(Struct, frozen=True):
 
 
 def lines(findings: Sequence[Finding], columns: int | None = None) -> list[str]:
-    """The report: one line per check, its remedy below it, and a last line that counts. ``columns``: the width at
-    which texts are broken.
+    """Return the lines of the report: for each finding its text, with the remedy below it; then a line with the
+    numbers. ``columns``: the width at which texts are broken; None: they are not broken.
     """
     width = max(len(finding.check) for finding in findings)
     said = []
@@ -51,7 +51,9 @@ def lines(findings: Sequence[Finding], columns: int | None = None) -> list[str]:
 
 
 def _broken(heading: str, text: str, columns: int | None) -> list[str]:
-    """A text behind its heading, broken into lines between words; a path or a command is not broken at its hyphens."""
+    """Return ``text`` after its heading, broken into lines between words. A path or command is not broken at its
+    hyphens.
+    """
     if columns is None or columns - len(heading) < _NARROWEST:
         return [heading + text]
     return textwrap.wrap(

@@ -23,7 +23,7 @@ _BUILT = 1_735_689_600  # 2025-01-01: no clock that is set shows less
 
 
 def of_check(checked: Checked) -> Iterator[Finding]:
-    """The result of ``serve --check`` as findings."""
+    """Yield the result of ``serve --check`` as findings."""
     for fault in checked.faults:
         yield Finding("files", "fault", fault)
     for note in checked.notes:
@@ -43,7 +43,7 @@ def of_machine(config: Config) -> Iterator[Finding]:
 
 
 def holder(directory: Path) -> int | None:
-    """The pid of the llamaslot that uses ``directory`` now; None if none does. Changes nothing."""
+    """Return the pid of the llamaslot that has the lock of ``directory`` now; None if none has it. Changes nothing."""
     try:
         with (directory / LOCK_NAME).open("rb") as file:
             try:
@@ -56,7 +56,7 @@ def holder(directory: Path) -> int | None:
 
 
 def _open_files(config: Config) -> Finding:
-    """A finding about the limit of open files: of the running llamaslot if there is one, else of this process."""
+    """Return a finding about the limit of open files of the running llamaslot; if none runs, of this process."""
     check, directory = "open files", config.backend.slot_save_path
     pid = holder(directory) if directory is not None else None
     whose, limit = "this shell's limit", resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -82,7 +82,9 @@ def _limit_of(pid: int) -> int | None:
 
 
 def _clock(directories: list[Path]) -> Finding:
-    """Findings about the clock of this machine, compared with those of the file systems with snapshots."""
+    """Return a finding about this machine's clock: its date, and how it compares with the times of files in
+    ``directories``.
+    """
     check, now = "clock", time.time()
     cost = "snapshots are evicted by the time of their last use, so the wrong ones go"
     if now < _BUILT:
@@ -106,8 +108,8 @@ def _clock(directories: list[Path]) -> Finding:
 
 
 def _ahead_s(directory: Path) -> float:
-    """The seconds by which the time of a new file is ahead of this machine's clock. The next scan of the store removes
-    a file left behind.
+    """Return the seconds by which the time of a new file in ``directory`` is ahead of this machine's clock; negative if
+    it is behind. If this process dies, the next start of llamaslot removes the file.
     """
     probe = directory / (new_id() + PROBE)
     before = time.time()

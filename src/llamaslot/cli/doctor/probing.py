@@ -1,6 +1,7 @@
-"""What ``llamaslot doctor`` tries on a llama-server that no llamaslot serves at present: each finding by its effect.
+"""The probes of a llama-server by ``llamaslot doctor``, if no llamaslot serves it now. Each finding is an effect that
+was seen, not a flag that was read.
 
-It works in one or two idle slots. Beside running answers it does only what is short.
+The probes use one or two idle slots. While other slots are working, only short probes are made.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MANY_CHECKPOINTS = 8
 
 
 class ServerProbes:
-    """Probes one llama-server. ``budget_s``: for filling a slot to its end; None: as long as it takes."""
+    """Probes one llama-server. ``budget_s``: most seconds for filling a slot to its end; None: no limit."""
 
     def __init__(self, settings: BackendConfig, api: LlamaServer, budget_s: float | None) -> None:
         self._name, self._api, self._budget_s = settings.name, api, budget_s
@@ -44,8 +45,8 @@ class ServerProbes:
         self.findings: list[Finding] = []
 
     async def examine(self) -> None:
-        """Make all probes and add their results to ``findings``. Raises BackendDown. Canceling gives the slots back
-        first.
+        """Make all probes and add their results to ``findings``. Raises BackendDown if llama-server stops answering.
+        Canceling gives the slots back first.
         """
         try:
             props = await self._api.props()
@@ -122,7 +123,9 @@ class ServerProbes:
     # -- slot files --------------------------------------------------------------------------------------------------
 
     async def _can_save(self, slot: int) -> bool:
-        """Whether slots can be saved: save a few tokens, look where the file appears, rename and remove it."""
+        """Save a few tokens of ``slot``, and rename and remove the file. Returns True if that worked; adds a finding
+        either way.
+        """
         async with asyncio.timeout(_STEP_S):
             can_save = await self._probes.can_save(slot, 0)
         if can_save:
@@ -146,8 +149,8 @@ class ServerProbes:
         return False
 
     async def _files(self, slot: int, props: Props, *, is_quiet: bool) -> None:
-        """For a model that cannot rewind to any token: whether its slot files can be used, and whether checkpoints
-        make them large.
+        """For a model that cannot rewind to any token, find out whether its slot files can be used, and (if no slot is
+        working, ``is_quiet``) whether checkpoints make them large.
         """
         kind = await self._step(lambda: self._probes.cache_kind(slot, props))
         if kind is None or kind is CacheKind.DENSE:
@@ -162,8 +165,8 @@ class ServerProbes:
             await self._step(lambda: self._checkpoints(slot, props))
 
     async def _checkpoints(self, slot: int, props: Props) -> None:
-        """How much larger checkpoints make slot files: each task leaves two, up to --ctx-checkpoints, so the bytes of
-        files after one, two and many tasks are compared.
+        """Find out how much larger checkpoints make slot files, from the bytes of files after one, two and many tasks:
+        each task leaves two checkpoints, up to --ctx-checkpoints.
         """
         n_each, n_first = 8, min(props.n_ctx // 2, 512)
         tokens = meaningless_tokens(n_first + n_each * (_MORE_TASKS + 1))
@@ -206,8 +209,8 @@ class ServerProbes:
     # -- slots -------------------------------------------------------------------------------------------------------
 
     async def _ram_cache(self, slot: int, *, is_alone: bool) -> None:
-        """Whether llama-server has a RAM cache. ``is_alone``: no slot holds anything, so llama-server
-        may choose one.
+        """Find out whether llama-server has a RAM cache. ``is_alone``: all slots are empty, so the probe may let
+        llama-server choose the slot; else it uses ``slot``.
         """
         has = await self._step(lambda: self._probes.has_ram_cache(None if is_alone else slot))
         if has:
@@ -220,7 +223,7 @@ class ServerProbes:
             self._say("RAM cache", "ok", "none in the way")
 
     async def _idle_slots(self, slot: int, other: int | None, others: list[SlotInfo], n_slots: int) -> bool:
-        """Whether a task empties the idle slots. False also if that could not be tried."""
+        """Return True if a task in ``slot`` empties idle slots. False also if that could not be tried."""
         held = {info.id for info in others if info.n_tokens} - {other}
         were_emptied = bool(held) and any(
             info.id in held and not info.n_tokens for info in await self._api.slots()
@@ -244,7 +247,7 @@ class ServerProbes:
     # -- speed -------------------------------------------------------------------------------------------------------
 
     async def _filled(self, slot: int, props: Props) -> Filled:
-        """Fill the slot to its end if that is quick, and report the batch size and the context shift."""
+        """Fill the slot to its end if that fits into the budget. Adds findings about batch size and context shift."""
         filled = await fill(self._api, slot, props.n_ctx - 5, self._budget_s)
         if filled.batch is not None:
             text = f"{filled.batch:,} tokens in {filled.batch_s:.2f} s: so long streams stand still beside a prompt"
@@ -312,7 +315,9 @@ class ServerProbes:
                 pass
 
     async def _step(self, probe: Callable[[], Awaitable[Any]]) -> Any:
-        """The result of a small probe; None, and a finding, if llama-server refuses it or takes too long."""
+        """Return the result of a small probe. If llama-server refuses it or takes too long, add a finding and return
+        None.
+        """
         try:
             async with asyncio.timeout(_STEP_S):
                 return await probe()

@@ -1,4 +1,4 @@
-"""What ``llamaslot doctor`` learns from a running llamaslot: its status and its journal. No slot is touched."""
+"""What ``llamaslot doctor`` learns from the status and the journal of a running llamaslot. No slot is touched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONG_PAUSE_S = 2.0
 
 
 def of_backend(backend: Json) -> Iterator[Finding]:
-    """Findings about health, assist and warnings of one backend, as llamaslot found them out when it connected."""
+    """Yield findings about one backend of the status: its health, whether llamaslot stands aside, and its warnings."""
     name, assist = backend["name"], backend["assist"]
     if backend["health"] not in ("up", "asleep"):
         why = backend.get("why_down") or f"llama-server is {backend['health']}"
@@ -38,8 +38,8 @@ def of_backend(backend: Json) -> Iterator[Finding]:
 
 
 def of_journal(status: Json, decisions: Sequence[Json]) -> Iterator[Finding]:
-    """Findings from the journal: enough slots, slots of a sufficient size, contexts found where they were left, speed
-    of saves and restores.
+    """Yield four findings: are there enough slots, are they large enough, are contexts where llamaslot left them, are
+    saves and restores fast enough.
     """
     yield _slots(status, decisions)
     yield _context(status)
@@ -85,8 +85,8 @@ def _context(status: Json) -> Finding:
 
 
 def _found_again(decisions: Sequence[Json]) -> Finding:
-    """A finding: whether contexts are where llamaslot left them. Other clients, a RAM cache and context shift take
-    them away.
+    """Return a finding: are contexts still in the slots where llamaslot left them? Other clients, a RAM cache and
+    context shift remove them.
     """
     check = "contexts found again"
     told = [

@@ -20,8 +20,8 @@ _ROOM = 1.2  # of the bytes that a probe is expected to need
 
 
 class ProbeFiles:
-    """Files of probes, with the interface ``probes.SlotFiles``: removed at once, and by llamaslot's next start after a
-    crash.
+    """Names files for probes in ``directory``, with the interface of ``probes.SlotFiles``, and removes each after its
+    probe. After a crash the next start of llamaslot removes them.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -47,7 +47,7 @@ class ProbeFiles:
 
 
 async def until_idle(api: LlamaServer, slot: int) -> bool:
-    """Wait until a slot is idle; False if llama-server works there for too long."""
+    """Wait until ``slot`` is idle. Returns False if llama-server works in it for too long."""
     for _ in range(_POLLS):
         if not any(info.id == slot and info.is_processing for info in await api.slots()):
             return True
@@ -60,8 +60,9 @@ class CannotTake(LlamaslotError):
 
 
 class TakenSlots:
-    """Takes idle slots for probes. What a slot held is saved first, and restored at the end, unless another client
-    works there for a minute. ``directory``: where llama-server saves, as seen from here; None if that is not known.
+    """Takes idle slots for probes. The context of a slot is saved first, and restored at the end, unless another client
+    works there for a minute. ``directory``: llama-server's directory for slot files, as seen from here; None if
+    unknown.
     """
 
     def __init__(self, api: LlamaServer, directory: Path | None) -> None:
@@ -72,15 +73,17 @@ class TakenSlots:
 
     @contextlib.asynccontextmanager
     async def given_back(self) -> AsyncIterator[TakenSlots]:
-        """Within the block slots may be taken; at its end they are given back. Canceling gives them back first."""
+        """A context manager: in its block slots may be taken, at its end they are given back. Canceling gives them back
+        first.
+        """
         try:
             yield self
         finally:
             await self._give_back()
 
     async def take(self, info: SlotInfo) -> int:
-        """Take an idle slot. Raises CannotTake; SlotActionFailed with status 501 if llama-server has no
-        ``--slot-save-path``.
+        """Save the context of an idle slot and empty the slot. Returns its number. Raises CannotTake if the context
+        cannot be saved; SlotActionFailed with status 501 if llama-server has no ``--slot-save-path``.
         """
         if not info.n_tokens:
             return info.id

@@ -1,4 +1,4 @@
-"""How fast a llama-server computes, saves and restores, and how long a stream stands still meanwhile."""
+"""Measures how fast a llama-server computes, saves and restores, and for how long that stops a stream."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ _WAIT_S = 30.0
 
 
 class Filled(Struct):
-    """The result of filling a slot: a prefill of ``n_tokens`` in ``seconds``. ``batch``: tokens computed at a time, in
-    ``batch_s``; None if the prompt was shorter than two batches. ``rest_s``: estimated, for what was left out.
+    """The result of filling a slot: ``n_tokens`` were computed in ``seconds``. ``batch``: tokens that llama-server
+    computes at a time, in ``batch_s`` seconds; None if the prompt was shorter than two batches. ``rest_s``: estimated
+    seconds for the tokens that were left out.
     """
 
     n_tokens: int
@@ -37,7 +38,9 @@ class Filled(Struct):
 
 
 async def fill(api: LlamaServer, slot: int, n_tokens: int, budget_s: float | None) -> Filled:
-    """Compute ``n_tokens`` meaningless tokens; fewer if all would take longer than ``budget_s``."""
+    """Compute ``n_tokens`` meaningless tokens in ``slot``; fewer if all would take longer than ``budget_s`` (None: no
+    limit).
+    """
     seen: list[Progress] = []
     async with contextlib.aclosing(api.prefill(slot, meaningless_tokens(n_tokens))) as events:
         async for event in events:
@@ -66,8 +69,8 @@ def _batch(seen: list[Progress]) -> tuple[int | None, float]:
 
 
 class Trip(Struct):
-    """The times of saving, emptying and restoring a slot. ``pause_s``: the longest gap in a stream beside it; None
-    without a stream.
+    """The seconds of saving and restoring a slot. ``pause_s``: the longest gap meanwhile between two tokens of a stream
+    in another slot; None if there was no stream.
     """
 
     n_saved: int
@@ -85,8 +88,8 @@ class Trip(Struct):
 
 
 async def round_trip(api: LlamaServer, slot: int, other: int | None, name: str, owner: TaskOwner) -> Trip:
-    """Save ``slot`` as ``name``, empty and restore it, beside a stream in ``other``. Returns the times. Raises
-    SlotActionFailed.
+    """Save ``slot`` to the file ``name``, empty it and restore it, while a stream runs in the slot ``other`` (None: no
+    stream). Returns the times. Raises SlotActionFailed.
     """
     stream = _Stream()
     if other is not None:
@@ -108,7 +111,7 @@ async def round_trip(api: LlamaServer, slot: int, other: int | None, name: str, 
 
 
 class _Stream:
-    """An answer in one slot, and the times of its pieces."""
+    """A streamed answer in one slot, and the times at which its pieces came."""
 
     def __init__(self) -> None:
         self.is_running = asyncio.Event()
@@ -130,7 +133,9 @@ class _Stream:
                     self.is_running.set()
 
     def longest_gap_s(self, began: float, ended: float) -> float | None:
-        """The longest gap between pieces of the stream that overlaps a time; None if the stream did not run then."""
+        """Return the longest gap, in seconds, between two pieces of the stream that overlaps the time from ``began`` to
+        ``ended``. None if the stream did not run then.
+        """
         gaps = [
             after - before
             for before, after in itertools.pairwise(self._times)

@@ -119,7 +119,7 @@ class ManagedConfig(BaseModel):
     def _ours(cls, args: tuple[str, ...]) -> tuple[str, ...]:
         for flags, key in ((("--port",), "managed.port"), (("-m", "--model"), "managed.model")):
             if taken := _named(args) & {*flags}:
-                raise ValueError(f"{min(taken)} is said by {key}, not in args")
+                raise ValueError(f"{min(taken)} is set by {key}: leave it out of args")
         return args
 
     @model_validator(mode="after")
@@ -279,8 +279,8 @@ class ManagedServer:
             n_deaths = 1 if lasted_s >= self._backoff.served_s else n_deaths + 1
             delay_s = self._backoff.delay_s(n_deaths)
             log.error(
-                "%s: llama-server %s after %.0f s; its last words: %s (%s); it is started again in %.0f s",
-                self.name, how, lasted_s, await asyncio.to_thread(_last_line, self.log_path), self.log_path, delay_s,
+                "%s: llama-server %s after %.0f s; it is started again in %.0f s; the last line of its log %s: %s",
+                self.name, how, lasted_s, delay_s, self.log_path, await asyncio.to_thread(_last_line, self.log_path),
             )  # fmt: skip
             await self._sleep(delay_s)
 
@@ -294,7 +294,7 @@ class ManagedServer:
             self.n_starts += 1
             self.pid = process.pid
             log.info(
-                "%s: llama-server starts on %s (pid %d); flags added to yours: %s",
+                "%s: llama-server starts on %s (pid %d); flags that llamaslot added to yours: %s",
                 self.name, self.url, process.pid, shlex.join(added),
             )  # fmt: skip
             try:
@@ -311,8 +311,8 @@ class ManagedServer:
             unknown = [flag.name for flag in (*self._needed, *launch.recommended()) if flag.name not in known]
             if unknown:
                 log.warning(
-                    "%s: `%s --help` does not know %s: recommended flags are left out, needed ones are passed all"
-                    " the same",
+                    "%s: `%s --help` does not list %s: llamaslot passes those of them that it needs all the same, and"
+                    " leaves out those that it only recommends",
                     self.name, shlex.join(launch.command), " ".join(unknown),
                 )  # fmt: skip
             guarded = [sys.executable, "-m", "llamaslot.llama.managed.guard_process", *launch.command]
