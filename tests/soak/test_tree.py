@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from llamaslot.backend.health import Health
 from tests.support import models
 from tests.support.figures import Figure
+from tests.support.fleet import backend_of, real_fleet
 from tests.support.growing import Messages, grow, place_of
+from tests.support.inprocess import CHAT
 from tests.support.jobs import ids
 from tests.support.users import rendered, words
 
@@ -77,3 +81,37 @@ async def test_twenty_conversations_on_one_system_prompt(
             stored.n_snapshots * 10_400 * 4
         )  # the tokens of each: more than a tiny recurrent model's states
         assert stored.n_bytes <= 1.1 * (distinct + stored.state_bytes) + headers + 100_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_new_conversation_on_a_second_server(
+    kind: Callable[[Path], Path], tmp_path: Path, figure: Figure
+) -> None:
+    """Three others on its system prompt were served by another server, which is gone; none of them ended with it."""
+    rng, model = random.Random(13), kind(tmp_path)
+    system = {"role": "system", "content": words(rng, 10_000)}
+
+    def begin() -> dict[str, object]:
+        question = {"role": "user", "content": words(rng, 300)}
+        return {"messages": [system, question], "max_tokens": 16, "temperature": 0}
+
+    settings = {"store": {"idle_save_s": 0}}
+    async with real_fleet(tmp_path, [model] * 2, settings, slots=1, context=12_000) as it:
+        await it.servers["gpu1"].stop()
+        await it.until(lambda: it.named("gpu1").health is Health.DOWN)
+        for _ in range(3):
+            answer = await it.post(CHAT, begin())
+            assert answer.status == 200, answer.raw
+            assert backend_of(answer) == "gpu0"
+        await it.rest()
+        await it.servers["gpu1"].start()
+        await it.all_up()
+        await it.servers["gpu0"].kill()
+        before = await it.n_computed()
+        new = await it.post(CHAT, begin())
+        assert new.status == 200, new.raw
+        assert backend_of(new) == "gpu1"
+        n_prompt = new.timings["cache_n"] + new.timings["prompt_n"]
+        n_reused = n_prompt - (await it.n_computed() - before)
+        figure(f"{n_reused:.0f} of 10,016 tokens reused")
+        assert n_reused >= 0.99 * 10_000

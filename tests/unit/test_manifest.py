@@ -89,7 +89,7 @@ async def test_two_thousand_snapshots_are_not_opened(tmp_path: Path) -> None:
     mark = FileId.of(os.lstat(shelter.directory / one.file_name))
     writer = manifest.Manifest(shelter.manifest, shelter.directory)
     writer.file_ids, writer.durable = dict.fromkeys(listed, mark), set(listed)
-    await writer.write(listed, dict.fromkeys(listed, shelter.catalog.last_used(one.id)))
+    await writer.write(listed, lambda _: shelter.catalog.last_used(one.id))
     found, seen = await reopened(shelter)
     assert found == listed
     assert seen == []

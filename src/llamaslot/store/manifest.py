@@ -16,8 +16,9 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +29,16 @@ from xxhash import xxh3_128_hexdigest
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.file_id import FileId
 from llamaslot.store.sidecar import JSON, Part, Snapshot
+from llamaslot.tasks import in_slices
 
 log = logging.getLogger(__name__)
 
 VERSION = 4
 _HEAD = "llamaslot sidecars"
 Mark = tuple[int, int, int, int]  # the fields of a FileId, whose making takes longer
+_N_MARK = 4
+_Entry = tuple[Snapshot, float, Mark, Mark]
+_SLICE = 256  # entries
 
 
 class Known(NamedTuple):
@@ -86,26 +91,32 @@ class Manifest:
             )  # fmt: skip
         return Known.nothing()
 
-    async def write(self, snapshots: Mapping[str, Snapshot], last_used: Mapping[str, float]) -> None:
+    async def write(self, snapshots: Mapping[str, Snapshot], last_used: Callable[[str], float]) -> None:
         """Write those ``snapshots`` that are ``durable``, with their times of last use. Logs a failure.
 
         Canceling is safe: the file is written all the same.
         """
         self.durable &= snapshots.keys()
-        self.file_ids = {id_: file_id for id_, file_id in self.file_ids.items() if id_ in snapshots}
+        for id_ in self.file_ids.keys() - snapshots.keys():
+            del self.file_ids[id_]
         if self.path is not None:
-            known = [(snapshots[id_], self.file_ids[id_], last_used[id_]) for id_ in self.durable]
+            known = [
+                (snapshots[id_], self.file_ids[id_], last_used(id_))
+                async for id_ in in_slices(list(self.durable))
+                if id_ in snapshots
+            ]
             await asyncio.to_thread(self._write, self.path, known)
 
     def _write(self, path: Path, known: list[tuple[Snapshot, Mark, float]]) -> None:
         new = path.with_name(path.name + ".new")
         try:
             with self._writing:  # the thread of a cancelled call may still be writing
-                data = _encode(list(self._entries(known)))
+                body = _encode(list(self._entries(known)))
                 with open(
                     os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb"
                 ) as file:
-                    file.write(data)
+                    file.write(f"{_HEAD} {VERSION} {xxh3_128_hexdigest(body)}\n".encode())
+                    file.write(body)
                     file.flush()
                     os.fsync(file.fileno())
                 os.rename(new, path)
@@ -116,9 +127,7 @@ class Manifest:
                 path, error.strerror or error,
             )  # fmt: skip
 
-    def _entries(
-        self, known: list[tuple[Snapshot, Mark, float]]
-    ) -> Iterator[tuple[Snapshot, float, Mark, Mark]]:
+    def _entries(self, known: list[tuple[Snapshot, Mark, float]]) -> Iterator[_Entry]:
         """The entries to write: snapshot, time of last use, FileId of the .kv file when it was read, FileId of the
         sidecar now. If the .kv file has changed since it was read, a later start will find that the entry does not
         match. Snapshots whose sidecar is gone or has another date than llamaslot gave it are left out.
@@ -135,18 +144,32 @@ class _Unusable(Exception):
     """The file is no valid manifest; the text says why."""
 
 
-def _encode(entries: list[tuple[Snapshot, float, Mark, Mark]]) -> bytes:
-    content: dict[str, Any] = {"n": len(entries)}
-    if entries:
-        snapshots, last_used, kv, json = zip(*entries, strict=True)
-        columns: dict[str, Any] = dict(zip(_FIELDS, zip(*map(_values, snapshots), strict=True), strict=True))
-        fingerprints = {each: n for n, each in enumerate(dict.fromkeys(columns["fingerprint"]))}
-        columns["fingerprint"] = [fingerprints[each] for each in columns["fingerprint"]]
-        columns["parts"] = [[tuple(part) for part in parts] for parts in columns["parts"]]
-        content |= {"fingerprints": list(fingerprints), "snapshots": columns, "last_used": last_used}
-        content |= {"kv": list(zip(*kv, strict=True)), "json": list(zip(*json, strict=True))}
-    body = orjson.dumps(content)
-    return f"{_HEAD} {VERSION} {xxh3_128_hexdigest(body)}\n".encode() + body
+def _encode(entries: list[_Entry]) -> bytes:
+    """The JSON of a manifest. In slices: made at once, that of 10,000 snapshots kept the event loop waiting for the GIL
+    for 23 ms.
+    """
+    if not entries:
+        return orjson.dumps({"n": 0})
+    fingerprints = {name: n for n, name in enumerate(dict.fromkeys(its[0].fingerprint for its in entries))}
+    get: dict[str, Callable[[Snapshot], Any]] = {name: attrgetter(name) for name in _FIELDS}
+    get["fingerprint"] = lambda its: fingerprints[its.fingerprint]
+    get["parts"] = lambda its: [tuple(part) for part in its.parts]
+    return orjson.dumps(
+        {
+            "n": len(entries),
+            "fingerprints": list(fingerprints),
+            "snapshots": {name: _array(get[name](its[0]) for its in entries) for name in _FIELDS},
+            "last_used": _array(its[1] for its in entries),
+            "kv": [_array(its[2][n] for its in entries) for n in range(_N_MARK)],
+            "json": [_array(its[3][n] for its in entries) for n in range(_N_MARK)],
+        }
+    )
+
+
+def _array(values: Iterator[Any]) -> orjson.Fragment:
+    """A JSON array."""
+    slices = iter(lambda: orjson.dumps(list(islice(values, _SLICE)))[1:-1], b"")
+    return orjson.Fragment(b"[" + b",".join(slices) + b"]")
 
 
 def _decode(data: bytes) -> Known:
@@ -181,4 +204,3 @@ def _snapshots(columns: Mapping[str, Iterable[Any]]) -> list[Snapshot]:
 
 _FIELDS = Snapshot.__struct_fields__
 _KINDS = {kind.value: kind for kind in SnapshotKind}
-_values = attrgetter(*_FIELDS)

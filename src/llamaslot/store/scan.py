@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice, takewhile
 from pathlib import Path
@@ -49,14 +49,6 @@ class Listing(Struct, frozen=True):
         """The ids that have a file with this suffix."""
         return {id_ for id_, suffixes in self.suffixes.items() if suffix in suffixes}
 
-    def unfinished(self) -> set[str]:
-        """The ids that have neither both .kv and .json nor a probe."""
-        return {
-            id_
-            for id_, suffixes in self.suffixes.items()
-            if not {KV, JSON} <= suffixes and PROBE not in suffixes
-        }
-
 
 class Found(Struct):
     """The result of a scan. By snapshot id: ``last_used`` in seconds since the epoch, ``leftovers`` in bytes, and
@@ -89,6 +81,11 @@ class Found(Struct):
         self.last_used[id_], self.file_ids[id_] = read.last_used, read.file_id
         if read.is_durable:
             self.durable.add(id_)
+
+
+def unfinished(suffixes: Mapping[str, set[str]]) -> set[str]:
+    """The ids that have neither both .kv and .json nor a probe. ``suffixes``: of the files of each id."""
+    return {id_ for id_, its in suffixes.items() if not {KV, JSON} <= its and PROBE not in its}
 
 
 def list_own(directory: Path) -> Listing:

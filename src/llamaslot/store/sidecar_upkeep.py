@@ -14,16 +14,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
+from llamaslot.store.directory import LOCK_NAME
 from llamaslot.store.learned import HitLog, Hits
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Quota
-from llamaslot.store.sidecar import EXT, KV, Noted, Snapshot
+from llamaslot.store.sidecar import EXT, JSON, KV, Noted, Snapshot
 from llamaslot.store.snapshot_table import SnapshotTable
 from llamaslot.tasks import TaskOwner
 
@@ -67,14 +69,14 @@ class Upkeep:
     async def write_manifest(self) -> None:
         """Write the manifest. Canceling is safe: the file is written to its end all the same."""
         self._n_changed, stats = 0, self._table.stats
-        await self._manifest.write(self._table.snapshots, {id_: its.last_used for id_, its in stats.items()})
+        await self._manifest.write(self._table.snapshots, lambda id_: stats[id_].last_used)
 
     async def note(self, found: scan.Found) -> None:
         """Write the manifest of the snapshots ``found`` so far, while a first start reads many files: if it is killed,
         the next start goes on there.
         """
         self._manifest.file_ids, self._manifest.durable = found.file_ids.copy(), found.durable.copy()
-        await self._manifest.write({one.id: one for one in found.snapshots}, found.last_used)
+        await self._manifest.write({one.id: one for one in found.snapshots}, found.last_used.__getitem__)
 
     def rank_all(self) -> None:
         """Rank all unranked snapshots in the background, in portions, so that no reservation waits for that: 10,000
@@ -237,12 +239,25 @@ class Sweep:
 def _compare(directory: Path, known: set[str]) -> tuple[set[str], list[str]] | None:
     """The ``known`` file names that do not exist, and the ids that have files but neither a ``known`` .kv or .ext file
     nor a whole pair of .kv and .json. None if llamaslot's lock file is missing. Blocking; raises OSError.
+
+    Entry by entry, without a table of all: with 10,000 snapshots, making and freeing one kept the event loop waiting
+    for the GIL for 12 ms.
     """
-    listing = scan.list_own(directory)
-    if not listing.has_lock:
+    missing, unknown, has_lock = set(known), dict[str, set[str]](), False
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            name = entry.name
+            if name in known:
+                if entry.is_file(follow_symlinks=False):
+                    missing.discard(name)
+            elif name == LOCK_NAME:
+                has_lock = True
+            elif name.endswith(JSON) and name[: -len(JSON)] + KV in known:
+                continue
+            elif (own := sidecar.own_name(name)) is not None and entry.is_file(follow_symlinks=False):
+                unknown.setdefault(own[0], set()).add(own[1])
+    if not has_lock:
         return None
-    listed = {id_ + suffix for id_, suffixes in listing.suffixes.items() for suffix in suffixes}
+    unnamed = [id_ for id_ in scan.unfinished(unknown) if id_ + KV not in known and id_ + EXT not in known]
     # Each missing name is checked again: a listing that happens to lack a name must not cost the snapshot.
-    missing = scan.missing(directory, known - listed)
-    unnamed = [id_ for id_ in listing.unfinished() if id_ + KV not in known and id_ + EXT not in known]
-    return missing, unnamed
+    return scan.missing(directory, missing), unnamed
