@@ -76,7 +76,7 @@ def test_a_body_of_several_members_is_one() -> None:
 )
 def test_what_is_broken_is_refused(packing: str, packed: bytes) -> None:
     """Cut off, with something behind it, or something else."""
-    with pytest.raises(BadRequest, match=f"not whole as {packing}") as refused:
+    with pytest.raises(BadRequest, match=f"its {packing} data is incomplete or damaged") as refused:
         unpacked(packing, [packed[at : at + 5000] for at in range(0, len(packed), 5000)])
     assert refused.value.status == 400
 

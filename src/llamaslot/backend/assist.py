@@ -112,7 +112,7 @@ def wrong_key(answer: str) -> StandingAside:
 
 def all_at_work() -> StandingAside:
     return StandingAside(
-        "all slots of llama-server are at work for other clients",
+        "other clients use all slots of llama-server",
         "llamaslot looks again when one is idle; no other client should use the same llama-server",
         may_end=True,
     )

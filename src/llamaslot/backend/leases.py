@@ -156,7 +156,7 @@ class Leases:
     def why_not(self) -> str | None:
         """The reason why no request can begin on this backend; None if one can, now or soon."""
         if self.is_drained:
-            return f"{self.backend} is drained: 'llamaslot undrain {self.backend}' ends that"
+            return f"{self.backend} is drained, so no request begins there until 'llamaslot undrain {self.backend}'"
         return str(self.down) if self.down is not None else None
 
     def dispatch(self) -> None:

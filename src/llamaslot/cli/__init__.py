@@ -1,6 +1,6 @@
 """The command line: ``llamaslot serve --config config.yaml``; ``llamaslot run -- llama-server …`` without a file;
-``llamaslot doctor`` finds what is wrong; ``llamaslot bench`` measures whether it pays; ``llamaslot drain`` for one of
-several backends; ``llamaslot snapshots`` for the snapshots on disk; ``llamaslot keys`` for the keys of clients.
+``llamaslot doctor`` finds what is wrong; ``llamaslot bench`` measures what llamaslot saves; ``llamaslot drain`` for one
+of several backends; ``llamaslot snapshots`` for the snapshots on disk; ``llamaslot keys`` for the keys of clients.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ class InfillPrompts:
         """Record that llama-server has counted another number of tokens in a body than llamaslot. The layout then
         counts as unknown until the next connection.
         """
-        self._known = PromptNotTokenizable("/infill was not as it was thought to be", Reason.MISCOUNTED)
+        self._known = PromptNotTokenizable(
+            "llama-server counted other tokens in an /infill prompt than llamaslot", Reason.MISCOUNTED
+        )
 
     async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
         """Return the tokens of ``body``. Raises PromptNotTokenizable, BackendDown, BackendRestarted and QueueFull.
@@ -70,7 +72,7 @@ class InfillPrompts:
         """Probe the layout in a leased slot, whose content is saved first if that is worth it. If the probe takes too
         long, release the slot, and probe again later.
         """
-        with await self._dispatcher.lease(Request("infill: how is it put together")) as lease:
+        with await self._dispatcher.lease(Request("infill-probe")) as lease:
             if not self._is_current():  # the layout of the new process may be another one
                 raise PromptNotTokenizable("llama-server has restarted", Reason.INFILL)
             executor = self._executor_of(lease)
@@ -89,7 +91,7 @@ class InfillPrompts:
                     lease.table.backend, _LEARNING_S, lease.slot_name,
                 )  # fmt: skip
                 # The slot drains: llama-server may be working in it.
-                return PromptNotTokenizable("it took too long", Reason.INFILL)
+                return PromptNotTokenizable("the probe took too long", Reason.INFILL)
             lease.finish(None)
             return known
 

@@ -232,7 +232,7 @@ class Registry:
         models = await router.models()
         if not models:
             raise BackendDown(
-                "it runs in router mode and has no model: --models-dir names a directory of them"
+                "llama-server runs in router mode and has no model: start it with --models-dir DIR"
             )
         log.info(
             "%s: llama-server runs in router mode; llamaslot serves its %d models", backend.name, len(models)

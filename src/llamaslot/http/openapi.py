@@ -126,7 +126,11 @@ def _param(name: str, description: str, schema: Json, *, required: bool = False)
     return {"name": name, "in": "query", "required": required, "description": description, "schema": schema}
 
 
-_N = _param("n", f"How many decisions of the last {KEPT}.", {"type": "integer", "minimum": 0, "default": 100})
+_N = _param(
+    "n",
+    f"Number of decisions to return, of the last {KEPT}.",
+    {"type": "integer", "minimum": 0, "default": 100},
+)
 _BACKEND = _param("backend", "The name of a backend.", {"type": "string", "minLength": 1}, required=True)
 _FLIGHT = _object(
     id=_TEXT,
@@ -208,13 +212,15 @@ def _action(summary: str, told: str, parameter: Json, **answer: Json) -> Json:
 
 
 def _of_snapshot(summary: str) -> Json:
-    parameter = _param("snapshot", "Its id.", {"type": "string", "minLength": 1}, required=True)
-    told = "Whether it is pinned now; null if it is gone."
+    parameter = _param(
+        "snapshot", "The id of the snapshot.", {"type": "string", "minLength": 1}, required=True
+    )
+    told = "Whether the snapshot is pinned now; null if it is gone."
     return _action(summary, told, parameter, snapshot=_TEXT, is_pinned=_or_null(_YES))
 
 
 def _drain(summary: str) -> Json:
-    told = "The state now (null: in service), and the slots that could not be saved."
+    told = "The drain state of the backend now (null: in service), and its slots that could not be saved."
     return _action(summary, told, _BACKEND, backend=_TEXT, drain=_or_null(_TEXT), unsaved=_list_of(_COUNT))
 
 
@@ -222,7 +228,7 @@ _HEALTH_PAGE = _get(
     "Whether requests are served.",
     {
         "200": _json("Requests are served.", _HEALTH),
-        "503": _json("They are not, or not yet.", _HEALTH),
+        "503": _json("Requests are not served, or not yet.", _HEALTH),
     },
     is_open=True,
 )
@@ -231,7 +237,8 @@ PATHS: dict[str, Json] = {
     "/health": _HEALTH_PAGE,
     "/v1/health": _HEALTH_PAGE,
     "/llamaslot/status": _get(
-        "Slots, snapshots and the queue as they are now.", {"200": _json("Never what they hold.", _STATUS)}
+        "Slots, snapshots and the queue as they are now.",
+        {"200": _json("The state; it has no text or tokens of prompts.", _STATUS)},
     ),
     "/llamaslot/metrics": _get(
         "Counters for Prometheus.",
@@ -244,18 +251,18 @@ PATHS: dict[str, Json] = {
     ),
     "/llamaslot/journal": _get(
         "The last decisions and their reasons.",
-        {"200": _json("The newest first.", _object(decisions=_list_of(_DECISION))), "400": _ERROR},
+        {"200": _json("The decisions, newest first.", _object(decisions=_list_of(_DECISION))), "400": _ERROR},
         _N,
     ),
     "/llamaslot/drain": _drain(
-        "Take a backend out of service: answers end, slots are saved, nothing new comes."
+        "Take a backend out of service: no request begins there, running answers end, then its slots are saved."
     ),
     "/llamaslot/undrain": _drain("Put a drained backend into service again."),
     "/llamaslot/reload": _get(
-        "Read the configuration again, and put in force what needs no restart.",
+        "Read the configuration again, and put the changes in force that need no restart.",
         {
             "200": _json(
-                "The keys that have changed.",
+                "The changed keys: those in force now, and those that need a restart.",
                 _object(in_force=_list_of(_TEXT), needs_restart=_list_of(_TEXT)),
             ),
             "409": _ERROR,
@@ -263,12 +270,12 @@ PATHS: dict[str, Json] = {
         method="post",
     ),
     "/llamaslot/": _get(
-        "The page, for people.",
+        "The page for a browser.",
         {"200": {"description": "HTML.", "content": {"text/html": {"schema": _TEXT}}}},
         is_open=True,
     ),
     "/llamaslot/events": _get(
-        "What goes on, as it changes.",
+        "The state of llamaslot, as a stream of its changes.",
         {
             "200": {
                 "description": "Server-sent events: 'all' has the whole state by key, 'change' what has changed; a key"
@@ -278,13 +285,17 @@ PATHS: dict[str, Json] = {
             },
             "400": _ERROR,
         },
-        _param("seconds", "End after so many; 0: never.", {"type": "integer", "minimum": 0, "default": 0}),
+        _param(
+            "seconds",
+            "Seconds after which the stream ends; 0: never.",
+            {"type": "integer", "minimum": 0, "default": 0},
+        ),
     ),
     "/llamaslot/activity": _get(
-        "Requests in flight, and those that have ended lately.",
+        "Requests in flight, and the last requests that have ended.",
         {
             "200": _json(
-                "Newest first. With 'request' all of one, its timeline included.",
+                "Requests, newest first. With 'request' all fields of that one, with its timeline.",
                 {
                     "anyOf": [
                         _object(in_flight=_list_of(_FLIGHT), ended=_list_of(_object(**_ROW)), today=_TODAY),
@@ -296,16 +307,22 @@ PATHS: dict[str, Json] = {
             "404": _ERROR,
         },
         _param(
-            "n", f"How many of the last {KEPT_REQUESTS}.", {"type": "integer", "minimum": 0, "default": 100}
+            "n",
+            f"Number of ended requests to return, of the last {KEPT_REQUESTS}.",
+            {"type": "integer", "minimum": 0, "default": 100},
         ),
-        _param("after", "Only those of a greater serial.", {"type": "integer", "minimum": 0, "default": 0}),
-        _param("request", "The id of one that has ended.", _TEXT),
+        _param(
+            "after",
+            "Only ended requests with a greater serial.",
+            {"type": "integer", "minimum": 0, "default": 0},
+        ),
+        _param("request", "The id of a request that has ended.", _TEXT),
     ),
     "/llamaslot/history": _get(
-        "Sums over time.",
+        "Sums over the requests of each period.",
         {
             "200": _json(
-                "Periods without requests are left out.",
+                "One list of points for each line; periods without requests are left out.",
                 _object(
                     span=_TEXT,
                     by=_TEXT,
@@ -317,14 +334,19 @@ PATHS: dict[str, Json] = {
             ),
             "400": _ERROR,
         },
-        _param("span", "How far back.", {"enum": list(SPANS), "default": "hour"}),
-        _param("by", "One line each.", {"enum": ["all", "backend", "model"], "default": "all"}),
+        _param("span", "The time span, which ends now.", {"enum": list(SPANS), "default": "hour"}),
+        _param(
+            "by",
+            "Whether to return one line for all requests, or one for each backend or model.",
+            {"enum": ["all", "backend", "model"], "default": "all"},
+        ),
     ),
     "/llamaslot/snapshots": _get(
-        "What is on disk.",
+        "The snapshots on disk.",
         {
             "200": _json(
-                "Those with the same beginning next to each other; 'n_common' tokens are shared with the one before.",
+                "Snapshots with the same beginning follow each other; 'n_common': the tokens that one shares with the"
+                " one before.",
                 _object(
                     n=_COUNT,
                     most=_COUNT,
@@ -337,19 +359,19 @@ PATHS: dict[str, Json] = {
         },
         _param(
             "max_age_s",
-            "Seconds that the uses told may be old.",
+            "The reported times of use may be this many seconds old.",
             {"type": "integer", "minimum": 0, "default": 0},
         ),
     ),
     "/llamaslot/cancel": _action(
-        "Cancel a request in flight: its client is told so, its slot is given back.",
-        "It ends at its next step.",
-        _param("request", "Its id.", {"type": "string", "minLength": 1}, required=True),
+        "Cancel a request in flight: its client gets an error, and its slot is given back.",
+        "The request ends at its next step.",
+        _param("request", "The id of the request.", {"type": "string", "minLength": 1}, required=True),
         request=_TEXT,
     ),
     "/llamaslot/pin": _of_snapshot("Keep a snapshot: it is not evicted while its model is served."),
     "/llamaslot/unpin": _of_snapshot("Let a pinned snapshot be evicted again."),
-    "/llamaslot/delete": _of_snapshot("Remove a snapshot; at once, unless a request is using it."),
+    "/llamaslot/delete": _of_snapshot("Remove a snapshot: at once, or when no request uses it any more."),
     "/llamaslot/openapi.json": _get(
         "This description.",
         {"200": _json("OpenAPI 3.1.", {"type": "object", "required": ["openapi", "paths"]})},
@@ -367,7 +389,11 @@ DESCRIPTION: Json = {
     "paths": PATHS,
     "components": {
         "securitySchemes": {
-            "key": {"type": "http", "scheme": "bearer", "description": "Where auth.admin_key is configured."}
+            "key": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "Needed if auth.admin_key or a key with --admin is configured.",
+            }
         }
     },
 }

@@ -189,7 +189,9 @@ async def _said(
     is_converted = format_.prompt_kind is PromptKind.CONVERTED
     is_right = context.conversions.known(body) if is_converted else None
     if is_right is False:
-        raise PromptNotTokenizable("the server has counted other tokens in such a body", Reason.MISCOUNTED)
+        raise PromptNotTokenizable(
+            "llama-server has counted other tokens in a body of this shape", Reason.MISCOUNTED
+        )
     chat = format_.chat_body(body)
     if chat is None:
         return await _plain(body, context, whose)
@@ -203,7 +205,9 @@ async def _said(
                 format_.honours_id_slot or is_right or await context.conversions.check(body, prompt.n_tokens)
             )
             if not is_checked:
-                raise PromptNotTokenizable("the server counts other tokens in such a body", Reason.MISCOUNTED)
+                raise PromptNotTokenizable(
+                    "llama-server counted other tokens in a body of this shape", Reason.MISCOUNTED
+                )
             return _Said(chat, (prompt,))
         if not context.reads_media(needed):
             return _Said(chat, (), is_refused=True)

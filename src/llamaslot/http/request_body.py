@@ -214,7 +214,7 @@ class Unpacking:
         return self._stream
 
     def _broken(self) -> BadRequest:
-        return BadRequest(f"the body cannot be read: it is not whole as {self._packing}")
+        return BadRequest(f"the body cannot be read: its {self._packing} data is incomplete or damaged")
 
 
 # Limits of one body. Parsing more on the event loop would delay all requests by seconds. A million tokens of text

@@ -49,7 +49,7 @@ ACTION_S = 900.0  # time limit of a save, restore or erase: enough for many GiB 
 
 
 _REFUSED = (
-    "refuses the connection (is it up, with this --port? By themselves builds take 8080, newer ones 9931)"
+    "refuses the connection (is it running, with this --port? The default is 8080, in newer builds 9931)"
 )
 
 
