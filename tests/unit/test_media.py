@@ -101,17 +101,17 @@ def test_nothing_that_could_be_told(rendered: str, why: Reason) -> None:
 )
 def test_the_text_before_a_marker(prompt: Any, before: str | None) -> None:
     """Of a completion with media."""
-    assert media.before_marker(prompt, "<m>") == before
+    assert media.before_marker(prompt, ["<other>", "<m>"]) == before
 
 
 def test_a_build_that_tells_no_marker() -> None:
     """Has always the same one."""
     prompt = {"prompt_string": "a<__media__>b", "multimodal_data": ["x"]}
-    assert media.before_marker(prompt, "") == "a"
+    assert media.before_marker(prompt, [""]) == "a"
 
 
 @pytest.mark.parametrize("said", ["<m>b", "b", 5])
 def test_no_text_before_a_marker(said: Any) -> None:
     """Nothing could be told of it."""
     with pytest.raises(PromptNotTokenizable):
-        media.before_marker({"prompt_string": said, "multimodal_data": ["x"]}, "<m>")
+        media.before_marker({"prompt_string": said, "multimodal_data": ["x"]}, ["<m>"])

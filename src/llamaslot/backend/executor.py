@@ -5,6 +5,7 @@ A failed step never fails the request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -21,9 +22,9 @@ from llamaslot.backend.save import Saving, never
 from llamaslot.backend.slot_content import is_untouched, prefilled, wait_until_idle
 from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.content import NOTHING, Content
-from llamaslot.cache.ids import common
+from llamaslot.cache.ids import common, head
 from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
-from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, SnapshotInvalid
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, SnapshotInvalid, UpstreamError
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.answers import SlotAction
 from llamaslot.observe.journal import Act
@@ -125,6 +126,8 @@ class PlanExecutor:
                 case Save() | Erase() | Restore():
                     lease.raise_if_preempted(None)
                     report(_comment(step, is_restored=step.slot in restored))
+                    if isinstance(step, Erase) and restored:
+                        await self._carry_out(lease, partial(self._take_scales, lease))
                     if not await self._carry_out(lease, partial(self._act, lease, step)):
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
                         if may_replan and isinstance(step, Restore) and lease.content == NOTHING:
@@ -216,6 +219,22 @@ class PlanExecutor:
             return False
         lease.set_content(NOTHING)
         return True
+
+    async def _take_scales(self, lease: Lease) -> None:
+        """Give the slot the LoRA scales of the request, before it is erased and restored. llama-server empties a slot
+        at a request with other scales than those of the request before, and a file holds no scales: of 1,500 restored
+        tokens all were computed again. Raises LlamaslotError, unless llama-server refuses.
+        """
+        scales, content = lease.request.namespace.lora, lease.content
+        if scales == (content.namespace.lora if content is not None else ""):
+            return
+        lease.set_content(None)
+        lease.check_current()
+        first = self.api.prefill(lease.slot_id, head(lease.request.tokens, 1), scales)
+        with contextlib.suppress(UpstreamError):  # the request's own error tells more
+            async with contextlib.aclosing(first) as events:
+                async for _ in events:
+                    pass
 
     async def erase_now(self, lease: Lease) -> bool:
         """Erase a slot that was leased only to be erased. Returns True if that succeeded. Canceling is safe: the erase

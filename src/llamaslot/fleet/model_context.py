@@ -5,7 +5,7 @@ llama-server counts.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -109,8 +109,8 @@ class ModelContext(Struct, eq=False):
     tokenized again.
 
     ``n_ctx``: the context of one slot in tokens. ``n_slots``: the slots of one backend; a request for more answers to
-    one prompt is refused. ``media_marker``: the placeholder of a medium in a plain prompt. ``modalities``: the media
-    that the model reads; None if llama-server does not tell.
+    one prompt is refused. ``media_markers`` returns the placeholders of a medium in a plain prompt, one for each
+    backend. ``modalities``: the media that the model reads; None if llama-server does not tell.
     """
 
     name: str
@@ -122,7 +122,7 @@ class ModelContext(Struct, eq=False):
     conversions: ConversionChecks
     infill: InfillConverter
     untokenized: UntokenizedRequests
-    media_marker: str = ""
+    media_markers: Callable[[], Collection[str]] = lambda: ("",)
     modalities: Mapping[str, bool] | None = None
 
     def __repr__(self) -> str:

@@ -183,6 +183,10 @@ class Pool:
         """The last sessions of the backends that are known to serve the pool's model."""
         return [each.last_session for each in self.backends.values() if each.last_session is not None]
 
+    def media_markers(self) -> set[str]:
+        """Return the placeholders of media in plain prompts: each llama-server process has its own."""
+        return {session.props.boot_id for session in self.sessions}
+
     def _members(self) -> list[Backend]:
         """Return the backends that serve the pool's model. If none is known to, return those that may. A backend that
         is loaded on demand is not loaded only to find out.
@@ -392,7 +396,7 @@ class Pool:
             ConversionChecks(server.ask),
             infill,
             self._untokenized,
-            media_marker=session.props.boot_id,
+            media_markers=self.media_markers,
             modalities=session.props.modalities,
         )
         return context

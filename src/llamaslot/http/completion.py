@@ -57,6 +57,7 @@ from llamaslot.llama.answers import Response
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Placement, Request
+from llamaslot.tokens.media import with_marker
 from llamaslot.tokens.tokenizer import NoPrompt
 
 log = logging.getLogger(__name__)
@@ -431,6 +432,9 @@ def _post(
     attempts: Attempts, request: web.Request, given: dict[str, Any], raw: bytes, body: dict[str, Any]
 ) -> contextlib.AbstractAsyncContextManager[Response]:
     """Send ``body`` to the backend of the present attempt. ``given``: the client's own body; ``raw``: its bytes."""
+    session = attempts.backend.session
+    if session is not None:
+        body = with_marker(body, attempts.pool.media_markers, session.props.boot_id)
     return attempts.backend.api.request(
         "POST",
         origin_form(request.raw_path),

@@ -223,7 +223,7 @@ async def _plain(body: Mapping[str, Any], context: ModelContext, whose: str) -> 
     if "prompt" not in body:
         raise NoPrompt("'prompt' is required")
     prompt = body["prompt"]
-    if (text := media.before_marker(prompt, context.media_marker)) is None:
+    if (text := media.before_marker(prompt, context.media_markers())) is None:
         return _Said(None, tuple(await context.tokenizer.completion(prompt, whose)))
     if context.modalities is not None and not any(context.modalities.values()):
         return _Said(None, (), is_refused=True)

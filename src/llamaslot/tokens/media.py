@@ -7,7 +7,7 @@ a placeholder there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from llamaslot.errors import PromptNotTokenizable, Reason
@@ -67,19 +67,36 @@ def text_before(rendered: str, body: Mapping[str, Any]) -> str:
     return text
 
 
-def before_marker(prompt: Any, marker: str) -> str | None:
+def before_marker(prompt: Any, markers: Collection[str]) -> str | None:
     """The text before the first medium of a completion's prompt with ``multimodal_data``; None for other prompts.
 
-    ``marker``: ``media_marker`` of ``/props``, or "" for a build that tells none and uses ``OLD_MARKER``. Raises
-    PromptNotTokenizable if the prompt does not contain the marker, or begins with it.
+    ``markers``: ``media_marker`` of the ``/props`` of each backend, or "" for a build that tells none and uses
+    ``OLD_MARKER``. Raises PromptNotTokenizable if the prompt contains none of them, or begins with one.
     """
     if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
         return None
     text = prompt.get("prompt_string")
-    at = text.find(marker or OLD_MARKER) if isinstance(text, str) else -1
+    found = [text.find(marker or OLD_MARKER) for marker in markers] if isinstance(text, str) else []
+    at = min((at for at in found if at >= 0), default=-1)
     if at <= 0:
         raise PromptNotTokenizable("no text comes before the first medium", Reason.MEDIA)
     return str(text)[:at]
+
+
+def with_marker(body: dict[str, Any], markers: Callable[[], Collection[str]], own: str) -> dict[str, Any]:
+    """The body of a completion with ``multimodal_data``, for the llama-server whose ``media_marker`` is ``own``. A
+    marker is random for each process, and the client has been told that of any in the pool, one of ``markers()``. Other
+    bodies are returned as they are.
+    """
+    prompt = body.get("prompt")
+    if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
+        return body
+    text = prompt.get("prompt_string")
+    if not (own and isinstance(text, str)):
+        return body
+    for marker in markers():
+        text = text.replace(marker or OLD_MARKER, own)
+    return {**body, "prompt": {**prompt, "prompt_string": text}}
 
 
 def _media(body: Mapping[str, Any]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
