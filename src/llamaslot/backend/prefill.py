@@ -244,7 +244,7 @@ class ChunkedPrefill:
                 is_misplaced = await self._compute(long, chunk)
         except UpstreamError as error:
             log.warning(
-                "%s: llama-server refused to compute the prompt ahead in slot %s, the request is sent without that: %s",
+                "%s: llama-server did not compute the prompt ahead in slot %s, the request is sent without that: %s",
                 lease.request.id, lease.slot_name, error,
             )  # fmt: skip
             is_kept = not lease.is_confirmed and await is_untouched(self.api, lease, before)

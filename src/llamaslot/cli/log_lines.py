@@ -28,8 +28,8 @@ class _JournalFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """Formats one JSON object per line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message``, ``exception`` if
-    any.
+    """Formats a record as a JSON object on one line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message``, and
+    ``exception`` (a traceback) if there is one.
     """
 
     def format(self, record: logging.LogRecord) -> str:

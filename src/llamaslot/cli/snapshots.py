@@ -112,7 +112,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
 @_dry_run
 @click.argument("names", metavar="ID...", nargs=-1, required=True)
 def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
-    """Remove some snapshots, pinned or not. The beginnings of their IDs are enough."""
+    """Remove the snapshots named, pinned ones too. The beginning of each ID is enough."""
     with report_faults():
         store = _store_of(path)
         with _locked(store, dry_run):

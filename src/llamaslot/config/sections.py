@@ -103,7 +103,7 @@ def _strong_secret(key: SecretStr) -> SecretStr:
 
 
 class AuthConfig(Section):
-    """Which clients may use llamaslot, and which may use its own pages."""
+    """The keys of clients, and the key for llamaslot's own pages."""
 
     # File of the client keys, written by ``llamaslot keys``. If it is set, each request needs a key.
     keys_file: Annotated[FilePath, AfterValidator(_keys_file)] | None = None
@@ -240,7 +240,7 @@ class QueueConfig(Section):
 
 
 class ModelConfig(Section):
-    """The settings that are different for one model."""
+    """Settings of one model, in place of the top-level ones of the same names."""
 
     # Used for this model instead of the top-level ``prewarm``. None: the top-level one is used.
     prewarm: tuple[Annotated[FilePath, AfterValidator(chat_file)], ...] | None = None

@@ -91,8 +91,9 @@ def _place(diverged: Mapping[str, Any]) -> str:
 def stages(
     decisions: list[Decision], began: float, sent_at: float | None, first_s: float | None, total_s: float
 ) -> list[Stage]:
-    """The timeline of a request that arrived at ``began``, by the clock of the decisions, and was sent in its last
-    slot at ``sent_at``. Steps without duration are left out.
+    """Return the timeline of a request from its ``decisions``. It arrived at ``began`` and was sent in its last slot at
+    ``sent_at`` (None: it was not), both by the clock of the decisions. From ``began``, its first token came after
+    ``first_s`` seconds (None: none came), its end after ``total_s``. Steps without duration are left out.
     """
     found: list[Stage] = []
 

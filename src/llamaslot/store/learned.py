@@ -47,7 +47,7 @@ class LearnedFile:
             await asyncio.to_thread(self._write, orjson.dumps(data))
         except OSError as error:
             log.warning(
-                "%s: cannot write the file %s; the speeds and sizes in it are learned again after a restart: %s",
+                "%s: cannot write the file %s; the rates and sizes in it are learned again after a restart: %s",
                 self._name, self.path, error.strerror or error,
             )  # fmt: skip
 
