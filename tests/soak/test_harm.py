@@ -13,7 +13,7 @@ from tests.support.rival import median_ratio, median_undisturbed
 
 pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
-N_PAIRS = 3
+N_PAIRS = 7  # single ones differ by 8 % where nothing else runs
 SIZES = {"n_users": 8, "n_context": 4000, "n_turns": 3, "at_a_time": 4, "seed": 1}
 
 
