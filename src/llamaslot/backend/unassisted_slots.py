@@ -17,6 +17,10 @@ class UnassistedSlots(SlotTable):
     to send one request. It has nothing to do with the slot of the same number in llama-server.
 
     With ``n_slots`` None llama-server does not tell its number of slots, and no request waits.
+
+    Not one request more than there are slots is sent, although a slot is then idle for some 4 ms between two requests,
+    1 % of the time in all. With one request ahead in llama-server's own queue, eight users on four slots took as long
+    with a RAM cache, and 1.14 times as long with a unified KV cache.
     """
 
     is_assisted = False
