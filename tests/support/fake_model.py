@@ -74,6 +74,7 @@ class FakeModel:
     has_infill: bool = True  # tokens for /infill
     takes_media: bool = False
     moves_media: bool = False  # in front of all text
+    reasoning_format: str = "deepseek"  # --reasoning-format
 
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         if not parse_special:

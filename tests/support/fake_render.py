@@ -163,6 +163,7 @@ class Native(Wording):
             "generation_settings": {
                 "n_predict": task.n_predict,
                 "stream": bool(self.body.get("stream")),
+                "reasoning_format": self.model.reasoning_format,
                 "lora": [],
             },
             "prompt": self.model.detokenize(task.ids()),

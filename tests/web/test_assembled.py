@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.answers import Answer, untimed
+from tests.support.fake_model import FakeModel
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served, spawn
 
 ROUTES = [CHAT, TEXT, NATIVE]
@@ -65,6 +66,15 @@ async def test_it_has_every_field_that_the_server_gives(
     assert answer.status == 200
     assert untimed(answer.json) == untimed(direct.json)
     assert answer.headers["Content-Type"] == direct.headers["Content-Type"]
+
+
+async def test_nothing_is_assembled_where_a_stream_has_the_reasoning_elsewhere(tmp_path: Path) -> None:
+    """``--reasoning-format deepseek-legacy``: builds of 2025 put it into the text of a stream (chat.cpp,
+    ``reasoning_in_content``).
+    """
+    async with served(tmp_path, model=FakeModel(reasoning_format="deepseek-legacy")) as it:
+        assert (await it.post(CHAT, asked(CHAT))).status == 200
+        assert is_streamed(it, CHAT) == [False]
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -303,16 +303,26 @@ class Probes:
         await self._complete(head(first, _RAM_PROBE // 4) + head(other, _RAM_PROBE // 2), slot)
         return await self._complete(first + head(other, 8), slot) >= _RAM_PROBE // 2
 
-    async def _complete(self, tokens: bytes, slot: int | None) -> int:
-        """Compute ``tokens`` as a prompt in ``slot``, or, with None, where llama-server chooses. Returns the number of
-        reused tokens.
+    async def moves_reasoning(self, slot: int) -> bool:
+        """Return True if a stream of a chat may have the reasoning in another field than the same answer without a
+        stream: ``--reasoning-format deepseek-legacy`` on builds of 2025 (chat.cpp, ``reasoning_in_content``). Only an
+        answer tells the flag; ``/props`` names another default (measured, xllamacpp 2026.10).
         """
+        settings = (await self._answer(meaningless_tokens(_FEW), slot)).get("generation_settings") or {}
+        return bool(settings.get("reasoning_format") == "deepseek-legacy")
+
+    async def _complete(self, tokens: bytes, slot: int | None) -> int:
+        """Compute ``tokens`` as ``_answer`` does. Returns the number of reused tokens."""
+        timings = (await self._answer(tokens, slot)).get("timings")
+        return int(timings["cache_n"]) if timings else 0
+
+    async def _answer(self, tokens: bytes, slot: int | None) -> Mapping[str, Any]:
+        """Compute ``tokens`` as a prompt in ``slot``, or, with None, where llama-server chooses. Returns the answer."""
         body: dict[str, Any] = {"prompt": unpack(tokens), "n_predict": 0, "cache_prompt": True}
         if slot is not None:
             body["id_slot"] = slot
         _, answer = await self.api.ask("/completion", body, ACTION_S)
-        timings = answer.get("timings") if isinstance(answer, dict) else None
-        return int(timings["cache_n"]) if timings else 0
+        return answer if isinstance(answer, dict) else {}
 
     async def _fill(self, slot: int, n_tokens: int) -> bytes:
         """Compute ``n_tokens`` meaningless tokens in ``slot``, and return them."""

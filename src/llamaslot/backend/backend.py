@@ -349,7 +349,7 @@ class Backend:
 
     def _serve(self, session: ServerSession) -> None:
         self._members.connecting(self, session)
-        self.session, self.streams_are_known = session, True
+        self.session, self.streams_are_known = session, not session.streams_differ
         self.last_session = session
         self.executor.saving.fingerprint = session.fingerprint
         self.executor.boot_id = session.props.boot_id

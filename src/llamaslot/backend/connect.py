@@ -105,6 +105,7 @@ class ServerSession(Struct, frozen=True):
     warnings: tuple[str, ...] = ()
     # The reason why llamaslot stands aside: llama-server chooses slots, and the slot table only counts requests.
     aside: StandingAside | None = None
+    streams_differ: bool = False  # so that no answer can be assembled from a stream
 
     @property
     def is_assisted(self) -> bool:
@@ -215,6 +216,7 @@ class Handshake:
         # Which LoRA scales and which user a context belongs to is recorded nowhere.
         can_adopt = can_save and not (lora or self.rules.is_isolated)
         written = await self._written(first) if first.n_tokens and can_adopt else None
+        streams_differ = await self.probes.moves_reasoning(first.id)
         table.cache_kind = await self.probes.cache_kind(first.id, props)
         table.is_cache_kind_sure = self.probes.is_cache_kind_sure
         table.rewind_model.window = self.probes.window
@@ -246,9 +248,10 @@ class Handshake:
         for warning in self.probes.warnings:
             log.warning("%s: llamaslot can do less with this llama-server: %s", self.name, warning)
         busy = tuple(table.slots[info.id] for info in infos if info.is_processing)
-        warnings = tuple(self.probes.warnings)
-        names = _names(model)
-        return ServerSession(table, props, _name(model), fingerprint, identity, names, model, busy, warnings)
+        return ServerSession(
+            table, props, _name(model), fingerprint, identity, _names(model), model, busy, tuple(self.probes.warnings),
+            streams_differ=streams_differ,
+        )  # fmt: skip
 
     async def _probe_files(self, table: SlotTable, slot: int) -> bool:
         """Find out what slot files of this model contain. Returns True if snapshots can be used."""

@@ -57,9 +57,8 @@ class ChatFormat(Format):
     def can_assemble(self, body: Mapping[str, Any]) -> bool:
         """True if the answer to ``body`` can be assembled from a stream.
 
-        Known limit: a server started with ``--reasoning-format deepseek-legacy`` puts the reasoning elsewhere in a
-        stream, and ``/props`` does not show the flag (measured; ``generation_settings`` of a native answer does). Its
-        chats are assembled too, with the reasoning in the stream's place.
+        A server started with ``--reasoning-format deepseek-legacy`` may put the reasoning elsewhere in a stream:
+        ``Probes.moves_reasoning`` finds the flag, and then no answer of that server is assembled.
         """
         given = without_nulls(body)
         return n_answers(given) is not None and _is_plain(given) and has_only(given, _FIELDS)

@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--props", action="store_true", help="POST /props")
     p.add_argument("--jinja", action=flag, default=True)
     p.add_argument("--chat-template-file", type=Path, metavar="FILE")
+    p.add_argument("--reasoning-format", choices=("none", "auto", "deepseek", "deepseek-legacy"))
     p.add_argument("--warmup", action=flag, default=False)
     p.add_argument(
         "--log-file", type=Path, metavar="FILE", help="append everything there instead of standard error"
@@ -170,6 +171,9 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
     p.use_jinja = flags.jinja
     if flags.chat_template_file:
         p.chat_template = flags.chat_template_file.read_text()
+    if flags.reasoning_format:
+        name = "COMMON_REASONING_FORMAT_" + flags.reasoning_format.replace("-", "_").upper()
+        p.reasoning_format = getattr(xllamacpp.common_reasoning_format, name)
     p.warmup = flags.warmup
     # Else llama.cpp loads the model once more to measure it. A model that does not fit fails anyway.
     p.fit_params = False
