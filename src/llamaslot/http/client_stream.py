@@ -90,7 +90,7 @@ class Downstream:
     is_answered: bool = False  # a part of llama-server's answer was sent, or is about to be
     told: dict[str, Any] = field(default_factory=dict)  # values that later parts of the answer must repeat
     errors: ErrorEvents = field(init=False)
-    _has_moved: asyncio.Event = field(default_factory=asyncio.Event)
+    _has_moved: asyncio.Event | None = None  # while a task sends comments
 
     def __post_init__(self) -> None:
         self.errors = errors_of(self.request, self.headers.get("x-request-id", ""))
@@ -100,7 +100,7 @@ class Downstream:
         progress event at once, if the client has requested such events.
         """
         self.state = state
-        if isinstance(state, Prefilling) and self.progress is not None:
+        if isinstance(state, Prefilling) and self.progress is not None and self._has_moved is not None:
             self._has_moved.set()
 
     def note(self, state: object) -> None:
@@ -171,7 +171,8 @@ class Downstream:
         def begin(wait_s: float) -> None:
             nonlocal ticker
             # The task ends with the block.
-            ticker = TaskOwner().spawn(self._tick(wait_s), "comments")
+            self._has_moved = asyncio.Event()
+            ticker = TaskOwner().spawn(self._tick(self._has_moved, wait_s), "comments")
 
         # A request that waits for less than the interval, as most do, needs no task.
         keepalive_s = self.rules.keepalive_s
@@ -190,18 +191,18 @@ class Downstream:
                 # ``await ticker`` would raise CancelledError, which means that the client has left.
                 await asyncio.wait({ticker})
 
-    async def _tick(self, wait_s: float) -> None:
+    async def _tick(self, has_moved: asyncio.Event, wait_s: float) -> None:
         """Send the first comment after ``wait_s`` seconds, and then one every ``keepalive_s`` seconds. Send progress
         events at once. Ends when the client has left.
         """
         while True:
             try:
                 async with asyncio.timeout(wait_s):
-                    await self._has_moved.wait()
+                    await has_moved.wait()
             except TimeoutError:
                 said = comment(str(self.state)) if self.rules.has_comments else b""
             else:
-                self._has_moved.clear()
+                has_moved.clear()
                 said = self._progress()
             wait_s = self.rules.keepalive_s
             try:
