@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from llamaslot.store import QuotaExceeded, Reservation, sidecar
+from llamaslot.store import QuotaExceeded, Reservation, quota, sidecar, sidecar_upkeep
 from llamaslot.store.quota import Limits, beyond_disk
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
@@ -132,6 +132,16 @@ async def test_only_who_has_room_is_waited_for(shelter: Shelter) -> None:
     shelter.catalog.check()
 
 
+async def test_a_save_that_hangs_is_not_waited_for_for_ever(
+    shelter: Shelter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server may have stopped."""
+    monkeypatch.setattr(quota, "_STUCK_S", 0.01)
+    await shelter.catalog.reserve(6_000)
+    with pytest.raises(QuotaExceeded):
+        await asyncio.wait_for(shelter.catalog.reserve(6_000, waits=True), 10)
+
+
 async def test_reservations_at_once_evict_no_more_than_they_need(shelter: Shelter) -> None:
     """Each chooses victims of its own: three reservations, three victims, and the quota holds throughout."""
     for seed in range(5):
@@ -232,6 +242,21 @@ async def test_a_late_part_file_is_removed(shelter: Shelter) -> None:
     await shelter.save(TOKENS, 5_000)
     assert draft.part_name not in shelter.names()
     assert shelter.bytes_on_disk() == 5_000
+
+
+async def test_many_files_are_compared_now_and_then(
+    shelter: Shelter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each reservation, for that takes a while; what has vanished is noticed all the same."""
+    monkeypatch.setattr(sidecar_upkeep, "_MANY_FILES", 0)
+    gone = await shelter.save(TOKENS)
+    await shelter.save(some_tokens(40, 1))
+    os.unlink(shelter.directory / gone.file_name)
+    await shelter.catalog.reserve(1_000)
+    assert not shelter.dropped
+    monkeypatch.setattr(sidecar_upkeep, "_SWEPT_S", 0.0)
+    await shelter.catalog.reserve(1_000)
+    assert shelter.dropped == [gone.id]
 
 
 async def test_an_unmounted_directory_is_not_taken_for_an_empty_one(

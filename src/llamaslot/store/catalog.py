@@ -61,15 +61,9 @@ class Catalog:
         self._tasks = TaskOwner()
         self.landing = Landing(self.slot_files, directory, self._tasks, landing_bytes)
         self._table = SnapshotTable(order)
-        self._quota = Quota(
-            directory,
-            limits,
-            self._table.files,
-            lambda: len(self._table) + len(self._reservations),
-            self._tasks,
-        )
-        self._manifest = Manifest(manifest, directory)
         self._reservations: dict[str, ReservationState] = {}
+        self._quota = Quota(directory, limits, self._table.files, self._n_held, self._tasks)
+        self._manifest = Manifest(manifest, directory)
         self._turnover = Turnover(self._reservations.__len__)
         self._served: dict[str, str] = {}  # fingerprints by backend
         self._upkeep = Upkeep(directory, self._table, self._manifest, self._tasks, self._drop)
@@ -84,6 +78,9 @@ class Catalog:
         )  # fmt: skip
         self.given_out = self._copies.given_out  # if a file is damaged, drops the snapshots that need it
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
+
+    def _n_held(self) -> int:
+        return len(self._table) + len(self._reservations)
 
     def __repr__(self) -> str:
         used = f"{readable_size(self.size_bytes)} of {readable_size(self.limits.quota_bytes)}"
@@ -306,6 +303,7 @@ class Catalog:
             self._upkeep.date(noted.id)
         else:
             self._upkeep.changed(1)
+        await self._quota.told()
         await self.landing.settle(noted.id, noted.id, saved.n_saved, saved.n_written)
         return snapshot
 
@@ -328,6 +326,7 @@ class Catalog:
         self._quota.end_grant(state.size_bytes, state.landed_bytes)
         removal = self._quota.remove(id_, state.size_bytes)
         self._turnover.ended()
+        await self._quota.told()
         await self.landing.drop(id_)
         await asyncio.shield(removal)
 

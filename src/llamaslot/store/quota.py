@@ -29,10 +29,11 @@ from llamaslot.store import scan
 from llamaslot.store.shared_store import Neighbours
 from llamaslot.store.sidecar import JSON
 from llamaslot.store.snapshot_table import SharedFiles
-from llamaslot.tasks import ChangeEvent, TaskOwner
+from llamaslot.tasks import ChangeEvent, TaskOwner, in_thread
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_STUCK_S = 120.0
 
 
 class QuotaExceeded(LlamaslotError):
@@ -62,7 +63,8 @@ class Turnover:
     async def reserve(self, attempt: Callable[[], Awaitable[T]], *, waits: bool) -> T:
         """Call ``attempt``, which reserves space, and return its result. With ``waits``, if it raises NoRoomYet and
         other reservations are left, call it again after the end of the next one. Never set ``waits`` while holding a
-        reservation: two such callers would wait for each other. Raises what ``attempt`` raises. Canceling is safe.
+        reservation: two such callers would wait for each other. If none ends for ``_STUCK_S``, a server may hang: call
+        it once more. Raises what ``attempt`` raises. Canceling is safe.
         """
         while True:
             n_ended = self._n_ended
@@ -78,7 +80,8 @@ class Turnover:
             finally:
                 self._n_trying -= 1
             if self._n_ended == n_ended:
-                await self._has_ended.wait()
+                await self._has_ended.wait(_STUCK_S)
+                waits = self._n_ended > n_ended
 
 
 class Limits(Struct, frozen=True):
@@ -151,7 +154,10 @@ class Quota:
         self._files, self._n_held, self._tasks = files, n_held, tasks
         self._neighbours = Neighbours.of(directory)
         self.granted = self.landed = self.leaving = self.left = self.waiting = 0
-        self.grant(0)  # tells the other llamaslots that what an earlier run had reserved does not count
+        self._telling = asyncio.Lock()
+        self._tell_task: asyncio.Task[None] | None = None
+        if self._neighbours is not None:
+            self._neighbours.reserve(0)  # what an earlier run had reserved does not count
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
         self.writing: set[str] = set()  # ids of extents being written, which no sidecar names yet
@@ -213,8 +219,22 @@ class Quota:
     def grant(self, size_bytes: int) -> None:
         """Book ``size_bytes`` more for a reservation; fewer if negative."""
         self.granted += size_bytes
+        self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        """Tell the other llamaslots of a shared store, in the background, how much is reserved."""
         if self._neighbours is not None:
-            self._neighbours.reserve(self.granted + self.waiting)
+            self._tell_task = self._tasks.spawn(self._tell(self._neighbours), "tell what is reserved")
+
+    async def _tell(self, neighbours: Neighbours) -> None:
+        """In a thread: beside a save that is synced the file system took up to 60 ms for these few bytes."""
+        async with self._telling:
+            await in_thread(neighbours.reserve, self.granted + self.waiting)
+
+    async def told(self) -> None:
+        """Wait until the other llamaslots of a shared store can read how much is reserved. Canceling is safe."""
+        if self._tell_task is not None:
+            await asyncio.shield(self._tell_task)
 
     def end_grant(self, size_bytes: int, landed_bytes: int) -> None:
         """Record that a reservation of ``size_bytes`` has ended, of which ``landed_bytes`` are on disk."""
@@ -270,7 +290,10 @@ class Quota:
                 return
             async with self._neighbours.turn():
                 await self._make_available(size_bytes, n_files, evict, self._neighbours)
-                self._neighbours.reserve(self.granted + self.waiting)
+                await self._tell(self._neighbours)  # no other reservation can come in between
+        except BaseException:
+            self._tell_soon()
+            raise
         finally:
             self.waiting -= size_bytes
             self._n_waiting -= n_files

@@ -197,9 +197,14 @@ class Neighbours:
             os.close(lock)
 
     def reserve(self, size_bytes: int) -> None:
-        """Tell the other processes that this part has ``size_bytes`` reserved in all. Blocking, for microseconds."""
+        """Tell the other processes that this part has ``size_bytes`` reserved in all. Blocking."""
         with contextlib.suppress(OSError):  # then the others may exceed the quota until the files are on disk
-            (self._meta / self._directory.name / RESERVED).write_text(f"{size_bytes}\n")
+            path = self._meta / self._directory.name / RESERVED
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(fd, f"{size_bytes:20}\n".encode(), 0)  # never empty for one that reads it meanwhile
+            finally:
+                os.close(fd)
 
     async def look(self) -> None:
         """List the files of all parts, for ``others`` and ``share_of_others``; only within ``turn``. A part that cannot

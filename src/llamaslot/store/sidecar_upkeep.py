@@ -32,6 +32,10 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _RANKED_AT_ONCE, _RANK_PAUSE_S = 128, 0.01  # ranking takes 2 ms, then the event loop has 10 ms for other work
+_MANY_FILES, _SWEPT_S = (
+    2000,
+    10.0,
+)  # comparing so many files takes 5 ms of the GIL, so it is not done more often
 _CHANGES_MAX = 256  # sidecars that differ from the manifest: reading so many takes 0.1 s at the next start
 
 
@@ -186,16 +190,22 @@ class Sweep:
         self._reservations, self._drop = reservations, drop
         self._failures = Recurring(log, f"snapshots: {directory} can be read again")
         self._is_missed = False  # the lock file was missing at the last run, and that was logged
+        self._done_at = float("-inf")  # time of the event loop
 
     async def run(self) -> None:
         """Drop snapshots of which a file has vanished, and start to remove files of unknown ids. If our lock file is
-        missing, do neither: the directory is another one now. Canceling is safe.
+        missing, do neither: the directory is another one now. If there are many files, do nothing for a while after
+        each run; in a shared store others remove files, so there each call compares. Canceling is safe.
 
         Unknown files arise because llama-server completes a save even if its client has left: a part file can appear
         after an ``abandon``, or after a restart of llamaslot. An unknown pair of .kv and .json stays for the next
         ``open``, which reads it.
         """
-        before = set(self._table.files.sizes)
+        now = asyncio.get_running_loop().time()
+        has_many = len(self._table.files.sizes) > _MANY_FILES and not self._quota.is_shared
+        if has_many and now < self._done_at + _SWEPT_S:
+            return
+        self._done_at, before = now, set(self._table.files.sizes)
         try:
             found = await asyncio.to_thread(_compare, self._directory, before)
         except OSError as error:
