@@ -304,3 +304,21 @@ async def test_what_another_namespace_holds_is_not_near() -> None:
     every = tables()
     request = Request("r", own(17) + pack([1]), namespace=Namespace("anna"))
     assert "gpu17" not in names(pool_of(every), request)
+
+
+def test_what_many_others_are_about_to_save_hides_no_snapshot() -> None:
+    """Requests wait for a shared prefix only on the backend that computes it; those of others are not for it."""
+    library, system = ModelSnapshots(), pack(range(2000))
+    table = SlotTable("gpu0", 1, 16_384, rules=RULES, rates=Rates())
+    table.can_save = True
+    table.use_snapshots(library)
+    table.add_snapshot(listed("saved", system + pack(range(5000, 5100)), 1000))
+    request = Request("r", system + pack([1, 2, 3]))
+    for number in range(1, 21):
+        backend = f"gpu{number}"
+        library.pending.add(Content(system), 5.0, backend, SlotKey(backend, 0))
+    (found,) = table.view(request, 1.0, {}).snapshots
+    assert (found.id, found.n_usable) == ("saved", 2000)
+    its = library.pending.add(Content(system), 5.0, "gpu0", SlotKey("gpu0", 0))
+    assert its.holder in [snapshot.id for snapshot in table.view(request, 1.0, {}).snapshots]
+    library.check()

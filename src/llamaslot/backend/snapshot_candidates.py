@@ -58,9 +58,12 @@ class SnapshotCandidates:
     def __init__(
         self, backend: str, library: ModelSnapshots, rates: Rates, rewind_model: RewindModel
     ) -> None:
-        self._backend, self._rates, self._rewind_model = backend, rates, rewind_model
+        self._rates, self._rewind_model = rates, rewind_model
         self._library, self._snapshots, self._pending = library, library.snapshots, library.pending
-        self._index = InNamespaces(Joined(library.index, library.pending.index), self._namespace_of)
+        kept = library.index, library.pending.index
+        self._kept = InNamespaces(Joined(*kept), self._namespace_of)
+        to_come = library.pending.trunk_index(backend)
+        self._index = InNamespaces(Joined(*kept, to_come), self._namespace_of)
 
     @property
     def _is_empty(self) -> bool:
@@ -82,6 +85,7 @@ class SnapshotCandidates:
             return []
         # Where reuse depends on a checkpoint, the longest common prefix is not always the most useful.
         found = self._candidates(
+            self._index,
             request.tokens,
             request.reads,
             N_CANDIDATES if self._rewind_model.is_rewindable else 4 * N_CANDIDATES,
@@ -89,20 +93,13 @@ class SnapshotCandidates:
         aside = self._library.set_aside
         return [hit for hit in found if aside.get(hit.holder, now) <= now] if aside else found
 
-    def _candidates(self, tokens: bytes, namespaces: Collection[Namespace], n: int) -> list[Shared[str]]:
-        found = self._index.match(tokens, namespaces, n)
-        whole = self._index.longest_full_prefix(tokens, namespaces)
-        if len(self._pending):
-            found = [hit for hit in found if not self._is_computed_elsewhere(hit.holder)]
-            whole = None if whole is not None and self._is_computed_elsewhere(whole.holder) else whole
+    @staticmethod
+    def _candidates(
+        index: InNamespaces[str], tokens: bytes, namespaces: Collection[Namespace], n: int
+    ) -> list[Shared[str]]:
+        found = index.match(tokens, namespaces, n)
+        whole = index.longest_full_prefix(tokens, namespaces)
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
-
-    def _is_computed_elsewhere(self, holder: str) -> bool:
-        """True if ``holder`` is a shared prefix that another backend is still computing. This backend does not know
-        how long that takes.
-        """
-        leaving = self._pending.get(holder)
-        return leaving is not None and leaving.slot is not None and leaving.backend != self._backend
 
     def best_snapshot(self, request: Request) -> str | None:
         """Return the snapshot that ``request`` would resume from if it got a slot now; None if there is none, or the
@@ -111,7 +108,7 @@ class SnapshotCandidates:
         found = (
             []
             if request.no_cache or not request.tokens
-            else self._candidates(request.tokens, request.reads, 2)
+            else self._candidates(self._index, request.tokens, request.reads, 2)
         )
         best = max(self.views(found, request.n_tokens, 0.0), key=lambda view: view.n_usable, default=None)
         snapshot = self._snapshots.get(best.id) if best is not None else None
@@ -172,12 +169,9 @@ class SnapshotCandidates:
         """
         if self._is_empty:
             return 0
-        to_come = self._pending.trunks
         if self._rewind_model.is_rewindable:
-            return self._index.cover(tokens, namespace, exclude=to_come)
-        hits = (
-            hit for hit in self._candidates(tokens, (namespace,), N_COVERING) if hit.holder not in to_come
-        )
+            return self._kept.cover(tokens, namespace)
+        hits = self._candidates(self._kept, tokens, (namespace,), N_COVERING)
         return max((self._usable(hit, count(tokens) + 1) for hit in hits), default=0)
 
     def is_worth_sharing(self, request: Request, n_tokens: int, n_reused: int) -> bool:
