@@ -406,8 +406,9 @@ def _is_prepared(lease: Lease) -> bool:
 
 
 def _is_quiet(leases: Leases, lease: Lease) -> bool:
-    """True if every slot is idle and not leased, leased by this section, or surely running another request whose
-    content the request may use. Also true after a restart of llama-server, because then there is nothing to wait for.
+    """True if the request of ``lease`` can be sent now. Then each slot is in one of three states: idle and not leased,
+    leased for this request, or confirmed to run another request whose content this request may use. Also true after a
+    restart of llama-server, because then there is nothing to wait for.
     """
     table, request = lease.table, lease.request
     if leases.table is not table:

@@ -128,8 +128,8 @@ class Running:
 
 
 def load(path: Path) -> Config:
-    """Load the configuration at ``path``. Raises ConfigError. If there is no such file, its text also names the other
-    options by which the command can find a llamaslot.
+    """Load the configuration at ``path``. Raises ConfigError. If there is no such file, the error's text also names
+    the other options by which the command can find a llamaslot.
     """
     from llamaslot.config.load import Config
 

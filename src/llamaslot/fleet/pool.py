@@ -353,7 +353,7 @@ class Pool:
         )
 
     def refused_too_long(self, n_tokens: int) -> None:
-        """Count a prompt for which no slot has room."""
+        """Count a prompt for which no slot has room, and keep the largest ``n_tokens`` of all such prompts."""
         self._n_too_long += 1
         self._longest_refused = max(self._longest_refused, n_tokens)
 

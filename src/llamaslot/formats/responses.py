@@ -185,8 +185,8 @@ def _is_assistants(messages: list[dict[str, Any]]) -> bool:
 
 
 def _message(item: Mapping[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the chat message of ``item``, with ``parts`` as its content. It keeps the item's other fields, which
-    templates do not receive today.
+    """Return the chat message of ``item``: ``parts`` as its content, and all fields of the item but ``type`` and
+    ``status``.
     """
     return {name: value for name, value in item.items() if name not in ("type", "status")} | {
         "content": parts

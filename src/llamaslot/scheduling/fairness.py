@@ -30,8 +30,8 @@ class Fairness(Struct, frozen=True):
 
     ``max_running`` and ``max_waiting``: the requests of each user that may have slots, and that may wait; an API key
     may set other limits. ``max_overtake_s``: the seconds of slot time by which small requests may overtake a waiting
-    request. ``return_grace_s``: for so many seconds after its last request a user is expected back, and users above
-    their share leave a slot free for it.
+    request. ``return_grace_s``: for so many seconds after its last request or answer a user is expected back, and
+    users above their share leave a slot free for it.
     """
 
     max_running: int | None = None

@@ -144,7 +144,7 @@ class Departure:
         )
 
     def take_back(self, snapshot: Snapshot) -> None:
-        """Count a snapshot that was added before as staying."""
+        """Undo ``add``: count ``snapshot`` as not dropped."""
         for name in snapshot.files:
             self._n_gone[name] -= 1
 

@@ -311,7 +311,7 @@ class ManagedServer:
             unknown = [flag.name for flag in (*self._needed, *launch.recommended()) if flag.name not in known]
             if unknown:
                 log.warning(
-                    "%s: `%s --help` does not list %s: llamaslot passes those of them that it needs all the same, and"
+                    "%s: `%s --help` does not list %s: llamaslot still passes the ones that it needs, and"
                     " leaves out those that it only recommends",
                     self.name, shlex.join(launch.command), " ".join(unknown),
                 )  # fmt: skip
