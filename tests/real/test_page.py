@@ -43,6 +43,7 @@ async def test_tokens_are_those_that_llama_server_counts(tmp_path: Path, kind: s
         n_computed = after[COMPUTED] - before[COMPUTED]
         assert sum(its["n_computed"] for its in ended) == pytest.approx(n_computed, rel=0.01)
         assert [its["n_answered"] for its in ended] == [12] * 12
+        assert any(its["waited_s"] > 0 for its in ended)  # for the turns of others, in a slot
         n_reused = sum(its["n_prompt"] for its in ended) - n_computed
         assert sum(its["n_reused"] for its in ended) == pytest.approx(n_reused, rel=0.01)
         if kind == "dense":

@@ -167,6 +167,7 @@ def restored(**more: object) -> list[Act]:
             "restored 2.0 GiB in 0.6 s instead of 71 s of prefill: 41,203 of 41,560 tokens",
         ),
         (ended(slot=0, n_prompt=500, n_reused=0), [], "nothing of it was cached: all 500 tokens computed"),
+        (ended(slot=0, n_prompt=6_042, n_reused=8), [], "only 8 of its 6,042 tokens were cached"),
         (
             ended(slot=0, n_prompt=500, n_reused=0),
             restored(is_done=False),

@@ -47,7 +47,7 @@ FLIGHT = {
     "gives_way_to": "",
 }  # fmt: skip
 ENDED = {
-    "at": 0.0, "total_s": 9.0, "queued_s": 0.2, "first_s": 0.5, "user": "key:ada", "error": "",
+    "at": 0.0, "total_s": 9.0, "queued_s": 0.2, "waited_s": 0.1, "first_s": 0.5, "user": "key:ada", "error": "",
     "text": "slot 1 held 9 of 10 tokens",
 }  # fmt: skip
 TODAY = {
@@ -144,7 +144,7 @@ def test_what_top_draws(config_path: Path) -> None:
     assert lines[2].startswith("today: 12 requests; 57% of prompt tokens reused, 40 s")
     assert lines[6].endswith("ada   prefill 512 of 60…")
     assert "waiting: bob 2" in lines
-    assert " ".join(lines[-1].split()).endswith("ada 0.2 s 0.5 s slot 1 held 9 of 10 tokens")
+    assert " ".join(lines[-1].split()).endswith("ada 0.3 s 0.5 s slot 1 held 9 of 10 tokens")
 
 
 def test_a_narrow_top_still_says_why(config_path: Path) -> None:

@@ -187,7 +187,7 @@ async def test_an_operator_needs_the_key_and_a_keyboard(tmp_path: Path) -> None:
             await page.keyboard.press("Enter")
             await page.wait_for_function("document.getElementById('copy').textContent.startsWith('Copied')")
             lines = (await page.evaluate("navigator.clipboard.readText()")).splitlines()
-            assert lines[0].startswith("| Time | User | Why")
+            assert lines[0].startswith("| Time | User | What happened")
             assert [line.replace("\\|", "").count("|") for line in lines] == [10] * 5
 
             await page.wait_for_selector("#icicle button")

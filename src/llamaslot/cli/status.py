@@ -263,6 +263,8 @@ def _ended(found: Sequence[Json], now: float) -> Iterator[tuple[str, ...]]:
 
     for request in found:
         ended = span(now - request["at"] - request["total_s"])
-        waited = seconds(request["queued_s"]) if request["queued_s"] >= _WAITED_S else ""
+        # An older llamaslot does not report the waits in a slot.
+        waited_s = request["queued_s"] + request.get("waited_s", 0.0)
+        waited = seconds(waited_s) if waited_s >= _WAITED_S else ""
         first = seconds(request["first_s"]) if request["first_s"] is not None else ""
         yield ended, person(request["user"]), waited, first, request["error"] or request["text"]

@@ -313,6 +313,7 @@ class Requests:
             prefill_s=flight.prefill_s,
             decode_s=flight.decode_s,
             moved_s=sum(act.seconds for act in acts if act.step in _MOVES),
+            waited_s=sum(act.waited_s for act in acts),
             diverged=next((one.diverged for one in reversed(flight.decisions) if one.diverged), None),
         )
         if lease is not None and flight.n_reused and flight.source != Source.SERVER.value:

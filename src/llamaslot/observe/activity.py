@@ -74,6 +74,7 @@ class Activity(Struct, kw_only=True):
     saved_s: float = 0.0
     saved_error_s: float = 0.0
     moved_s: float = 0.0  # seconds of saves and restores on its way
+    waited_s: float = 0.0  # seconds in which its steps waited for other requests
     text: str = ""
     stages: list[Stage] = field(default_factory=list)
     diverged: dict[str, Any] | None = None

@@ -10,7 +10,7 @@ from llamaslot.observe.journal import Act, Decision, Waited
 from llamaslot.scheduling.plan import Source
 from llamaslot.sizes import readable_size
 
-_LITTLE = 0.02  # of a prompt: so little is computed of every follow-up
+_LITTLE = 0.02  # of a prompt: fewer reused tokens than this share are no reason for its cost
 _TOLD_S = 0.05  # shorter steps are no reason why a request was slow
 
 
@@ -33,7 +33,7 @@ def decision(activity: Activity, acts: list[Act]) -> str:
     3. The prompt differs from cached text early, and that was expensive.
     4. A snapshot was restored.
     5. The slot held a prefix of the prompt.
-    6. Nothing was cached.
+    6. Nothing was cached, or almost nothing.
     7. llama-server has not told what it reused.
     """
     n, n_reused = activity.n_prompt, activity.n_reused
@@ -55,8 +55,10 @@ def decision(activity: Activity, acts: list[Act]) -> str:
             f"restored {readable_size(restored.size_bytes)} in {seconds(restored.seconds)}{instead}: "
             f"{n_reused:,} of {n:,} tokens"
         )
-    if n_reused:
+    if n_reused >= max(n * _LITTLE, 1):
         return f"slot {activity.slot} held {n_reused:,} of {n:,} tokens"
+    if n_reused:
+        return f"only {n_reused:,} of its {n:,} tokens were cached"
     return f"nothing of it was cached: all {n:,} tokens computed"
 
 
@@ -112,7 +114,7 @@ def stages(
                     "turn",
                     begin_s,
                     act.waited_s,
-                    f"waited before {_NAMES.get(act.step, act.step)}: {_gave_way(act)}",
+                    f"before {_NAMES.get(act.step, act.step)}: {_gave_way(act)}",
                 )
             add(act.step, begin_s + act.waited_s, act.seconds, _about(act), act.is_done)
     if sent_at is not None and sent_at > began:
@@ -143,7 +145,7 @@ def _gave_way(act: Act) -> str:
     if act.step != "prefill":
         return "one save or restore runs at a time"
     if act.paused_s >= act.waited_s / 2:
-        return f"{seconds(act.paused_s)} of it for running answers"
+        return "running answers came first"
     return "other prompts and short requests came first"
 
 

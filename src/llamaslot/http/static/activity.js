@@ -72,7 +72,7 @@ function draw() {
   if (drawnOn !== today) at('requests').replaceChildren();
   drawnOn = today;
   const found = chosen();
-  say(at('activity-sum'), found.length === rows.length ? (rows.length ? `last ${number(rows.length)}` : '') : `${number(found.length)} of the last ${number(rows.length)}`);
+  say(at('activity-sum'), found.length === rows.length ? (rows.length ? `last ${number(rows.length)} request${rows.length === 1 ? '' : 's'}` : '') : `${number(found.length)} of the last ${number(rows.length)}`);
   at('no-requests').hidden = found.length > 0;
   say(at('no-requests'), rows.length ? 'No request matches.' : `No request yet. The base URL for clients is ${new URL('../v1', document.baseURI)}`);
   at('requests').closest('.scroll').hidden = found.length === 0;
@@ -84,23 +84,26 @@ function draw() {
     (row, { its, detail }) => { if (!detail) row.querySelector('button').setAttribute('aria-expanded', open.has(its.serial)); });
 }
 
+// The seconds in which a request waited: in the queue, and for the turns of others once it had a slot.
+const waitedS = (its) => its.queued_s + (its.waited_s ?? 0);
 const speed = (n, s) => (n >= 8 && s > 0.001 ? short(n / s) : '–');
-const speeds = (its) => (its.n_computed || its.n_answered ? `${speed(its.n_computed, its.prefill_s)}, ${speed(its.n_answered, its.decode_s)}` : '–');
+const speeds = (its) => (its.n_computed || its.n_answered ? `${speed(its.n_computed, its.prefill_s)} / ${speed(its.n_answered, its.decode_s)}` : '–');
 
 function makeRow(its) {
   const cell = (label, text, kind, title) => el('td', { 'data-label': label, class: kind, title }, text);
   const isBad = its.outcome !== 'done';
+  const waited = waitedS(its);
   const why = isBad ? [OUTCOMES[its.outcome], its.error || its.text].filter(Boolean).join(': ') : its.text;
   return el('tr', { class: isBad ? its.outcome : null, onclick: (event) => toggle(event, its) },
     el('td', { 'data-label': 'Time' }, el('button', { type: 'button', class: 'time', 'aria-expanded': 'false', title: `Timeline of ${its.id}` }, clock(its.at))),
     cell('User', person(its.user), 'user', its.user),
-    cell('Why', why, 'wide'),
+    cell('What happened', why, 'wide'),
     cell('Reused', its.n_reused == null ? '–' : number(its.n_reused), 'n'),
     cell('Computed', number(its.n_computed), 'n'),
     cell('Answered', number(its.n_answered), 'n'),
-    cell('Waited', its.queued_s >= 0.05 ? seconds(its.queued_s) : '–', 'n'),
+    cell('Waited', waited >= 0.05 ? seconds(waited) : '–', waited >= 1 && waited > (its.first_s ?? its.total_s) / 2 ? 'n most' : 'n'),
     cell('First token', seconds(its.first_s), 'n'),
-    cell('Tokens/s', speeds(its), 'n'),
+    cell('Prefill / answer tokens/s', speeds(its), 'n'),
     cell('Model', modelName(its.model), 'cut model', its.model));
 }
 
@@ -117,15 +120,17 @@ async function toggle(event, its) {
   draw();
 }
 
-const NAMES = { read: 'received', queue: 'in the queue', turn: 'waited', save: 'saved the slot', keep: 'saved a shared beginning', restore: 'restored', erase: 'cleared the slot', prefill: 'prefill', prompt: 'prompt', answer: 'answer' };
+const NAMES = { read: 'received', queue: 'in the queue', turn: 'waited its turn', save: 'saved the slot', keep: 'saved a shared beginning', restore: 'restored', erase: 'cleared the slot', prefill: 'prefill', prompt: 'prefill', answer: 'answer' };
 
 function details(its) {
   const total = Math.max(its.total_s, 0.001);
-  const lines = its.stages.map((stage) => {
+  const hasPrefill = its.stages.some((stage) => stage.name === 'prefill');
+  const nameOf = (stage) => (stage.name === 'prompt' && hasPrefill ? 'prefill, last part' : NAMES[stage.name] ?? stage.name);
+  const lines = its.stages.filter((stage) => stage.seconds >= 0.0005).map((stage) => {
     const bar = el('i', { class: stage.is_done ? stage.name : 'failed' });
     bar.style.left = `${(100 * stage.begin_s) / total}%`;
     bar.style.width = `${Math.max((100 * stage.seconds) / total, 0.3)}%`;
-    return el('li', {}, el('span', {}, NAMES[stage.name] ?? stage.name), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, seconds(stage.seconds)), el('span', { class: 'note' }, stage.note));
+    return el('li', {}, el('span', {}, nameOf(stage)), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, seconds(stage.seconds)), el('span', { class: 'note' }, stage.note));
   });
   const facts = [
     ['Request', its.id], ['User', its.user], ['Client', its.client || '–'], ['Route', its.route], ['Status', String(its.status)],
@@ -144,10 +149,10 @@ function details(its) {
 const cellOf = (text) => String(text).replaceAll(/[\r\n]+/g, ' ').replaceAll('|', '\\|');
 
 export function asMarkdown(list) {
-  const head = ['Time', 'User', 'Why', 'Reused', 'Computed', 'Answered', 'Waited', 'First token', 'Model'];
+  const head = ['Time', 'User', 'What happened', 'Reused', 'Computed', 'Answered', 'Waited', 'First token', 'Model'];
   const lines = list.map((its) => [
     clock(its.at), person(its.user), its.outcome === 'done' ? its.text : `${OUTCOMES[its.outcome]}: ${its.error || its.text}`,
-    its.n_reused == null ? '–' : number(its.n_reused), number(its.n_computed), number(its.n_answered), seconds(its.queued_s), seconds(its.first_s), modelName(its.model)]);
+    its.n_reused == null ? '–' : number(its.n_reused), number(its.n_computed), number(its.n_answered), seconds(waitedS(its)), seconds(its.first_s), modelName(its.model)]);
   return [head, head.map(() => '---'), ...lines].map((cells) => `| ${cells.map(cellOf).join(' | ')} |`).join('\n') + '\n';
 }
 

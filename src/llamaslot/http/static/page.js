@@ -110,8 +110,9 @@ function draw(kinds) {
   if (has('flight')) flights();
   const { version, queue } = state.get('about');
   say(at('about'), `llamaslot ${version}`);
-  const waiting = queue ? `, ${number(queue)} waiting for a slot` : '';
-  say(at('flight-sum'), `${number(all('flight:').length)}${waiting}`);
+  const n = all('flight:').length;
+  const waiting = queue ? `, ${number(queue)} of them waiting for a slot` : '';
+  say(at('flight-sum'), n ? `${number(n)} request${n === 1 ? '' : 's'}${waiting}` : '');
 }
 
 function headline() {
@@ -120,13 +121,13 @@ function headline() {
   const { n, size_bytes: size, quota_bytes: quota } = state.get('store');
   const range = (sums) => (sums.saved_error_s / (sums.saved_s || 1) >= 0.01 ? ` ± ${seconds(sums.saved_error_s)}` : '');
   const tiles = [
-    ['Prefill saved today', seconds(today.saved_s), range(today).trim(),
-      `by measured speed; ${began < midnight ? `${seconds(ever.saved_s)}${range(ever)} since ${day(began)}; ` : ''}saves and restores took ${seconds(today.moved_s)} today`],
+    ['Prefill time saved today', seconds(today.saved_s), range(today).trim(),
+      `what the reused tokens would have taken; ${began < midnight ? `${seconds(ever.saved_s)}${range(ever)} since ${day(began)}; ` : ''}saves and restores took ${seconds(today.moved_s)}`],
     ['Prompt tokens reused', percent(today.share_reused), 'today',
       `${short(today.n_reused)} reused, ${short(today.n_computed)} computed`],
-    ['First token', seconds(today.first_p50_s), 'for half of the requests', `${seconds(today.first_p95_s)} for 95 of 100`],
+    ['Time to first token', seconds(today.first_p50_s), 'or less for half of the requests', `${seconds(today.first_p95_s)} or less for 95 of 100`],
     ['Failed because of llamaslot', number(today.n_faults), `of ${number(today.n)} requests today`,
-      today.n_unserved ? `${number(today.n_unserved)} more not served: llama-server away, or the wait too long` : 'and all others were served'],
+      today.n_unserved ? `${number(today.n_unserved)} not served: llama-server was away, or the wait too long` : 'and all others were served'],
     ['Snapshots on disk', bytes(size), quota ? `of ${bytes(quota)}` : '', `${number(n)} ${n === 1 ? 'snapshot' : 'snapshots'}`],
   ];
   keyed(at('headline'), tiles, ([name]) => name,
@@ -207,7 +208,7 @@ function flights() {
 
 function makeFlight(its) {
   const cell = (label, kind) => el('td', { 'data-label': label, class: kind });
-  return el('tr', {}, cell('For', 'n'), cell('User', 'user'), cell('Stage', 'wide'), cell('Speed', 'n'), cell('Where'), cell('Model', 'cut'), cell('Client', 'cut'),
+  return el('tr', {}, cell('Elapsed', 'n'), cell('User', 'user'), cell('Stage', 'wide'), cell('Speed', 'n'), cell('Where'), cell('Model', 'cut'), cell('Client', 'cut'),
     el('td', {}, el('button', { type: 'button', class: 'small', 'aria-label': `Cancel the request of ${person(its.user)}`, onclick: (event) => cancel(event.target.closest('tr')) }, 'Cancel')));
 }
 

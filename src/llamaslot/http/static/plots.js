@@ -12,8 +12,8 @@ const share = (point) => (point.n_reused + point.n_computed ? point.n_reused / (
 // What each figure draws: [legend, value of a point]. ``gap``: a time without requests has no value, not a zero.
 const FIGURES = [
   { title: 'Prompt tokens reused', say: percent, most: 1, gap: true, lines: [['', share]] },
-  { title: 'Prefill saved', say: seconds, lines: [['', (point) => point.saved_s]] },
-  { title: 'First token', say: seconds, gap: true, lines: [['half of the requests', (point) => point.first_p50_s], ['95 of 100', (point) => point.first_p95_s]] },
+  { title: 'Prefill time saved', say: seconds, lines: [['', (point) => point.saved_s]] },
+  { title: 'Time to first token', say: seconds, gap: true, lines: [['half of the requests', (point) => point.first_p50_s], ['95 of 100', (point) => point.first_p95_s]] },
   { title: 'Wait in the queue', say: seconds, lines: [['mean', (point) => (point.n ? point.queued_s / point.n : 0)], ['longest', (point) => point.longest_queued_s]] },
   { title: 'Requests', say: number, lines: [['all', (point) => point.n], ['not served', (point) => point.n_faults + point.n_unserved]] },
   { title: 'Snapshots on disk', say: bytes, isLevel: true, least: 2 ** 30, lines: [['', (point) => point.disk_bytes]] },
@@ -103,7 +103,7 @@ function plot(figure, lines, times, told) {
     cursor.setAttribute('visibility', 'hidden');
     say(reading, known.length ? '' : 'nothing yet');
   });
-  const per = figure.title === 'Prefill saved' || figure.title === 'Requests' ? ` per ${{ hour: 'minute', day: 'quarter of an hour', month: '4 hours' }[told.span]}` : '';
+  const per = figure.title === 'Prefill time saved' || figure.title === 'Requests' ? ` per ${{ hour: 'minute', day: 'quarter of an hour', month: '4 hours' }[told.span]}` : '';
   return el('figure', {}, el('figcaption', {}, el('h3', {}, figure.title + per), reading), drawing, legend);
 }
 

@@ -96,7 +96,7 @@ const ageOf = (node) => Math.max(now() - node.used, 0);
 function label(node) {
   switch (node.level) {
     case 'model': return `${node.name}${node.isServed ? '' : ' (not served now)'}: ${bytes(node.bytes)}`;
-    case 'alike': return `${number(node.depth)} tokens alike: ${node.n} snapshots, ${bytes(node.bytes)}`;
+    case 'alike': return `the same first ${number(node.depth)} tokens: ${node.n} snapshots, ${bytes(node.bytes)}`;
     case 'rest': return `${node.n} small one${node.n === 1 ? '' : 's'}, ${bytes(node.bytes)}`;
     default: {
       const what = node.row.kind === 'trunk' ? 'shared beginning' : node.row.user ? person(node.row.user) : 'conversation';
@@ -191,8 +191,8 @@ function tell(node) {
   const { row } = node;
   const facts = [
     ['Snapshot', row.id], ['User', row.user ?? (row.namespace || 'not known any more')], ['Kind', row.kind === 'trunk' ? 'shared beginning of conversations' : 'conversation'],
-    ['Tokens', number(row.n_tokens)], ['Size', bytes(held(row))], ['To delete it frees', bytes(row.size_bytes)], ['Made', `${seconds(now() - row.created_at)} ago`], ['Used', `${seconds(now() - row.last_used)} ago`],
-    ['Resumed', `${number(row.n_hits)} time${row.n_hits === 1 ? '' : 's'}`], ['By request', row.request],
+    ['Tokens', number(row.n_tokens)], ['Size', bytes(held(row))], ['To delete it frees', bytes(row.size_bytes)], ['Saved', `${seconds(now() - row.created_at)} ago`], ['Used', `${seconds(now() - row.last_used)} ago`],
+    ['Resumed', `${number(row.n_hits)} time${row.n_hits === 1 ? '' : 's'}`], ['Saved by', row.request],
   ];
   panel.replaceChildren(
     el('dl', {}, ...facts.map(([name, value]) => el('div', {}, el('dt', {}, name), el('dd', {}, value)))),
