@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +105,21 @@ async def test_questions_follow_each_other_on_one_connection(server: Server, poo
     assert b"Content-Type: application/json\r\nContent-Length: 15\r\n" in server.heads[3]
     assert server.bodies[3] == b'{"content":"x"}'
     assert len(pool) == 1
+
+
+async def test_a_closed_connection_is_no_work_for_the_garbage_collector(
+    server: Server, pool: KeepAlivePool
+) -> None:
+    """After a burst there are hundreds of them, each with a transport and a parser."""
+    await ask(pool)
+    (connection,) = map(weakref.ref, pool._idle)
+    gc.disable()
+    try:
+        await closed_by(server, pool)
+        await asyncio.sleep(0)  # the transport lets go of it after it has told
+        assert connection() is None
+    finally:
+        gc.enable()
 
 
 async def test_questions_at_the_same_time_have_a_connection_each(server: Server, pool: KeepAlivePool) -> None:
