@@ -16,9 +16,9 @@ from llamaslot.backend import backend
 from llamaslot.backend.health import Health
 from llamaslot.backend.lease import Lease
 from llamaslot.fleet.pool import Pool
-from tests.support.fake import FakeModel
+from tests.support.fake import FakeModel, FakeServer
 from tests.support.fleet import A, B, Fleet, backend_of, fleet
-from tests.support.inprocess import Settings, letters, line_with, right, spawn
+from tests.support.inprocess import Settings, a_session, configured, letters, line_with, right, spawn
 
 TEXTS = [letters(n, 600) for n in range(6)]
 
@@ -451,6 +451,37 @@ async def test_one_that_does_not_see_the_files_of_others_keeps_its_own(
         ]
         assert "nothing is kept on disk: " in told
         assert (await it.ask(TEXTS[0])).status == 200
+
+
+async def test_one_whose_disk_is_not_seen_keeps_what_its_slots_hold(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server on another machine, without slot_save_path: what would mend it is said once; it saves nothing, and its
+    contexts are found in its slots. The other one saves."""
+    async with FakeServer(tmp_path / "kv", slots=2) as near, FakeServer(tmp_path / "far", slots=2) as far:
+        backends = [
+            {"name": "near", "url": near.url, "slot_save_path": str(tmp_path / "kv")},
+            {"name": "far", "url": far.url},
+        ]
+        config = configured(tmp_path, backends, {"store": {"idle_save_s": 0}})
+        async with a_session() as session:
+            fakes = {"near": near, "far": far}
+            it = Fleet(fakes=fakes, config=config, session=session, save_dir=tmp_path / "kv")
+            try:
+                await it.start()
+                assert it.members() == [{"near", "far"}]
+                assert len([text for text in caplog.messages if "(NFS)" in text]) == 1
+                places = [*map(backend_of, await asyncio.gather(*(it.ask(text, n=64) for text in TEXTS[:4])))]
+                assert sorted(places) == ["far", "far", "near", "near"]
+                for text, place in zip(TEXTS[:4], places, strict=True):
+                    again = await it.ask(text + "more")
+                    assert (backend_of(again), again.source) == (place, "resident")
+                await it.until(lambda: len(it.files()) == 2)
+                assert not list((tmp_path / "far").iterdir())
+                await it.rest()
+                it.check()
+            finally:
+                await it.stop()
 
 
 async def test_a_request_waits_for_the_first_server_that_comes(tmp_path: Path) -> None:
