@@ -106,7 +106,7 @@ async def test_a_second_one_of_the_same_model_has_a_part_of_its_own(tmp_path: Pa
     """It says so, and answers."""
     model, store = models.dense(tmp_path), tmp_path / "store"
     async with Supervised.of(model, store) as one, Supervised.of(model, store) as two:
-        await asyncio.gather(one.chat(question(1, 300)), two.chat(question(1, 300)))
+        await asyncio.gather(one.chat(question(1, 3000)), two.chat(question(1, 3000)))
         assert await two.stop() == 0
         assert await one.stop() == 0
     assert "keeps its contexts apart" in two.output
