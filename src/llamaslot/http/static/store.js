@@ -100,7 +100,7 @@ function label(node) {
     case 'rest': return `${node.n} small one${node.n === 1 ? '' : 's'}, ${bytes(node.bytes)}`;
     default: {
       const what = node.row.kind === 'trunk' ? 'shared beginning' : node.row.user ? person(node.row.user) : 'conversation';
-      return `${node.row.is_pinned ? 'pinned, ' : ''}${what}: ${number(node.row.n_tokens)} tokens, ${bytes(node.own)}`;
+      return `${node.row.is_pinned ? 'pinned, ' : ''}${what}: ${number(node.row.n_tokens)} tokens, ${bytes(node.own)}${node.n > 1 ? `; with all below it ${bytes(node.bytes)}` : ''}`;
     }
   }
 }
@@ -190,7 +190,7 @@ function tell(node) {
   }
   const { row } = node;
   const facts = [
-    ['Snapshot', row.id], ['User', row.user ?? (row.namespace || 'not known any more')], ['Kind', row.kind === 'trunk' ? 'shared beginning of conversations' : 'conversation'],
+    ['Snapshot', row.id], ['User', row.kind === 'trunk' ? 'shared' : row.user ?? (row.namespace || 'not known any more')], ['Kind', row.kind === 'trunk' ? 'shared beginning of conversations' : 'conversation'],
     ['Tokens', number(row.n_tokens)], ['Size', bytes(held(row))], ['To delete it frees', bytes(row.size_bytes)], ['Saved', `${seconds(now() - row.created_at)} ago`], ['Used', `${seconds(now() - row.last_used)} ago`],
     ['Resumed', `${number(row.n_hits)} time${row.n_hits === 1 ? '' : 's'}`], ['Saved by', row.request],
   ];
@@ -221,7 +221,7 @@ async function act(what, row) {
 function fillers(rows) {
   const users = [...Map.groupBy(rows, (row) => (row.kind === 'trunk' ? ' ' : row.user ?? row.namespace ?? ''))].map(([user, its]) => ({ user, n: its.length, bytes: sum(its, held) }));
   users.sort((a, b) => b.bytes - a.bytes);
-  const others = users.splice(USERS);
+  const others = users.length > USERS + 1 ? users.splice(USERS) : [];
   if (others.length) users.push({ user: `${number(others.length)} others`, n: sum(others, (its) => its.n), bytes: sum(others, (its) => its.bytes) });
   const most = Math.max(...users.map((its) => its.bytes), 1);
   const line = ({ user, n, bytes: size }) => {
