@@ -176,8 +176,8 @@ class Probes:
         """Learn the bytes per token from two small saves. With a wrong guess the first save could exceed the quota, or
         evict everything.
 
-        Without effect if the size is known from snapshots of this model. If there are no snapshots at all, nothing is
-        evicted for a probe.
+        Does nothing if snapshots of this model have shown the size. Each probe reserves its estimated size, which may
+        evict snapshots; without room the probe is left out. If there are no snapshots yet, a probe reserves nothing.
         """
         assert self.catalog is not None
         if self.rates.size.bytes(_MORE) is not None:

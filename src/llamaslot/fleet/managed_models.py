@@ -74,7 +74,7 @@ class ManagedModel(ServedOnDemand):
             raise
         finally:
             self._server.on_death = lambda how: None
-        log.info("%s: model loaded, because a request needs it", self.name)
+        log.info("%s: llamaslot has loaded this model, because a request needs it", self.name)
 
     async def unload(self) -> None:
         """Save the slots and stop the llama-server. Canceling is safe: the llama-server is stopped all the same."""
@@ -84,7 +84,10 @@ class ManagedModel(ServedOnDemand):
         finally:
             await self._stop()
             self._backend.leases.is_leaving = False
-        log.info("%s: model unloaded: it was idle, or another model needs its place", self.name)
+        log.info(
+            "%s: llamaslot has unloaded this model, because it was idle or another model needs its place",
+            self.name,
+        )
 
     async def _stop(self) -> None:
         self._backend.sleep()

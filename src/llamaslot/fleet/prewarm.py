@@ -228,6 +228,6 @@ class Prewarm:
         except SlotWedged as error:
             if executor is not None:
                 executor.metrics.wedged.inc()
-            log.warning("%s: an attempt to compute this file's prefix failed: %s", request.id, error)
+            log.warning("%s: the prefix of this file of prewarm could not be computed: %s", request.id, error)
         except (LlamaslotError, RetryPlacement) as error:
-            log.debug("%s: this file's prefix was not computed: %s", request.id, error)
+            log.debug("%s: the prefix of this file of prewarm was not computed: %s", request.id, error)

@@ -328,12 +328,12 @@ class Registry:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open all stores. Raises LlamaslotError, with a remedy, if one cannot be used. Warns if a disk is smaller
-        than the quota."""
+        """Open all stores. Raises LlamaslotError, with a remedy, if one cannot be used. Warns if a disk
+        will be full before the snapshots reach the quota."""
         for store in self.stores.values():
             await store.open()
             if (note := await asyncio.to_thread(store.beyond_disk)) is not None:
-                log.warning("the disk is smaller than the quota: %s", note)
+                log.warning("the disk has too little free space for the quota: %s", note)
         for backend in self._backends.values():
             await self._open(backend)
 

@@ -60,7 +60,7 @@ class RouterModeModel(ServedOnDemand):
             if not self.is_loaded:
                 raise BackendDown(f"{self.name}: was unloaded while llamaslot connected to it")
             await self._backend.presence.changes.wait()
-        log.info("%s: model loaded, because a request needs it", self.name)
+        log.info("%s: llamaslot has loaded this model, because a request needs it", self.name)
 
     async def unload(self) -> None:
         """Save the slots, have the router unload the model, and wait until it has. A failure is logged."""
@@ -73,7 +73,10 @@ class RouterModeModel(ServedOnDemand):
                 async with asyncio.timeout(_END_S):
                     while self.is_loaded:
                         await leases.changes.wait()
-                log.info("%s: model unloaded: it was idle, or another model needs its place", self.name)
+                log.info(
+                    "%s: llamaslot has unloaded this model, because it was idle or another model needs its place",
+                    self.name,
+                )
         except LlamaslotError as error:
             log.warning("%s: the router did not unload this model: %s", self.name, error)
         except TimeoutError:

@@ -153,7 +153,7 @@ class KeepAlivePool:
             timers[0].cancel()
 
     def _look(self, free: asyncio.Future[_Connection | None], timers: list[asyncio.TimerHandle]) -> None:
-        """Let a request stop waiting if no connection has become free for ``_WAIT_S``; else look again later."""
+        """Let a request open a new connection if none has become free for ``_WAIT_S``; else look again later."""
         loop = asyncio.get_running_loop()
         if free.done():
             return

@@ -193,8 +193,8 @@ class Copies:
             raise
 
     async def _copy(self, snapshot: Snapshot, order: Outgoing, spare: Collection[str]) -> Reservation | None:
-        """Reserve space, and write the slot file ``order`` there. None if that fails and the snapshot's own slot file
-        can be given instead. Raises SnapshotInvalid and QuotaExceeded.
+        """Reserve space, and write there the slot file that ``order`` describes. None if that fails and the
+        snapshot's own slot file can be given instead. Raises SnapshotInvalid and QuotaExceeded.
         """
         try:
             size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)

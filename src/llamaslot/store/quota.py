@@ -177,7 +177,7 @@ class Quota:
 
     @property
     def others(self) -> int:
-        """Bytes of the other parts of a shared store, at the last look at them; 0 without a shared store."""
+        """The bytes that other llamaslot processes use in a shared store, as last counted; 0 if none is shared."""
         return self._neighbours.others if self._neighbours is not None else 0
 
     @property

@@ -47,8 +47,8 @@ _NO_PIECE = _Piece("", "", b"", None)
 
 
 class Known(Struct, frozen=True):
-    """The beginning of a text whose tokens the cache has: the characters before ``begin``, in the pieces of ``path``.
-    ``tokens``: those of this beginning.
+    """The longest beginning of a text whose tokens the cache has. It ends before the character ``begin``, where the
+    unknown text begins. ``path``: the cached pieces that make it up. ``tokens``: its tokens.
     """
 
     path: tuple[_Piece, ...]
