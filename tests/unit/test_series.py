@@ -176,7 +176,7 @@ def restored(**more: object) -> list[Act]:
         (
             ended(slot=0, diverged={"why": "changed", "at": 16_276, "where": "system", "n_lost": 9_000}),
             [],
-            "differs at token 16,276, in the system message: 9,000 tokens behind it computed again",
+            "differs at token 16,276, in the system message: 9,000 cached tokens behind it computed again",
         ),
         (
             ended(slot=0, diverged={"why": "went back", "at": 7, "where": "message", "message": 3, "role": "user"}),

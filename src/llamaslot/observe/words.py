@@ -67,7 +67,7 @@ def differs(diverged: Mapping[str, Any]) -> str:
     message: …``.
     """
     lost = diverged.get("n_lost") or 0
-    again = f": {lost:,} tokens behind it computed again" if lost else ""
+    again = f": {lost:,} cached tokens behind it computed again" if lost else ""
     match diverged.get("why"):
         case "went back":
             return f"the conversation went back to token {diverged['at']:,}, in {_place(diverged)}"
