@@ -92,7 +92,7 @@ def test_a_server_that_dies_in_the_middle(tmp_path: Path) -> None:
         with contextlib.closing(await asked(plain, 100_000)) as response:
             assert await next_piece(response)
             await server.kill()
-            with pytest.raises(BackendDown, match="in the middle of the answer"):
+            with pytest.raises(BackendDown, match="before the end of its answer"):
                 await whole(response)
         assert await plain.send("GET", "/health", None, {}) is None
 

@@ -233,7 +233,7 @@ async def test_half_of_a_body(server: Server, reply: bytes) -> None:
     """What has come is given; then the error, again and again."""
     server.replies, server.closes = [reply], True
     async with sent(server) as response:
-        with pytest.raises(BackendDown, match="in the middle of the answer"):
+        with pytest.raises(BackendDown, match="before the end of its answer"):
             await whole(response)
         with pytest.raises(BackendDown):
             await next_piece(response)
@@ -264,7 +264,7 @@ async def test_garbage_in_a_body(server: Server) -> None:
     server.replies = [HEAD + b"2\r\nab\r\nzz\r\n"]
     async with sent(server) as response:
         assert await next_piece(response) == b"ab"
-        with pytest.raises(BackendDown, match="in the middle of the answer"):
+        with pytest.raises(BackendDown, match="before the end of its answer"):
             await next_piece(response)
 
 

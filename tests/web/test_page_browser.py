@@ -187,8 +187,13 @@ async def test_an_operator_needs_the_key_and_a_keyboard(tmp_path: Path) -> None:
             await page.keyboard.press("Enter")
             await page.wait_for_function("document.getElementById('copy').textContent.startsWith('Copied')")
             lines = (await page.evaluate("navigator.clipboard.readText()")).splitlines()
-            assert lines[0].startswith("| Time | User | What happened")
+            assert lines[0].startswith("| Ended | User | What happened")
             assert [line.replace("\\|", "").count("|") for line in lines] == [10] * 5
+            # Of a request that mostly waited, the wait is said first.
+            row = "{outcome: 'done', at: 0, total_s: 66, queued_s: 61, waited_s: 0.3, first_s: 64, text: 'restored',"
+            row += " user: 'x', model: 'm', n_computed: 1, n_answered: 1}"
+            table = await page.evaluate(f"import('./activity.js').then((it) => it.asMarkdown([{row}]))")
+            assert "| waited 61 s for a slot; restored |" in table
 
             await page.wait_for_selector("#icicle button")
             for shade in ("rank", "hits", "age"):

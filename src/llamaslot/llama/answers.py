@@ -65,7 +65,7 @@ class Progress(Struct, frozen=True):
 
 # -- a body that is still coming -----------------------------------------------------------------------------------
 
-BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
+BROKEN_OFF = "llama-server closed the connection before the end of its answer"
 
 #: If more bytes of a relayed answer than this wait for its reader, no more are read from the connection.
 RELAYED_BYTES = 1 << 14

@@ -89,19 +89,29 @@ const waitedS = (its) => its.queued_s + (its.waited_s ?? 0);
 const speed = (n, s) => (n >= 8 && s > 0.001 ? short(n / s) : '–');
 const speeds = (its) => (its.n_computed || its.n_answered ? `${speed(its.n_computed, its.prefill_s)} / ${speed(its.n_answered, its.decode_s)}` : '–');
 
+const endOf = (its) => its.at + its.total_s;
+
+// Why the request took as long as it did: the wait first, if that was most of the time to the first token.
+function textOf(its) {
+  if (its.outcome !== 'done') return [OUTCOMES[its.outcome], its.error || its.text].filter(Boolean).join(': ');
+  if (!isMostlyWait(its)) return its.text;
+  return `waited ${seconds(waitedS(its))} ${its.queued_s > (its.waited_s ?? 0) ? 'for a slot' : 'for its turn'}; ${its.text}`;
+}
+
+const isMostlyWait = (its) => waitedS(its) >= 1 && waitedS(its) > (its.first_s ?? its.total_s) / 2;
+
 function makeRow(its) {
   const cell = (label, text, kind, title) => el('td', { 'data-label': label, class: kind, title }, text);
   const isBad = its.outcome !== 'done';
   const waited = waitedS(its);
-  const why = isBad ? [OUTCOMES[its.outcome], its.error || its.text].filter(Boolean).join(': ') : its.text;
   return el('tr', { class: isBad ? its.outcome : null, onclick: (event) => toggle(event, its) },
-    el('td', { 'data-label': 'Time' }, el('button', { type: 'button', class: 'time', 'aria-expanded': 'false', title: `Timeline of ${its.id}` }, clock(its.at))),
+    el('td', { 'data-label': 'Ended' }, el('button', { type: 'button', class: 'time', 'aria-expanded': 'false', title: `Timeline of ${its.id}` }, clock(endOf(its)))),
     cell('User', person(its.user), 'user', its.user),
-    cell('What happened', why, 'wide'),
+    cell('What happened', textOf(its), 'wide'),
     cell('Reused', its.n_reused == null ? '–' : number(its.n_reused), 'n'),
     cell('Computed', number(its.n_computed), 'n'),
     cell('Answered', number(its.n_answered), 'n'),
-    cell('Waited', waited >= 0.05 ? seconds(waited) : '–', waited >= 1 && waited > (its.first_s ?? its.total_s) / 2 ? 'n most' : 'n'),
+    cell('Waited', waited >= 0.05 ? seconds(waited) : '–', isMostlyWait(its) ? 'n most' : 'n'),
     cell('First token', seconds(its.first_s), 'n'),
     cell('Prefill / answer tokens/s', speeds(its), 'n'),
     cell('Model', modelName(its.model), 'cut model', its.model));
@@ -135,7 +145,7 @@ function details(its) {
   const facts = [
     ['Request', its.id], ['User', its.user], ['Client', its.client || '–'], ['Route', its.route], ['Status', String(its.status)],
     ['Where', its.backend ? `${its.backend}${its.slot == null ? '' : ` / slot ${its.slot}`}` : '–'],
-    ['Whole time', seconds(its.total_s)],
+    ['Came', clock(its.at)], ['Whole time', seconds(its.total_s)],
     ['Prefill saved', its.saved_s ? `${seconds(its.saved_s)} ± ${seconds(its.saved_error_s)}` : '–'],
     ['Error', its.error],
   ];
@@ -149,9 +159,9 @@ function details(its) {
 const cellOf = (text) => String(text).replaceAll(/[\r\n]+/g, ' ').replaceAll('|', '\\|');
 
 export function asMarkdown(list) {
-  const head = ['Time', 'User', 'What happened', 'Reused', 'Computed', 'Answered', 'Waited', 'First token', 'Model'];
+  const head = ['Ended', 'User', 'What happened', 'Reused', 'Computed', 'Answered', 'Waited', 'First token', 'Model'];
   const lines = list.map((its) => [
-    clock(its.at), person(its.user), its.outcome === 'done' ? its.text : `${OUTCOMES[its.outcome]}: ${its.error || its.text}`,
+    clock(endOf(its)), person(its.user), textOf(its),
     its.n_reused == null ? '–' : number(its.n_reused), number(its.n_computed), number(its.n_answered), seconds(waitedS(its)), seconds(its.first_s), modelName(its.model)]);
   return [head, head.map(() => '---'), ...lines].map((cells) => `| ${cells.map(cellOf).join(' | ')} |`).join('\n') + '\n';
 }
