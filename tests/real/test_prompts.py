@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
 from llamaslot.cache.ids import head, unpack
@@ -119,19 +118,6 @@ async def test_chats_have_the_tokens_that_the_server_uses(tmp_path: Path) -> Non
             "response_format": {"type": "json_object", "schema": {"type": "object"}},
         }
         assert await server.agrees("/v1/chat/completions", body, await server.prompts.chat(body))
-
-
-async def test_predicted_chats_have_the_tokens_that_the_server_uses(tmp_path: Path) -> None:
-    """After a few that differ in their last text only, the template is not asked any more."""
-    path = "/v1/chat/completions"
-    async with real(models.dense(tmp_path), tmp_path) as it:
-        for n in range(8):
-            text = f"{n} is the name of the ring, or ist es 漢?\n'{PROSE[: 7 * n]}x"
-            said = [{"role": "system", "content": PROSE}, {"role": "user", "content": text}]
-            body = {"messages": said, "seed": n}
-            prompt = await it.prompts.chat(body, raw=orjson.dumps(body))
-            assert (prompt.predicted is not None) == (n >= 4)
-            assert await it.agrees(path, body, prompt)
 
 
 @pytest.mark.parametrize("name", ["plain", "phi-3"])

@@ -36,15 +36,6 @@ async def test_a_short_request_costs_three(tmp_path: Path) -> None:
         assert await asked(it, "three") == {"/apply-template": 1, "/tokenize": 1, "/v1/chat/completions": 1}
 
 
-async def test_a_short_request_like_five_before_costs_two(tmp_path: Path) -> None:
-    """What the template writes around its text is known by then."""
-    async with served(tmp_path) as it:
-        for text in ("one", "two", "three", "four"):
-            await asked(it, text)
-        assert await asked(it, "five") == {"/tokenize": 1, "/v1/chat/completions": 1}
-        assert await asked(it, " five") == {"/apply-template": 1, "/tokenize": 1, "/v1/chat/completions": 1}
-
-
 async def test_the_process_is_asked_for_after_a_pause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

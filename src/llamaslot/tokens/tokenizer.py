@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import orjson
@@ -18,7 +18,6 @@ from llamaslot.cache.ids import WIDTH, common, count, head, pack
 from llamaslot.errors import BadRequest, LlamaslotError, PromptNotTokenizable, Reason, UpstreamError
 from llamaslot.tasks import gather
 from llamaslot.tokens.media import has_media, text_before, up_to_medium
-from llamaslot.tokens.renderings import Renderings, Shape, shape_of
 from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan
 from llamaslot.tokens.tokenize_cache import Known, SystemPromptCache, TokenizeCache, spaced
 from llamaslot.tokens.variants import openings, system_variant, variants_of
@@ -86,9 +85,6 @@ class Prompt:
     text: str | None = None
     whole: bool = True  # tokenized in one piece; False: in two, at a cut that may have been wrong
     whose: str = field(default="", compare=False)  # the namespace whose remembered texts were used
-    predicted: Shape | None = field(
-        default=None, compare=False
-    )  # set: llama-server was not asked for the text
 
     @property
     def n_tokens(self) -> int:
@@ -130,7 +126,6 @@ class _Model:
     def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
         self.specials = SpecialTokensOfEach(server)
         self.pieces = TokenizeCache(cache_bytes)
-        self.renderings = Renderings()
         self.systems = SystemPromptCache()
         self.questions, self.tails = SystemPromptCache(), SystemPromptCache()  # see Tokenizer._question_end
         self.is_whole = is_whole
@@ -170,13 +165,7 @@ class Tokenizer:
         """
         if has_media(body):
             raise PromptNotTokenizable("the messages hold media", Reason.MEDIA)
-        model = self._model
-        shape = shape_of(body, raw, whose) if raw is not None else None
-        if shape is not None and (text := model.renderings.predicted(shape)) is not None:
-            return replace(await self._of_text(text, whose), predicted=shape)
         text = await self._server.apply_template(body, raw)
-        if shape is not None:
-            model.renderings.learn(shape, text)
         return await self._of_text(text, whose)
 
     async def before_medium(self, body: Mapping[str, Any], whose: str = "") -> tuple[dict[str, Any], Prompt]:
@@ -297,15 +286,10 @@ class Tokenizer:
     def confirm(self, prompt: Prompt, n_server: int) -> bool:
         """True if ``n_server``, llama-server's number of tokens in the prompt, is this tokenizer's number too.
 
-        If not, a prompt whose rendering was predicted counts as right, because not the tokenizer was wrong: bodies like
-        it are not predicted again. If another one was tokenized in pieces, all texts are tokenized in one piece from
-        now on. The first difference is logged. No answer was wrong, because llama-server compares tokens itself before
-        it reuses any.
+        If not, and the prompt was tokenized in pieces, all texts are tokenized in one piece from now on. The first
+        difference is logged. No answer was wrong, because llama-server compares tokens itself before it reuses any.
         """
         if n_server == prompt.n_tokens:
-            return True
-        if prompt.predicted is not None:
-            self._model.renderings.was_wrong(prompt.predicted)
             return True
         if not prompt.whole:
             self._model = _Model(self._server, self._cache_bytes, is_whole=True)
