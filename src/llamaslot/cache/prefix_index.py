@@ -427,7 +427,7 @@ class Changes:
         self._last: deque[bytes] = deque(maxlen=_KEPT)
 
     def note(self, tokens: bytes) -> None:
-        """Record that the sequence ``tokens``, with the mark of its namespace in front, was added or removed."""
+        """Record one change: ``tokens``, which start with the mark of their namespace, were added or removed."""
         self.n += 1
         self._last.append(tokens)
 

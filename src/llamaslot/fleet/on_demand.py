@@ -66,8 +66,8 @@ class Loadable(Protocol):
         ...
 
     async def unload(self) -> None:
-        """Save the model's slots, and unload it if it is loaded. Canceling is safe: the model is unloaded all the
-        same.
+        """Save the model's slots, and unload it if it is loaded. Never canceled: canceling could leave the model
+        loaded.
         """
         ...
 

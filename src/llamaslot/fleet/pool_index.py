@@ -133,7 +133,9 @@ class PoolIndex:
         return [here[name] for name in found] or [*islice(here.values(), _FEW)]
 
     def _nearest(self, here: Mapping[str, SlotTable], request: Request) -> dict[str, None]:
-        """Find the backends with the slots that share most with ``request``; of equal ones, those with an idle slot."""
+        """Find at most ``_N_NEAREST`` backends: those with a slot that shares the longest prefix with ``request``. Of
+        backends with equally long ones, those with an idle slot come first. Short prefixes do not count.
+        """
         if request.no_cache:
             return {}
         least, shared = min(NEGLIGIBLE_TOKENS, request.n_tokens // 2), dict[str, int]()

@@ -14,7 +14,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -269,20 +269,26 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _greet(config: Config, bound: list[tuple[str, int]]) -> None:
-    """Log the addresses on which llamaslot listens. Print a URL to try on this machine."""
-    scheme = "https" if config.listen.tls is not None else "http"
-    base = f"{scheme}://{_address(EVERY_ADDRESS.get(bound[0][0], bound[0][0]), bound[0][1])}"
+def _log_addresses(bound: Sequence[tuple[str, int]], scheme: str) -> str:
+    """Log the addresses on which llamaslot listens. Returns the URL of the first one, as seen from this machine."""
+    host, port = bound[0]
+    base = f"{scheme}://{_address(EVERY_ADDRESS.get(host, host), port)}"
     is_open = any(host in EVERY_ADDRESS for host, _ in bound)
-    has_keys = config.auth.keys_file is not None
-    which, header = (
-        ("with a key of yours", " -H 'Authorization: Bearer …'") if has_keys else ("any API key", "")
-    )
     log.info(
         "llamaslot %s listens on %s%s; from this machine: %s/v1", __version__,
         " and ".join(_address(*address) for address in bound),
         ", every address of this machine" if is_open else "", base,
     )  # fmt: skip
+    return base
+
+
+def _greet(config: Config, bound: list[tuple[str, int]]) -> None:
+    """Log the addresses on which llamaslot listens. Print a URL to try on this machine."""
+    base = _log_addresses(bound, "https" if config.listen.tls is not None else "http")
+    has_keys = config.auth.keys_file is not None
+    which, header = (
+        ("with a key of yours", " -H 'Authorization: Bearer …'") if has_keys else ("any API key", "")
+    )
     print(  # noqa: T201
         f"\nPoint any OpenAI client at {base}/v1 ({which}), or try:\n\n"
         f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
@@ -315,10 +321,7 @@ async def serve_command(config: Config, server: ManagedServer, stop_s: float) ->
             life = tasks.spawn(server.run_once(), "llama-server")
             life.add_done_callback(lambda _: stop.set())
             registry.start()
-            address = f"{config.listen.host}:{config.listen.port}"
-            log.info(
-                "llamaslot %s listens on %s; from this machine: http://%s/v1", __version__, address, address
-            )
+            _log_addresses([(config.listen.host, config.listen.port)], "http")
             keep_answers_flowing()
             await stop.wait()
             stops_at = loop.time() + stop_s

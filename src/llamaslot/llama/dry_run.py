@@ -255,8 +255,8 @@ class DryRuns:
         if verdict is Verdict.RUNS or not self._is_usable.get(trial.path, True):
             self._is_usable[trial.path] = False
             log.info(
-                "llamaslot cannot ask this llama-server in a dry run whether it would refuse a request to %s:"
-                " llama-server may compute the prompt of such a request before it refuses the request",
+                "this llama-server cannot test a request to %s without computing its prompt (a dry run),"
+                " so it may compute a prompt before it refuses the request",
                 trial.path,
             )
             return Verdict.RUNS if verdict is Verdict.RUNS else Verdict.TAKEN

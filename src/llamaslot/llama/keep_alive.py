@@ -134,8 +134,9 @@ class KeepAlivePool:
         return connection
 
     async def _next_free(self) -> _Connection | None:
-        """Wait for a busy connection to become free, and return it. None if one of them was closed, or if none became
-        free for ``_WAIT_S``: then the request should open a new one.
+        """Wait for a busy connection to become free, and return it. None if the caller should open a new one: a busy
+        connection was closed, or none became free for ``_WAIT_S``. That time starts again whenever one becomes free,
+        also for another request.
         """
         loop = asyncio.get_running_loop()
         free: asyncio.Future[_Connection | None] = loop.create_future()

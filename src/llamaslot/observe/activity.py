@@ -44,10 +44,10 @@ class Activity(Struct, kw_only=True):
 
     Token counts are llama-server's. ``n_prompt``: tokens of the prompt; ``n_reused``: those that llama-server did not
     compute again, None if it did not report that; ``n_computed``: those that it computed, in ``prefill_s`` seconds.
-    ``n_answered``: tokens of the answer, which took ``decode_s`` seconds. From the arrival, ``queued_s``, ``first_s``
-    and ``total_s`` are the seconds until the request had its slot, its first token, and its end. ``saved_s``: seconds
-    of prefill that the reused tokens would have taken, plus or minus ``saved_error_s``. ``text``: why the prompt cost
-    what it did, in words.
+    ``n_answered``: tokens of the answer, which took ``decode_s`` seconds. ``queued_s``: seconds in the queue, all
+    placements together. ``first_s`` and ``total_s``: seconds from the arrival to the first token and to the end.
+    ``saved_s``: seconds of prefill that the reused tokens would have taken, plus or minus ``saved_error_s``. ``text``:
+    why the prompt cost what it did, in words.
     """
 
     id: str
