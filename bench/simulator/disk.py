@@ -75,13 +75,15 @@ class Disk:
         spare: Collection[str] = (),
         new_bytes: int | None = None,
         *,
-        waits: bool = False,
+        may_wait: Callable[[], bool] = lambda: False,
     ) -> Reservation:
         """Raises QuotaExceeded, and evicts nothing, if there is not enough that may go.
 
         ``spare`` is a part of llamaslot's order, and does not count in others.
         """
-        return await self._turnover.reserve(partial(self._reserve, size_bytes, keep, spare), waits=waits)
+        return await self._turnover.reserve(
+            partial(self._reserve, size_bytes, keep, spare), may_wait=may_wait
+        )
 
     async def _reserve(self, size_bytes: int, keep: Collection[str], spare: Collection[str]) -> Reservation:
         self._table.tend(self._now())
@@ -187,7 +189,7 @@ class Disk:
             return
         n = order.rows[-1].end
         size_bytes = n * self._server.hardware.bytes_per_token
-        copy = await self.reserve(size_bytes, (snapshot.id,), spare, waits=True)
+        copy = await self.reserve(size_bytes, (snapshot.id,), spare, may_wait=lambda: True)
         whole = self._server.files[snapshot.file_name]
         self._server.files[copy.part_name] = File(head(whole.tokens, n), whole.origin)
         try:

@@ -431,9 +431,9 @@ class StubCatalog:
         spare: Collection[str] = (),
         new_bytes: int | None = None,
         *,
-        waits: bool = False,
+        may_wait: Callable[[], bool] = lambda: False,
     ) -> Reservation:
-        return await self.turnover.reserve(partial(self._reserve, size_bytes, keep, spare), waits=waits)
+        return await self.turnover.reserve(partial(self._reserve, size_bytes, keep, spare), may_wait=may_wait)
 
     async def _reserve(self, size_bytes: int, keep: Collection[str], spare: Collection[str]) -> Reservation:
         await self.server.op("reserve", None)

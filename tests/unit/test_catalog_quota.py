@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from llamaslot.store import QuotaExceeded, Reservation, quota, sidecar, sidecar_upkeep
 from llamaslot.store.quota import Limits, beyond_disk
+from llamaslot.tasks import TaskOwner
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
 TOKENS = some_tokens(40)
@@ -103,7 +104,7 @@ async def test_a_save_waits_for_the_room_that_another_one_gives_back(shelter: Sh
     keep = {snapshot.id for snapshot in old}
 
     async def go_on(seed: int) -> None:
-        draft = await shelter.catalog.reserve(2_000, keep, waits=True)
+        draft = await shelter.catalog.reserve(2_000, keep, may_wait=lambda: True)
         tokens = some_tokens(60, seed)
         n_written = shelter.write(draft, tokens)
         await asyncio.sleep(0.01)  # llama-server writes it while the other one looks for room
@@ -120,7 +121,8 @@ async def test_only_who_has_room_is_waited_for(shelter: Shelter) -> None:
     """Three wait for each other in vain: all are refused, also the one that waited for a fourth."""
     held = await shelter.catalog.reserve(6_000)
     waiting = [
-        asyncio.get_running_loop().create_task(shelter.catalog.reserve(6_000, waits=True)) for _ in range(3)
+        asyncio.get_running_loop().create_task(shelter.catalog.reserve(6_000, may_wait=lambda: True))
+        for _ in range(3)
     ]
     await asyncio.sleep(0.05)
     assert not any(task.done() for task in waiting)
@@ -136,10 +138,43 @@ async def test_a_save_that_hangs_is_not_waited_for_for_ever(
     shelter: Shelter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its server may have stopped."""
-    monkeypatch.setattr(quota, "_STUCK_S", 0.01)
+    monkeypatch.setattr(quota, "_PATIENCE_S", 0.01)
     await shelter.catalog.reserve(6_000)
     with pytest.raises(QuotaExceeded):
-        await asyncio.wait_for(shelter.catalog.reserve(6_000, waits=True), 10)
+        await asyncio.wait_for(shelter.catalog.reserve(6_000, may_wait=lambda: True), 10)
+
+
+async def test_others_that_come_and_go_are_not_waited_for_for_ever(
+    shelter: Shelter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each end of a small save gives hope, and none gives room enough."""
+    monkeypatch.setattr(quota, "_PATIENCE_S", 0.1)
+    tasks = TaskOwner()
+
+    async def come_and_go() -> None:
+        while True:
+            draft = await shelter.catalog.reserve(1_000, may_wait=lambda: True)
+            await asyncio.sleep(0.01)  # llama-server writes it
+            await shelter.catalog.abandon(draft)
+
+    await shelter.catalog.reserve(1_000)  # as of a server that hangs
+    tasks.spawn(come_and_go(), "small saves")
+    try:
+        with pytest.raises(QuotaExceeded):
+            await asyncio.wait_for(shelter.catalog.reserve(9_500, may_wait=lambda: True), 10)
+    finally:
+        await tasks.close()
+
+
+async def test_a_save_that_must_give_way_waits_no_more(shelter: Shelter) -> None:
+    """The request that it gives way to may want the very slot."""
+    await shelter.catalog.reserve(6_000)
+    answers = [True, True, True]
+    with pytest.raises(QuotaExceeded):
+        await asyncio.wait_for(
+            shelter.catalog.reserve(6_000, may_wait=lambda: bool(answers and answers.pop())), 10
+        )
+    assert not answers
 
 
 async def test_reservations_at_once_evict_no_more_than_they_need(shelter: Shelter) -> None:
@@ -318,7 +353,7 @@ async def test_all_at_once(shelter: Shelter, waits: bool) -> None:
         nonlocal n_refused
         for turn in range(5):
             try:
-                draft: Reservation = await shelter.catalog.reserve(2_500, waits=waits)
+                draft: Reservation = await shelter.catalog.reserve(2_500, may_wait=lambda: waits)
             except QuotaExceeded:
                 n_refused += 1
                 continue

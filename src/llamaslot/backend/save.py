@@ -221,8 +221,9 @@ class Saving:
             base = _base(lease.table, content, content.tokens)
             new_bytes = size_bytes - (self.rates.size_bytes(base.n_shared) if base is not None else 0)
             reservation = await self.catalog.reserve(
-                size_bytes, keep, self.leases.snapshots_in_demand(), max(new_bytes, 0), waits=True
-            )
+                size_bytes, keep, self.leases.snapshots_in_demand(), max(new_bytes, 0),
+                may_wait=lambda: not must_give_way(),
+            )  # fmt: skip
         except (QuotaExceeded, SnapshotInvalid) as error:
             self._not_saved(lease, kind, error)
             return None

@@ -73,7 +73,7 @@ class Catalog:
             self.landing,
         )  # fmt: skip
         self._copies = Copies(
-            directory, self.landing, partial(self.reserve, waits=True), self.abandon, self._is_invalid,
+            directory, self.landing, self.reserve, self.abandon, self._is_invalid,
             self._table.checksum_of,
         )  # fmt: skip
         self.given_out = self._copies.given_out  # if a file is damaged, drops the snapshots that need it
@@ -222,18 +222,18 @@ class Catalog:
         spare: Collection[str] = (),
         new_bytes: int | None = None,
         *,
-        waits: bool = False,
+        may_wait: Callable[[], bool] = lambda: False,
     ) -> Reservation:
         """Reserve ``size_bytes`` for a snapshot. If llama-server's file will lie in the landing place, reserve only
         ``new_bytes``, if given. Evicts as necessary, but never pinned snapshots and those in ``keep``; those in
-        ``spare`` only if the others are not enough. Returns when the evicted files are gone. ``waits``: while there is
-        no room, wait for the ends of other reservations.
+        ``spare`` only if the others are not enough. Returns when the evicted files are gone. While there is no room and
+        ``may_wait()``, it waits for the ends of other reservations.
 
         Raises QuotaExceeded, and evicts nothing, if too little may be evicted. Canceling is safe: nothing stays
         reserved, and evictions that have begun are completed.
         """
         attempt = partial(self._reserve, size_bytes, frozenset(keep), frozenset(spare), new_bytes)
-        return await self._turnover.reserve(attempt, waits=waits)
+        return await self._turnover.reserve(attempt, may_wait=may_wait)
 
     async def _reserve(
         self, size_bytes: int, kept: frozenset[str], spare: frozenset[str], new_bytes: int | None

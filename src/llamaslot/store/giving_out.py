@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -27,6 +28,20 @@ from llamaslot.tasks import in_thread
 
 _CUT_SHARE = 0.9  # if a larger share of a whole slot file is needed, it is given as it is
 _MORE_BYTES = 2048  # upper bound of a slot file's bytes besides tokens, rows, cells and states
+
+
+class Reserve(Protocol):
+    """As ``Catalog.reserve``."""
+
+    async def __call__(
+        self,
+        size_bytes: int,
+        keep: Collection[str],
+        spare: Collection[str],
+        new_bytes: int | None,
+        *,
+        may_wait: Callable[[], bool],
+    ) -> Reservation: ...
 
 
 def is_passing(error: BaseException) -> bool:
@@ -106,7 +121,7 @@ class Copies:
         self,
         directory: Path,
         landing: Landing,
-        reserve: Callable[[int, Collection[str], Collection[str], int | None], Awaitable[Reservation]],
+        reserve: Reserve,
         abandon: Callable[[Reservation], Awaitable[None]],
         on_damage: Callable[[str, SnapshotInvalid], None],
         checksum_of: Callable[[str], int | None],
@@ -198,7 +213,10 @@ class Copies:
         """
         try:
             size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)
-            copy = await self._reserve(size_bytes, (snapshot.id,), spare, 0)
+            # Without parts the copy only saves bytes to read: that is not worth a wait for room.
+            copy = await self._reserve(
+                size_bytes, (snapshot.id,), spare, 0, may_wait=lambda: bool(snapshot.parts)
+            )
             target = self._landing.path(copy.id)  # or through the link there
             try:
                 size_bytes = await in_thread(order.write, self._directory, target)

@@ -33,7 +33,9 @@ from llamaslot.tasks import ChangeEvent, TaskOwner, in_thread
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_STUCK_S = 120.0
+# How long a reservation waits for room in all: the request's slot waits with it, and another server may hang.
+_PATIENCE_S = 20.0
+_LOOK_S = 0.2  # whether it still may wait
 
 
 class QuotaExceeded(LlamaslotError):
@@ -60,12 +62,14 @@ class Turnover:
         self._n_ended += 1
         self._has_ended.notify()
 
-    async def reserve(self, attempt: Callable[[], Awaitable[T]], *, waits: bool) -> T:
-        """Call ``attempt``, which reserves space, and return its result. With ``waits``, if it raises NoRoomYet and
-        other reservations are left, call it again after the end of the next one. Never set ``waits`` while holding a
-        reservation: two such callers would wait for each other. If none ends for ``_STUCK_S``, a server may hang: call
-        it once more. Raises what ``attempt`` raises. Canceling is safe.
+    async def reserve(self, attempt: Callable[[], Awaitable[T]], *, may_wait: Callable[[], bool]) -> T:
+        """Call ``attempt``, which reserves space, and return its result. If it raises NoRoomYet, other reservations are
+        left and ``may_wait()``, call it again after the end of the next one. Waits for at most ``_PATIENCE_S`` in all,
+        then calls it once more. Never wait while holding a reservation: two such callers would wait for each other.
+        Raises what ``attempt`` raises. Canceling is safe.
         """
+        now = asyncio.get_running_loop().time
+        until, is_last = now() + _PATIENCE_S, False
         while True:
             n_ended = self._n_ended
             self._n_trying += 1
@@ -74,14 +78,14 @@ class Turnover:
             except BaseException as error:
                 # Reservations that wait here do not count as left: they would wait for each other.
                 has_others = self._n_ended > n_ended or self._n_trying + self._n_held() > 1
-                if not (waits and has_others and isinstance(error, NoRoomYet)):
+                if is_last or not (has_others and isinstance(error, NoRoomYet) and may_wait()):
                     self.ended()
                     raise
             finally:
                 self._n_trying -= 1
-            if self._n_ended == n_ended:
-                await self._has_ended.wait(_STUCK_S)
-                waits = self._n_ended > n_ended
+            while self._n_ended == n_ended and now() < until and may_wait():
+                await self._has_ended.wait(min(until - now(), _LOOK_S))
+            is_last = self._n_ended == n_ended or now() >= until
 
 
 class Limits(Struct, frozen=True):
