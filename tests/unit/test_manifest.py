@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import orjson
 import pytest
 from msgspec.structs import replace
 from xxhash import xxh3_128_hexdigest
@@ -224,6 +225,21 @@ async def test_every_flipped_byte_is_noticed(shelter: Shelter, caplog: pytest.Lo
         assert found == before
         assert len(seen) == 2 * N
         assert len([record for record in caplog.records if "cannot use" in record.message]) == 1
+
+
+async def test_a_register_of_before_prewarmed_snapshots_were_told_apart_is_used(shelter: Shelter) -> None:
+    """No snapshot needs to be opened for that."""
+    await shelter.catalog.write_manifest()
+    head, _, body = shelter.manifest.read_bytes().partition(b"\n")
+    content = orjson.loads(body)
+    del content["snapshots"]["is_prewarmed"]
+    body = orjson.dumps(content)
+    shelter.manifest.write_bytes(
+        head.rsplit(b" ", 1)[0] + b" " + xxh3_128_hexdigest(body).encode() + b"\n" + body
+    )
+    found, seen = await reopened(shelter)
+    assert not any(snapshot.is_prewarmed for snapshot in found.values())
+    assert len(seen) < N
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,9 @@ async def test_with_assist_on_it_says_so(tmp_path: Path) -> None:
         assert "x-llamaslot-assist" not in answer.headers
         assert await assist(it) == {"is_on": True, "why": None, "remedy": None}
         assert await it.count("backend_assist") == 1
+        await it.fake.stop()
+        await it.until(lambda: it.backend.health is Health.DOWN)
+        assert await it.count("backend_assist") == 0
 
 
 async def test_the_journal_tells_what_llama_server_reused(tmp_path: Path) -> None:

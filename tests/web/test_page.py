@@ -364,6 +364,10 @@ async def test_snapshots_are_listed_pinned_and_deleted(tmp_path: Path) -> None:
         }
         told = (await it.get("/llamaslot/snapshots?max_age_s=60")).json
         assert [row["id"] for row in told["snapshots"] if row["is_pinned"]] == [id_]
+        # What `prewarm` has pinned becomes the user's own pin, and stays when `prewarm` names it no longer.
+        await store.catalog.change_kind(id_, every[id_].kind, is_pinned=True, is_prewarmed=True)
+        await it.post(f"/llamaslot/pin?snapshot={id_}", None)
+        assert (every[id_].is_pinned, every[id_].is_prewarmed) == (True, False)
         assert (await it.post(f"/llamaslot/unpin?snapshot={id_}", None)).json["is_pinned"] is False
         assert (await it.post(f"/llamaslot/delete?snapshot={id_}", None)).json["is_pinned"] is None
         assert id_ not in {path.stem for path in it.files()}

@@ -430,6 +430,7 @@ class Backend:
 
     def _forget(self, health: Health) -> None:
         self.session = None
+        self.metrics.assist.set(0)
         self._proof.clear()
         self._set(health)
         self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)

@@ -185,7 +185,7 @@ class PageApi:
             await store.catalog.drop(id_)
             return {"snapshot": id_, "is_pinned": None}
         is_pinned = request.path == "/llamaslot/pin"
-        if snapshot.is_pinned != is_pinned:
+        if snapshot.is_pinned != is_pinned or snapshot.is_prewarmed:  # then it becomes the user's own pin
             snapshot = await store.catalog.change_kind(id_, snapshot.kind, is_pinned=is_pinned)
             for backend in self._registry.backends:
                 if (table := backend.leases.table) is not None and table.has_snapshot(id_):

@@ -326,8 +326,8 @@ class Catalog:
         self._quota.end_grant(state.size_bytes, state.landed_bytes)
         removal = self._quota.remove(id_, state.size_bytes)
         self._turnover.ended()
-        await self._quota.told()
         await self.landing.drop(id_)
+        await self._quota.told()
         await asyncio.shield(removal)
 
     # -- one snapshot ---------------------------------------------------------------------------------------------

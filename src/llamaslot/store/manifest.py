@@ -186,6 +186,7 @@ def _decode(data: bytes) -> Known:
         columns["checkpoints"] = map(tuple, columns["checkpoints"])
         columns["parts"] = [tuple(Part(*part) for part in parts) for parts in columns["parts"]]
         columns["kind"] = [_KINDS[kind] for kind in columns["kind"]]
+        columns.setdefault("is_prewarmed", [False] * content["n"])  # a manifest of before has none
         ids = columns["id"]
         return Known(
             dict(zip(ids, _snapshots(columns), strict=True)),

@@ -216,12 +216,12 @@ class Sweep:
             return
         self._failures.succeeded()
         if found is None:
-            # Not the directory that we locked (unmounted, moved): forget and remove nothing.
+            # Not the directory that we locked (unmounted, moved): its snapshots are not lost.
             if not self._is_missed:
                 log.warning(
                     "snapshots: %s is not the directory that llamaslot opened: its lock file is missing (unmounted?"
-                    " moved?). Until the directory is back, llamaslot removes no files there and does not notice lost"
-                    " ones",
+                    " moved?). Until the directory is back, llamaslot does not notice lost or left-over"
+                    " files",
                     self._directory,
                 )
             self._is_missed = True
