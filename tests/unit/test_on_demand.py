@@ -7,13 +7,22 @@ import functools
 import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from bench.virtual import VirtualLoop
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import BackendDown
+from llamaslot.fleet.dispatcher import Dispatcher
+from llamaslot.fleet.managed_models import ServedOnDemand
 from llamaslot.fleet.on_demand import OnDemand, State
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.request import Request
 from llamaslot.tasks import ChangeEvent, TaskOwner
 from tests.support.inprocess import spawn
 
@@ -284,3 +293,56 @@ async def test_a_clock_that_moves_while_it_decides_hides_no_idle_model() -> None
     assert log == ["+a", "-a", "+b"]
     await tasks.close()
     await on_demand.close()
+
+
+class Queued(ServedOnDemand):
+    """A model of one slot, for which requests wait in the queue of a pool of its own."""
+
+    is_loaded = None
+
+    def __init__(self) -> None:
+        self.dispatcher = Dispatcher(Rules(), QueueLimits(), asyncio.get_running_loop().time)
+        self.leases = self.dispatcher.add("a")
+        its = SimpleNamespace(name="a", leases=self.leases, last_session=object())
+        super().__init__(cast(Backend, its), 1.0)
+
+    async def load(self) -> None:
+        await asyncio.sleep(1.0)
+        self.dispatcher.attach(SlotTable("a", 1, 4096, rules=Rules(), rates=Rates()))
+        self.leases.dispatch()
+
+    async def unload(self) -> None:
+        self.dispatcher.detach("a")
+
+
+@asynccontextmanager
+async def queued(idle_unload_s: float) -> AsyncIterator[tuple[Queued, OnDemand]]:
+    model, tasks = Queued(), TaskOwner()
+    on_demand = OnDemand([model], None, idle_unload_s, asyncio.get_running_loop().time)
+    tasks.spawn(on_demand.run(), "on demand")
+    await asyncio.sleep(1)
+    yield model, on_demand
+    await tasks.close()
+    await on_demand.close()
+
+
+@virtual
+async def test_a_request_that_begins_to_wait_for_a_slot_has_its_model_loaded() -> None:
+    """Although the model was unloaded since the request found it loaded, and nothing else happens."""
+    async with queued(idle_unload_s=30) as (model, on_demand), asyncio.timeout(20):
+        (await model.dispatcher.lease(Request("late"))).release()
+        assert on_demand.state("a") is State.LOADED
+
+
+@virtual
+async def test_a_model_is_unloaded_when_the_last_request_leaves_the_queue() -> None:
+    """It waited for so long that the model has been idle for long enough."""
+    async with queued(idle_unload_s=30) as (model, on_demand):
+        await on_demand.serving("a")
+        model.dispatcher.detach("a")  # its llama-server restarts
+        waiting = spawn(model.dispatcher.lease(Request("leaves")))
+        await asyncio.sleep(100)
+        assert on_demand.state("a") is State.LOADED
+        waiting.cancel()
+        await asyncio.sleep(1)
+        assert on_demand.state("a") is State.UNLOADED

@@ -45,10 +45,19 @@ class News:
     def __init__(self, backends: Mapping[str, Leases]) -> None:
         self._backends = backends
         self._changed: dict[str, None] = {}  # in the order of the changes
+        self._has_waiting = False
 
     def add(self, *backends: str | None) -> None:
         """Record a change on each of ``backends``; None is skipped."""
         self._changed.update(dict.fromkeys(name for name in backends if name is not None))
+
+    def note_queue(self, *, has_waiting: bool) -> None:
+        """Record whether any request waits. A change of this is one on each backend that is loaded on demand, because
+        its model is loaded or unloaded accordingly. All prefills need not decide again.
+        """
+        if has_waiting != self._has_waiting:
+            self._has_waiting = has_waiting
+            self.add(*(name for name, leases in self._backends.items() if leases.is_on_demand))
 
     def tell(self) -> None:
         """Notify the tasks that wait for changes on these backends."""

@@ -233,6 +233,7 @@ class Dispatcher:
         if len(self.queue):
             self._serve_queue()
         self._news.add(backend, *self._preemptions.choose(self.backends.open, self.queue, self.now))
+        self._news.note_queue(has_waiting=len(self.queue) > 0)
         self._news.tell()  # last: a request that has just got a slot may have priority over a prefill
 
     def _serve_queue(self) -> None:

@@ -24,6 +24,7 @@ class ServedOnDemand:
 
     def __init__(self, backend: Backend, save_s: float) -> None:
         self.name, self._backend, self._save_s = backend.name, backend, save_s
+        backend.leases.is_on_demand = True
 
     @property
     def changes(self) -> ChangeEvent:
