@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from llamaslot.tokens.media import OLD_MARKER
 from tests.support import fake_body, fake_infill
 from tests.support.fake_agents import Messages, Responses, messages_to_chat, responses_to_chat
 from tests.support.fake_http import Dropped, Seen, common_headers, reply
@@ -66,7 +67,7 @@ class Completions:
             return [fake_infill.tokens(body, model, self.server.shape)], None
         if not isinstance(body, dict) or "prompt" not in body:
             raise BadInput("[json.exception.out_of_range.403] key 'prompt' not found")
-        return fake_body.prompts(body["prompt"], model, self.server.media_marker), None
+        return fake_body.prompts(body["prompt"], model, self.server.media_marker or OLD_MARKER), None
 
     async def _whole(self, seen: Seen, wording: Wording) -> web.StreamResponse:
         ends: dict[int, Done] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -115,3 +116,46 @@ def test_no_text_before_a_marker(said: Any) -> None:
     """Nothing could be told of it."""
     with pytest.raises(PromptNotTokenizable):
         media.before_marker({"prompt_string": said, "multimodal_data": ["x"]}, ["<m>"])
+
+
+TWO = {"<m>", "<other>"}
+
+
+def plain(said: str) -> dict[str, Any]:
+    return {"prompt_string": said, "multimodal_data": ["x"]}
+
+
+@pytest.mark.parametrize("field", ["prompt", "content", "input"])
+@pytest.mark.parametrize(
+    ("markers", "own", "said", "becomes"),
+    [
+        (TWO, "<m>", "a<other>b", "a<m>b"),
+        (TWO, "<m>", "a<m>b", "a<m>b"),
+        ({"<m>", ""}, "<m>", "a<__media__>b", "a<m>b"),
+        ({"<m>", ""}, "", "a<m>b<__media__>", "a<__media__>b<__media__>"),  # a build that tells none
+    ],
+)
+def test_each_server_gets_its_own_marker(
+    field: str, markers: set[str], own: str, said: str, becomes: str
+) -> None:
+    """Alone and in a list, of a completion and of embeddings; nothing else is changed."""
+    for told, right in ((plain(said), plain(becomes)), ([said, plain(said), 5], [said, plain(becomes), 5])):
+        body = {field: told, "more": said}
+        before = copy.deepcopy(body)
+        assert media.with_marker(body, markers, own) == {field: right, "more": said}
+        assert body == before, "it is sent to another server if this one fails"
+
+
+@pytest.mark.parametrize("prompt", ["a<other>b", ["a<other>b"], [1, 2], {"prompt_string": "a<other>b"}, None])
+def test_a_body_without_media_stays_the_same(prompt: Any) -> None:
+    """Whatever its text says, and one with media too where all servers have one marker."""
+    body = {"prompt": prompt, "multimodal_data": []}
+    assert media.with_marker(body, TWO, "<m>") is body
+    body = {"prompt": plain("a<m>b")}
+    assert media.with_marker(body, {"<m>"}, "<m>") is body
+
+
+def test_media_of_another_shape_are_refused_by_the_server() -> None:
+    """As they are."""
+    body = {"prompt": {"prompt_string": 5, "multimodal_data": ["x"]}}
+    assert media.with_marker(body, TWO, "<m>") == body

@@ -46,6 +46,7 @@ from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.in_flight import begins, by_operator, id_of, placed
+from llamaslot.http.media_markers import marked
 from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import PromptPart, joined
@@ -57,7 +58,6 @@ from llamaslot.llama.answers import Response
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Placement, Request
-from llamaslot.tokens.media import with_marker
 from llamaslot.tokens.tokenizer import NoPrompt
 
 log = logging.getLogger(__name__)
@@ -432,9 +432,7 @@ def _post(
     attempts: Attempts, request: web.Request, given: dict[str, Any], raw: bytes, body: dict[str, Any]
 ) -> contextlib.AbstractAsyncContextManager[Response]:
     """Send ``body`` to the backend of the present attempt. ``given``: the client's own body; ``raw``: its bytes."""
-    session = attempts.backend.session
-    if session is not None:
-        body = with_marker(body, attempts.pool.media_markers, session.props.boot_id)
+    body = marked(attempts, body, raw)
     return attempts.backend.api.request(
         "POST",
         origin_form(request.raw_path),

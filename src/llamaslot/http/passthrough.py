@@ -29,6 +29,7 @@ from llamaslot.http.client_stream import end_relayed
 from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
 from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.in_flight import begins, id_of, placed
+from llamaslot.http.media_markers import marked_bytes
 from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Upload, Uploads, parse_object
 from llamaslot.http.rewriting import SystemPrompts
@@ -191,7 +192,9 @@ class Passthrough:
             async with (
                 backend.exclusive.section(lease, no_report, left) as unpinned,
                 watchdog.kept(),
-                self._upstream(backend, request, raw, to_server(request), attempts.check_process) as upstream,
+                self._upstream(
+                    backend, request, marked_bytes(attempts, raw), to_server(request), attempts.check_process
+                ) as upstream,
             ):
                 await _refuse_if_worth_another(attempts, upstream)
                 return await relay(request, upstream, headers, unpinned.settle, lease.mark_decoding)

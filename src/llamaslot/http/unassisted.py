@@ -1,8 +1,8 @@
 """Serves requests while assist is off, that is, while llama-server chooses their slots: authentication, queue and relay
 only.
 
-The body is forwarded unchanged (except for the rules of ``rewrite``), and so is the answer. The answer's figures about
-its prompt go to the journal and the metrics.
+The body is forwarded unchanged (except for the rules of ``rewrite``, and the markers of media), and so is the answer.
+The answer's figures about its prompt go to the journal and the metrics.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.headers import ASSIST_OFF, BACKEND, to_client, to_server
 from llamaslot.http.in_flight import id_of, in_flight, placed
+from llamaslot.http.media_markers import marked_bytes
 from llamaslot.http.parse import max_tokens
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
@@ -101,7 +102,7 @@ class Unassisted:
                     backend.api.request(
                         request.method,
                         origin_form(request.raw_path),
-                        data=raw,
+                        data=marked_bytes(attempts, raw),
                         headers=to_server(request, content_type="application/json" if format_ else None),
                         is_relayed=True,
                     )

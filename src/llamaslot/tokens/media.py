@@ -7,7 +7,7 @@ a placeholder there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from llamaslot.errors import PromptNotTokenizable, Reason
@@ -18,6 +18,8 @@ from llamaslot.errors import PromptNotTokenizable, Reason
 KINDS = {"image_url": "vision", "input_audio": "audio", "video_url": "video"}
 
 OLD_MARKER = "<__media__>"
+MEDIA_KEY = "multimodal_data"  # the key of a plain prompt's media
+PROMPTS = ("prompt", "content", "input")  # the fields with prompts: of completions, and of embeddings
 
 #: Stands for the medium in a body. No template contains this text, so it shows where the medium is after rendering.
 PLACE = "llamaslot-puts-no-medium-here"
@@ -73,7 +75,7 @@ def before_marker(prompt: Any, markers: Collection[str]) -> str | None:
     ``markers``: ``media_marker`` of the ``/props`` of each backend, or "" for a build that tells none and uses
     ``OLD_MARKER``. Raises PromptNotTokenizable if the prompt contains none of them, or begins with one.
     """
-    if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
+    if not isinstance(prompt, Mapping) or MEDIA_KEY not in prompt:
         return None
     text = prompt.get("prompt_string")
     found = [text.find(marker or OLD_MARKER) for marker in markers] if isinstance(text, str) else []
@@ -83,20 +85,30 @@ def before_marker(prompt: Any, markers: Collection[str]) -> str | None:
     return str(text)[:at]
 
 
-def with_marker(body: dict[str, Any], markers: Callable[[], Collection[str]], own: str) -> dict[str, Any]:
-    """The body of a completion with ``multimodal_data``, for the llama-server whose ``media_marker`` is ``own``. A
-    marker is random for each process, and the client has been told that of any in the pool, one of ``markers()``. Other
-    bodies are returned as they are.
+def with_marker(body: dict[str, Any], markers: Collection[str], own: str) -> dict[str, Any]:
+    """A completion's body, or that of embeddings, for the llama-server whose ``media_marker`` is ``own``. A marker is
+    random for each process, and the client has been told that of any in the pool, one of ``markers``. Each is as for
+    ``before_marker``. A body without ``multimodal_data`` is returned as it is.
     """
-    prompt = body.get("prompt")
-    if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
+    others = {marker or OLD_MARKER for marker in markers} - {own or OLD_MARKER}
+    if not others:
         return body
-    text = prompt.get("prompt_string")
-    if not (own and isinstance(text, str)):
-        return body
-    for marker in markers():
-        text = text.replace(marker or OLD_MARKER, own)
-    return {**body, "prompt": {**prompt, "prompt_string": text}}
+
+    def marked(prompt: Any) -> Any:
+        text = prompt.get("prompt_string") if isinstance(prompt, Mapping) and MEDIA_KEY in prompt else None
+        if not isinstance(text, str):
+            return prompt
+        for marker in others:
+            text = text.replace(marker, own or OLD_MARKER)
+        return {**prompt, "prompt_string": text}
+
+    new = dict[str, Any]()
+    for name in PROMPTS:
+        prompt = body.get(name)
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        if any(isinstance(one, Mapping) and MEDIA_KEY in one for one in prompts):
+            new[name] = [marked(one) for one in prompts] if prompts is prompt else marked(prompt)
+    return {**body, **new} if new else body
 
 
 def _media(body: Mapping[str, Any]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
