@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
+from tests.support.real import RealServer
 from tests.support.rounding import LIKELY_NATIVE, is_right
 from tests.support.stack import Stack
 from tests.support.users import words
@@ -138,3 +139,26 @@ async def test_answers_with_lora_scales_are_those_of_a_server_that_holds_nothing
         async with session.post(stack.url + "/completion", json=bodies[1]) as response:
             again = await response.json()
         assert again["timings"]["cache_n"] > 1000, "with the same scales it goes on from there"
+
+
+@pytest.mark.parametrize(
+    ("lora", "is_reused"), [({}, True), ({"lora": []}, True), ({"lora": [{"id": 0, "scale": 1}]}, False)]
+)
+async def test_only_a_request_that_sets_other_scales_empties_a_restored_slot(
+    tmp_path: Path, lora: dict[str, Any], is_reused: bool
+) -> None:
+    """By llama-server itself. So no request without scales needs to know which ones a slot had before its restore."""
+    directory = tmp_path / "kv"
+    directory.mkdir()
+    extra = ["--lora", str(models.lora(tmp_path))]
+    async with RealServer(models.dense(tmp_path), directory, slots=1, context=4096, extra=extra) as server:
+        wanted, other = (
+            {"prompt": words(random.Random(seed), 1000), "n_predict": 1, "id_slot": 0} for seed in (1, 2)
+        )
+        await server.post("/completion", wanted | lora)
+        await server.post("/slots/0?action=save", {"filename": "wanted"})
+        await server.post("/completion", other | {"lora": [{"id": 0, "scale": 0.25}]})
+        await server.post("/slots/0?action=erase", {})
+        await server.post("/slots/0?action=restore", {"filename": "wanted"})
+        answer = await server.post("/completion", wanted | lora)
+        assert (answer["timings"]["cache_n"] > 900) == is_reused

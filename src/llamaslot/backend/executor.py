@@ -222,8 +222,9 @@ class PlanExecutor:
 
     async def _take_scales(self, lease: Lease) -> None:
         """Give the slot the LoRA scales of the request, before it is erased and restored. llama-server empties a slot
-        at a request with other scales than those of the request before, and a file holds no scales: of 1,500 restored
-        tokens all were computed again. Raises LlamaslotError, unless llama-server refuses.
+        at a request that sets other scales than those of the request before, and a file holds no scales: of 1,500
+        restored tokens all were computed again. A request that sets none empties no slot, so it does not matter that a
+        slot of unknown content counts as one without scales. Raises LlamaslotError, unless llama-server refuses.
         """
         scales, content = lease.request.namespace.lora, lease.content
         if scales == (content.namespace.lora if content is not None else ""):
