@@ -204,6 +204,18 @@ def slot_of(decision: Plan | Wait) -> SlotKey | None:
     return decision.slot
 
 
+def among_few_and_all(many: Many, request: Request) -> tuple[Plan | Wait, Plan | Wait]:
+    """The decisions among the few backends that are looked at, and among all."""
+    dispatcher = many.dispatcher
+    few = dispatcher._index.worth_a_look(dispatcher.backends.open, request, many.now)
+    assert len(few) < 8
+    chosen, best = (
+        place(request, [table.view(request, many.now, {}) for table in some], RULES)
+        for some in (few, dispatcher.tables)
+    )
+    return chosen, best
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_the_choice_is_as_good_as_among_all(seed: int) -> None:
     """To 5 % and 50 ms, while slots are taken and given back, and backends go and come."""
@@ -212,12 +224,7 @@ async def test_the_choice_is_as_good_as_among_all(seed: int) -> None:
     for number in range(20):
         many.now += many.rng.uniform(0, 20)
         request = many.asks(number)
-        few = dispatcher._index.worth_a_look(dispatcher.backends.open, request, many.now)
-        assert len(few) < 8
-        chosen, best = (
-            place(request, [table.view(request, many.now, {}) for table in some], RULES)
-            for some in (few, dispatcher.tables)
-        )
+        chosen, best = among_few_and_all(many, request)
         assert seconds_of(chosen) <= seconds_of(best) * 1.05 + 0.05, (chosen, best)
         lease = await dispatcher.lease(request)
         if many.rng.random() < 0.7:
@@ -248,12 +255,7 @@ async def chooses_as_among_all(many: Many) -> None:
     dispatcher = many.dispatcher
     for number in range(6):
         request = many.asks(number)
-        few = dispatcher._index.worth_a_look(dispatcher.backends.open, request, many.now)
-        assert len(few) < 8
-        chosen, best = (
-            place(request, [table.view(request, many.now, {}) for table in some], RULES)
-            for some in (few, dispatcher.tables)
-        )
+        chosen, best = among_few_and_all(many, request)
         is_same = slot_of(chosen) == slot_of(best)
         assert is_same or abs(seconds_of(chosen) - seconds_of(best)) <= 2 * TIE_S, (chosen, best)
         (await dispatcher.lease(request)).release()

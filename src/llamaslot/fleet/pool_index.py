@@ -157,22 +157,22 @@ class PoolIndex:
         self, among: OpenBackends, here: Mapping[str, SlotTable], full: Collection[str], request: Request
     ) -> list[str]:
         """If the backends have several directories: find those that restore a part of ``request`` from their own, and
-        have the cheapest idle slots. This costs a look-up for each directory.
+        have the cheapest idle slots. This costs a look-up for each directory whose backends have one.
         """
         if len(among.libraries) < 2 or request.no_cache:
             return []
         costs_s = dict[str, float]()
         for group in among.libraries:
             library = group[0].model_snapshots
-            hits = library.in_namespaces.match(request.tokens, request.reads, 1) if library.snapshots else []
-            if not hits or hits[0].n_shared < NEGLIGIBLE_TOKENS:
-                continue
             offers = [
                 min(self._ranks[name].cheapest.values())
                 for table in group
                 if (name := table.backend) in here and name in self._ranks and name not in full
             ]
-            if offers:
+            if not offers or not library.snapshots:
+                continue
+            hits = library.in_namespaces.match(request.tokens, request.reads, 1)
+            if hits and hits[0].n_shared >= NEGLIGIBLE_TOKENS:
                 loss_s, _, name = min(offers)
                 n_shared = min(hits[0].n_shared, request.n_tokens)
                 costs_s[name] = loss_s + here[name].rates.prefill.seconds(n_shared, request.n_tokens)

@@ -32,10 +32,8 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _RANKED_AT_ONCE, _RANK_PAUSE_S = 128, 0.01  # ranking takes 2 ms, then the event loop has 10 ms for other work
-_MANY_FILES, _SWEPT_S = (
-    2000,
-    10.0,
-)  # comparing so many files takes 5 ms of the GIL, so it is not done more often
+# Comparing so many files takes 5 ms of the GIL, so it is not done more often.
+_MANY_FILES, _SWEPT_S = 2000, 10.0
 _CHANGES_MAX = 256  # sidecars that differ from the manifest: reading so many takes 0.1 s at the next start
 
 

@@ -8,7 +8,7 @@ a placeholder there.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from llamaslot.errors import PromptNotTokenizable, Reason
 
@@ -75,7 +75,7 @@ def before_marker(prompt: Any, markers: Collection[str]) -> str | None:
     ``markers``: ``media_marker`` of the ``/props`` of each backend, or "" for a build that tells none and uses
     ``OLD_MARKER``. Raises PromptNotTokenizable if the prompt contains none of them, or begins with one.
     """
-    if not isinstance(prompt, Mapping) or MEDIA_KEY not in prompt:
+    if not _has_media(prompt):
         return None
     text = prompt.get("prompt_string")
     found = [text.find(marker or OLD_MARKER) for marker in markers] if isinstance(text, str) else []
@@ -95,7 +95,7 @@ def with_marker(body: dict[str, Any], markers: Collection[str], own: str) -> dic
         return body
 
     def marked(prompt: Any) -> Any:
-        text = prompt.get("prompt_string") if isinstance(prompt, Mapping) and MEDIA_KEY in prompt else None
+        text = prompt.get("prompt_string") if _has_media(prompt) else None
         if not isinstance(text, str):
             return prompt
         for marker in others:
@@ -106,9 +106,14 @@ def with_marker(body: dict[str, Any], markers: Collection[str], own: str) -> dic
     for name in PROMPTS:
         prompt = body.get(name)
         prompts = prompt if isinstance(prompt, list) else [prompt]
-        if any(isinstance(one, Mapping) and MEDIA_KEY in one for one in prompts):
+        if any(map(_has_media, prompts)):
             new[name] = [marked(one) for one in prompts] if prompts is prompt else marked(prompt)
     return {**body, **new} if new else body
+
+
+def _has_media(prompt: Any) -> TypeGuard[Mapping[str, Any]]:
+    """True if a prompt that is no chat has media."""
+    return isinstance(prompt, Mapping) and MEDIA_KEY in prompt
 
 
 def _media(body: Mapping[str, Any]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
