@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from llamaslot.backend import backend, health
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.health import Health
 from llamaslot.fleet.pool import Pool
@@ -22,6 +25,13 @@ from tests.support.real import RealServer, free_port
 
 _COMPUTED = "llamacpp:prompt_tokens_total"
 A, B = FakeModel(path="a"), FakeModel(weights="B", path="b")
+
+
+def ask_often(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """A server that hangs is suspect, and then down, after so many seconds each."""
+    for name in ("SUSPECT_S", "_SILENT_S", "_HEALTH_S", "_WATCH_S"):
+        monkeypatch.setattr(health, name, seconds)
+    monkeypatch.setattr(backend, "SUSPECT_S", seconds)
 
 
 class Several(Front):

@@ -57,7 +57,7 @@ async def test_one_that_answers_500_draws_no_requests(
     tmp_path: Path, paths: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whether it answers llamaslot's own questions or not. No client notices, and it is used again when it works."""
-    monkeypatch.setattr("llamaslot.backend.backend._WATCH_S", 0.05)
+    monkeypatch.setattr("llamaslot.backend.health._WATCH_S", 0.05)
     monkeypatch.setattr("llamaslot.backend.health._PAUSE_S", 60.0)  # longer than the test on any machine
     async with fleet(tmp_path, 2) as it:
         place = backend_of(await it.ask(TEXTS[0]))
@@ -201,7 +201,7 @@ async def test_another_program_in_place_of_a_server_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While llamaslot runs."""
-    monkeypatch.setattr("llamaslot.backend.backend._WATCH_S", 0.05)
+    monkeypatch.setattr("llamaslot.backend.health._WATCH_S", 0.05)
     async with fleet(tmp_path, 2) as it:
         page = (200, OTHER_PROGRAMS["a page"])
         it.fakes["gpu0"].overrides = dict.fromkeys((*ROUTES, "/v1/models", "/slots"), page)

@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from llamaslot import cli
-from llamaslot.backend import backend
+from llamaslot.backend import backend, health
 from llamaslot.backend.health import Health
 from llamaslot.backend.lease import Lease
 from llamaslot.fleet.pool import Pool
 from tests.support.fake import FakeModel, FakeServer
-from tests.support.fleet import A, B, Fleet, backend_of, fleet
+from tests.support.fleet import A, B, Fleet, ask_often, backend_of, fleet
 from tests.support.inprocess import Settings, a_session, configured, letters, line_with, right, spawn
 
 TEXTS = [letters(n, 600) for n in range(6)]
@@ -267,8 +267,7 @@ async def test_one_that_hangs_does_not_delay_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request on it is answered by another one; it is used again when it goes on."""
-    for name, seconds in (("_SUSPECT_S", 0.1), ("_SILENT_S", 0.1), ("_HEALTH_S", 0.1), ("_WATCH_S", 0.2)):
-        monkeypatch.setattr(f"llamaslot.backend.backend.{name}", seconds)
+    ask_often(monkeypatch, 0.1)
     async with fleet(tmp_path, 3) as it:
         place = backend_of(await it.ask(TEXTS[0]))
         it.fakes[place].freeze()
@@ -286,8 +285,7 @@ async def test_a_request_on_one_that_hangs_goes_to_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool
 ) -> None:
     """As soon as that is known to be down, and not after ``timeouts.watchdog_s``: it has had no byte of an answer."""
-    for name, seconds in (("_SUSPECT_S", 0.05), ("_SILENT_S", 0.05), ("_HEALTH_S", 0.05), ("_WATCH_S", 0.05)):
-        monkeypatch.setattr(f"llamaslot.backend.backend.{name}", seconds)
+    ask_often(monkeypatch, 0.05)
     async with fleet(tmp_path, 2, {"stream": {"keepalive_s": 0.02}}) as it:
         for server in it.fakes.values():
             server.hold()
@@ -308,9 +306,8 @@ async def test_one_that_is_back_is_used_within_five_seconds(
 ) -> None:
     """It is connected to by the first health check that it answers, and between two of them there is a second."""
     assert max(backend._HEALTH_POLL_S) <= 1.0
-    assert backend._HEALTH_S + 1.0 < 5.0  # a check that hangs is over before the next
-    for name, seconds in (("_SUSPECT_S", 0.05), ("_SILENT_S", 0.05), ("_HEALTH_S", 0.05), ("_WATCH_S", 0.05)):
-        monkeypatch.setattr(f"llamaslot.backend.backend.{name}", seconds)
+    assert health._HEALTH_S + 1.0 < 5.0  # a check that hangs is over before the next
+    ask_often(monkeypatch, 0.05)
     monkeypatch.setattr("llamaslot.backend.backend._HEALTH_POLL_S", (0.05,))
     async with fleet(tmp_path, 2) as it:
         away = it.fakes["gpu0"]

@@ -17,7 +17,7 @@ from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.ids import count
 from tests.support.answers import Answer
 from tests.support.fake import FakeServer
-from tests.support.fleet import A, B, Fleet, fleet
+from tests.support.fleet import A, B, Fleet, ask_often, fleet
 from tests.support.inprocess import letters, right, spawn
 
 N_BACKENDS, N_STEPS, N_CONVERSATIONS = 20, 60, 12
@@ -179,8 +179,7 @@ async def test_whatever_happens_to_servers_no_request_is_lost(
     answered, as long as one server that can take it stays unharmed.
     """
     caplog.set_level(logging.ERROR)
-    for name, seconds in (("_SUSPECT_S", 0.1), ("_SILENT_S", 0.1), ("_HEALTH_S", 0.1), ("_WATCH_S", 0.2)):
-        monkeypatch.setattr(f"llamaslot.backend.backend.{name}", seconds)
+    ask_often(monkeypatch, 0.1)
     monkeypatch.setattr("llamaslot.backend.backend._HEALTH_POLL_S", (0.1,))
     # It is never the prompt that ends a server.
     monkeypatch.setattr("llamaslot.fleet.bad_prompts._KEPT_S", 0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend import backend, health
+from llamaslot.backend import health
 from tests.support.inprocess import Served, served
 
 pytestmark = pytest.mark.idle_clock
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.idle_clock
 @pytest.fixture(autouse=True)
 def no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The poll every two seconds is no question of a request."""
-    monkeypatch.setattr(backend, "_WATCH_S", 60.0)
+    monkeypatch.setattr(health, "_WATCH_S", 60.0)
     monkeypatch.setattr(health, "_AWAKE_S", 60.0)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 import time
 from functools import partial
 from pathlib import Path
@@ -17,21 +16,13 @@ from llamaslot.backend.connect import Handshake, RouterMode, ServerSession
 from llamaslot.backend.drain import Drain
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
-from llamaslot.backend.health import Health, Presence, Proof, Suspicion, note_sleep
+from llamaslot.backend.health import SUSPECT_S, Gone, Health, Presence, Watch
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.save import Saving
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.unassisted_slots import has_idle_slot
 from llamaslot.cache.content import NOTHING
-from llamaslot.errors import (
-    BackendDown,
-    BackendRestarted,
-    LlamaslotError,
-    NotUnderstood,
-    UpstreamError,
-    is_servers_own,
-)
+from llamaslot.errors import BackendDown, BackendRestarted
 from llamaslot.llama.answers import Props
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import DryRuns, RouteAvailability
@@ -47,12 +38,6 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # the last one repeats
-_WATCH_S = 2.0
-_JITTER = 0.2  # part by which a pause varies, so that many backends are not checked at the same moment
-_jitter = random.Random()
-# A llama-server that does not answer GET /props for _SUSPECT_S gets no more requests while another backend can take
-# them. It is down if it does not answer for _SILENT_S more, and then not to GET /health within _HEALTH_S.
-_SUSPECT_S, _SILENT_S, _HEALTH_S = 2.0, 3.0, 2.0
 _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0  # first and longest pause between attempts to probe the server
 _LOOK_AGAIN_S = 600.0  # after slots have lost their content
 _CONNECT_WAIT_S = 120.0  # a request waits at most this long for a server that has just restarted
@@ -131,11 +116,11 @@ class Backend:
         self.session: ServerSession | None = None
         self.last_session: ServerSession | None = None  # the present session, or else the last one
         self._why_down = "has not answered yet"
-        self._doubt = asyncio.Event()
         self._is_settled = asyncio.Event()  # set unless it is being connected to
         self._is_settled.set()
-        self.presence, self.suspicion = Presence(name), Suspicion(leases)
-        self._proof = Proof(self.presence, leases)
+        self.presence = Presence(name)
+        self._watch = Watch(api, leases, self.presence, lambda: members.are_several)
+        self.suspicion = self._watch.suspicion
 
     @property
     def model_name(self) -> str | None:
@@ -159,7 +144,7 @@ class Backend:
         Raises BackendRestarted if another process has taken its place. Raises BackendDown if llama-server is down, or
         does not answer within 2 s; then another backend can take the request. Canceling is safe."""
         try:
-            async with asyncio.timeout(_SUSPECT_S):
+            async with asyncio.timeout(SUSPECT_S):
                 session = await self.ready()
         except TimeoutError:
             self.suspect()
@@ -183,11 +168,10 @@ class Backend:
             try:
                 props = await self.api.props()
             except BackendDown:
-                self._doubt.set()
+                self._watch.look_now()
                 raise
             if props.boot_id == session.props.boot_id:
-                note_sleep(self.leases, props.is_sleeping, self.now())
-                self._prove(session, props)
+                self._watch.has_told(session, props)
                 return session
             self.lost(session.table)
         if self.health is Health.DOWN:
@@ -208,16 +192,12 @@ class Backend:
     def use_if_proved(self) -> bool:
         """True if the process is known to be alive and awake without a question. Then this call also counts as a use
         of the model, which keeps it loaded. If False, ``ready`` must ask llama-server."""
-        return self._proof.use()
+        return self._watch.proof.use()
 
     @property
     def is_same_process(self) -> bool:
         """True if the process that told its properties last is still alive, however long ago it told them."""
-        return self._proof.is_same_process
-
-    def _prove(self, session: ServerSession, props: Props) -> None:
-        if session is self.session:
-            self._proof.renew(props)
+        return self._watch.proof.is_same_process
 
     def lost(self, table: SlotTable) -> None:
         """llama-server has restarted, so ``table`` is of another process: connect again. Queued requests wait."""
@@ -225,14 +205,14 @@ class Backend:
             log.warning("%s: llama-server has restarted, its slots are empty; reconnecting", self.name)
             self.metrics.restarts.inc()
             self._forget(Health.CONNECTING)
-        self._doubt.set()
+        self._watch.look_now()
 
     def changed(self, why: str) -> None:
         """Connect again for the reason ``why``: what llamaslot knows of this process is no longer valid."""
         if self.session is not None:
             log.info("%s: llamaslot reconnects to llama-server, because %s", self.name, why)
             self._forget(Health.CONNECTING)
-        self._doubt.set()
+        self._watch.look_now()
 
     def sleep(self, why_down: str = "") -> None:
         """Record that llama-server is stopped until ``wake``. Queued requests wait, or fail with ``why_down`` if
@@ -240,7 +220,7 @@ class Backend:
         self._why_down = why_down or "is asleep: the next request for its model starts it"
         self.presence.set(is_awake=False)
         self._forget(Health.DOWN if why_down else Health.ASLEEP)
-        self._doubt.set()
+        self._watch.look_now()
 
     def wake(self) -> None:
         """Record that llama-server is being started, and connect to it."""
@@ -255,8 +235,7 @@ class Backend:
 
     def doubt(self) -> None:
         """A request to llama-server has failed: check at once if the process is still there."""
-        self._proof.clear()
-        self._doubt.set()
+        self._watch.doubt()
 
     def suspect(self) -> None:
         """Check at once if the process is still there. Until llama-server has answered a question, other backends get
@@ -377,61 +356,24 @@ class Backend:
         )  # fmt: skip
 
     async def _until_gone(self, session: ServerSession) -> None:
-        retry_at = self.now() + min(_RETRY_S * 2**self._n_retries, _RETRY_AT_LAST_S)
-        while self.health is Health.UP:
-            try:
-                async with asyncio.timeout(_WATCH_S * _jitter.uniform(1 - _JITTER, 1 + _JITTER)):
-                    await self._doubt.wait()
-            except TimeoutError:
-                pass
-            self._doubt.clear()
-            try:
-                props = await self._watched_props()
-            except LlamaslotError as error:
-                if self.health is not Health.UP:
-                    return
-                patience_s = _HEALTH_S if self._members.are_several else 5.0
-                if await self.api.why_unhealthy(patience_s) is None:
-                    if isinstance(error, UpstreamError) and is_servers_own(error.status):
-                        self.suspicion.blame(error)
-                    elif isinstance(error, NotUnderstood) and session.props.n_slots is not None:
-                        self.changed("another program answers at its address now")
-                    else:
-                        self.suspicion.end()
-                    continue
+        retry_s = min(_RETRY_S * 2**self._n_retries, _RETRY_AT_LAST_S)
+        match await self._watch.until_gone(session, retry_s):
+            case Gone.DOWN:
                 self._why_down = "does not answer"
                 log.warning(
                     "%s: llama-server does not answer; requests get 503, unless another backend takes them",
                     self.name,
                 )
                 self._forget(Health.DOWN)
-                return
-            if (props.boot_id, props.n_slots) != (session.props.boot_id, session.props.n_slots):
+            case Gone.RESTARTED:
                 self.lost(session.table)
-                continue
-            self.suspicion.end()
-            note_sleep(self.leases, props.is_sleeping, self.now())
-            self._prove(session, props)
-            is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
-            if is_due and await has_idle_slot(self.api, session.table):
-                self.changed("a slot is idle now in which it can probe llama-server")
-
-    async def _watched_props(self) -> Props:
-        """Return the answer to ``GET /props``. While it takes more than 2 s, other backends get the requests, if there
-        are any. Raises LlamaslotError."""
-        if not self._members.are_several:
-            return await self.api.props()
-        timer = asyncio.get_running_loop().call_later(_SUSPECT_S, self.suspect)
-        try:
-            return await self.api.props(_SUSPECT_S + _SILENT_S)
-        finally:
-            timer.cancel()
-            self._doubt.clear()
+            case (Gone.OTHER_PROGRAM | Gone.CAN_BE_PROBED) as why:
+                self.changed(why.value)
 
     def _forget(self, health: Health) -> None:
         self.session = None
         self.metrics.assist.set(0)
-        self._proof.clear()
+        self._watch.proof.clear()
         self._set(health)
         self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)
 

@@ -1,5 +1,5 @@
-"""Tells if a llama-server is there, awake, and likely to answer. ``Backend._until_gone`` in ``backend.py`` watches the
-server and decides that it is down.
+"""Decides if a llama-server is there, awake, and likely to answer. ``Watch`` asks it, and finds out that it is down or
+another process.
 
 A llama-server is not always there: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it
 and starts it again for the next request, or it is one of the models of a router. A llama-server that may hang, or that
@@ -12,12 +12,17 @@ import asyncio
 import enum
 import logging
 import math
+import random
+from collections.abc import Callable
 from typing import Protocol
 
+from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.leases import Leases
+from llamaslot.backend.unassisted_slots import has_idle_slot
 from llamaslot.cache.content import NOTHING
-from llamaslot.errors import UpstreamError
+from llamaslot.errors import LlamaslotError, NotUnderstood, UpstreamError, is_servers_own
 from llamaslot.llama.answers import Props
+from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotEvent
 from llamaslot.tasks import ChangeEvent
@@ -29,6 +34,13 @@ log = logging.getLogger(__name__)
 _AWAKE_S = 0.5
 # The first and the longest pause in which a server that answers with errors is avoided; each pause is twice the last.
 _PAUSE_S, _PAUSE_AT_LAST_S = 2.0, 60.0
+_WATCH_S = 2.0
+_JITTER = 0.2  # part by which a pause varies, so that many backends are not checked at the same moment
+_jitter = random.Random()
+# A llama-server that does not answer GET /props for SUSPECT_S gets no more requests while another backend can take
+# them. It is down if it does not answer for _SILENT_S more, and then not to GET /health within _HEALTH_S.
+SUSPECT_S, _SILENT_S, _HEALTH_S = 2.0, 3.0, 2.0
+_HEALTH_ONLY_S = 5.0  # as _HEALTH_S, for a server that is the only one
 
 
 class Health(enum.Enum):
@@ -195,3 +207,98 @@ class Suspicion:
         if self._leases.is_suspect and self._leases.now() >= self._until:
             self._leases.is_suspect = False
             self._leases.dispatch()
+
+
+class Gone(enum.Enum):
+    """Why llamaslot must connect to a llama-server again, or wait for it."""
+
+    DOWN = "it does not answer"
+    RESTARTED = "it is another process"
+    OTHER_PROGRAM = "another program answers at its address now"
+    CAN_BE_PROBED = "a slot is idle now in which it can probe llama-server"
+
+
+class Watch:
+    """Watches one connected llama-server, and decides if it is down or another process. It asks for ``/props`` every
+    2 s, and at once after ``doubt``.
+    """
+
+    def __init__(
+        self, api: LlamaServer, leases: Leases, presence: Presence, are_several: Callable[[], bool]
+    ) -> None:
+        """``are_several()``: True if there are other backends, which can take the requests of one that hangs."""
+        self._api, self._leases, self._are_several = api, leases, are_several
+        self.suspicion, self.proof = Suspicion(leases), Proof(presence, leases)
+        self._is_doubted = asyncio.Event()
+
+    def doubt(self) -> None:
+        """Ask at once if the process is still there. Until it has answered, nothing proves that it is."""
+        self.proof.clear()
+        self.look_now()
+
+    def look_now(self) -> None:
+        """End the present pause between two questions."""
+        self._is_doubted.set()
+
+    def has_told(self, session: ServerSession, props: Props) -> None:
+        """Record that the process of ``session`` has just answered with ``props``."""
+        note_sleep(self._leases, props.is_sleeping, self._leases.now())
+        if session.table.is_current:
+            self.proof.renew(props)
+
+    async def until_gone(self, session: ServerSession, retry_s: float) -> Gone | None:
+        """Watch the process of ``session`` until it is gone, and return why. Returns None if the session was ended
+        otherwise meanwhile. ``retry_s``: if it was connected to without probes for lack of an idle slot, it is
+        connected to again once one is idle, but not before so many seconds. Canceling is safe.
+        """
+        retry_at = self._leases.now() + retry_s
+        while session.table.is_current:
+            try:
+                async with asyncio.timeout(_WATCH_S * _jitter.uniform(1 - _JITTER, 1 + _JITTER)):
+                    await self._is_doubted.wait()
+            except TimeoutError:
+                pass
+            self._is_doubted.clear()
+            try:
+                props = await self._props()
+            except LlamaslotError as error:
+                if session.table.is_current and (why := await self._why_silent(session, error)) is not None:
+                    return why if session.table.is_current else None
+                continue
+            if (props.boot_id, props.n_slots) != (session.props.boot_id, session.props.n_slots):
+                return Gone.RESTARTED
+            self.suspicion.end()
+            self.has_told(session, props)
+            is_due = session.aside is not None and session.aside.may_end and self._leases.now() >= retry_at
+            if is_due and await has_idle_slot(self._api, session.table):
+                return Gone.CAN_BE_PROBED
+        return None
+
+    async def _props(self) -> Props:
+        """Return the answer to ``GET /props``. While it takes more than 2 s, other backends get the requests, if there
+        are any. Raises LlamaslotError.
+        """
+        if not self._are_several():
+            return await self._api.props()
+        timer = asyncio.get_running_loop().call_later(SUSPECT_S, self._takes_long)
+        try:
+            return await self._api.props(SUSPECT_S + _SILENT_S)
+        finally:
+            timer.cancel()
+
+    def _takes_long(self) -> None:
+        self.proof.clear()
+        self.suspicion.begin()
+
+    async def _why_silent(self, session: ServerSession, error: LlamaslotError) -> Gone | None:
+        """``GET /props`` has failed with ``error``: return why the process is gone, None if it is there after all."""
+        patience_s = _HEALTH_S if self._are_several() else _HEALTH_ONLY_S
+        if await self._api.why_unhealthy(patience_s) is not None:
+            return Gone.DOWN
+        if isinstance(error, UpstreamError) and is_servers_own(error.status):
+            self.suspicion.blame(error)
+        elif isinstance(error, NotUnderstood) and session.props.n_slots is not None:
+            return Gone.OTHER_PROGRAM
+        else:
+            self.suspicion.end()
+        return None
