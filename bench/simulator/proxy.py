@@ -206,7 +206,7 @@ class Proxy:
 
     async def close(self) -> None:
         while len(self.tasks):
-            await self.tasks.drain()
+            await self.tasks.all_ended()
 
     def check(self) -> None:
         """Raise AssertionError with the name of the invariant that does not hold after the last request."""

@@ -103,7 +103,7 @@ class TaskOwner:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def drain(self) -> None:
+    async def all_ended(self) -> None:
         """Wait until the tasks that run now have ended, without cancelling them. Canceling this call is safe: the tasks
         go on.
         """

@@ -1,5 +1,5 @@
-"""One backend's scheduler, slot table, leases, steps, turns, drains and idle save, with a stub as llama-server, and its
-clients.
+"""One backend's scheduler, slot table, leases, steps, turns, abandoned slots and idle save, with a stub as
+llama-server, and its clients.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class House:
         self.exclusive = ExclusiveSection(api, self.leases, self.executor, self.tasks)
         self.idle_save = IdleSave(self.leases, self.executor, 2.0)
         self.abandoned_slots = AbandonedSlots(api, self.leases, loop.time)
-        self.leases.on_drain = self.abandoned_slots.add
+        self.leases.on_abandoned = self.abandoned_slots.add
         self.leases.pin = self.catalog.pin
         self.executor.saving.fingerprint = MODEL
         self.saved_tokens = b""  # what ``keep_one_on_disk`` has put there
@@ -106,7 +106,7 @@ class House:
         self._log = _Collector(self.faults)
         logging.getLogger("llamaslot.tasks").addHandler(self._log)
         loop.set_exception_handler(lambda _, context: self.faults.append(repr(context)))
-        self._poller = loop.create_task(self.abandoned_slots.run(), name="drains")
+        self._poller = loop.create_task(self.abandoned_slots.run(), name="abandoned slots")
         loop.run_until_complete(self.meet())
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class House:
     # -- the server's life ---------------------------------------------------------------------------------------
 
     async def meet(self) -> None:
-        """Connect: an idle slot is emptied, a slot at work drains, and snapshots are offered."""
+        """Connect: an idle slot is emptied, a slot at work is abandoned, and snapshots are offered."""
         n = len(self.server.slots_)
         table = SlotTable("stub", n, 10_000, rules=self.rules, rates=self.rates)
         table.can_save = table.can_erase = True

@@ -138,7 +138,7 @@ class Paced(House):
         self.loop.settle()
 
     def leave_after(self, client: asyncio.Task[Any], seconds: float) -> None:
-        """The client leaves after ``seconds``; its slot drains."""
+        """The client leaves after ``seconds``; its slot is abandoned."""
         self.loop.pass_time(seconds)
         self.leave(client)
         self.loop.pass_time(4.0)

@@ -105,7 +105,7 @@ async def leave_and_return(
         # Nobody looks meanwhile: each answer of /slots would keep the abandoned request alive for a second.
         await asyncio.sleep(rest_s)
         if not stack.alone:
-            await drained(stack)
+            await without_abandoned(stack)
         n_before = await meter.total()
         reply = await front.ask("/v1/chat/completions", {**body, "stream": True})
         assert not reply.error, reply.error
@@ -120,11 +120,11 @@ async def leave_and_return(
     )
 
 
-async def drained(stack: Stack) -> None:
+async def without_abandoned(stack: Stack) -> None:
     """Wait until llamaslot has seen that the abandoned work is over. llamaslot is asked, not llama-server. Until then a
     model that computes the whole prompt in half a second does better to compute it than to wait for the slot.
     """
-    while any(slot["state"] == "DRAINING" for slot in (await stack.status())["backends"][0]["slots"]):  # noqa: ASYNC110
+    while any(slot["state"] == "ABANDONED" for slot in (await stack.status())["backends"][0]["slots"]):  # noqa: ASYNC110
         await asyncio.sleep(0.05)
 
 

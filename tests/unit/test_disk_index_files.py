@@ -309,11 +309,11 @@ async def test_begins_when_it_is_due_and_only_once(
         maker.consider(index)
         await asyncio.sleep(0)
         assert len(tasks) == (len(index) > 10)
-    await tasks.drain()
+    await tasks.all_ended()
     assert index.base is not None
     assert len(index.base) == 11
     maker.consider(index)
-    await tasks.drain()
+    await tasks.all_ended()
     assert len(index.base) == len(held)
 
 
@@ -326,7 +326,7 @@ async def test_does_not_try_again_at_once(
     maker = DiskIndexRebuild(tmp_path / "gone", "model a", tasks)
     index = filled(sequences(5))
     maker.consider(index)
-    await tasks.drain()  # the directory is not there
+    await tasks.all_ended()  # the directory is not there
     index.insert("more", b"")
     maker.consider(index)
     assert len(tasks) == 0
@@ -334,7 +334,7 @@ async def test_does_not_try_again_at_once(
     filled(sequences(5, seed=2), index)
     maker.consider(index)
     assert len(tasks) == 1
-    await tasks.drain()
+    await tasks.all_ended()
     assert index.base is not None
 
 

@@ -68,7 +68,7 @@ async def test_a_request_for_a_busy_slot_is_a_violation(fake: FakeServer, tasks:
     await fake.wait_for(lambda f: len(f.engine.deferred) == 2)
     assert len(fake.violations) == 3
     fake.go()
-    await tasks.drain()
+    await tasks.all_ended()
 
 
 async def test_prompts_of_one_array_are_no_violation(fake: FakeServer) -> None:

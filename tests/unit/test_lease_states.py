@@ -35,30 +35,30 @@ PREPARING -> WAIT -> WAITING_EXCLUSIVE
 PREPARING -> SEND -> SENT
 PREPARING -> SETTLE -> SETTLED
 PREPARING -> GIVE_BACK -> RELEASED
-PREPARING -> LEAVE -> DRAINING
+PREPARING -> LEAVE -> ABANDONED
 ACTING -> ACTED -> PREPARING
 ACTING -> RELEASE -> RELEASE_PENDING
 PREFILLING -> PREFILLED -> PREPARING
-PREFILLING -> LEAVE -> DRAINING
+PREFILLING -> LEAVE -> ABANDONED
 WAITING_EXCLUSIVE -> ADMIT -> PREPARING
 WAITING_EXCLUSIVE -> GIVE_BACK -> RELEASED
-WAITING_EXCLUSIVE -> LEAVE -> DRAINING
+WAITING_EXCLUSIVE -> LEAVE -> ABANDONED
 SENT -> CONFIRM -> PROCESSING
 SENT -> TOKEN -> DECODING
 SENT -> SETTLE -> SETTLED
 SENT -> GIVE_BACK -> RELEASED
-SENT -> LEAVE -> DRAINING
+SENT -> LEAVE -> ABANDONED
 PROCESSING -> TOKEN -> DECODING
 PROCESSING -> SETTLE -> SETTLED
 PROCESSING -> GIVE_BACK -> RELEASED
-PROCESSING -> LEAVE -> DRAINING
+PROCESSING -> LEAVE -> ABANDONED
 DECODING -> SETTLE -> SETTLED
 DECODING -> GIVE_BACK -> RELEASED
-DECODING -> LEAVE -> DRAINING
+DECODING -> LEAVE -> ABANDONED
 SETTLED -> ACT -> ACTING
 SETTLED -> GIVE_BACK -> RELEASED
 RELEASE_PENDING -> GIVE_BACK -> RELEASED
-RELEASE_PENDING -> LEAVE -> DRAINING
+RELEASE_PENDING -> LEAVE -> ABANDONED
 """.strip().splitlines()
 ]
 
@@ -118,7 +118,7 @@ WAYS: dict[LeaseState, tuple[Call, ...]] = {
     LeaseState.DECODING: (Lease.begin_request, Lease.mark_processing, Lease.mark_decoding),
     LeaseState.SETTLED: (Lease.begin_request, lambda lease: lease.finish(Content(TOKENS))),
     LeaseState.RELEASE_PENDING: (Lease.begin_action, Lease.release),
-    LeaseState.DRAINING: (Lease.begin_prefill, Lease.release),
+    LeaseState.ABANDONED: (Lease.begin_prefill, Lease.release),
     LeaseState.RELEASED: (Lease.release,),
 }
 
@@ -155,7 +155,7 @@ def test_every_state_has_a_way_in_and_out() -> None:
     """Each but the last two can end, and each is reached."""
     reached = {LeaseState.PREPARING, *NEXT.values()}
     assert reached == set(LeaseState)
-    assert set(LeaseState) - {before for before, _ in NEXT} == {LeaseState.DRAINING, LeaseState.RELEASED}
+    assert set(LeaseState) - {before for before, _ in NEXT} == {LeaseState.ABANDONED, LeaseState.RELEASED}
 
 
 @pytest.mark.parametrize(
@@ -163,32 +163,32 @@ def test_every_state_has_a_way_in_and_out() -> None:
     [
         (LeaseState.PREPARING, LeaseState.RELEASED, SlotState.FREE),
         (LeaseState.ACTING, LeaseState.RELEASE_PENDING, SlotState.LEASED),
-        (LeaseState.PREFILLING, LeaseState.DRAINING, SlotState.DRAINING),
+        (LeaseState.PREFILLING, LeaseState.ABANDONED, SlotState.ABANDONED),
         (LeaseState.WAITING_EXCLUSIVE, LeaseState.RELEASED, SlotState.FREE),
-        (LeaseState.SENT, LeaseState.DRAINING, SlotState.DRAINING),
-        (LeaseState.PROCESSING, LeaseState.DRAINING, SlotState.DRAINING),
-        (LeaseState.DECODING, LeaseState.DRAINING, SlotState.DRAINING),
+        (LeaseState.SENT, LeaseState.ABANDONED, SlotState.ABANDONED),
+        (LeaseState.PROCESSING, LeaseState.ABANDONED, SlotState.ABANDONED),
+        (LeaseState.DECODING, LeaseState.ABANDONED, SlotState.ABANDONED),
         (LeaseState.SETTLED, LeaseState.RELEASED, SlotState.HOT),
         (LeaseState.RELEASE_PENDING, LeaseState.RELEASE_PENDING, SlotState.LEASED),
-        (LeaseState.DRAINING, LeaseState.DRAINING, SlotState.DRAINING),
+        (LeaseState.ABANDONED, LeaseState.ABANDONED, SlotState.ABANDONED),
         (LeaseState.RELEASED, LeaseState.RELEASED, SlotState.FREE),
     ],
 )
 def test_release_in_each_state(state: LeaseState, ends: LeaseState, slot: SlotState) -> None:
-    """It is safe, and the second time without effect. The owner is told once, when the slot is given back or drains."""
+    """It is safe, and the second time without effect. The owner is told once, when it ends."""
     desk = in_state(state)
     for _ in range(2):
         desk.lease.release()
         assert (desk.lease.state, desk.slot_state) == (ends, slot)
     assert desk.lease.is_released
-    n_ends = sum(told in ("released", "draining") for told in desk.owner.told)
+    n_ends = sum(told in ("released", "abandoned") for told in desk.owner.told)
     assert n_ends == (ends is not LeaseState.RELEASE_PENDING)
 
 
 @pytest.mark.parametrize(
     "state", [LeaseState.PREPARING, LeaseState.WAITING_EXCLUSIVE, LeaseState.SENT, LeaseState.DECODING]
 )
-def test_without_a_slot_nothing_drains(state: LeaseState) -> None:
+def test_without_a_slot_nothing_is_abandoned(state: LeaseState) -> None:
     """llama-server's work is in the slots of its other leases."""
     desk = in_state(state, Desk(has_slot=False)) if state is not LeaseState.DECODING else Desk(has_slot=False)
     if (
@@ -211,7 +211,7 @@ def test_an_action_is_carried_out_after_the_release() -> None:
 
 
 @pytest.mark.parametrize("is_released_first", [True, False])
-def test_a_slot_that_is_left_at_work_drains(is_released_first: bool) -> None:
+def test_a_slot_that_is_left_at_work_is_abandoned(is_released_first: bool) -> None:
     """After an action that has failed while llama-server computed for it."""
     desk = in_state(LeaseState.ACTING)
     if is_released_first:
@@ -219,7 +219,7 @@ def test_a_slot_that_is_left_at_work_drains(is_released_first: bool) -> None:
     desk.lease.lose_track()
     desk.lease.end_action()
     desk.lease.release()
-    assert (desk.lease.state, desk.slot_state) == (LeaseState.DRAINING, SlotState.DRAINING)
+    assert (desk.lease.state, desk.slot_state) == (LeaseState.ABANDONED, SlotState.ABANDONED)
 
 
 def test_another_action_ends_what_was_left_at_work() -> None:
@@ -276,7 +276,7 @@ def test_whether_llama_server_has_begun_is_known_of_what_was_sent_last() -> None
     assert lease.state is LeaseState.PROCESSING
 
 
-def test_a_slot_that_llama_server_may_have_chosen_drains() -> None:
+def test_a_slot_that_llama_server_may_have_chosen_is_abandoned() -> None:
     """One that it has not chosen is given back as it was."""
     desk = Desk()
     desk.lease.land(is_confirmed=False)
@@ -284,7 +284,7 @@ def test_a_slot_that_llama_server_may_have_chosen_drains() -> None:
     desk.lease.land(is_confirmed=True)
     assert (desk.lease.state, desk.lease.content) == (LeaseState.PROCESSING, NOTHING)
     desk.lease.release()
-    assert desk.slot_state is SlotState.DRAINING
+    assert desk.slot_state is SlotState.ABANDONED
     other = Desk()
     other.lease.finish(other.lease.content)
     other.lease.release()

@@ -68,7 +68,7 @@ class World:
 
     async def made(self) -> None:
         """Wait for the generation that is being made."""
-        await self.tasks.drain()
+        await self.tasks.all_ended()
         library = self.libraries.current("gpu0")
         assert library is not None
         assert library.index.base is not None
@@ -205,7 +205,7 @@ async def test_two_backends_of_one_model_share_a_library(world: World) -> None:
     other = await world.libraries.of("gpu1", OTHER, lambda found: found.fingerprint == "other")
     assert other is not first
     assert list(world.libraries) == [first, other]
-    await world.tasks.drain()
+    await world.tasks.all_ended()
     assert await world.libraries.of("gpu1", MODEL, lambda found: found.fingerprint == "model") is first
     assert list(world.libraries) == [first]
     world.drop("ls-3")

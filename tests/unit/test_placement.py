@@ -40,11 +40,11 @@ from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import SlotKey, SlotState
 
 RULES = Rules(similarity_min=0.85, small_prompt_tokens=1024, chunk_threshold_s=1.0)
-FREE, HOT, LEASED, DRAINING, SUSPECT = (
+FREE, HOT, LEASED, ABANDONED, SUSPECT = (
     SlotState.FREE,
     SlotState.HOT,
     SlotState.LEASED,
-    SlotState.DRAINING,
+    SlotState.ABANDONED,
     SlotState.SUSPECT,
 )
 
@@ -214,9 +214,9 @@ def test_an_overdue_slot_is_still_waited_for() -> None:
     assert decision.for_s > 0
 
 
-def test_a_draining_slot_is_waited_for_like_a_busy_one() -> None:
+def test_an_abandoned_slot_is_waited_for_like_a_busy_one() -> None:
     """Who leaves and asks again at once finds what was computed for him."""
-    own = busy(1, 20_000, shared=20_000, wait_s=1.0, state=DRAINING)
+    own = busy(1, 20_000, shared=20_000, wait_s=1.0, state=ABANDONED)
     assert place(job(20_100), view(free(0), own), RULES) == Wait(slot=key(1), for_s=1.0)
 
 

@@ -202,7 +202,7 @@ def test_one_that_cannot_be_saved_is_given_up(house: House) -> None:
     assert [house.server.files[snapshot.file_name] for snapshot in pinned(house)] == [tokens_of(50_000, N)]
 
 
-def test_a_slot_that_falls_silent_is_counted_and_drains(house: House) -> None:
+def test_a_slot_that_falls_silent_is_counted_and_abandoned(house: House) -> None:
     """As one of a client's; it is tried again."""
     house.server.pace = lambda op: None if op.kind in ("batch", "notice") else 0.01
     task = house.loop.create_task(prewarm(house, AGENT).run(), name="prewarm")
@@ -212,7 +212,7 @@ def test_a_slot_that_falls_silent_is_counted_and_drains(house: House) -> None:
     house.loop.settle()
     assert house.metrics.wedged._value.get() == 1
     assert house.leases.table is not None
-    assert SlotState.DRAINING in {slot.state for slot in house.leases.table.slots}
+    assert SlotState.ABANDONED in {slot.state for slot in house.leases.table.slots}
     house.server.pace = lambda op: 0.01
     [notice] = house.server.pending
     house.server.serve(notice)

@@ -204,7 +204,7 @@ def wedge(house: House) -> None:
 
 
 @pytest.mark.parametrize("asks", [False, True], ids=["ahead of need", "for somebody"])
-def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
+def test_a_slot_that_falls_silent_while_it_goes_back_is_abandoned(asks: bool) -> None:
     """llama-server may be at work in it still. It is counted: by whoever serves the request that it was saved for, and
     whose client is told."""
     house = House(VirtualLoop(), StubServer(1, pace=lambda op: None if op.kind in WEDGED else 0.01))
@@ -221,7 +221,7 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     wedge(house)
     assert client.done()
     assert isinstance(client.exception(), SlotWedged) is asks
-    assert [slot.state for slot in table.slots] == [SlotState.DRAINING]
+    assert [slot.state for slot in table.slots] == [SlotState.ABANDONED]
     assert house.metrics.wedged._value.get() == float(not asks)
     house.finish()
     assert [slot.state for slot in table.slots] == [SlotState.SUSPECT]

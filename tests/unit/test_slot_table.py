@@ -120,15 +120,15 @@ def test_keeping_nothing_is_being_free() -> None:
     assert hold(table, 0, b"").state is SlotState.FREE
 
 
-def test_a_draining_slot_is_busy_until_the_server_is_idle() -> None:
-    """Its client has gone; it goes through DRAINING to HOT and can then be leased."""
+def test_an_abandoned_slot_is_busy_until_the_server_is_idle() -> None:
+    """Its client has gone; it goes through ABANDONED to HOT and can then be leased."""
     table = make()
     slot = table.slots[0]
     table.take(slot, Request("gone", A), 1.0, plan(0), has_answer=True)
     table.give_back(slot, SlotEvent.LEAVE, Content(A, is_exact=False, is_dirty=True), 2.0)
     table.check()
     seen = table.view(Request("back", A), 2.0, SYSTEM_USER).slots[0]
-    assert (seen.state, seen.n_shared) == (SlotState.DRAINING, 2000)
+    assert (seen.state, seen.n_shared) == (SlotState.ABANDONED, 2000)
     assert seen.wait_s > 0
     table.give_back(slot, SlotEvent.KEEP, Content(head(A, 512), is_exact=False, is_dirty=True), 3.0)
     table.check()

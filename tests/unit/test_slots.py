@@ -20,11 +20,11 @@ ALLOWED = [
     (SlotState.SUSPECT, "lease", SlotState.LEASED),
     (SlotState.LEASED, "keep", SlotState.HOT),
     (SlotState.LEASED, "empty", SlotState.FREE),
-    (SlotState.LEASED, "leave", SlotState.DRAINING),
+    (SlotState.LEASED, "leave", SlotState.ABANDONED),
     (SlotState.LEASED, "fail", SlotState.SUSPECT),
-    (SlotState.DRAINING, "keep", SlotState.HOT),
-    (SlotState.DRAINING, "empty", SlotState.FREE),
-    (SlotState.DRAINING, "fail", SlotState.SUSPECT),
+    (SlotState.ABANDONED, "keep", SlotState.HOT),
+    (SlotState.ABANDONED, "empty", SlotState.FREE),
+    (SlotState.ABANDONED, "fail", SlotState.SUSPECT),
 ]
 FORBIDDEN = [
     (state, event)

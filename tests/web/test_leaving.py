@@ -48,7 +48,7 @@ async def test_in_the_queue(tmp_path: Path, stream: bool) -> None:
 async def test_a_request_that_left_a_restarted_server_may_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """His one slot is paid back when the old one has drained, and then he is served."""
+    """His one slot is paid back when the old one is idle, and then he is served."""
     async with served(tmp_path, {"queue": {"user_max_running": 1}}) as it:
         backend, is_asked, may_go_on = it.backend, asyncio.Event(), asyncio.Event()
         slots = backend.api.slots

@@ -169,14 +169,12 @@ async def test_who_hangs_up_at_the_last_event_leaves_nothing_at_work(
     body = {**OPAQUE, "/infill": INFILL, CHAT: chat}[path]
     async with served(tmp_path, slots=4) as it:
         await fill(it)
-        drained: list[Any] = []
-        monkeypatch.setattr(
-            it.backend.abandoned_slots, "add_slot", lambda *draining: drained.append(draining)
-        )
+        abandoned: list[Any] = []
+        monkeypatch.setattr(it.backend.abandoned_slots, "add_slot", lambda *slot: abandoned.append(slot))
         async with it.session.post(it.url + path, json={**body, "stream": True}) as stream:
             await line_with(stream, last)
         await it.at_rest()
-        assert drained == []
+        assert abandoned == []
 
 
 async def test_a_pinned_route_runs_in_its_leased_slot(tmp_path: Path) -> None:

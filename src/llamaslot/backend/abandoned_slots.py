@@ -132,7 +132,7 @@ class AbandonedSlots:
         ``info.n_tokens`` tokens of what was sent, and is FREE if it has none. It is SUSPECT if another task has run in
         it meanwhile, or nothing is known of what was sent.
         """
-        if not entry.table.is_current or entry.slot.state is not SlotState.DRAINING:
+        if not entry.table.is_current or entry.slot.state is not SlotState.ABANDONED:
             return
         n = info.n_tokens or 0
         content = entry.content

@@ -107,7 +107,7 @@ class Backend:
         self.drain = Drain(name, leases, self.idle_save, self.tasks)
         self.cache_misses = CacheMisses(api, metrics, self.tasks)
         self.abandoned_slots = AbandonedSlots(api, leases, self.now)
-        leases.on_drain = self.abandoned_slots.add
+        leases.on_abandoned = self.abandoned_slots.add
         if catalog is not None:
             leases.pin = catalog.pin
         self.health = Health.DOWN

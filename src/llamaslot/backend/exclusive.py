@@ -133,7 +133,7 @@ class UnpinnedRequest:
 
     def abort(self) -> None:
         """Release the slots without knowing what they hold. The client has left, perhaps before its request began, so
-        each slot drains until llama-server has reported what it holds. No effect after ``settle``.
+        each slot is abandoned until llama-server has reported what it holds. No effect after ``settle``.
         """
         if self._settled:
             return

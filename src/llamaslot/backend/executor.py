@@ -78,7 +78,7 @@ class PlanExecutor:
         slot holds much less than expected, or a restore has failed; then the request can be placed where it reuses
         more. With ``can_stop`` raises Preempted between two steps if the slot is wanted for another user. Canceling is
         safe: a running save, erase or restore is carried out, and then the slot is given back; a prefill is closed,
-        and its slot drains.
+        and its slot is abandoned.
         """
         assert lease.plan is not None
         if can_stop and not lease.request.is_exclusive:

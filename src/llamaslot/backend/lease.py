@@ -54,7 +54,7 @@ class Owner(Protocol):
         """The lease has changed so that waiting requests may now get a slot, or a better one: place them again soon."""
 
     def on_end(self, lease: Lease) -> None:
-        """The lease has ended. Its slot is free (RELEASED), or llama-server may still work in it (DRAINING)."""
+        """The lease has ended. Its slot is free (RELEASED), or llama-server may still work in it (ABANDONED)."""
 
 
 class Lease:
@@ -437,7 +437,7 @@ class Lease:
             self._pin.release()
         if self.slot is not None:
             self.end_pending_save()
-            if self.state is LeaseState.DRAINING:
+            if self.state is LeaseState.ABANDONED:
                 event, content = SlotEvent.LEAVE, self.content or NOTHING
             elif self.content is None:
                 event, content = SlotEvent.FAIL, NOTHING

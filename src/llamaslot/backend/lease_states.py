@@ -22,7 +22,7 @@ class LeaseState(enum.Enum):
     DECODING = "decoding"  # the first token of its answer has come
     SETTLED = "settled"  # llama-server is done with it
     RELEASE_PENDING = "release pending"  # released during an action: the slot is free when the action ends
-    DRAINING = "draining"  # released while llama-server may be working: free when that ends
+    ABANDONED = "abandoned"  # released while llama-server may be working: free when that ends
     RELEASED = "released"
 
 
@@ -53,34 +53,34 @@ NEXT: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
     (LeaseState.PREPARING, LeaseEvent.SETTLE): LeaseState.SETTLED,
     (LeaseState.PREPARING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
     # A save has failed while it rewound the slot.
-    (LeaseState.PREPARING, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.PREPARING, LeaseEvent.LEAVE): LeaseState.ABANDONED,
     (LeaseState.ACTING, LeaseEvent.ACTED): LeaseState.PREPARING,
     (LeaseState.ACTING, LeaseEvent.RELEASE): LeaseState.RELEASE_PENDING,
     (LeaseState.PREFILLING, LeaseEvent.PREFILLED): LeaseState.PREPARING,
-    (LeaseState.PREFILLING, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.PREFILLING, LeaseEvent.LEAVE): LeaseState.ABANDONED,
     (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.ADMIT): LeaseState.PREPARING,
     (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
-    (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.LEAVE): LeaseState.ABANDONED,
     (LeaseState.SENT, LeaseEvent.CONFIRM): LeaseState.PROCESSING,
     # A request without a slot of its own is seen in a slot only later.
     (LeaseState.SENT, LeaseEvent.TOKEN): LeaseState.DECODING,
     (LeaseState.SENT, LeaseEvent.SETTLE): LeaseState.SETTLED,  # refused
     (LeaseState.SENT, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,  # without a slot of its own
-    (LeaseState.SENT, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.SENT, LeaseEvent.LEAVE): LeaseState.ABANDONED,
     (LeaseState.PROCESSING, LeaseEvent.TOKEN): LeaseState.DECODING,
     (LeaseState.PROCESSING, LeaseEvent.SETTLE): LeaseState.SETTLED,
     (LeaseState.PROCESSING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,  # without a slot of its own
-    (LeaseState.PROCESSING, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.PROCESSING, LeaseEvent.LEAVE): LeaseState.ABANDONED,
     (LeaseState.DECODING, LeaseEvent.SETTLE): LeaseState.SETTLED,
     (LeaseState.DECODING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,  # without a slot of its own
-    (LeaseState.DECODING, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.DECODING, LeaseEvent.LEAVE): LeaseState.ABANDONED,
     (LeaseState.SETTLED, LeaseEvent.ACT): LeaseState.ACTING,  # saved before its slot is given back
     (LeaseState.SETTLED, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
     (LeaseState.RELEASE_PENDING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
-    (LeaseState.RELEASE_PENDING, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.RELEASE_PENDING, LeaseEvent.LEAVE): LeaseState.ABANDONED,
 }
 
-ENDED = (LeaseState.RELEASE_PENDING, LeaseState.DRAINING, LeaseState.RELEASED)
+ENDED = (LeaseState.RELEASE_PENDING, LeaseState.ABANDONED, LeaseState.RELEASED)
 RUNNING = (LeaseState.PROCESSING, LeaseState.DECODING)
 OWN_REQUEST = (LeaseState.SENT, *RUNNING)
 AT_WORK = (LeaseState.PREFILLING, *OWN_REQUEST)

@@ -96,7 +96,7 @@ class Leases:
         self.leases: dict[Lease, None] = {}  # ordered: among equals the first one is chosen
         self.changes = ChangeEvent()  # notified when a lease or the exclusive section has changed
         self._charges: dict[Lease, Charge] = {}  # the accounts of users for the slots that they have now
-        self.on_drain: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
+        self.on_abandoned: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
         self.pin: Callable[[str], Pin] | None = None  # pins a snapshot
         self.is_on_demand = (
             False  # ``changes`` is also notified when requests begin or cease to wait for slots
@@ -134,7 +134,7 @@ class Leases:
         """True if a client's request has a lease, or llama-server may still compute for a client that has left."""
         slots = self.table.slots if self.table is not None else []
         is_leased = any(not lease.is_own for lease in self.leases)
-        return is_leased or any(slot.state is SlotState.DRAINING for slot in slots)
+        return is_leased or any(slot.state is SlotState.ABANDONED for slot in slots)
 
     @property
     def prefilled_s(self) -> float:
@@ -262,7 +262,7 @@ class Leases:
         return [self.grant(slot, request) for slot in idle]
 
     def charge(self, lease: Lease, charge: Charge | None) -> None:
-        """Charge the slot time of ``lease`` to its user, until the lease has ended and its slot has drained."""
+        """Charge the slot time of ``lease`` to its user, until the lease has ended and its slot is idle."""
         if charge is not None:
             self._charges[lease] = charge
 
@@ -289,8 +289,8 @@ class Leases:
     def on_end(self, lease: Lease) -> None:
         self.leases.pop(lease, None)
         charge = self._charges.pop(lease, None)
-        if lease.state is LeaseState.DRAINING:
-            self.on_drain(lease, charge)
+        if lease.state is LeaseState.ABANDONED:
+            self.on_abandoned(lease, charge)
         else:
             self.paid(charge)
         if not lease.is_own:

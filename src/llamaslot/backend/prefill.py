@@ -99,7 +99,7 @@ class ChunkedPrefill:
         Raises Preempted between two chunks, BackendDown and BackendRestarted. Raises RetryPlacement if an exclusive
         request (one for which llama-server chooses the slot) has waited long enough. With ``may_replan`` also raises
         it if the slot holds much less than expected; then almost nothing was computed. Canceling is safe: the chunk is
-        closed and its slot drains."""
+        closed and its slot is abandoned."""
         rewind_model = lease.table.rewind_model
         n_window = (rewind_model.window or 0) if rewind_model.cache_kind is CacheKind.SWA else 0
         long = LongPrompt(

@@ -373,8 +373,8 @@ class Saving:
 
     async def _has_gone_back(self, lease: Lease, content: Content, kind: SnapshotKind) -> bool:
         """Rewind the slot if its file would be useless otherwise. Returns False if that failed: then the content is
-        unknown, and the slot drains when released, because llama-server may be working in it. Raises SlotWedged if
-        llama-server sent nothing."""
+        unknown, and the slot is abandoned when released, because llama-server may be working in it. Raises SlotWedged
+        if llama-server sent nothing."""
         if self._must_go_back(lease.table.rewind_model, content):
             try:
                 await self._rewind(lease, content)

@@ -37,7 +37,7 @@ from llamaslot.scheduling.snapshot_value import SnapshotStats
 from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots, PendingSave
 
-DRAIN_S = 0.4  # usual time until llama-server notices that a client has left
+ABANDONED_S = 0.4  # usual time until llama-server notices that a client has left
 
 
 class SlotForecast(Struct):
@@ -50,10 +50,10 @@ class SlotForecast(Struct):
     will_hold: bytes
     namespace: Namespace
     max_tokens: int | None = None
-    is_at_work: bool = False  # the slot drains, and ``/slots`` has shown that llama-server works in it
+    is_at_work: bool = False  # the slot is abandoned, and ``/slots`` has shown that llama-server works in it
 
-    def wait_s(self, now: float, answers: AnswerLength, *, is_draining: bool) -> float:
-        wait_s = max(self.ready_at - now, DRAIN_S if is_draining else 0.0)
+    def wait_s(self, now: float, answers: AnswerLength, *, is_abandoned: bool) -> float:
+        wait_s = max(self.ready_at - now, ABANDONED_S if is_abandoned else 0.0)
         if self.has_answer:
             wait_s += answers.seconds_left(max(now - self.ready_at, 0.0), self.max_tokens)
         return wait_s
@@ -168,7 +168,7 @@ class SlotTable:
             n_tokens=n_held,
             n_shared=n_shared,
             n_usable=n_usable,
-            wait_s=busy.wait_s(now, self.rates.answer, is_draining=slot.state is SlotState.DRAINING),
+            wait_s=busy.wait_s(now, self.rates.answer, is_abandoned=slot.state is SlotState.ABANDONED),
             used_at=slot.used_at,
         )
 
@@ -375,7 +375,7 @@ class SlotTable:
     @property
     def is_anything_on_its_way(self) -> bool:
         """True if llama-server may yet begin with a request of a departed client."""
-        return any(s.state is SlotState.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
+        return any(s.state is SlotState.ABANDONED and not self._busy[s.id].is_at_work for s in self.slots)
 
     def expect_unknown_content(self, slot: Slot, namespace: Namespace) -> None:
         """Record that a leased slot will hold unknown content, computed in ``namespace``. No request waits for it
@@ -385,7 +385,7 @@ class SlotTable:
             self._index_content(slot, b"", busy.namespace)
 
     def give_back(self, slot: Slot, event: SlotEvent, content: Content, now: float) -> None:
-        """End a lease of ``slot``, or the draining after it. The slot holds ``content`` now."""
+        """End a lease of ``slot``, or the time in which it was abandoned. The slot holds ``content`` now."""
         self.end_expected_trunks(slot.id)
         if event is SlotEvent.KEEP and content.n_tokens == 0:
             event = SlotEvent.EMPTY

@@ -90,7 +90,7 @@ class InfillPrompts:
                     " it tries again in ten minutes",
                     lease.table.backend, _LEARNING_S, lease.slot_name,
                 )  # fmt: skip
-                # The slot drains: llama-server may be working in it.
+                # The slot is abandoned: llama-server may be working in it.
                 return PromptNotTokenizable("the probe took too long", Reason.INFILL)
             lease.finish(None)
             return known

@@ -300,7 +300,7 @@ class OnDemand:
             self._fail(model, BackendDown("llamaslot is stopping"))
             if model.loading is not None:
                 model.loading.cancel()
-        await self._tasks.drain()
+        await self._tasks.all_ended()
 
     async def _load(self, model: _Model) -> None:
         began = self._now()

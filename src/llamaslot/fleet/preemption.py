@@ -13,7 +13,7 @@ from itertools import chain
 from msgspec import Struct
 
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.slot_table import DRAIN_S
+from llamaslot.backend.slot_table import ABANDONED_S
 from llamaslot.fleet.open_backends import OpenBackends
 from llamaslot.fleet.queue import Queue, answer_s
 
@@ -132,7 +132,7 @@ def _needed(backends: OpenBackends, queue: Queue, now: float) -> set[Lease]:
     prompts = [_stoppable(lease, queue, now) for lease in stoppable]
     held = [lease for leases in backends.leases for lease in leases.held()]
     waits_s = [left_s(lease, now) for lease in held]
-    waits_s += [DRAIN_S] * (backends.n_slots - len(held))  # slots of clients that have left
+    waits_s += [ABANDONED_S] * (backends.n_slots - len(held))  # slots of clients that have left
     return {stoppable[i] for i in chosen(chain([first], claims), prompts, queue.n_held, waits_s)}
 
 

@@ -172,7 +172,7 @@ class History:
         """Write what has changed since the last write, and close the file. Blocks until its thread has ended."""
         if self._timer is not None:
             self._timer.cancel()
-        await self._tasks.drain()
+        await self._tasks.all_ended()
         await self.write()
         if self._thread is not None:
             if self._file is not None:

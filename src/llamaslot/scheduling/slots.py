@@ -15,7 +15,7 @@ class SlotState(enum.Enum):
     FREE = "FREE"  # holds nothing worth keeping
     HOT = "HOT"  # its tokens are known and kept for reuse
     LEASED = "LEASED"  # one request, save or probe owns it
-    DRAINING = "DRAINING"  # its client has gone; the server may still be computing in it
+    ABANDONED = "ABANDONED"  # its client has gone; the server may still be computing in it
     SUSPECT = "SUSPECT"  # content unknown: erased before its next use
 
 
@@ -35,11 +35,14 @@ NEXT: dict[tuple[SlotState, SlotEvent], SlotState] = {
     (SlotState.SUSPECT, SlotEvent.LEASE): SlotState.LEASED,
     (SlotState.LEASED, SlotEvent.KEEP): SlotState.HOT,
     (SlotState.LEASED, SlotEvent.EMPTY): SlotState.FREE,
-    (SlotState.LEASED, SlotEvent.LEAVE): SlotState.DRAINING,
+    (SlotState.LEASED, SlotEvent.LEAVE): SlotState.ABANDONED,
     (SlotState.LEASED, SlotEvent.FAIL): SlotState.SUSPECT,
-    (SlotState.DRAINING, SlotEvent.KEEP): SlotState.HOT,  # /slots says that it is idle, and how much it holds
-    (SlotState.DRAINING, SlotEvent.EMPTY): SlotState.FREE,
-    (SlotState.DRAINING, SlotEvent.FAIL): SlotState.SUSPECT,
+    (
+        SlotState.ABANDONED,
+        SlotEvent.KEEP,
+    ): SlotState.HOT,  # /slots says that it is idle, and how much it holds
+    (SlotState.ABANDONED, SlotEvent.EMPTY): SlotState.FREE,
+    (SlotState.ABANDONED, SlotEvent.FAIL): SlotState.SUSPECT,
 }
 
 

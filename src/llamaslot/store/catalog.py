@@ -169,7 +169,7 @@ class Catalog:
     async def settle(self) -> None:
         """Wait for all removals, commits and writes of times of use that have begun. Canceling is safe."""
         while len(self._tasks):
-            await self._tasks.drain()
+            await self._tasks.all_ended()
 
     async def write_manifest(self) -> None:
         """Write the manifest, so that the next ``open`` need not read each file. Canceling is safe."""

@@ -194,7 +194,7 @@ function updateSlot(row, slot, backend) {
     const used = slot.used_at ? `used ${seconds(now() - slot.used_at)} ago` : '';
     const kept = slot.snapshot && !slot.is_dirty ? 'also on disk' : slot.is_dirty ? 'not on disk' : '';
     text = slot.state === 'FREE' ? 'free' : slot.state === 'SUSPECT' ? 'content unknown: erased before use' : [used, kept].filter(Boolean).join(', ');
-  } else if (slot.state === 'DRAINING') text = 'client left, finishing';
+  } else if (slot.state === 'ABANDONED') text = 'client left, finishing';
   say(does, text);
 }
 
