@@ -6,6 +6,8 @@ import contextlib
 import gc
 import importlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,22 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     for path in (*files[first:], *files[:first]):
         with contextlib.suppress(Exception):  # told when it is collected
             importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_temporary_files_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail the last test of a worker when any of its tests, or a process that they started, has left a file in the
+    directory for temporary files."""
+    tmp_path_factory.getbasetemp()  # pytest keeps those of its last runs, beside this directory
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="llamaslot-tests-") as directory,
+    ):
+        os.chmod(directory, 0o755)  # some tests look at their files as another user
+        patch.setenv("TMPDIR", directory)
+        patch.setattr(tempfile, "tempdir", directory)
+        yield
+        assert os.listdir(directory) == []
 
 
 @pytest.hookimpl(tryfirst=True)

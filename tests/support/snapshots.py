@@ -67,6 +67,7 @@ class Shelter:
         order: Callable[[], Order] = ByValue,
         landing: Path | None = None,
     ) -> None:
+        directory.mkdir(exist_ok=True)
         self.landing, self.landing_bytes = landing, 0
         self.directory, self.quota_bytes, self.order = directory, quota_bytes, order
         self.max_files, self.min_free_bytes = 10_000, 0

@@ -599,7 +599,7 @@ def test_no_limit_is_ever_broken(seed: int) -> None:
 
     async def play(patch: pytest.MonkeyPatch) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            shelter = await limited(Path(directory), max_files=6, min_free_bytes=1_000)
+            shelter = await limited(Path(directory, "kv"), max_files=6, min_free_bytes=1_000)
             disk = FileSystem(shelter, 12_000, patch)
             pinned = await shelter.save(some_tokens(10, 999), 700, is_prewarmed=True)
             disk.others_bytes = rng.randrange(0, 10_000)

@@ -55,7 +55,7 @@ class CatalogMachine(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.temporary = tempfile.TemporaryDirectory()
-        self.shelter = Shelter(Path(self.temporary.name), QUOTA, order=ByUse)
+        self.shelter = Shelter(Path(self.temporary.name, "kv"), QUOTA, order=ByUse)
         self.run(self.shelter.open())
         self.known: dict[str, Known] = {}
         self.promised: dict[str, int] = {}
@@ -328,7 +328,7 @@ def test_many_at_once(days: list[list[int]]) -> None:
 
     async def play() -> None:
         with tempfile.TemporaryDirectory() as directory:
-            shelter = Shelter(Path(directory), QUOTA)
+            shelter = Shelter(Path(directory, "kv"), QUOTA)
             await shelter.open()
             await asyncio.gather(*(client(shelter, number, day) for number, day in enumerate(days)))
             assert await shelter.settled() == shelter.whole()
