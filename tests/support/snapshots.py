@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import struct
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -57,6 +58,17 @@ def listed(id_: str, tokens: bytes, size_bytes: int) -> WithTokens:
     )
 
 
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """Yield an empty directory for snapshots, and remove it with the manifest beside it. For what a test runs many
+    times.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        directory = Path(parent, "kv")
+        directory.mkdir()
+        yield directory
+
+
 class Shelter:
     """A directory, a clock that stands still until told otherwise, and the catalog that works there."""
 
@@ -67,7 +79,6 @@ class Shelter:
         order: Callable[[], Order] = ByValue,
         landing: Path | None = None,
     ) -> None:
-        directory.mkdir(exist_ok=True)
         self.landing, self.landing_bytes = landing, 0
         self.directory, self.quota_bytes, self.order = directory, quota_bytes, order
         self.max_files, self.min_free_bytes = 10_000, 0

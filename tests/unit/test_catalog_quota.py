@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import random
-import tempfile
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from msgspec.structs import replace
 from llamaslot.store import QuotaExceeded, Reservation, quota, sidecar, sidecar_upkeep
 from llamaslot.store.quota import Limits, beyond_disk
 from llamaslot.tasks import TaskOwner
-from tests.support.snapshots import Shelter, opened, refuse, some_tokens
+from tests.support.snapshots import Shelter, opened, refuse, some_tokens, temporary_directory
 
 TOKENS = some_tokens(40)
 
@@ -598,8 +597,8 @@ def test_no_limit_is_ever_broken(seed: int) -> None:
             await shelter.commit(draft, tokens, n_written)
 
     async def play(patch: pytest.MonkeyPatch) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            shelter = await limited(Path(directory, "kv"), max_files=6, min_free_bytes=1_000)
+        with temporary_directory() as directory:
+            shelter = await limited(directory, max_files=6, min_free_bytes=1_000)
             disk = FileSystem(shelter, 12_000, patch)
             pinned = await shelter.save(some_tokens(10, 999), 700, is_prewarmed=True)
             disk.others_bytes = rng.randrange(0, 10_000)

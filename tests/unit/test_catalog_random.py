@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
+import contextlib
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -26,7 +25,7 @@ from bench.simulator.orders import ByUse
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import QuotaExceeded, Reservation
 from llamaslot.store.snapshot_table import Pin
-from tests.support.snapshots import Shelter, some_tokens
+from tests.support.snapshots import Shelter, some_tokens, temporary_directory
 
 T = TypeVar("T")
 QUOTA = 10_000
@@ -54,8 +53,8 @@ class CatalogMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.temporary = tempfile.TemporaryDirectory()
-        self.shelter = Shelter(Path(self.temporary.name, "kv"), QUOTA, order=ByUse)
+        self.stack = contextlib.ExitStack()
+        self.shelter = Shelter(self.stack.enter_context(temporary_directory()), QUOTA, order=ByUse)
         self.run(self.shelter.open())
         self.known: dict[str, Known] = {}
         self.promised: dict[str, int] = {}
@@ -75,7 +74,7 @@ class CatalogMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.shelter.catalog.close()
         self.runner.close()
-        self.temporary.cleanup()
+        self.stack.close()
 
     # -- the oracle
 
@@ -327,8 +326,8 @@ def test_many_at_once(days: list[list[int]]) -> None:
                         await catalog.abandon(draft)
 
     async def play() -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            shelter = Shelter(Path(directory, "kv"), QUOTA)
+        with temporary_directory() as directory:
+            shelter = Shelter(directory, QUOTA)
             await shelter.open()
             await asyncio.gather(*(client(shelter, number, day) for number, day in enumerate(days)))
             assert await shelter.settled() == shelter.whole()
