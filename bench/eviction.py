@@ -71,7 +71,7 @@ def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
     order, table = ByValue(), SlotTable("bench", 1, 1 << 20, rules=Rules(), rates=Rates())
     order.saves_s = table.saves_s
     listed, coming, now = SnapshotTable(order), snapshots(rng), 0.0
-    listed.fingerprints = frozenset({MODEL})
+    listed.eviction.fingerprints = frozenset({MODEL})
     for _ in range(n_snapshots):
         snapshot = next(coming)
         now += 10.0
@@ -85,8 +85,8 @@ def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
         if rng.random() < 0.5:
             listed.hit(rng.choice(list(listed.snapshots)), now)
         started = time.thread_time()
-        listed.tend(now)
-        victims = listed.victims(snapshot.size_bytes - free_bytes, 0, (), now)
+        listed.eviction.tend(now)
+        victims = listed.eviction.victims(snapshot.size_bytes - free_bytes, 0, (), now)
         for victim in victims:
             listed.take(victim.id, now)
             listed.release(victim)

@@ -54,7 +54,7 @@ class Disk:
         self._reservations: dict[str, tuple[int, frozenset[str]]] = {}
         self._turnover = Turnover(self._reservations.__len__)
         self._serial = 0
-        table.fingerprints = frozenset({FINGERPRINT})
+        table.eviction.fingerprints = frozenset({FINGERPRINT})
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(table.snapshots)
 
     @property
@@ -86,8 +86,8 @@ class Disk:
         )
 
     async def _reserve(self, size_bytes: int, keep: Collection[str], spare: Collection[str]) -> Reservation:
-        self._table.tend(self._now())
-        spared = frozenset(keep) | frozenset(spare if isinstance(self._table.order, ByValue) else ())
+        self._table.eviction.tend(self._now())
+        spared = frozenset(keep) | frozenset(spare if isinstance(self._table.eviction.order, ByValue) else ())
         try:
             self._make_room(size_bytes, spared)
         except QuotaExceeded:
@@ -100,7 +100,7 @@ class Disk:
 
     def _make_room(self, size_bytes: int, keep: frozenset[str]) -> None:
         short = self.size_bytes + size_bytes - self.quota_bytes
-        victims = self._table.victims(short, 0, keep, self._now())
+        victims = self._table.eviction.victims(short, 0, keep, self._now())
         if self._table.files.freed_bytes(victims) < short:
             raise NoRoomYet(f"no room for {size_bytes} bytes")
         for victim in victims:

@@ -28,7 +28,7 @@ def snapshot(id_: str, size_bytes: int = 1_000, n_tokens: int = 10, **more: Any)
 def table_of(*snapshots: Snapshot, order: ByValue | ByUse | None = None) -> SnapshotTable:
     """Each was used ten seconds after the one before, the first at 0."""
     table = SnapshotTable(order)
-    table.fingerprints = frozenset({OURS})
+    table.eviction.fingerprints = frozenset({OURS})
     for at, each in enumerate(snapshots):
         table.add(each, 10.0 * at)
     return table
@@ -44,7 +44,7 @@ def ids(victims: list[Snapshot]) -> list[str]:
 def covered(*snapshots: Snapshot) -> list[int]:
     table = table_of(*snapshots)
     found = [table.files.n_covered(each) for each in snapshots]
-    table.tend(1_000.0)
+    table.eviction.tend(1_000.0)
     assert [table.stats[each.id].n_covered for each in snapshots] == found
     return found
 
@@ -85,19 +85,19 @@ def test_what_another_model_made_goes_first() -> None:
     """However worthless what can be used may be; and before it is known which model it is, nobody is another's."""
     table = table_of(snapshot("dead"), snapshot("other", fingerprint=OTHERS), snapshot("live"))
     table.branch("dead", 20.0)
-    assert ids(table.victims(2_500, 0, (), 30.0)) == ["other", "dead", "live"]
-    table.fingerprints = frozenset()
-    assert ids(table.victims(1, 0, (), 30.0)) == ["dead"]
+    assert ids(table.eviction.victims(2_500, 0, (), 30.0)) == ["other", "dead", "live"]
+    table.eviction.fingerprints = frozenset()
+    assert ids(table.eviction.victims(1, 0, (), 30.0)) == ["dead"]
 
 
 def test_a_branched_snapshot_goes_first_until_it_is_used_again() -> None:
     """A hit says that it was not dead after all."""
     table = table_of(snapshot("old"), snapshot("edited"))
     table.branch("edited", 20.0)
-    assert ids(table.victims(1, 0, (), 30.0)) == ["edited"]
+    assert ids(table.eviction.victims(1, 0, (), 30.0)) == ["edited"]
     table.hit("edited", 40.0)
     assert table.stats["edited"].reuse_class is ReuseClass.RETURNING
-    assert ids(table.victims(1, 0, (), 50.0)) == ["old"]
+    assert ids(table.eviction.victims(1, 0, (), 50.0)) == ["old"]
 
 
 def test_one_that_goes_further_is_as_likely_to_be_asked_for() -> None:
@@ -107,24 +107,24 @@ def test_one_that_goes_further_is_as_likely_to_be_asked_for() -> None:
     table.add(snapshot("second"), 16.0)
     table.inherit("second", "first", 16.0)
     table.take("first", 16.0)
-    assert ids(table.victims(1, 0, (), 600.0)) == ["other"]
+    assert ids(table.eviction.victims(1, 0, (), 600.0)) == ["other"]
     assert table.stats["second"].n_hits == 1
 
 
 def test_no_slot_is_given_up_that_is_not_needed() -> None:
     """When the last victim is so large that an earlier one can stay, it stays."""
     table = table_of(snapshot("small", 100), snapshot("large", 5_000), order=ByUse())
-    assert ids(table.victims(4_000, 0, (), 30.0)) == ["large"]
-    assert ids(table.victims(5_050, 0, (), 30.0)) == ["small", "large"]
-    assert table.victims(0, 0, (), 30.0) == []
+    assert ids(table.eviction.victims(4_000, 0, (), 30.0)) == ["large"]
+    assert ids(table.eviction.victims(5_050, 0, (), 30.0)) == ["small", "large"]
+    assert table.eviction.victims(0, 0, (), 30.0) == []
 
 
 def test_room_for_files_too() -> None:
     """As many go as there are files too many, though their bytes would fit."""
     table = table_of(*(snapshot(str(i)) for i in range(5)), order=ByUse())
-    assert ids(table.victims(0, 2, (), 60.0)) == ["0", "1"]
-    assert ids(table.victims(2_500, 1, (), 60.0)) == ["0", "1", "2"]
-    assert ids(table.victims(-9_000, 1, (), 60.0)) == ["0"]
+    assert ids(table.eviction.victims(0, 2, (), 60.0)) == ["0", "1"]
+    assert ids(table.eviction.victims(2_500, 1, (), 60.0)) == ["0", "1", "2"]
+    assert ids(table.eviction.victims(-9_000, 1, (), 60.0)) == ["0"]
 
 
 def test_held_ones_stay() -> None:
@@ -133,9 +133,9 @@ def test_held_ones_stay() -> None:
     useless = snapshot("useless", is_pinned=True, fingerprint=OTHERS)
     table = table_of(snapshot("source"), snapshot("kept"), pinned, useless, snapshot("free"))
     table.pin("source")
-    assert sorted(ids(table.victims(10**9, 0, {"kept"}, 60.0))) == ["free", "useless"]
+    assert sorted(ids(table.eviction.victims(10**9, 0, {"kept"}, 60.0))) == ["free", "useless"]
     table.unpin("source")
-    assert sorted(ids(table.victims(10**9, 0, {"kept"}, 60.0))) == ["free", "source", "useless"]
+    assert sorted(ids(table.eviction.victims(10**9, 0, {"kept"}, 60.0))) == ["free", "source", "useless"]
 
 
 @settings(deadline=None)
@@ -165,8 +165,8 @@ def test_the_order_is_that_of_a_plain_sort(seed: int, n: int) -> None:
                 table.release(gone)
         table.check()
     now += rng.expovariate(1 / 1_000)
-    table.tend(now)
-    everybody = table.victims(10**12, 0, (), now)
+    table.eviction.tend(now)
+    everybody = table.eviction.victims(10**12, 0, (), now)
     ranks = [(each.fingerprint == OURS, order.rank(table.stats[each.id], now)) for each in everybody]
     assert len(everybody) == len(table.snapshots)
     assert ranks == sorted(ranks)
@@ -185,8 +185,8 @@ def test_ten_thousand_are_not_all_looked_at() -> None:
     order = Counting()
     table = table_of(*(snapshot(f"{i:05}") for i in range(10_000)), order=order)
     order.n_looks = 0
-    table.tend(10**6)
-    assert ids(table.victims(1, 0, (), 10**6)) == ["00000"]
+    table.eviction.tend(10**6)
+    assert ids(table.eviction.victims(1, 0, (), 10**6)) == ["00000"]
     assert order.n_looks < 500
 
 
@@ -204,7 +204,7 @@ def test_time_before_it_was_listed_teaches_nothing() -> None:
     order = ByValue()
     table = table_of(order=order)
     table.add(snapshot("a"), 5_000.0, last_used=0.0)
-    table.tend(5_100.0)
+    table.eviction.tend(5_100.0)
     assert seconds_of(order) == pytest.approx(100.0, rel=0.2)
 
 
@@ -212,7 +212,7 @@ def test_only_what_can_be_used_teaches() -> None:
     """Nobody comes back to what another model made."""
     order = ByValue()
     table = table_of(snapshot("other", fingerprint=OTHERS), order=order)
-    table.tend(1_000.0)
+    table.eviction.tend(1_000.0)
     table.hit("other", 1_000.0)
     table.take("other", 2_000.0)
     assert seconds_of(order) == 0
@@ -232,4 +232,6 @@ def test_a_kind_that_never_comes_back_makes_room_for_others() -> None:
             table.take(f"trunk-{serial - 5}", now + 50.0)
     table.add(snapshot("leaf", n_tokens=9), now)
     table.add(snapshot("trunk", kind=SnapshotKind.TRUNK), now + 60.0)
-    assert ids(table.victims(1, 0, {f"trunk-{serial}" for serial in range(300)}, now + 100.0)) == ["trunk"]
+    assert ids(table.eviction.victims(1, 0, {f"trunk-{serial}" for serial in range(300)}, now + 100.0)) == [
+        "trunk"
+    ]

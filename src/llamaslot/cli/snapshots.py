@@ -410,7 +410,7 @@ def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
     order = ByValue(store.hit_rates)
     order.saves_s = store.saves_s
     table = SnapshotTable(order)
-    table.fingerprints = frozenset({_OURS} if store.models else ())
+    table.eviction.fingerprints = frozenset({_OURS} if store.models else ())
     for item in items:
         noted = item.noted
         assert noted is not None, "what is whole has a sidecar"
@@ -426,7 +426,7 @@ def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
     over = [key for key, n in (*short.items(), ("store.max_files", n_short)) if n > 0]
     why = f"worth least: {' and '.join(over)}"
     by_id = {item.id: item for item in items}
-    victims = table.victims(max(short.values()), n_short, (), store.now)
+    victims = table.eviction.victims(max(short.values()), n_short, (), store.now)
     return [Removal(by_id[victim.id], why) for victim in victims]
 
 

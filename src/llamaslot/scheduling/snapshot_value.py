@@ -1,9 +1,8 @@
 """Ranks snapshots for eviction. The value of a snapshot is the seconds that a hit of it saves, times its expected hits
 per second, per byte. The snapshot with the lowest value is evicted first.
 
-This module only ranks. ``SnapshotTable.victims`` in ``store/snapshot_table.py`` chooses what is evicted, and leaves out
-what must stay (pinned, in use, needed by queued requests). ``store/shared_store.py`` evicts snapshots that other
-processes own in a shared store, by rules of its own. Pure: times come in as arguments, in seconds of any one clock.
+This module only ranks. ``store/eviction.py`` chooses what is evicted, and says who does what. Pure: times come in as
+arguments, in seconds of any one clock.
 
 The hit rate is learned by kind of snapshot (``ReuseClass``) and by the age since the last use, as in LHD (Beckmann,
 Chen, Cidon: "LHD: improving cache hit rate by maximizing hit density", NSDI 2018).

@@ -1,7 +1,7 @@
 """The snapshots in one directory: reserves space before each save, commits saved files, and repairs at each opening.
 
-It carries out each eviction: ``_drop`` unlists a snapshot and has its files removed. It decides *when* only at the
-start and after a change of limits (``_beyond_limits``), else ``Quota`` does. ``SnapshotTable.victims`` decides *which*.
+It carries out each eviction: ``_drop`` unlists a snapshot and has its files removed. ``eviction.py`` says who decides
+what.
 
 One event loop owns a catalog. Files change in tasks, so cancelling a caller leaves no account wrong.
 """
@@ -89,12 +89,12 @@ class Catalog:
     @property
     def fingerprints(self) -> frozenset[str]:
         """The fingerprints of the models that backends serve now, or served when they were last connected."""
-        return self._table.fingerprints
+        return self._table.eviction.fingerprints
 
     def serve(self, backend: str, fingerprint: str) -> None:
         """Record that ``backend`` serves the model with that fingerprint from now on."""
         self._served[backend] = fingerprint
-        self._table.fingerprints = frozenset(self._served.values())
+        self._table.eviction.fingerprints = frozenset(self._served.values())
         self._upkeep.rank_all()
 
     @property
@@ -112,7 +112,7 @@ class Catalog:
 
     def value(self, id_: str) -> float:
         """A snapshot's rank by ``order`` now: the lowest is evicted first. Raises KeyError."""
-        return self._table.order.rank(self._table.stats[id_], self._now())
+        return self._table.eviction.order.rank(self._table.stats[id_], self._now())
 
     def own_bytes(self, id_: str) -> int:
         """The bytes of a snapshot that no other snapshot needs. Raises KeyError."""
@@ -150,7 +150,7 @@ class Catalog:
         for fault in found.faults:
             log.warning("snapshots: fault found at the start: %s", fault)
         await self._quota.query_free_space()
-        over = self._beyond_limits(now)
+        over = self._table.eviction.beyond_limits(self._quota, now)
         for victim in over:
             self._take(victim.id)
         while self._quota.removing:
@@ -199,21 +199,11 @@ class Catalog:
 
     async def _keep_to_limits(self) -> None:
         await self._quota.query_free_space()
-        over = self._beyond_limits(self._now())
+        over = self._table.eviction.beyond_limits(self._quota, self._now())
         for victim in over:
             self._drop(victim.id)
         if over:
             log.info("snapshots: %d evicted to keep to the new limits of store", len(over))
-
-    def _beyond_limits(self, now: float) -> list[Snapshot]:
-        """The snapshots to evict so that the limits hold (bytes, number of files, free space on the disk), although
-        nothing is to be saved. If the disk would be too full even without them, free space does not count.
-        """
-        short = self._quota.short()
-        victims = self._table.victims(*short, (), now)
-        if short.is_met_by(self._table.files.freed_bytes(victims), len(victims)):
-            return victims
-        return self._table.victims(*self._quota.short_of_quota(), (), now)
 
     async def reserve(
         self,
@@ -241,7 +231,7 @@ class Catalog:
         id_ = sidecar.new_id()
         has_landed = await self.landing.book(id_, size_bytes)
         booked = size_bytes if new_bytes is None or not has_landed else min(new_bytes, size_bytes)
-        self._table.tend(self._now())
+        self._table.eviction.tend(self._now())
         try:
             await self._sweep.run()
             await self._quota.make_available(
@@ -257,12 +247,10 @@ class Catalog:
 
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
         """Evict snapshots outside ``keep`` that free at least ``short``. If impossible, evict none and return False."""
-        victims = self._table.victims(*short, keep, self._now())
-        if not short.is_met_by(self._table.files.freed_bytes(victims), len(victims)):
-            return False
-        for victim in victims:
+        victims = self._table.eviction.enough(short, keep, self._now())
+        for victim in victims or ():
             self._drop(victim.id)
-        return True
+        return victims is not None
 
     # -- one reservation ------------------------------------------------------------------------------------------
 

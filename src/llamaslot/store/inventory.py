@@ -21,9 +21,9 @@ from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryUnusable
 from llamaslot.store.extent import Source, check_file, verify
 from llamaslot.store.learned import NEVER, HitLog, Hits
+from llamaslot.store.shared_files import SharedFiles
 from llamaslot.store.sidecar import EXT, JSON, KV, Noted
 from llamaslot.store.slot_file import read_slot_file
-from llamaslot.store.snapshot_table import SharedFiles
 
 _AT_ONCE = 8  # headers read at the same time
 

@@ -1,9 +1,8 @@
 """Decides when snapshots must be evicted and how many bytes and files that must free; and removes files from the disk.
 
 ``Quota`` keeps accounts of a directory's bytes and files. ``make_available`` is called before each write that needs
-space. If the space is missing, it calls ``evict``, which chooses and drops snapshots (``Catalog._evict``, with
-``SnapshotTable.victims``). In a shared store it first has other llamaslots' snapshots removed, if those were used
-longer ago (``shared_store.Neighbours``).
+space. If the space is missing, it calls ``evict``, which chooses and drops snapshots (``eviction.py``). In a shared
+store it first has other llamaslots' snapshots removed, if those were used longer ago (``shared_store.Neighbours``).
 
 Space is booked before it is used on disk, and released only after it is free on disk. There is no await between
 reading the accounts and changing them, so on one event loop they need no lock.
@@ -26,9 +25,9 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.observe.recurring import Recurring
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan
+from llamaslot.store.shared_files import SharedFiles
 from llamaslot.store.shared_store import Neighbours
 from llamaslot.store.sidecar import JSON
-from llamaslot.store.snapshot_table import SharedFiles
 from llamaslot.tasks import ChangeEvent, TaskOwner, in_thread
 
 log = logging.getLogger(__name__)

@@ -40,8 +40,8 @@ from msgspec.structs import replace
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.store import inventory, sidecar
 from llamaslot.store.directory import DirectoryUnusable
+from llamaslot.store.shared_files import Departure, SharedFiles
 from llamaslot.store.sidecar import EXT, JSON, KV, PART, Part, Snapshot
-from llamaslot.store.snapshot_table import Departure, SharedFiles
 from llamaslot.tasks import in_thread
 
 META = ".meta"

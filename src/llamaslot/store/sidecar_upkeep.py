@@ -84,11 +84,11 @@ class Upkeep:
         """Rank all unranked snapshots in the background, in portions, so that no reservation waits for that: 10,000
         take 0.2 s.
         """
-        if self._table.rank_some(_RANKED_AT_ONCE):
+        if self._table.eviction.rank_some(_RANKED_AT_ONCE):
             self._tasks.spawn(self._rank(), "rank snapshots")
 
     async def _rank(self) -> None:
-        while self._table.rank_some(_RANKED_AT_ONCE):  # noqa: ASYNC110  # it gives way
+        while self._table.eviction.rank_some(_RANKED_AT_ONCE):  # noqa: ASYNC110  # it gives way
             await asyncio.sleep(_RANK_PAUSE_S)
 
     def date(self, id_: str) -> None:

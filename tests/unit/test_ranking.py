@@ -1,4 +1,4 @@
-"""Who is least among many whose ranks change: the heap against a plain sort."""
+"""Which snapshot has the least rank among many whose ranks change: the heap against a plain sort."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import islice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.scheduling.priority_heap import Ranking
+from llamaslot.store.eviction import Ranking
 
 OPERATIONS = st.lists(
     st.tuples(
