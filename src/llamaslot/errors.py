@@ -22,6 +22,11 @@ def shortened(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
 
+def how_to_add(packages: str) -> str:
+    """Return the command that installs ``packages`` (names, separated by blanks) into llamaslot's environment."""
+    return f"pipx inject llamaslot {packages} (in a venv: pip install {packages})"
+
+
 class LlamaslotError(Exception):
     """The base class. ``str(error)`` is the message for the client or operator.
 

@@ -171,7 +171,7 @@ async def test_a_port_that_is_taken(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [("ModuleNotFoundError", "pip install 'llamaslot[embedded]'"), ("ImportError", "apt install libgomp1")],
+    [("ModuleNotFoundError", "pipx inject llamaslot xllamacpp"), ("ImportError", "apt install libgomp1")],
 )
 async def test_a_missing_engine(directory: Path, tmp_path: Path, error: str, said: str) -> None:
     """Without the wheel, or a library that it needs, one line says what to install."""

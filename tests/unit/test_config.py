@@ -462,7 +462,10 @@ def test_without_the_engine_a_managed_server_needs_a_command(
 ) -> None:
     """The fault names what to install."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert any("llamaslot[embedded]" in line for line in faults("backends: [{managed: {model: smollm2}}]"))
+    assert any(
+        "pipx inject llamaslot xllamacpp" in line
+        for line in faults("backends: [{managed: {model: smollm2}}]")
+    )
 
 
 @pytest.mark.parametrize(
@@ -474,6 +477,9 @@ def test_without_the_engine_a_managed_server_needs_a_command(
         ("listen: !!python/object:os.system {}\n", "line 1, column 9: could not determine a constructor"),
         ("listen: 2026-13-45\n", "is not YAML: month must be in 1..12"),
         ("listen: \x01\n", "is not YAML: unacceptable character #x0001"),
+        ("listen:\n  ? [port]\n  : 1\n", "line 2, column 5: a list or a mapping cannot be a key"),
+        ("listen: !!int ''\n", "is not YAML: "),
+        ("listen: !!timestamp soon\n", "is not YAML: "),
         ("a: 1\n---\nb: 2\n", "line 2, column 1: but found another document"),
     ],
 )

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
+from llamaslot.http.passthrough import named_model
 from tests.support.inprocess import CHAT, NATIVE, TEXT, letters, served
 
 SAID = letters(1, 600)
@@ -93,3 +95,23 @@ async def test_any_model_is_the_one_that_runs(tmp_path: Path, path: str, stream:
             # What tells at its end only what was reused is told in advance what is expected.
             assert answer.told.get("x-llamaslot-source", "resident") == "resident"
             assert it.fake.sent(path)[-1].body["model"] == model
+
+
+FIELD = b'--x\r\nContent-Disposition: form-data; name="model"\r\n'
+
+
+@pytest.mark.parametrize(
+    ("type_", "raw", "model"),
+    [
+        ("application/json", b'{"model": "a"}', "a"),
+        ("application/json", b"[" + b"[]," * 1_100_000 + b"1]", None),  # too many parts to be parsed
+        ("text/plain", b'{"model": "a"', None),
+        ("multipart/form-data; boundary=x", FIELD + b"\r\na\r\n--x--", "a"),
+        ("multipart/form-data; boundary=x", FIELD + b"Content-Type: text/plain\r\n\r\na\r\n--x--", "a"),
+        ("multipart/form-data; boundary=x", b"name=model\r\n" * 200_000, None),  # without quadratic time
+    ],
+)
+def test_the_model_that_a_body_names(type_: str, raw: bytes, model: str | None) -> None:
+    """JSON or a form. A body that no server accepts names none, and holds up nothing."""
+    request = make_mocked_request("POST", "/v1/embeddings", headers={"Content-Type": type_})
+    assert named_model(request, raw) == model

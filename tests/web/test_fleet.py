@@ -243,6 +243,16 @@ async def test_a_server_that_dies_before_a_byte_was_sent_is_not_noticed(
         assert bool(answer.comments) is is_stream
 
 
+async def test_a_path_begins_no_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Log lines have it as the client has written it, percent-encoded."""
+    async with fleet(tmp_path, 2) as it:
+        await it.fakes["gpu0"].kill()
+        for _ in range(2):
+            await it.get("/props/%0Afake%20line")
+        (said,) = [text for text in caplog.messages if "another backend takes the request" in text]
+        assert said.startswith("/props/%0Afake%20line: ")
+
+
 async def at_work(it: Fleet) -> str:
     """The server that has got a completion."""
     await it.until(lambda: any(slot.is_processing for server in it.fakes.values() for slot in server.slots))

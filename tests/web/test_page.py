@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from click.testing import CliRunner
 
 from llamaslot import cli
@@ -249,6 +250,22 @@ async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.Monk
         await runner.cleanup()
 
 
+async def test_streams_end_if_the_state_cannot_be_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that pages ask again, and are not shown what is no longer so."""
+    states: list[dict[str, Any]] = [{"n": 1}]
+    monkeypatch.setattr(page_events, "_LEAST_S", 0.0)
+    monkeypatch.setattr(page_events, "_EVERY_S", 0.01)
+    events = PageEvents(lambda: states.pop(), asyncio.Event(), TaskOwner())
+    app = web.Application()
+    app.router.add_get("/", events.watch)
+    async with TestClient(TestServer(app)) as client:
+        for told in (1, 0):
+            assert (await (await client.get("/")).read()).count(b"data: ") == told
+    assert len([text for text in caplog.messages if "watch for the page died" in text]) == 2
+
+
 async def test_a_restore_is_told_with_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And whose conversation was saved for it, while it still runs: that of the request just before it."""
     monkeypatch.setattr(in_flight, "_DIGEST_S", 60.0)  # looked at when it is asked for
@@ -295,8 +312,8 @@ async def test_a_request_is_cancelled(tmp_path: Path, stream: bool) -> None:
         asked = spawn(it.post("/completion", body, **{"x-request-id": "mine"}))
         await it.until(lambda: it.pool.dispatcher.leases)
         assert (await it.post("/llamaslot/cancel?request=other", None)).status == 404
-        told = await it.post("/llamaslot/cancel?request=mine", None)
-        assert told.json == {"request": "mine"}
+        twice = [spawn(it.post("/llamaslot/cancel?request=mine", None)) for _ in range(2)]
+        assert (await twice[0]).json == {"request": "mine"}
         answer = await asked
         it.fake.go()
         assert answer.status == 410
@@ -413,6 +430,8 @@ async def test_the_address_without_a_slash_leads_to_the_page(tmp_path: Path) -> 
         ("http://127.0.0.1:9999", None, 403),
         ("http://evil.example:{port}", "evil.example:{port}", 403),  # DNS rebinding
         ("null", None, 403),
+        (None, "[::1", 403),
+        ("http://[::1", None, 403),
     ],
 )
 async def test_other_pages_can_do_nothing(

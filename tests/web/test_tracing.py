@@ -30,13 +30,18 @@ async def test_the_clients_trace_reaches_llama_server(tmp_path: Path) -> None:
         assert {name: seen.headers[name] for name in HEADERS} == HEADERS
 
 
-async def test_a_completion_is_a_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the client's trace, with what the journal has; llama-server continues it. Status pages are none."""
+@pytest.mark.parametrize("name", ["traceparent", "Traceparent"])
+async def test_a_completion_is_a_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In the client's trace, however it writes the header, with what the journal has; llama-server continues it. Status
+    pages are none.
+    """
     spans = InMemorySpanExporter()
     monkeypatch.setattr(tracing, "_exporter", lambda endpoint: spans)
     async with served(tmp_path, ON) as it:
         body = {"prompt": letters(1, 300), "n_predict": 2}
-        async with it.session.post(it.url + NATIVE, json=body, headers=HEADERS) as response:
+        async with it.session.post(
+            it.url + NATIVE, json=body, headers={name: HEADERS["traceparent"]}
+        ) as response:
             await response.read()
         await it.get("/llamaslot/status")
         seen = it.fake.sent(NATIVE)[-1]
@@ -68,7 +73,7 @@ def test_without_the_extra_it_is_a_fault_of_the_configuration(
     path.write_text(f"backends: [{{url: 'http://127.0.0.1:9'}}]\nlog: {ON['log']}\n")
     Config.load(path)
     monkeypatch.setattr("importlib.util.find_spec", find_spec)
-    with pytest.raises(ConfigError, match=r"log\.otlp_endpoint.*pip install 'llamaslot\[otel\]'"):
+    with pytest.raises(ConfigError, match=r"log\.otlp_endpoint.*pipx inject llamaslot opentelemetry"):
         Config.load(path)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamaslot.cli.faults import EXIT_FAULT, fail, how_to_add
+from llamaslot.cli.faults import EXIT_FAULT, fail
+from llamaslot.errors import how_to_add
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llamaslot.cli.faults import fail, how_to_add, run_to_end
+from llamaslot.cli.faults import fail, run_to_end
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def demo(port: int, model: Path | None, slots: int, context: int) -> None:
     from importlib.util import find_spec
 
     from llamaslot.cli.log_lines import set_up_logging
-    from llamaslot.errors import LlamaslotError
+    from llamaslot.errors import LlamaslotError, how_to_add
 
     if find_spec("xllamacpp") is None:
         fail([f"the embedded llama.cpp is missing: {how_to_add('xllamacpp')}"])

@@ -81,11 +81,6 @@ def report_faults() -> Iterator[None]:
         fail([str(error)])
 
 
-def how_to_add(package: str) -> str:
-    """Return the command that installs ``package`` into llamaslot's environment."""
-    return f"pipx inject llamaslot {package} (in a venv: pip install {package})"
-
-
 def fail(lines: list[str]) -> NoReturn:
     """Print the lines on standard error and exit with ``EXIT_FAULT``."""
     for line in lines:

@@ -15,7 +15,7 @@ from pydantic import ValidationError, ValidationInfo
 from llamaslot.config.faults import Loc
 from llamaslot.config.sections import BackendConfig
 from llamaslot.config.values import address_of, anchored
-from llamaslot.errors import LlamaslotError
+from llamaslot.errors import LlamaslotError, how_to_add
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
 
 
@@ -233,7 +233,7 @@ def _wrong_in_managed(
         if importlib.util.find_spec("xllamacpp") is None:
             yield (
                 "command",
-                "is not set, and the embedded engine is not installed: pip install 'llamaslot[embedded]'",
+                f"is not set, and the embedded engine is not installed: {how_to_add('xllamacpp')}",
             )
         # With a command, the model's path may exist only for that command (a container).
         if isinstance(model, str) and model not in ("", EMBEDDED_MODEL):

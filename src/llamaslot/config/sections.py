@@ -27,7 +27,7 @@ from llamaslot.config.values import (
     server_url,
     strong_key,
 )
-from llamaslot.errors import ConfigError
+from llamaslot.errors import ConfigError, how_to_add
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
 from llamaslot.scheduling.fairness import Fairness
@@ -289,7 +289,7 @@ class ShutdownConfig(Section):
 
 
 def _can_trace(endpoint: str) -> str:
-    """Return ``endpoint``. Raises ValueError if the extra ``llamaslot[otel]``, which sends traces, is not installed."""
+    """Return ``endpoint``. Raises ValueError if OpenTelemetry, which sends traces, is not installed."""
     from importlib.util import find_spec
 
     try:
@@ -297,7 +297,8 @@ def _can_trace(endpoint: str) -> str:
     except ModuleNotFoundError:
         is_there = False
     if not is_there:
-        raise ValueError("OpenTelemetry is not installed: pip install 'llamaslot[otel]'")
+        packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        raise ValueError(f"OpenTelemetry is not installed: {how_to_add(packages)}")
     return endpoint
 
 
@@ -311,5 +312,5 @@ class LogConfig(Section):
     format: Literal["auto", "text", "json"] = "auto"
     # True: log and journal quote 80 characters before and after a difference that caused a cache miss (users' texts).
     prompts: bool = False
-    # URL that gets a trace of each completion, such as http://127.0.0.1:4318/v1/traces; needs llamaslot[otel].
+    # URL that gets a trace of each completion, such as http://127.0.0.1:4318/v1/traces; needs OpenTelemetry.
     otlp_endpoint: Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_can_trace)] | None = None

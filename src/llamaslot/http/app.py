@@ -182,7 +182,7 @@ class App:
         except Exception:
             log.exception(
                 "%s %s was answered 500: internal error in llamaslot; please report it",
-                request.method, request.path,
+                request.method, request.rel_url.raw_path,
             )  # fmt: skip
             mistake = LlamaslotError(MISTAKE)
             note_error(request, mistake)

@@ -74,16 +74,18 @@ def refuse_foreign_page(request: web.Request, *, needs_key: bool) -> None:
     if needs_key:
         return
     host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
-    if host and not _is_address(urlsplit(f"//{host}").hostname):
+    if host and not _is_address(host):
         raise Forbidden(
             f"{request.path}: without keys it is answered under 127.0.0.1 or localhost only, not under a name"
         )
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and origin.partition("://")[2] != host:
         raise Forbidden(f"{request.path} is for llamaslot's own page: use that, or curl")
 
 
-def _is_address(name: str | None) -> bool:
+def _is_address(host: str) -> bool:
+    """True if the value of a Host header names an IP address or localhost, with or without a port."""
     try:
-        return name == "localhost" or bool(ipaddress.ip_address(name or ""))
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
     except ValueError:
         return False

@@ -220,8 +220,9 @@ class Requests:
         flight = next((flight for flight in self.running.values() if flight.id == id_), None)
         if flight is None or flight.task is None:
             return False
-        flight.is_cancelled = True
-        flight.task.cancel()
+        if not flight.is_cancelled:  # a second cancellation would end the handler without an answer
+            flight.is_cancelled = True
+            flight.task.cancel()
         return True
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ It runs only while there are viewers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -97,25 +98,30 @@ class PageEvents:
     # -- the producer --------------------------------------------------------------------------------------------
 
     async def _produce(self) -> None:
+        """Make events until the last viewer leaves. If the state cannot be told, all streams end: then the pages ask
+        again.
+        """
         n_quiet = 0
-        while True:
-            self._has_changed.clear()
+        try:
+            while True:
+                self._has_changed.clear()
+                for viewer in self.viewers:
+                    if not viewer.may_watch():
+                        _put(viewer, None)
+                event = self._look()
+                n_quiet = 0 if event else n_quiet + 1
+                if event or n_quiet % _QUIET == 0:
+                    # Let the streams of answers go on after each viewer.
+                    for viewer in list(self.viewers):
+                        _put(viewer, event or b": still here\n\n")
+                        await asyncio.sleep(0)
+                await asyncio.sleep(_LEAST_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_EVERY_S - _LEAST_S):
+                        await self._has_changed.wait()
+        finally:
             for viewer in self.viewers:
-                if not viewer.may_watch():
-                    _put(viewer, None)
-            event = self._look()
-            n_quiet = 0 if event else n_quiet + 1
-            if event or n_quiet % _QUIET == 0:
-                # Let the streams of answers go on after each viewer.
-                for viewer in list(self.viewers):
-                    _put(viewer, event or b": still here\n\n")
-                    await asyncio.sleep(0)
-            await asyncio.sleep(_LEAST_S)
-            try:
-                async with asyncio.timeout(_EVERY_S - _LEAST_S):
-                    await self._has_changed.wait()
-            except TimeoutError:
-                pass
+                _put(viewer, None)
 
     def _look(self) -> bytes:
         """Return an event with each key whose value has changed since the last look, null for a key that has gone.

@@ -220,7 +220,9 @@ class Passthrough:
 
 
 def _attempts(request: web.Request, pool: Pool, raw: bytes, *, is_once: bool = False) -> Attempts:
-    return Attempts(request.path, pool, raw, lambda: bool(request.get(HAS_BEGUN)), is_once=is_once)
+    return Attempts(
+        request.rel_url.raw_path, pool, raw, lambda: bool(request.get(HAS_BEGUN)), is_once=is_once
+    )
 
 
 async def _how_far(backend: Backend, lease: Lease) -> object:
@@ -249,25 +251,22 @@ def _only_asks(backend: Backend, request: web.Request) -> None:
         raise BackendDown(f"{backend.name} sleeps, and its slots are empty: the next request wakes it")
 
 
-_FORM = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
-
-
-def is_json(request: web.Request) -> bool:
-    """True unless the request's body is a multipart form. llama-server reads every other body as JSON."""
-    return "multipart/" not in request.headers.get("Content-Type", "")
+# The field of a multipart form, and its value behind further headers. One expression for both would take quadratic time
+# for a body of many such fields.
+_FIELD = re.compile(rb'name="?model"?\r\n')
+_VALUE = re.compile(rb"(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n")
 
 
 def named_model(request: web.Request, raw: bytes) -> object:
     """Return the model that a request names, in its body (``raw``: JSON or a form) or in its query; None if it names
     none.
     """
-    if raw and is_json(request):
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            body = None
-        named = body.get("model") if isinstance(body, dict) else None
-    else:
-        found = _FORM.search(raw)
-        named = found[1].decode(errors="replace") if found else None
+    named: object = None
+    if "multipart/" not in request.headers.get(
+        "Content-Type", ""
+    ):  # llama-server reads every other body as JSON
+        with contextlib.suppress(BadRequest):
+            named = parse_object(raw).get("model")
+    elif (field := _FIELD.search(raw)) and (value := _VALUE.match(raw, field.end())):
+        named = value[1].decode(errors="replace")
     return named or request.query.get("model")

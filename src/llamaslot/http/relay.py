@@ -62,7 +62,7 @@ async def relay(
             raise
         log.warning(
             "%s %s: llama-server closed the connection in the middle of its answer, so the client gets only a part",
-            request.method, request.path,
+            request.method, request.rel_url.raw_path,
         )  # fmt: skip
         if await end_relayed(request, error) is None:
             cut(request)  # half an answer must not look like a whole one

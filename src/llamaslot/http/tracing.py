@@ -52,7 +52,7 @@ class Tracing:
         from opentelemetry import trace
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
-        context = self._map.extract(dict(request.headers))
+        context = self._map.extract(request.headers)
         span = self._tracer.start_span(f"{request.method} {request.path}", context, SpanKind.SERVER)
         carrier = request[TRACE_HEADERS] = dict[str, str]()
         self._map.inject(carrier, trace.set_span_in_context(span, context))

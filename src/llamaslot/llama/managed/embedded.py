@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llamaslot.errors import how_to_add
+
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Seconds before our last line: llama.cpp logs in a thread, whose lines must come first.
 LOG_LAG_S = 0.1
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         import xllamacpp
     except ModuleNotFoundError as error:
-        _fail(f"the embedded engine is not installed ({error}): pip install 'llamaslot[embedded]'")
+        _fail(f"the embedded engine is not installed ({error}): {how_to_add('xllamacpp')}")
     except ImportError as error:  # an empty Debian has no libgomp
         _fail(f"the embedded engine lacks a library of the system ({error}): apt install libgomp1")
     for file in filter(
