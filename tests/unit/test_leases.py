@@ -196,6 +196,22 @@ def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_o
     house.check_nothing_is_left()
 
 
+def test_a_slot_that_cannot_be_erased_gives_other_lora_scales_nothing(house: House) -> None:
+    """None of its tokens are expected to be reused, so nothing is computed ahead behind them."""
+    assert house.leases.table is not None
+    house.leases.table.can_save = house.leases.table.can_erase = False
+    scaled, tokens = Namespace(lora='[{"id":0,"scale":0.5}]'), tokens_of(1, 9000)
+    for i in (1, 2):
+        house.start(house.ask(Request(f"scaled {i}", tokens, namespace=scaled)), "scaled")
+    house.finish()
+    house.server.sent.clear()
+    lease = house.loop.run(house.dispatcher.lease(Request("next", tokens)))
+    preparing = house.start(house.executor.prepare(lease, lambda text: None), "next")
+    house.finish()
+    assert (preparing.result(), lease.content, house.server.sent) == (None, None, [])
+    lease.release()
+
+
 def test_a_suspect_slot_that_was_not_used_stays_suspect(house: House) -> None:
     """Its holder left before it could be erased."""
     first = house.loop.run(house.dispatcher.lease(Request("a", tokens_of(1, 90))))

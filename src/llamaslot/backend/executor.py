@@ -99,7 +99,7 @@ class PlanExecutor:
         if self.catalog is not None:
             _record_hit(self.catalog, lease)
         if lease.content is not None and not lease.request.may_use(lease.content):
-            lease.set_content(None)  # the erase has failed
+            lease.set_content(None)  # llama-server cannot erase it
         if lease.content is None or (lease.request.no_cache and lease.content != NOTHING):
             lease.plan_prefill(is_long=False)
             return None  # the slot's content must not be used: the request's own request computes everything

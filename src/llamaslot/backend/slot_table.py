@@ -6,7 +6,7 @@ new one, and leases of the old one change only the old one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import takewhile
 
@@ -19,7 +19,7 @@ from llamaslot.backend.snapshot_candidates import SnapshotCandidates
 from llamaslot.cache.content import NOTHING, Content, SnapshotKind
 from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count, head
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
-from llamaslot.cache.prefix_index import PrefixIndex, Shared
+from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.cost import Rates
@@ -124,7 +124,9 @@ class SlotTable:
         found = self._candidates.found(request, now) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
-        branch = self._branch(near.hits, found)
+        long = takewhile(lambda hit: hit.n_shared >= MIN_SHARED_TOKENS, near.hits)
+        residents = [(hit.n_shared, partial(self.residents.tokens, hit.holder)) for hit in long]
+        branch = self._candidates.branch(residents, found)
         n_alike = max(branch, request.n_system, self._candidates.trunk(found))
         looked_at = self.worth.looked_at(near, now, reserved)
         slots = list[SlotView]()
@@ -144,6 +146,7 @@ class SlotTable:
             can_erase=self.can_erase,
             request_s=self.rates.request_s,
             shared={hit.holder: hit.n_shared for hit in near.hits},
+            branch=branch,
         )
 
     def _slot_view(self, slot: Slot, n_shared: int, request: Request, now: float) -> SlotView:
@@ -309,24 +312,18 @@ class SlotTable:
         with two other conversations. This is done where a later request with the same beginning would have to compute
         it again: if the model cannot rewind, because after ten turns without a pause the slot has no checkpoint there;
         else only if another slot, which is busy, has the same beginning."""
-        hits = self.residents.match(request.tokens, request.reads, len(self.slots))
-        branch, n_done = self._branch(hits, self._candidates.found(request, now)), plan.n_reused
+        branch, n_done = plan.branch, plan.n_reused
         is_new = abs(branch - request.n_system) > NEGLIGIBLE_TOKENS
         for n in sorted({request.n_system, branch}) if is_new else (request.n_system,):
-            is_elsewhere = any(hit.n_shared >= n and hit.holder != plan.slot.id for hit in hits)
+            is_elsewhere = any(
+                n_shared >= n and slot != plan.slot.id for slot, n_shared in plan.shared.items()
+            )
             is_at_risk = is_elsewhere or not self.rewind_model.is_rewindable
             if is_at_risk and self._candidates.is_worth_sharing(request, n, n_done):
                 self.expect_trunk(
                     request, n, plan.slot.id, now + self.rates.prefill.seconds(plan.n_reused, n)
                 )
                 n_done = n
-
-    def _branch(self, hits: Iterable[Shared[int]], found: list[Shared[str]]) -> int:
-        """Return ``SnapshotCandidates.branch``. ``hits``: slots that share tokens with the prompt, those with most
-        first."""
-        long = takewhile(lambda hit: hit.n_shared >= MIN_SHARED_TOKENS, hits)
-        residents = [(hit.n_shared, partial(self.residents.tokens, hit.holder)) for hit in long]
-        return self._candidates.branch(residents, found)
 
     def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
         """Announce that ``request`` will save its first ``n_tokens`` as a shared prefix while it is computed in

@@ -84,7 +84,8 @@ class BackendView(Struct, frozen=True):
     for each slot that earlier requests wait for, the seconds for which they will use it. ``can_erase``: llama-server
     can erase slots; if not, only ``cache_prompt`` false keeps namespaces apart. ``request_s``: the seconds that one
     more request costs, without its computation. ``shared``: for each slot that has tokens in common with the prompt,
-    their number; it also has slots that are not in ``slots``.
+    their number; it also has slots that are not in ``slots``. ``branch``: how many tokens the prompt shares with two
+    other conversations, 0 if too few for a snapshot.
     """
 
     slots: tuple[SlotView, ...]
@@ -94,6 +95,7 @@ class BackendView(Struct, frozen=True):
     can_erase: bool = True
     request_s: float = 0.0
     shared: Mapping[int, int] = field(default_factory=dict)
+    branch: int = 0
 
 
 class Rules(Struct, frozen=True):
@@ -186,6 +188,8 @@ def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan 
         cost=chosen.cost,
         snapshot=chosen.snapshot,
         next_best=_place(second, request) if second else None,
+        shared=best.view.shared,
+        branch=best.view.branch,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -85,7 +86,7 @@ class Plan:
     request, and the number of tokens that it expects to reuse.
 
     ``next_best`` is the cheapest place in any other slot. With only one slot it is the cheapest place from another
-    source. It is None if there is neither.
+    source. It is None if there is neither. ``shared`` and ``branch``: those of the ``BackendView`` of its backend.
     """
 
     slot: SlotKey
@@ -95,6 +96,8 @@ class Plan:
     cost: Cost = field(default_factory=Cost)
     snapshot: str | None = None
     next_best: Place | None = field(default=None, compare=False)
+    shared: Mapping[int, int] = field(default_factory=dict, compare=False)
+    branch: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
