@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from llamaslot.errors import Forbidden
-from llamaslot.http.cors import Cors
+from llamaslot.http.auth import Cors
 from tests.support.inprocess import CHAT, NATIVE, Served, letters, served
 from tests.support.keys import KeyFile
 

@@ -23,10 +23,10 @@ from llamaslot.errors import (
     TooManyRequests,
     UpstreamError,
 )
-from llamaslot.http import in_flight, page_events
+from llamaslot.http import in_flight, page_api
 from llamaslot.http.in_flight import InFlight, outcome_of
 from llamaslot.http.page import FILES
-from llamaslot.http.page_events import PageEvents
+from llamaslot.http.page_api import PageEvents
 from llamaslot.sizes import readable_size
 from llamaslot.tasks import TaskOwner
 from tests.support.inprocess import CHAT, NATIVE, Served, letters, served, spawn
@@ -216,7 +216,7 @@ async def test_nobody_watches_nothing_is_computed(tmp_path: Path) -> None:
 
 async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has missed does not pile up; others, and requests, do not wait for it."""
-    monkeypatch.setattr(page_events, "_LEAST_S", 0.0)
+    monkeypatch.setattr(page_api, "_LEAST_S", 0.0)
     n, changed = 0, asyncio.Event()
 
     def state() -> dict[str, Any]:
@@ -255,8 +255,8 @@ async def test_streams_end_if_the_state_cannot_be_told(
 ) -> None:
     """So that pages ask again, and are not shown what is no longer so."""
     states: list[dict[str, Any]] = [{"n": 1}]
-    monkeypatch.setattr(page_events, "_LEAST_S", 0.0)
-    monkeypatch.setattr(page_events, "_EVERY_S", 0.01)
+    monkeypatch.setattr(page_api, "_LEAST_S", 0.0)
+    monkeypatch.setattr(page_api, "_EVERY_S", 0.01)
     events = PageEvents(lambda: states.pop(), asyncio.Event(), TaskOwner())
     app = web.Application()
     app.router.add_get("/", events.watch)

@@ -18,25 +18,19 @@ from llamaslot.errors import (
 )
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status, check_method
-from llamaslot.http.auth import USER, Authenticator, is_own_page
+from llamaslot.http.auth import USER, Authenticator, Cors, is_own_page, refuse_foreign_page
 from llamaslot.http.client_connection import Connection
-from llamaslot.http.client_errors import MISTAKE, error_instead, error_response
-from llamaslot.http.client_stream import StreamRules, name_itself
+from llamaslot.http.client_stream import MISTAKE, error_instead, error_response, name_itself
 from llamaslot.http.completion import Completions
-from llamaslot.http.cors import Cors, refuse_foreign_page
-from llamaslot.http.deadlines import Timeouts
-from llamaslot.http.health import health_of
+from llamaslot.http.connections import health_of
 from llamaslot.http.in_flight import CLIENT_GONE, Requests, by_operator, note_error
 from llamaslot.http.page import is_page_file, page_file
 from llamaslot.http.page_api import PageApi
-from llamaslot.http.page_events import PageEvents
-from llamaslot.http.page_state import PageState
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.reload import Reload
 from llamaslot.http.request_body import Uploads, close_behind, hold_back, speaks_http
 from llamaslot.http.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.http.tracing import Tracing
-from llamaslot.http.unassisted import Unassisted
 from llamaslot.llama.routes import Route, classify
 from llamaslot.observe.history import History
 from llamaslot.tasks import TaskOwner
@@ -62,23 +56,17 @@ class App:
 
     def __init__(self, config: Config, registry: Registry, reload: Reload) -> None:
         self.config, self._registry, self._metrics = config, registry, registry.metrics
-        timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
-        rules = StreamRules(config.stream.keepalive_s, has_comments=config.stream.comments, timeouts=timeouts)
         uploads = Uploads(config.listen.max_body, config.listen.read_timeout_s)
         self._prompts = prompts = SystemPrompts(config.rules, registry.metrics)
-        unassisted = Unassisted(rules)
-        self._passthrough = Passthrough(registry, uploads, timeouts, prompts, unassisted)
-        self._completions = Completions(registry, rules, uploads, self._passthrough, unassisted, prompts)
+        self._passthrough = Passthrough(config, registry, uploads, prompts)
+        self._completions = Completions(config, registry, uploads, self._passthrough, prompts)
         self._tasks = TaskOwner()
         self._history = History(config.store.meta_dir / "history.sqlite")
         self._requests = Requests(registry, self._history)
-        self._events = PageEvents(
-            PageState(registry, self._requests).state, self._requests.has_changed, self._tasks
-        )
         self._tracing = Tracing(endpoint, registry) if (endpoint := config.log.otlp_endpoint) else None
         self._authenticator, self._cors = Authenticator(config.auth), Cors(config.listen.cors)
         self._status = Status(registry, prompts, reload)
-        self._page_api = PageApi(registry, self._requests, self._events, self._is_admitted)
+        self._page_api = PageApi(registry, self._requests, self._tasks, self._is_admitted)
 
     def apply(self, config: Config) -> None:
         """Put another configuration in force, as far as that needs no restart. Raises ConfigError, and changes nothing,
@@ -115,7 +103,7 @@ class App:
 
     async def _stop_watching(self, _: web.Application) -> None:
         """At a shutdown, end the event streams of open operator pages: aiohttp waits until all answers have ended."""
-        await self._events.close()
+        await self._page_api.events.close()
 
     async def _close(self, _: web.Application) -> None:
         self._requests.close()

@@ -20,9 +20,8 @@ from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, HttpProcessing
 from yarl import URL
 
 from llamaslot.errors import BadRequest, LlamaslotError, TooSlow, Unavailable
-from llamaslot.http.client_errors import MISTAKE, error_response
-from llamaslot.http.client_stream import Writer
-from llamaslot.http.connections import NAME, ClientTimeouts, Connections, set_options
+from llamaslot.http.client_stream import MISTAKE, Writer, error_response
+from llamaslot.http.connections import NAME, Connections, set_options
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +31,7 @@ _MakeRequest = Callable[
 ]
 
 _QUOTED = re.compile(r":? (?:bytearray\()?b['\"].*")
+_IDLE_S = 75.0  # between two requests
 #: With more bytes than this in the transport's buffer, writing an answer waits for the client.
 WRITE_BYTES = 1 << 15
 
@@ -40,10 +40,12 @@ class TooManyConnections(Unavailable):
     """As many connections are open as ``listen.max_connections`` allows."""
 
 
-def serve_with(connections: Connections, server: web.Server, timeouts: ClientTimeouts) -> None:
-    """From now on let aiohttp's ``server`` handle the connections of ``connections``."""
+def serve_with(connections: Connections, server: web.Server, read_timeout_s: float) -> None:
+    """From now on let aiohttp's ``server`` handle the connections of ``connections``. A header must come within
+    ``read_timeout_s`` seconds of its first byte.
+    """
     server.request_factory = partial(_with_own_version, server.request_factory)
-    connections.handle_with(lambda: Connection(connections, server, timeouts))
+    connections.handle_with(lambda: Connection(connections, server, read_timeout_s))
 
 
 def _with_own_version(
@@ -69,18 +71,18 @@ def _with_own_version(
 class Connection(web.RequestHandler):
     """One connection of a client, with llamaslot's time limits and its own answers to invalid HTTP."""
 
-    __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_timeouts")
+    __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_read_timeout_s")
 
-    def __init__(self, every: Connections, server: web.Server, timeouts: ClientTimeouts) -> None:
+    def __init__(self, every: Connections, server: web.Server, read_timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(
             server,
             loop=loop,
-            keepalive_timeout=timeouts.idle_s,
+            keepalive_timeout=_IDLE_S,
             access_log=None,  # type: ignore[arg-type]
             auto_decompress=False,  # ``http.request_body`` does it
         )
-        self._all, self._timeouts = every, timeouts
+        self._all, self._read_timeout_s = every, read_timeout_s
         self._is_serving = self._has_served = False
         self._header_timer: asyncio.TimerHandle | None = None
 
@@ -105,7 +107,7 @@ class Connection(web.RequestHandler):
         # not for long. The first data of a connection may come before aiohttp's task waits for it (``_waiter``).
         is_header = self._waiter is not None or not self._has_served
         if is_header and not self._is_serving and self._header_timer is None:
-            self._header_timer = self._loop.call_later(self._timeouts.read_s, self._is_too_slow)
+            self._header_timer = self._loop.call_later(self._read_timeout_s, self._is_too_slow)
         super().data_received(data)
 
     def serving(self, is_serving: bool) -> None:
@@ -124,7 +126,7 @@ class Connection(web.RequestHandler):
             return
         log.info(
             "a client sent no complete request header within %g s, so its connection is closed",
-            self._timeouts.read_s,
+            self._read_timeout_s,
         )
         self._say_and_close(
             "408 Request Timeout",

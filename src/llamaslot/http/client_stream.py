@@ -15,30 +15,23 @@ from msgspec import Struct
 from multidict import CIMultiDict
 
 from llamaslot.backend.long_prompt import Prefilling
-from llamaslot.errors import ClientGone, LlamaslotError
+from llamaslot.config.sections import StreamConfig
+from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
 from llamaslot.formats.base import ErrorEvents
 from llamaslot.formats.comments import Comment
-from llamaslot.http.client_errors import HAS_BEGUN, error_instead, errors_of
+from llamaslot.formats.registry import format_named
 from llamaslot.http.connections import NAME
-from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.in_flight import note_error
+from llamaslot.llama.routes import classify
 from llamaslot.llama.sse import comment
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
+MISTAKE = "internal error in llamaslot; its log has the traceback"
+HAS_BEGUN = web.RequestKey("has_begun", bool)  # whether headers of an answer have been sent
 _NOTHING_TO_SAY = contextlib.nullcontext()
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-class StreamRules(Struct, frozen=True):
-    """Settings of all answers. ``has_comments``: a waiting stream gets SSE comments, one every
-    ``keepalive_s`` seconds.
-    """
-
-    keepalive_s: float
-    has_comments: bool = True
-    timeouts: Timeouts = field(default_factory=Timeouts)
 
 
 class Writer(StreamWriter):
@@ -81,7 +74,7 @@ class Downstream:
     """
 
     request: web.Request
-    rules: StreamRules
+    rules: StreamConfig
     is_streaming: bool
     headers: dict[str, str] = field(default_factory=dict)
     progress: Callable[[Prefilling], bytes] | None = None
@@ -124,7 +117,7 @@ class Downstream:
         if not self.has_begun:
             self.headers.update(headers)
             return b""
-        if not self.rules.has_comments:
+        if not self.rules.comments:
             return b""
         return b"".join(comment(f"{name}: {value}") for name, value in headers.items())
 
@@ -160,7 +153,7 @@ class Downstream:
         """A context manager. Within its block a streaming client gets headers and a comment every ``keepalive_s``
         seconds, and the progress events that it has requested. A client that does not stream gets nothing.
         """
-        if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
+        if not (self.is_streaming and (self.rules.comments or self.progress is not None)):
             return _NOTHING_TO_SAY
         return self._commented()
 
@@ -200,7 +193,7 @@ class Downstream:
                 async with asyncio.timeout(wait_s):
                     await has_moved.wait()
             except TimeoutError:
-                said = comment(str(self.state)) if self.rules.has_comments else b""
+                said = comment(str(self.state)) if self.rules.comments else b""
             else:
                 has_moved.clear()
                 said = self._progress()
@@ -298,3 +291,52 @@ async def send(response: web.StreamResponse, data: bytes) -> None:
     """Send bytes of the body of ``response``. Raises ClientGone."""
     with _translated():
         await response.write(data)
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+def cut(request: web.Request) -> None:
+    """Close a client's connection in the middle of an answer, so that the client detects that the answer is
+    incomplete.
+    """
+    if request.transport is not None:
+        request.transport.abort()
+
+
+def error_instead(
+    request: web.Request, error: LlamaslotError, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """Return the error answer to a failed request. If the headers of another answer have been sent, close the
+    connection and raise ClientGone instead: half an answer must not look like a whole one.
+    """
+    note_error(request, error)
+    if request.get(HAS_BEGUN):
+        cut(request)
+        raise ClientGone from error
+    return error_response(error, headers)
+
+
+def errors_of(request: web.Request, id_: str) -> ErrorEvents:
+    """Return the encoder for errors in a stream, in the form that the clients of the request's route understand.
+    ``id_``: the id of the request.
+    """
+    format_ = format_named(classify(request.method, request.raw_path).format)
+    return format_.errors(id_) if format_ is not None else ErrorEvents(id_)
+
+
+def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return the answer for ``error``: ``{"error": {"message", "type", "code"}}``, or llama-server's own body if the
+    error is llama-server's.
+    """
+    headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, NotAllowed):
+        headers["Allow"] = ", ".join(error.methods)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UpstreamError):
+        headers["Content-Type"] = error.content_type
+        return web.Response(status=error.status, body=error.payload, headers=headers)
+    return web.json_response(error.body(), status=error.status, headers=headers)

@@ -23,6 +23,7 @@ from llamaslot.backend.exclusive import UnpinnedRequest
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import EarlierPlaces, Preempted, RetryPlacement
 from llamaslot.backend.long_prompt import Prefilling, no_report
+from llamaslot.config.load import Config
 from llamaslot.errors import (
     BackendDown,
     BackendRestarted,
@@ -40,19 +41,17 @@ from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
 from llamaslot.formats.registry import FORMATS, format_named
 from llamaslot.http.auth import user_of
-from llamaslot.http.client_errors import MISTAKE
-from llamaslot.http.client_stream import Downstream, StreamRules
+from llamaslot.http.client_stream import MISTAKE, Downstream
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.in_flight import begins, by_operator, id_of, placed
-from llamaslot.http.media_markers import marked
 from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import PromptPart, joined
 from llamaslot.http.request_body import NoObject, Uploads, parse_object, written
-from llamaslot.http.rewriting import SystemPrompts, rewrote
-from llamaslot.http.unassisted import Unassisted
+from llamaslot.http.rewriting import SystemPrompts, marked, rewrote
+from llamaslot.http.unassisted import relay_unassisted
 from llamaslot.http.upstream_errors import ensure_accepted, ensure_body_accepted, servers_error_for
 from llamaslot.llama.answers import Response
 from llamaslot.llama.routes import Route, origin_form
@@ -70,15 +69,14 @@ class Completions:
 
     def __init__(
         self,
+        config: Config,
         registry: Registry,
-        rules: StreamRules,
         uploads: Uploads,
         passthrough: Passthrough,
-        unassisted: Unassisted,
         prompts: SystemPrompts,
     ) -> None:
-        self._router, self._rules, self._uploads = registry.router, rules, uploads
-        self._passthrough, self._unassisted, self._prompts = passthrough, unassisted, prompts
+        self._config, self._router, self._uploads = config, registry.router, uploads
+        self._passthrough, self._prompts = passthrough, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Serve a completion. Raises LlamaslotError if it fails before its exchange begins, and ClientGone. Canceling
@@ -102,7 +100,7 @@ class Completions:
             return await self._passthrough.unprepared(pool, request, raw)
         untokenized = partial(self._passthrough.run_exclusively, request, route, raw)
         pool_again = partial(self._router.pool_for, body.get("model"), loads=True)
-        served = _Served(request, route, self._rules, pool_again, untokenized, self._unassisted)
+        served = _Served(request, route, self._config, pool_again, untokenized)
         exchange = _Exchange(pool, served, raw, body)
         exchange.must_load = unloaded is not None
         return await exchange.run()
@@ -114,19 +112,17 @@ def _format_of(route: Route) -> Format:
 
 
 class _Served(Struct, frozen=True):
-    """A client's request, and the ways to serve it: the same for each prompt of a list.
+    """A client's request, and how to serve it: the same for each prompt of a list.
 
     ``pool_again`` returns the pool of the model, which may be another one after a failure. ``untokenized`` serves the
-    request without known tokens, in a slot that llama-server chooses. ``unassisted`` serves it while llamaslot chooses
-    no slots (assist is off).
+    request without known tokens, in a slot that llama-server chooses.
     """
 
     request: web.Request
     route: Route
-    rules: StreamRules
+    config: Config
     pool_again: Callable[[], Awaitable[Pool]]
     untokenized: Callable[..., Awaitable[web.StreamResponse]]
-    unassisted: Unassisted
 
 
 class _Exchange:
@@ -153,14 +149,15 @@ class _Exchange:
         self.id = id_of(self.request)
         if down is None:
             headers = {"x-request-id": self.id}
-            down = Downstream(self.request, served.rules, body.get("stream") is True, headers)
+            down = Downstream(self.request, served.config.stream, body.get("stream") is True, headers)
         self.down = down
         self.attempts = Attempts(self.id, pool, raw, lambda: down.has_answer)
         self.attempts.pool_again = served.pool_again
         post = partial(_post, self.attempts, self.request, body, raw)
         self.client_request = ClientRequest(self.id, body, self._format, post, time.monotonic())
         begins(self.request, pool, body.get("model"), self.down)
-        self.deadlines = deadlines if deadlines is not None else Deadlines(served.rules.timeouts)
+        limits = served.config.timeouts
+        self.deadlines = deadlines or Deadlines(limits.first_token_s, limits.total_s)
 
     async def run(self) -> web.StreamResponse:
         try:
@@ -205,7 +202,7 @@ class _Exchange:
         """
         context, parsed = await self.pool.ready_with(self._parsed)
         if context is None or parsed is None:
-            return await self.served.unassisted.relay(
+            return await relay_unassisted(
                 self.attempts, self.down, self.deadlines, self._format, self.raw, self.body
             )
         has_one = len(parsed.prompts) == 1 and not parsed.is_head

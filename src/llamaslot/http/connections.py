@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 import resource
 import socket
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import NamedTuple, cast
+from http import HTTPStatus
+from typing import cast
 
-from msgspec import Struct
+from llamaslot.backend.health import Health
+from llamaslot.fleet.registry import Registry
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +46,17 @@ _HEALTH = re.compile(
 _LONGEST = 2048
 
 
-class HealthAnswer(NamedTuple):
-    status: int
-    reason: str
-    body: bytes
+def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
+    """Return status and body of the answer to a health check: 200 if any backend is up, or asleep until the next
+    request, else 503. A drained backend does not count.
+    """
+    states = {backend.health for backend in registry.backends if not backend.leases.is_drained}
+    if states & {Health.UP, Health.ASLEEP}:
+        return 200, {"status": "ok"}
+    if not states:
+        return 503, {"status": "drained"}
+    health = Health.CONNECTING if Health.CONNECTING in states else Health.DOWN
+    return 503, {"status": health.value}
 
 
 class NewConnection(asyncio.Protocol):
@@ -60,9 +70,9 @@ class NewConnection(asyncio.Protocol):
     read.
     """
 
-    def __init__(self, owner: Connections, health: Callable[[], HealthAnswer] | None) -> None:
-        """``health`` returns the answer to a health check; None: aiohttp answers health checks too."""
-        self._owner, self._health = owner, health
+    def __init__(self, owner: Connections, registry: Registry | None) -> None:
+        """``registry`` tells the health; None: aiohttp answers health checks too."""
+        self._owner, self._registry = owner, registry
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -79,17 +89,19 @@ class NewConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if self._health is None or self._is_waiting:
+        if self._registry is None or self._is_waiting:
             self.hand_over(data)
             return
         is_read = self._transport.get_write_buffer_size() == 0
         if len(data) > _LONGEST or not is_read or (check := _HEALTH.fullmatch(data)) is None:
             self.hand_over(data)
             return
-        status, reason, body = self._health()
+        status, told = health_of(self._registry)
+        self._registry.metrics.requests.labels("own", str(status)).inc()
+        body = json.dumps(told).encode()
         is_last = check["minor"] == b"0" or check["close"] is not None
         head = (
-            f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json; charset=utf-8\r\n"
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json; charset=utf-8\r\n"
             f"Server: {NAME['Server']}\r\nContent-Length: {len(body)}\r\nDate: {formatdate(usegmt=True)}\r\n"
             f"{'Connection: close' if is_last else ''}\r\n"
         )
@@ -134,25 +146,16 @@ class NewConnection(asyncio.Protocol):
         return transport
 
 
-class ClientTimeouts(Struct, frozen=True):
-    """Time limits in seconds for a client: ``read_s`` for a header once its first byte has come, ``idle_s`` between two
-    requests.
-    """
-
-    read_s: float
-    idle_s: float = 75.0
-
-
 class Connections:
     """Makes the protocol object for each client's connection, and limits their number to ``n_max``, or to what the
     limit of open files allows. ``is_wanted`` is set when a connection waits for aiohttp.
     """
 
-    def __init__(self, n_max: int | None, health: Callable[[], HealthAnswer] | None = None) -> None:
-        """``health`` answers health checks on connections that aiohttp does not handle yet; None: aiohttp handles all
-        connections.
+    def __init__(self, n_max: int | None, registry: Registry | None) -> None:
+        """``registry`` tells the health, for checks on connections that aiohttp does not handle yet; None: aiohttp
+        handles all connections.
         """
-        self._health = health
+        self._registry = registry
         self._make: Callable[[], asyncio.Protocol] | None = None
         self._n_max = n_max if n_max is not None else _n_for_clients()
         self._open: set[asyncio.Protocol] = set()
@@ -161,9 +164,9 @@ class Connections:
         self.is_wanted = asyncio.Event()
 
     def __call__(self) -> asyncio.Protocol:
-        if self._health is None and self._make is not None:
+        if self._registry is None and self._make is not None:
             return self._make()
-        return NewConnection(self, self._health)
+        return NewConnection(self, self._registry)
 
     def handle_with(self, make: Callable[[], asyncio.Protocol]) -> None:
         """Let ``make`` make aiohttp's protocol object for a connection: at once for the connections that wait for

@@ -18,31 +18,27 @@ _NO_LIMIT = contextlib.nullcontext()
 _LOOKS = 4  # calls of ``look`` within ``silence_s``
 
 
-class Timeouts(Struct, frozen=True):
-    """Time limits of a request in seconds; None is no limit. ``first_token_s``: until the first token of the answer,
-    where llamaslot can detect it. ``total_s``: until the end of the answer.
-    """
-
-    first_token_s: float | None = None
-    total_s: float | None = None
-
-
 @dataclass(slots=True)
 class Deadlines:
-    """The time limits of one request. They begin with the block of ``kept``."""
+    """The time limits of one request in seconds; None is no limit. They begin with the block of ``kept``.
 
-    timeouts: Timeouts
+    ``first_token_s``: until the first token of the answer; None also where llamaslot cannot detect that token.
+    ``total_s``: until the end of the answer.
+    """
+
+    first_token_s: float | None
+    total_s: float | None
     _first: asyncio.Timeout | None = field(default=None, init=False)
 
     def kept(self) -> contextlib.AbstractAsyncContextManager[None]:
         """A context manager. When a limit has passed, it cancels its block and raises DeadlinePassed."""
-        if self.timeouts.first_token_s is None and self.timeouts.total_s is None:
+        if self.first_token_s is None and self.total_s is None:
             return _NO_LIMIT
         return self._kept()
 
     @contextlib.asynccontextmanager
     async def _kept(self) -> AsyncIterator[None]:
-        first, total = asyncio.timeout(self.timeouts.first_token_s), asyncio.timeout(self.timeouts.total_s)
+        first, total = asyncio.timeout(self.first_token_s), asyncio.timeout(self.total_s)
         self._first = first
         try:
             async with total, first:
@@ -50,12 +46,10 @@ class Deadlines:
         except TimeoutError as error:
             if first.expired():
                 raise DeadlinePassed(
-                    f"the answer has not begun within {self.timeouts.first_token_s:g} s; try again later"
+                    f"the answer has not begun within {self.first_token_s:g} s; try again later"
                 ) from error
             if total.expired():
-                raise DeadlinePassed(
-                    f"the answer has not ended within {self.timeouts.total_s:g} s"
-                ) from error
+                raise DeadlinePassed(f"the answer has not ended within {self.total_s:g} s") from error
             raise
 
     def begin_answer(self) -> None:

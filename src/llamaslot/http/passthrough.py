@@ -11,29 +11,34 @@ from functools import partial
 
 import orjson
 from aiohttp import web
-from msgspec.structs import replace
 from multidict import CIMultiDict
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
-from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed, UpstreamError
+from llamaslot.config.load import Config
+from llamaslot.errors import (
+    BackendDown,
+    BackendRestarted,
+    BadRequest,
+    DeadlinePassed,
+    LlamaslotError,
+    UpstreamError,
+)
 from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
-from llamaslot.http.client_errors import HAS_BEGUN
-from llamaslot.http.client_stream import end_relayed
-from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
+from llamaslot.http.client_stream import HAS_BEGUN, end_relayed
+from llamaslot.http.deadlines import Deadlines, Watchdog
 from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.in_flight import begins, id_of, placed
-from llamaslot.http.media_markers import marked_bytes
 from llamaslot.http.relay import relay
-from llamaslot.http.request_body import Upload, Uploads, parse_object
-from llamaslot.http.rewriting import SystemPrompts
-from llamaslot.http.unassisted import Unassisted
+from llamaslot.http.request_body import Uploads, parse_object
+from llamaslot.http.rewriting import SystemPrompts, marked_bytes
+from llamaslot.http.unassisted import serve_unassisted
 from llamaslot.llama.answers import Response, content_type_of, whole
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.llama.upstream import Check
@@ -47,16 +52,9 @@ _WAKES = ("/slots", "/lora-adapters")  # their GET wakes a sleeping llama-server
 class Passthrough:
     """Serves routes that take no slot, and requests whose slots llama-server chooses."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        uploads: Uploads,
-        timeouts: Timeouts,
-        prompts: SystemPrompts,
-        unassisted: Unassisted,
-    ) -> None:
-        self._router, self._uploads, self._timeouts = registry.router, uploads, timeouts
-        self._prompts, self._unassisted = prompts, unassisted
+    def __init__(self, config: Config, registry: Registry, uploads: Uploads, prompts: SystemPrompts) -> None:
+        self._config, self._router = config, registry.router
+        self._uploads, self._prompts = uploads, prompts
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Pass a request through unchanged. With a single model on one backend both bodies are streamed. With several
@@ -73,8 +71,18 @@ class Passthrough:
             raw = await self._uploads.whole(request) if request.body_exists else b""
             pool = await self._pool(request, raw)
             return await self.unprepared(pool, request, raw, gate=route.gate)
-        upload = Upload(self._uploads, request)
-        data = upload.pieces() if request.body_exists else None
+        failure: LlamaslotError | None = None
+
+        async def pieces() -> AsyncIterator[bytes]:
+            nonlocal failure
+            try:
+                async for piece in self._uploads.pieces(request):
+                    yield piece
+            except LlamaslotError as error:  # the client of llama-server will report only a broken connection
+                failure = error
+                raise
+
+        data = pieces() if request.body_exists else None
         backend = (await self._router.pool_for()).any_backend()
         try:
             async with self._upstream(backend, request, data, to_server(request)) as upstream:
@@ -82,7 +90,7 @@ class Passthrough:
                     backend.changed(f"{route.gate} was called")
                 return await relay(request, upstream, {})
         except BackendDown as error:
-            raise upload.failure or error from None
+            raise failure or error from None
 
     async def count(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Count the tokens of a completion's body. The rules for system prompts are applied first, as for the
@@ -144,14 +152,13 @@ class Passthrough:
         pool = attempts.pool if attempts is not None else await self._pool(request, raw, loads=True)
         while await pool.ready() is None:
             with contextlib.suppress(BackendRestarted):
-                return await self._unassisted.serve(pool, request, route, raw)
+                return await serve_unassisted(self._config, pool, request, route, raw)
         if route.may_be_missing and not await pool.has_route(route.path):
             return await self.unprepared(pool, request, raw)
         # /slots does not show the progress of embeddings and the like.
         is_watched = route.format is not None
         try:
-            # llamaslot does not detect the beginning of these answers.
-            async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
+            async with Deadlines(None, self._config.timeouts.total_s).kept():
                 if attempts is not None:
                     return await self._run_exclusively(attempts, request, raw, head, is_watched=is_watched)
                 attempts = _attempts(request, pool, raw)

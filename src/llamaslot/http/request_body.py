@@ -15,7 +15,7 @@ import orjson
 from aiohttp import HttpVersion10, HttpVersion11, web
 from msgspec import Struct
 
-from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow, Unpackable
+from llamaslot.errors import BadRequest, BodyTooLarge, TooSlow, Unpackable
 
 _BYTES_PER_S = 4096  # the minimum average speed of a client's upload, so that every upload ends
 _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)
@@ -88,24 +88,6 @@ class Uploads(Struct, frozen=True):
     def _too_large(self) -> BodyTooLarge:
         text = f"the body is larger than {self.max_bytes} bytes; the operator may raise listen.max_body"
         return BodyTooLarge(text)
-
-
-class Upload:
-    """A body that is forwarded to llama-server while it comes. ``failure``: the error that interrupted it, None if none
-    did.
-    """
-
-    def __init__(self, uploads: Uploads, request: web.Request) -> None:
-        self._uploads, self._request = uploads, request
-        self.failure: LlamaslotError | None = None
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        try:
-            async for piece in self._uploads.pieces(self._request):
-                yield piece
-        except LlamaslotError as error:  # the client of llama-server will report only a broken connection
-            self.failure = error
-            raise
 
 
 async def hold_back(request: web.Request) -> None:

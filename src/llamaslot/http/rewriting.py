@@ -1,21 +1,28 @@
-"""Applies the rules of ``rewrite`` to bodies, and reports which rules have changed something: in a header, a metric and
-the status page.
+"""What llamaslot changes in a body before llama-server gets it: system prompts by the rules of ``rewrite``, which a
+header, a metric and the status page report, and the markers of media, since a client knows those of any server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 from aiohttp import web
 
+from llamaslot.errors import BadRequest
+from llamaslot.fleet.failover import Attempts
 from llamaslot.formats.base import Format
 from llamaslot.formats.rewrite import LIMIT_S, RewriteRule, Rewriting
+from llamaslot.http.request_body import parse_object
 from llamaslot.observe.metrics import Metrics
+from llamaslot.tokens.media import MEDIA_KEY, PROMPTS, with_marker
 
 log = logging.getLogger(__name__)
 
+_MEDIA_KEY = MEDIA_KEY.encode()
 _REWROTE = web.RequestKey("rewrote", list[str])
 
 
@@ -71,3 +78,38 @@ def tell_rewrote(request: web.Request, response: web.StreamResponse) -> None:
     """
     if names := rewrote(request):
         response.headers["x-llamaslot-rewrote"] = ",".join(names)
+
+
+# -- media ---------------------------------------------------------------------------------------------------------
+
+
+def marked(attempts: Attempts, body: dict[str, Any], raw: bytes) -> dict[str, Any]:
+    """Return ``body`` with the marker of the backend of the present attempt. ``raw``: the client's bytes of it, which
+    tell sooner than long lists of tokens that there are no media.
+    """
+    has_prompts = any(isinstance(body.get(name), dict | list) for name in PROMPTS)
+    return _marked(attempts, body) if has_prompts and _may_have_media(attempts, raw) else body
+
+
+def marked_bytes(attempts: Attempts, raw: bytes) -> bytes:
+    """As ``marked``, for a body that was not parsed. One that llamaslot cannot read is returned as it is, so that
+    llama-server refuses it.
+    """
+    if _may_have_media(attempts, raw):
+        with contextlib.suppress(BadRequest):
+            body = parse_object(raw)
+            if (new := _marked(attempts, body)) is not body:
+                return orjson.dumps(new)
+    return raw
+
+
+def _may_have_media(attempts: Attempts, raw: bytes) -> bool:
+    """True if there may be media in plain prompts, and another server's marker for them."""
+    return len(attempts.pool.backends) > 1 and _MEDIA_KEY in raw
+
+
+def _marked(attempts: Attempts, body: dict[str, Any]) -> dict[str, Any]:
+    session = attempts.backend.session
+    if session is None:
+        return body
+    return with_marker(body, attempts.pool.media_markers(), session.props.boot_id)

@@ -24,8 +24,7 @@ from llamaslot.config.sections import EVERY_ADDRESS
 from llamaslot.errors import ConfigError, LlamaslotError
 from llamaslot.fleet.managed_models import ManagedModels
 from llamaslot.fleet.registry import Registry
-from llamaslot.http.connections import ClientTimeouts, Connections, raise_file_limit
-from llamaslot.http.health import HealthChecks
+from llamaslot.http.connections import Connections, raise_file_limit
 from llamaslot.http.reload import Reload
 from llamaslot.http.service_manager import ServiceManager
 from llamaslot.llama.managed.process import ManagedServer
@@ -65,8 +64,9 @@ class Front:
         self._config, self._registry, self._manager = config, registry, manager
         self.reload = Reload(path, config, registry, manager)
         # With ``listen.cors``, answers to health checks need more headers, which only the application adds.
-        health = HealthChecks(registry).answer if not config.listen.cors else None
-        self.connections = Connections(config.listen.max_connections, health)
+        self.connections = Connections(
+            config.listen.max_connections, registry if not config.listen.cors else None
+        )
         self._listeners: list[asyncio.Server] = []
         self._runner: web.AppRunner | None = None
         self._is_activated = False  # True: the sockets are the service manager's, which goes on listening
@@ -127,7 +127,7 @@ class Front:
         logging.getLogger("aiohttp.server").addFilter(in_one_line)
         await runner.setup()
         assert runner.server is not None, "set up"
-        serve_with(self.connections, runner.server, ClientTimeouts(self._config.listen.read_timeout_s))
+        serve_with(self.connections, runner.server, self._config.listen.read_timeout_s)
 
     async def close(self) -> None:
         """Stop listening. Answers that are running have ``shutdown.drain_s`` seconds to end."""
