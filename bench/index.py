@@ -9,17 +9,20 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
+from pathlib import Path
 from statistics import median, quantiles
-from typing import Protocol
 
 from llamaslot.cache.ids import common, count, head, pack, unpack
-from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.prefix_index import PrefixIndex
+from llamaslot.llama.identity import Identity
+from llamaslot.store.index_file import IndexFile
+from llamaslot.tasks import TaskOwner
 
 LONG, SHORT = 60_000, 2_000  # tokens of a prompt
 BEST = 8  # holders that a lookup asks for
@@ -155,43 +158,24 @@ class Filled:
         return cls(build(keep()), stored)
 
 
-class Stocked(Protocol):
-    """An index, and what it was filled with, as far as that is kept."""
+def lookups(traffic: Traffic, few: Filled, many: Filled, n_prompts: int) -> Iterator[Row]:
+    """Lookups by length of the prompt, by number of entries, and against making the prompt's bytes."""
 
-    @property
-    def index(self) -> PrefixIndex[int] | LayeredIndex: ...
-    @property
-    def stored(self) -> list[bytes]: ...
-
-
-def lookups(
-    traffic: Traffic,
-    few: Stocked,
-    many: Stocked,
-    n_prompts: int,
-    *,
-    what: str = "",
-    packing_bound: float = 0.3,
-) -> Iterator[Row]:
-    """Lookups by length of the prompt, by number of entries, and against making the prompt's bytes: at most
-    ``packing_bound`` of that. ``what``: said before each name.
-    """
-
-    def looked_up(filled: Stocked, n_tokens: int) -> tuple[float, float]:
+    def looked_up(filled: Filled, n_tokens: int) -> tuple[float, float]:
         prompts = traffic.prompts(filled.stored, n_tokens, n_prompts)
         return timed(lambda prompt: filled.index.match(prompt, BEST), prompts)
 
     times = {n: (looked_up(many, n), looked_up(few, n)) for n in (SHORT, LONG)}
     longs, shorts = times[LONG][0], times[SHORT][0]
-    name = f"{what}lookup, {LONG} / {SHORT} tokens, {len(many.index)} entries"
+    name = f"lookup, {LONG} / {SHORT} tokens, {len(many.index)} entries"
     yield Row(name, longs[0] / shorts[0], 6, False, f"{us(longs)} / {us(shorts)}")
     for n_tokens, (slow, fast) in times.items():
-        name = f"{what}lookup of {n_tokens} tokens, {len(many.index)} / {len(few.index)} entries"
+        name = f"lookup of {n_tokens} tokens, {len(many.index)} / {len(few.index)} entries"
         yield Row(name, slow[0] / fast[0], 3, False, f"{us(slow)} / {us(fast)}")
     ids = {prompt: unpack(prompt) for prompt in traffic.prompts(many.stored, LONG, max(n_prompts // 10, 2))}
     packing = timed(lambda prompt: pack(ids[prompt]), list(ids))
-    name = f"{what}lookup of {LONG} tokens / struct.pack of their list"
-    yield Row(name, longs[0] / packing[0], packing_bound, False, f"{us(longs)} / {us(packing)}")
+    name = f"lookup of {LONG} tokens / struct.pack of their list"
+    yield Row(name, longs[0] / packing[0], 0.3, False, f"{us(longs)} / {us(packing)}")
 
 
 def residents(traffic: Traffic, latest: list[bytes], n_prompts: int) -> Iterator[Row]:
@@ -231,6 +215,26 @@ def memory(n_entries: int) -> Iterator[Row]:
     yield Row(f"bytes per unique token, {n_entries} entries", size / index.n_tokens, 6, False, detail)
 
 
+def file(index: PrefixIndex[int]) -> Row:
+    """What the copy of an index on disk takes."""
+    named: PrefixIndex[str] = PrefixIndex()
+    for holder in index.holders():
+        named.insert(f"ls-{holder:016x}", index.tokens(holder))
+    with tempfile.TemporaryDirectory(prefix="llamaslot-bench-") as directory:
+        copy = IndexFile(Path(directory, "index"), Identity({}, dict.fromkeys(range(8), -1.0)), TaskOwner())
+        started = time.monotonic()
+        copy._replace(list(named.branches()))
+        written = time.monotonic()
+        n_holders = len(copy._read())
+        read = time.monotonic()
+        size = copy.path.stat().st_size
+    assert n_holders == len(index)
+    detail = f"{size / 2**20:.0f} MiB, written in {written - started:.2f} s, read in {read - written:.2f} s"
+    return Row(
+        f"index file, {n_holders} entries: bytes per unique token", size / index.n_tokens, 4.5, False, detail
+    )
+
+
 def measure(
     n_few: int = 1_000, n_many: int = 10_000, n_slots: int = 256, n_prompts: int = 200
 ) -> Iterator[Row]:
@@ -243,14 +247,13 @@ def measure(
     later = list(islice(snapshots, n_prompts))
     yield from lookups(traffic, few, many, n_prompts)
     yield from changes(few, many, later)
+    yield file(many.index)
     yield from residents(traffic, few.stored[-n_slots:], n_prompts)
 
 
 def main() -> int:
-    from bench import generations  # which needs what is here
-
     failed = 0
-    for row in chain(measure(), generations.measure()):
+    for row in measure():
         sys.stdout.write(f"{row}\n")
         sys.stdout.flush()
         failed += not row.is_met

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,7 +19,7 @@ E = TypeVar("E", bound=Exception)
 _SLICE_S = 0.002  # of work between two turns of other tasks
 
 
-async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
+async def in_slices(items: Iterable[T]) -> AsyncGenerator[T]:
     """Iterate over ``items``, and let other tasks run after every 2 ms. Canceling is safe."""
     since = time.monotonic()
     for item in items:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.cache import layered_index
+from llamaslot.store import index_file
 from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support import models
 from tests.support.inprocess import Front, fronted, letters
@@ -24,11 +24,11 @@ def library(it: Front) -> ModelSnapshots:
     return next(iter(it.backend.store.libraries))
 
 
-async def test_a_context_that_the_generation_finds_is_restored(
+async def test_a_context_that_the_index_file_finds_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both are restarted; none of its files is opened before it is asked for."""
-    monkeypatch.setattr(layered_index, "NEW_MIN", 2)
+    monkeypatch.setattr(index_file, "MIN_CHANGES", 2)
     (tmp_path / "kv").mkdir()
     async with (
         RealServer(models.dense(tmp_path), tmp_path / "kv", slots=1) as server,
@@ -36,14 +36,14 @@ async def test_a_context_that_the_generation_finds_is_restored(
     ):
         for text in TEXTS:
             await it.ask(text)
-        await it.until(lambda: library(it).index.base is not None)
+        file = library(it).file
+        assert file is not None
+        await it.until(file.path.exists)
         await it.stop()
         await server.restart()
         with OPENS.noted() as opened:
             await it.start()
-        base = library(it).index.base
-        assert base is not None
-        found = set(base.holders())
+        found = set((await file.read()).holders())
         assert len(found) >= 3
         assert not {Path(name).stem for name in opened} & found
         answers = [await it.ask(text + "more") for text in TEXTS]

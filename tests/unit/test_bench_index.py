@@ -6,7 +6,6 @@ from itertools import islice
 
 import pytest
 
-from bench import generations
 from bench import index as bench
 from llamaslot.cache.ids import count
 
@@ -42,35 +41,9 @@ def test_measures_every_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
         "lookup",
         "insert",
         "drop",
+        "index file",
         "shares",
     ]
     assert all(row.value > 0 for row in rows)
     assert bench.Row("ratio", 2.0, 3, False, "").is_met
     assert str(bench.Row("ratio", 2.0, 3, True, "")).startswith("FAIL")
-
-
-def test_measures_the_ratios_with_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With small numbers each row is there; a generation is really made, mapped and asked."""
-    monkeypatch.setattr(bench, "LONG", 4_000)
-    monkeypatch.setattr(generations, "IDLE_S", 0.05)
-    rows = list(generations.measure(n_few=20, n_many=60, n_prompts=10))
-    assert [row.name.removeprefix("with a generation: ").split(",")[0].split(" of ")[0] for row in rows] == [
-        "wait for the loop while a generation is made / idle",
-        "bytes per unique token",
-        "lookup",
-        "lookup",
-        "lookup",
-        "lookup",
-        "insert",
-        "drop",
-    ]
-    assert all(row.value > 0 for row in rows)
-
-
-def test_a_standstill_is_noticed_however_few_ticks_it_has() -> None:
-    """The wait counts moments: one second in ten that the loop stands still is a tenth of them."""
-    late = 0.001
-    assert generations.wait_p99([late] * 5_000) == pytest.approx(late, rel=0.05)
-    assert generations.wait_p99([late] * 4_500 + [1.0]) == pytest.approx(0.9, abs=0.02)
-    assert generations.wait_p99([late] * 5_000 + [0.01]) == pytest.approx(late, rel=0.05)
-    assert generations.wait_p99([0.0] * 1_000) == 0

@@ -9,8 +9,8 @@ import pytest
 from llamaslot.backend import slot_worth
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import Content
-from llamaslot.cache.ids import pack
-from llamaslot.cache.namespaces import Namespace
+from llamaslot.cache.ids import common, count, pack
+from llamaslot.cache.namespaces import Namespace, marker
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Plan, Wait
@@ -101,8 +101,12 @@ def test_what_others_hold_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         for slot in table.slots:
             if not slot.is_idle or not slot.content.tokens:
                 continue
-            others = {other.id for other in table.slots if other is slot or not other.is_idle}
-            found = table.residents.cover(slot.content.tokens, slot.content.namespace, exclude=others)
+            others = [other for other in table.slots if other is not slot and other.is_idle]
+            mine = marker(slot.content.namespace) + slot.content.tokens
+            found = max(
+                (common(marker(other.content.namespace) + other.content.tokens, mine) for other in others),
+                default=0,
+            ) - count(marker(slot.content.namespace))
             on_disk = table._candidates.on_disk(slot.content.tokens, slot.content.namespace)
             assert table.worth.covered(slot) == max(found, on_disk)
             assert table.worth.on_disk(slot) == on_disk

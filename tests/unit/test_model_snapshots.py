@@ -10,13 +10,11 @@ from typing import cast
 
 import pytest
 
-from llamaslot.cache import layered_index as due
 from llamaslot.cache.ids import pack
 from llamaslot.llama.identity import Identity
-from llamaslot.store import Catalog, WithTokens
+from llamaslot.store import Catalog, WithTokens, index_file
 from llamaslot.store.model_snapshots import Libraries
 from llamaslot.tasks import TaskOwner
-from tests.support.generations import grow_in_a_thread
 
 PROBS = dict.fromkeys(range(8), -1.0)
 MODEL, OTHER = Identity({"n_vocab": 9}, PROBS), Identity({"n_vocab": 7}, PROBS)
@@ -28,7 +26,7 @@ class World:
 
     def __init__(self, directory: Path, n: int) -> None:
         self.snapshots = {f"ls-{i}": snapshot(f"ls-{i}", i) for i in range(n)}
-        self.n_read = self.n_registered = 0
+        self.n_read = 0
         self.directory, self.tasks = directory, TaskOwner()
         self.libraries = self.start()
 
@@ -36,9 +34,7 @@ class World:
         """What llamaslot has after a start."""
         catalog = cast(
             Catalog,
-            SimpleNamespace(
-                snapshots=self.snapshots, verify_some=self.verify_some, write_manifest=self.manifest
-            ),
+            SimpleNamespace(snapshots=self.snapshots, verify_some=self.verify_some),
         )
         self.libraries = Libraries(catalog, self.directory / "gpu0.index", self.tasks)
         return self.libraries
@@ -51,10 +47,6 @@ class World:
         assert library is self.libraries.current("gpu0")
         return set(library.snapshots)
 
-    async def manifest(self) -> None:
-        """Called after each generation."""
-        self.n_registered += 1
-
     async def verify_some(self, ids: list[str]) -> list[WithTokens]:
         """As the catalog does: the headers are read."""
         self.n_read += len(ids)
@@ -66,12 +58,13 @@ class World:
         del self.snapshots[id_]
         self.libraries.drop(id_)
 
-    async def made(self) -> None:
-        """Wait for the generation that is being made."""
+    async def written(self) -> set[str]:
+        """Wait until the index file is written. Returns the snapshots in it."""
         await self.tasks.all_ended()
         library = self.libraries.current("gpu0")
         assert library is not None
-        assert library.index.base is not None
+        assert library.file is not None
+        return set((await library.file.read()).holders())
 
 
 def snapshot(id_: str, seed: int, fingerprint: str = "model") -> WithTokens:
@@ -82,28 +75,22 @@ def snapshot(id_: str, seed: int, fingerprint: str = "model") -> WithTokens:
 
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    monkeypatch.setattr(due, "NEW_MIN", 100)
-    grow_in_a_thread(monkeypatch)
+    monkeypatch.setattr(index_file, "MIN_CHANGES", 100)
     world = World(tmp_path, 200)
     yield world
     await world.tasks.close()
 
 
-async def test_one_generation_is_made_of_all_that_was_found(world: World) -> None:
-    """Not one of the first few hundred and then another."""
+async def test_one_file_is_written_of_all_that_was_found(world: World) -> None:
+    """Not one of the first hundred and then another."""
     assert await world.meet() == world.snapshots.keys()
-    await world.made()
-    library = world.libraries.current("gpu0")
-    assert library is not None
-    assert library.index.base is not None
-    assert library.index.base.holders() == world.snapshots.keys()
-    assert world.n_registered == 1
+    assert await world.written() == world.snapshots.keys()
 
 
-async def test_after_a_start_the_generation_has_the_tokens(world: World) -> None:
-    """What went and came meanwhile is noticed; of the rest no file is read."""
+async def test_after_a_start_the_file_has_the_tokens(world: World) -> None:
+    """What went and came meanwhile is noticed; of the rest no header is read."""
     await world.meet()
-    await world.made()
+    await world.written()
     del world.snapshots["ls-0"]
     world.snapshots["ls-new"] = snapshot("ls-new", 999)
     world.start()
@@ -112,24 +99,21 @@ async def test_after_a_start_the_generation_has_the_tokens(world: World) -> None
     assert world.n_read == 1
     library = world.libraries.current("gpu0")
     assert library is not None
-    assert library.index.base is not None
-    assert library.index.base.holders() == world.snapshots.keys() - {"ls-new"}
     for id_, found in world.snapshots.items():
         assert library.index.tokens(id_) == found.tokens
 
 
 async def test_the_same_model_finds_the_same_library(world: World) -> None:
-    """Also in the words of another build, and its generation too."""
+    """Also in the words of another build, and its file too."""
     await world.meet()
-    await world.made()
+    await world.written()
     before = world.libraries.current("gpu0")
     await world.meet(DRIFTED)
     assert world.libraries.current("gpu0") is before
     world.start()
+    world.n_read = 0
     await world.meet(DRIFTED)
-    after = world.libraries.current("gpu0")
-    assert after is not None
-    assert after.index.base is not None
+    assert world.n_read == 0
 
 
 async def test_another_model_ends_what_is_being_made(world: World) -> None:
@@ -169,7 +153,7 @@ async def test_what_goes_while_the_library_is_filled_is_not_in_it(world: World) 
 async def test_a_meeting_that_is_cancelled_anywhere_is_made_good_by_the_next(world: World) -> None:
     """The server has restarted in the middle of it."""
     await world.meet()
-    await world.made()
+    await world.written()
     for n_awaits in range(40):
         world.start()
         meeting = world.tasks.spawn(world.meet(), "meeting")
@@ -182,8 +166,8 @@ async def test_a_meeting_that_is_cancelled_anywhere_is_made_good_by_the_next(wor
         assert await world.meet() == world.snapshots.keys()
 
 
-async def test_many_that_no_generation_has_are_read_afterwards(world: World) -> None:
-    """The model is there before; what goes and comes meanwhile is right, and one generation is made of all."""
+async def test_many_that_no_file_has_are_read_afterwards(world: World) -> None:
+    """The model is there before; what goes and comes meanwhile is right, and one file is written of all."""
     library = await world.libraries.of("gpu0", MODEL, lambda found: True)
     assert library.n_unread == 200
     world.drop("ls-150")
@@ -194,12 +178,11 @@ async def test_many_that_no_generation_has_are_read_afterwards(world: World) -> 
     library.check()
     assert library.n_unread == 0
     assert library.snapshots.keys() == world.snapshots.keys()
-    await world.made()
-    assert world.n_registered == 1
+    assert await world.written() == world.snapshots.keys()
 
 
 async def test_two_backends_of_one_model_share_a_library(world: World) -> None:
-    """It lives as long as one of them runs that model; each model has its own generations."""
+    """It lives as long as one of them runs that model; each model has its own file."""
     first = await world.libraries.of("gpu0", MODEL, lambda found: found.fingerprint == "model")
     assert await world.libraries.of("gpu1", DRIFTED, lambda found: found.fingerprint == "model") is first
     other = await world.libraries.of("gpu1", OTHER, lambda found: found.fingerprint == "other")

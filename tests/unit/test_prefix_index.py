@@ -111,17 +111,6 @@ def test_half_a_token_is_refused_and_changes_nothing() -> None:
     assert index.tokens("a") == pack([1, 2])
 
 
-def test_cover_says_what_others_share() -> None:
-    """The cost of losing a slot: its tokens that no other slot holds."""
-    index = index_of(slot=[1, 2, 3, 4, 5], twin=[1, 2, 3, 9], far=[1, 7])
-    tokens = pack([1, 2, 3, 4, 5])
-    assert index.cover(tokens) == 5
-    assert index.cover(tokens, {"slot"}) == 3
-    assert index.cover(tokens, {"slot", "twin"}) == 1
-    assert index.cover(tokens, {"slot", "twin", "far"}) == 0
-    assert index.cover(b"") == 0
-
-
 def test_a_limit_visits_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """One match among 5,000 that share a system prompt looks at a handful of nodes."""
     index: PrefixIndex[int] = PrefixIndex()
@@ -198,11 +187,6 @@ class AgainstOneByOne(RuleBasedStateMachine):
         keys = [(-hit.n_shared, hit.n_tokens) for hit in hits]
         assert keys == sorted(keys)  # one that ends exactly there is the shortest that shares as much
         assert self.index.match(pack(ids) + torn, limit) == hits[: max(limit, 0)]
-
-    @rule(ids=IDS, exclude=st.sets(HOLDERS))
-    def cover(self, ids: list[int], exclude: set[int]) -> None:
-        expected = [hit.n_shared for hit in self.shares(pack(ids)) if hit.holder not in exclude]
-        assert self.index.cover(pack(ids), exclude) == max(expected, default=0)
 
     @invariant()
     def same_content(self) -> None:

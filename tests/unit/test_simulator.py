@@ -97,7 +97,8 @@ def test_what_is_known_is_what_a_tree_of_all_prompts_knows() -> None:
     for request in trace().requests:
         prompt = head(held.get(request.conversation, b""), request.keep)
         prompt += b"".join(map(trace().text, request.add))
-        n_known += min(index.cover(prompt), request.n_prompt - 1)
+        n_found = next((hit.n_shared for hit in index.hits(prompt)), 0)
+        n_known += min(n_found, request.n_prompt - 1)
         held[request.conversation] = prompt + trace().text(request.answer)
         index.insert(next(serial), held[request.conversation])
     # In the order of users here and in that of time there: whoever comes first pays for all.

@@ -6,15 +6,14 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llamaslot.backend.health import Health
-from llamaslot.cache import layered_index
 from llamaslot.cache.ids import pack
-from llamaslot.store import disk_index_rebuild
+from llamaslot.store import index_file
+from llamaslot.store.index_file import IndexFile
 from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support.fake import FakeModel
 from tests.support.inprocess import Served, letters, right, served
@@ -25,8 +24,8 @@ TEXTS = [letters(n, 300) for n in range(6)]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A generation after three snapshots, not after a thousand."""
-    monkeypatch.setattr(layered_index, "NEW_MIN", 2)
+    """The index file is written after three changes, not after a thousand."""
+    monkeypatch.setattr(index_file, "MIN_CHANGES", 2)
 
 
 def library(it: Served) -> ModelSnapshots:
@@ -40,19 +39,20 @@ def tokens_of(it: Served, text: str) -> bytes:
     return pack(it.fake.model.tokenize(text))
 
 
-def index_dir(it: Served) -> Path:
+def file_of(it: Served) -> IndexFile:
     """Of the only model."""
-    (directory,) = (it.config.store.meta_dir / "gpu0.index").iterdir()
-    return directory
+    file = library(it).file
+    assert file is not None
+    return file
 
 
 @asynccontextmanager
 async def filled(directory: Path, **more: Any) -> AsyncIterator[Served]:
-    """All contexts but the last are on disk only, some of them in a generation."""
+    """All contexts but the last are on disk only, some of them in the index file."""
     async with served(directory, slots=1, **more) as it:
         for text in TEXTS:
             await it.ask(text)
-        await it.until(lambda: library(it).index.base is not None)
+        await it.until(file_of(it).path.exists)
         yield it
 
 
@@ -65,13 +65,11 @@ async def restarted(it: Served) -> set[str]:
     return set(seen)
 
 
-async def test_after_a_restart_snapshots_are_found_through_the_generation(tmp_path: Path) -> None:
-    """It is mapped from disk; what it finds is restored and answered from, and none of its files was opened before."""
+async def test_after_a_restart_snapshots_are_found_through_the_index_file(tmp_path: Path) -> None:
+    """What it finds is restored and answered from, and none of its files was opened before."""
     async with filled(tmp_path) as it:
         opened = await restarted(it)
-        index = library(it).index
-        assert index.base is not None
-        found = set(index.base.holders())
+        index, found = library(it).index, set((await file_of(it).read()).holders())
         assert len(found) >= 3
         assert not opened & {f"{id_}{suffix}" for id_ in found for suffix in (".kv", ".json")}
         n_restored = 0
@@ -90,7 +88,7 @@ async def test_without_the_files_in_meta_dir_all_is_found_again(
     """They are copies of what lies beside the slot files."""
     async with filled(tmp_path) as it:
         await it.stop()
-        for path in (*index_dir(it).iterdir(), it.config.store.meta_dir / "gpu0.sidecars"):
+        for path in (file_of(it).path, it.config.store.meta_dir / "gpu0.sidecars"):
             path.unlink()
         await it.fake.restart()
         with caplog.at_level(logging.INFO, "llamaslot.store"):
@@ -102,7 +100,7 @@ async def test_without_the_files_in_meta_dir_all_is_found_again(
 
 
 async def test_a_clean_stop_writes_down_the_sidecars(tmp_path: Path) -> None:
-    """So that the next start opens none of them, with a generation or without."""
+    """So that the next start opens none of them, with an index file or without."""
     async with served(tmp_path, slots=1) as it:
         for text in TEXTS[:2]:
             await it.ask(text)
@@ -110,12 +108,6 @@ async def test_a_clean_stop_writes_down_the_sidecars(tmp_path: Path) -> None:
         assert len(library(it).snapshots) == 2
         assert not {f"{id_}.json" for id_ in library(it).snapshots} & opened
         assert (await it.ask(TEXTS[0] + "more")).source == "snapshot"
-
-
-async def test_a_generation_writes_down_the_sidecars_too(tmp_path: Path) -> None:
-    """So that a start after a kill is a cheap one."""
-    async with filled(tmp_path) as it:
-        await it.until((it.config.store.meta_dir / "gpu0.sidecars").exists)
 
 
 async def test_a_restart_of_llama_server_keeps_the_index(tmp_path: Path) -> None:
@@ -131,7 +123,7 @@ async def test_a_restart_of_llama_server_keeps_the_index(tmp_path: Path) -> None
 
 
 async def test_another_model_has_another_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing of the generation of the old one is used for it; for the old one all is found again."""
+    """Nothing of the index file of the old one is used for it; for the old one all is found again."""
     async with filled(tmp_path) as it:
         before = library(it)
         with caplog.at_level(logging.WARNING, "llamaslot.store"):
@@ -139,7 +131,6 @@ async def test_another_model_has_another_library(tmp_path: Path, caplog: pytest.
             await it.until(lambda: it.backend.health is Health.UP)  # it may have looked just in between
             assert (await it.ask(TEXTS[0] + "more")).source == "cold"
         assert "cannot be used: it is of another model" in caplog.text
-        caplog.clear()  # the record has the error, that its traceback, and that what is mapped
         assert library(it) is not before
         assert not library(it).snapshots.keys() & before.snapshots.keys()
         await it.fake.restart(FakeModel())
@@ -148,7 +139,7 @@ async def test_another_model_has_another_library(tmp_path: Path, caplog: pytest.
 
 
 async def test_what_is_evicted_is_not_found_any_more(tmp_path: Path) -> None:
-    """Not in this slot table, and not in the generation after a restart."""
+    """Not in this slot table, and not through the index file after a restart."""
     async with filled(tmp_path) as it:
         for file in it.files():
             assert it.backend.store is not None
@@ -169,28 +160,9 @@ async def test_an_index_that_cannot_be_written_costs_nothing(
         with caplog.at_level(logging.WARNING, "llamaslot.store"):
             for text in TEXTS:
                 await it.ask(text)
-            await it.until(lambda: "the disk index cannot be rebuilt" in caplog.text)
-        assert "cannot be used: cannot be made" in caplog.text
-        assert library(it).index.base is None
+            await it.until(lambda: "cannot be written" in caplog.text)
+        assert "cannot be used: " in caplog.text
         assert (await it.ask(TEXTS[0] + "more")).source == "snapshot"
         await restarted(it)
         assert (await it.ask(TEXTS[1] + "more")).source == "snapshot"
     assert (tmp_path / "meta" / "gpu0.index").read_text() == "somebody's file"
-
-
-async def test_a_generation_that_is_being_made_ends_with_llamaslot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its process is not waited for, and nothing of it is left."""
-    endless = tmp_path / "endless"
-    endless.write_text("#!/bin/sh\nexec sleep 1000\n")
-    endless.chmod(0o700)
-    monkeypatch.setattr(disk_index_rebuild, "sys", SimpleNamespace(executable=str(endless)))
-    async with served(tmp_path, slots=1) as it:
-        for text in TEXTS:
-            await it.ask(text)
-        await it.saved()
-        assert library(it).index._sealed is not None
-        await it.stop()
-        assert [path.name for path in index_dir(it).iterdir()] == []
-        await it.start()

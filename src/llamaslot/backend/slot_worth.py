@@ -224,16 +224,13 @@ class SlotWorth:
         return Worth(content, is_worth, save_s, cost_s, is_large)
 
     def covered(self, slot: Slot) -> int:
-        """Return how many of the slot's tokens could also be reused from another idle slot or a snapshot."""
+        """Return how many of an idle slot's tokens, of which it has some, could also be reused from another idle slot
+        or a snapshot.
+        """
         tokens, namespace = slot.content.tokens, slot.content.namespace
         on_disk = self.on_disk(slot) if self.can_save else 0
         if self.rewind_model.is_rewindable:
-            if slot.id in self._index:
-                n_covered = self._index.shared_with_others(slot.id) - count(marker(namespace))
-            else:
-                n_covered = (
-                    self._index.cover(marker(namespace) + tokens) - count(marker(namespace)) if tokens else 0
-                )
+            n_covered = self._index.shared_with_others(slot.id) - count(marker(namespace))
             return max(n_covered, on_disk)
         hits = [hit for hit in self._idle.match(tokens, (namespace,), N_COVERING) if hit.holder != slot.id]
         n_prompt = slot.content.n_tokens + 1

@@ -7,7 +7,7 @@ from functools import partial
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, count, head
-from llamaslot.cache.layered_index import Joined
+from llamaslot.cache.joined_index import Joined
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import Shared
 from llamaslot.cache.reuse import SNAPSHOT, TRUNK, RewindModel

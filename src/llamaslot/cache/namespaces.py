@@ -19,7 +19,7 @@ from llamaslot.cache.prefix_index import Near, PrefixIndex, Shared
 
 H = TypeVar("H")
 _N_MARK = 4  # ids of 15 bits each: a hash of 60 bits distinguishes namespaces
-_FIRST_ID = 0x100000  # above the ids of any vocabulary; disk index ids end at 0x10FFFF
+_FIRST_ID = 0x100000  # above the ids of any vocabulary
 
 
 class Namespace(NamedTuple):
@@ -61,12 +61,12 @@ def marker(namespace: Namespace) -> bytes:
 
 
 class Index(Protocol[H]):
-    """The interface of a prefix index, implemented by ``PrefixIndex``, ``LayeredIndex`` and ``Joined``."""
+    """The interface of a prefix index, implemented by ``PrefixIndex`` and ``Joined``."""
 
     def tokens(self, holder: H) -> bytes: ...
     def match(self, query: bytes, limit: int | None = None) -> list[Shared[H]]: ...
     def hits(self, query: bytes) -> Iterator[Shared[H]]: ...
-    def longest_full_prefix(self, query: bytes, exclude: Collection[H] = ()) -> Shared[H] | None: ...
+    def longest_full_prefix(self, query: bytes) -> Shared[H] | None: ...
 
 
 class InNamespaces(Generic[H]):
@@ -115,22 +115,18 @@ class InNamespaces(Generic[H]):
                 return  # another namespace, whose mark has the same first ids
             yield Shared(hit.holder, hit.n_shared - n, hit.n_tokens - n)
 
-    def cover(self, tokens: bytes, namespace: Namespace, exclude: Collection[H] = ()) -> int:
-        """The length in tokens of the longest prefix of ``tokens`` that a holder in ``namespace``, outside
-        ``exclude``, shares.
-        """
+    def cover(self, tokens: bytes, namespace: Namespace) -> int:
+        """The length in tokens of the longest prefix of ``tokens`` that a holder in ``namespace`` shares."""
         hits = self._hits(marker(namespace), tokens) if tokens else iter(())
-        return next((hit.n_shared for hit in hits if hit.holder not in exclude), 0)
+        return next((hit.n_shared for hit in hits), 0)
 
-    def longest_full_prefix(
-        self, query: bytes, namespaces: Collection[Namespace], exclude: Collection[H] = ()
-    ) -> Shared[H] | None:
+    def longest_full_prefix(self, query: bytes, namespaces: Collection[Namespace]) -> Shared[H] | None:
         """As ``PrefixIndex.longest_full_prefix``, among the holders in any of ``namespaces``."""
         best: Shared[H] | None = None
         for namespace in namespaces:
             marked = marker(namespace)
             n = len(marked) // WIDTH
-            hit = self.index.longest_full_prefix(marked + query, exclude)
+            hit = self.index.longest_full_prefix(marked + query)
             if hit is not None and hit.n_tokens > n and (best is None or hit.n_tokens - n > best.n_tokens):
                 best = Shared(hit.holder, hit.n_shared - n, hit.n_tokens - n)
         return best

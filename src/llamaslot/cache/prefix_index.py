@@ -12,7 +12,7 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, KeysView, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView, Sequence
 from itertools import count as counter
 from itertools import islice, pairwise
 from operator import attrgetter
@@ -210,12 +210,6 @@ class PrefixIndex(Generic[H]):
 
         return Near(found, n_rest, n_shared_of)
 
-    def cover(self, tokens: bytes, exclude: Collection[H] = ()) -> int:
-        """The length in tokens of the longest prefix of ``tokens`` that a holder outside ``exclude`` shares. If
-        ``tokens`` is a slot's content, overwriting the slot loses only the tokens behind that prefix.
-        """
-        return next((hit.n_shared for hit in self.hits(tokens) if hit.holder not in exclude), 0)
-
     def shared_with_others(self, holder: H) -> int:
         """The length in tokens of the longest prefix that the sequence of ``holder`` has in common with any other
         holder's. Raises KeyError for an unknown holder. Reads no tokens: the node above the end of a sequence is where
@@ -236,16 +230,14 @@ class PrefixIndex(Generic[H]):
                 for holder in below.holders:
                     yield Shared(holder, n_shared, below.n_tokens)
 
-    def longest_full_prefix(self, query: bytes, exclude: Collection[H] = ()) -> Shared[H] | None:
-        """The holder outside ``exclude`` with the longest sequence that is wholly a prefix of ``query``; None if there
-        is none. Empty sequences do not count. Recurrent and sliding-window models need it: their states cannot be
-        truncated.
+    def longest_full_prefix(self, query: bytes) -> Shared[H] | None:
+        """The holder with the longest sequence that is wholly a prefix of ``query``; None if there is none. Empty
+        sequences do not count. Recurrent and sliding-window models need it: their states cannot be truncated.
         """
         node, _, _ = self._descend(query)
         while node.parent is not None:
             for holder in node.holders:
-                if holder not in exclude:
-                    return Shared(holder, node.n_tokens, node.n_tokens)
+                return Shared(holder, node.n_tokens, node.n_tokens)
             node = node.parent
         return None
 

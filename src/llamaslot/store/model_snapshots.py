@@ -2,12 +2,13 @@
 yet: slots being saved, and shared prefixes that a running prefill will save. Requests may wait for them.
 
 A slot table ends with its llama-server process, and snapshots on disk do not. So their index belongs to the directory.
-All backends of the same model share it, and it survives a restart of llamaslot as files.
+All backends of the same model share it, and it survives a restart of llamaslot as a file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -18,13 +19,12 @@ from msgspec import Struct
 
 from llamaslot.cache.content import Content, SnapshotKind
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, count
-from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import Changes, PrefixIndex
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.slots import SlotKey
 from llamaslot.store import Catalog, Snapshot, WithTokens
-from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
+from llamaslot.store.index_file import IndexFile
 from llamaslot.tasks import TaskOwner
 
 _FEW = 64  # connecting waits until the last snapshots are read if these are so few: 20 ms
@@ -143,19 +143,19 @@ def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
 
 
 class ModelSnapshots:
-    """The snapshots of one model with the index of their tokens, and the pending saves. ``on_change`` is called after
-    each change of ``index``.
+    """The snapshots of one model with the ``index`` of their tokens, and the pending saves. ``file``: the copy of the
+    index on disk.
 
     ``set_aside``: by id, the time until which a snapshot is offered to no request, by the clock of the placements. It
     could not be given out, for a reason that may pass.
     """
 
-    def __init__(self, index: LayeredIndex | None = None) -> None:
-        self.index = LayeredIndex() if index is None else index
+    def __init__(self, index: PrefixIndex[str] | None = None, file: IndexFile | None = None) -> None:
+        self.index = PrefixIndex[str]() if index is None else index
+        self.file = file
         self.snapshots: dict[str, Snapshot] = {}
         self.set_aside: dict[str, float] = {}
         self.in_namespaces = InNamespaces(self.index, self.namespace_of)
-        self.on_change: Callable[[LayeredIndex], None] = lambda index: None
         self.changes = Changes()  # sequences added to and removed from ``index``
         self.pending = PendingSnapshots()
         self.n_unread = 0  # snapshots on disk that are not in ``index`` yet: until 0, no request is placed
@@ -212,9 +212,7 @@ class ModelSnapshots:
         self.changed()
 
     def put(self, snapshot: Snapshot, tokens: bytes) -> None:
-        """Add one of many snapshots without calling ``on_change``: call ``changed`` after the last one. Otherwise a
-        generation might be made of only the first few.
-        """
+        """Add one of many snapshots: call ``changed`` after the last one."""
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
             marked = marker(self.namespace_of(snapshot.id)) + tokens
@@ -227,7 +225,7 @@ class ModelSnapshots:
         self.changed()
 
     def remove(self, snapshot_id: str) -> None:
-        """Remove one of many snapshots without calling ``on_change``: call ``changed`` after the last. Idempotent."""
+        """Remove one of many snapshots: call ``changed`` after the last. Idempotent."""
         marked = marker(self.namespace_of(snapshot_id)) if snapshot_id in self.snapshots else b""
         tokens = self.in_namespaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         self.snapshots.pop(snapshot_id, None)
@@ -236,7 +234,10 @@ class ModelSnapshots:
         self.changes.note(marked + tokens)
 
     def changed(self) -> None:
-        self.on_change(self.index)
+        if (
+            self.file is not None and not self.n_unread
+        ):  # else the file would have only the first few snapshots
+            self.file.consider(self.index, self.changes)
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
@@ -245,14 +246,13 @@ class ModelSnapshots:
 
 
 class _Library(Struct, eq=False):
-    """The snapshots of one model, what rebuilds their index on disk, and the task that reads the tokens of snapshots
-    into the index.
+    """The snapshots of one model, the file of their index, and the task that reads the tokens of snapshots into the
+    index.
     """
 
     identity: Identity
     snapshots: ModelSnapshots
-    renewal: DiskIndexRebuild
-    directory: Path
+    file: IndexFile
     reading: asyncio.Task[None] | None = None
 
     async def complete(self) -> None:
@@ -269,8 +269,8 @@ class Libraries:
     """The *libraries* (``ModelSnapshots``) of the models whose snapshots are in one directory. Backends of the same
     model share one.
 
-    A library is kept while any backend runs its model or had it last. The index on disk of each library is in a
-    directory of its own below ``directory``.
+    A library is kept while any backend runs its model or had it last. The index of each library has a file of its own
+    in ``directory``.
     """
 
     def __init__(self, catalog: Catalog, directory: Path, tasks: TaskOwner) -> None:
@@ -294,8 +294,8 @@ class Libraries:
         accepts. If this backend had the same model last, or another one has it, their library is used again. Canceling
         is safe: the next call goes on where this one ended.
 
-        Snapshots that are not in the index on disk (after a crash, or without its files) must be read. If these are
-        more than a few, a task reads them after the return: await ``complete`` before a request is placed.
+        Snapshots that are not in the index file must be read. If these are more than a few, a task reads them after the
+        return: await ``complete`` before a request is placed.
         """
         async with self._opening:  # else two backends would open the same model twice
             its = await self._library_of(backend, identity)
@@ -348,45 +348,35 @@ class Libraries:
             del self._by_backend[backend]
             if had not in self._by_backend.values():
                 await had.stop_reading()
-                await had.renewal.end()  # the next library may use the same directory
+                await had.file.end()  # the next library may use the same file
         if library is None:
             library = await self._open(identity)
         self._by_backend[backend] = library
         return library
 
     async def _open(self, identity: Identity) -> _Library:
-        """Make a library, with the index on disk if there is one of this model."""
+        """Make a library, with the index in the file if there is one of this model."""
         texts = {snapshot.fingerprint for snapshot in self._catalog.snapshots.values()}
         await asyncio.to_thread(self._sweep, texts, identity.key)
-        directory = self._directory / identity.key
-        taken = {its.directory for its in self._by_backend.values()}
-        for n in itertools.count(2):
-            if directory not in taken:
-                break
-            directory = self._directory / f"{identity.key}-{n}"
-        renewal = DiskIndexRebuild(
-            directory, identity.to_text(), self._tasks, identity.is_same_as, self._catalog.write_manifest
-        )
-        library = ModelSnapshots(LayeredIndex(await renewal.open()))
-
-        def consider(index: LayeredIndex) -> None:
-            if not library.n_unread:  # else a generation would be made of only the first few snapshots
-                renewal.consider(index)
-
-        library.on_change = consider
-        return _Library(identity, library, renewal, directory)
+        taken = {its.file.path for its in self._by_backend.values()}
+        paths = (self._directory / f"{identity.key}-{n}" for n in itertools.count(1))
+        file = IndexFile(next(path for path in paths if path not in taken), identity, self._tasks)
+        return _Library(identity, ModelSnapshots(await file.read(), file), file)
 
     def _sweep(self, fingerprints: Collection[str], kept: str) -> None:
-        """Remove the indexes on disk of all models but those with these ``fingerprints`` and the one with the key
-        ``kept``. Blocking.
+        """Remove the index files of all models but those with these ``fingerprints`` and the one with the key ``kept``.
+        Blocking.
         """
         if not self._directory.is_dir():
             return
         known = (Identity.from_text(text) for text in fingerprints)
         keys = {identity.key for identity in known if identity is not None} | {kept}
-        for directory in self._directory.iterdir():
-            if directory.is_dir() and directory.name.split("-")[0] not in keys:
-                shutil.rmtree(directory, ignore_errors=True)
+        for path in self._directory.iterdir():
+            if path.is_dir():  # of an earlier version
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name.split("-")[0] not in keys:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def drop(self, snapshot_id: str) -> None:
         """Remove a dropped snapshot from the index of its model. Idempotent."""

@@ -1,0 +1,142 @@
+"""The prefix index of a model's snapshots as a file, so that a start need not read the header of each snapshot.
+
+The file is a copy. It is written anew, in the background, after many changes of the index; snapshots that it lacks are
+read from their headers. It has one line with version and checksum, a line of JSON with the model's fingerprint and the
+branches of the radix tree in pre-order, and the tokens of the branches. With 10,000 snapshots of 24 million distinct
+tokens it takes 91 MiB and is read in 0.25 s.
+
+Like slot files it holds the tokens of conversations, also of snapshots dropped since it was written. Only llamaslot's
+user may read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import orjson
+from xxhash import xxh3_128
+
+from llamaslot.cache.ids import WIDTH
+from llamaslot.cache.prefix_index import Branch, Changes, PrefixIndex
+from llamaslot.llama.identity import Identity
+from llamaslot.tasks import TaskOwner, in_slices, in_thread
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+_HEAD = "llamaslot index"
+MIN_CHANGES = 1_000  # written anew after more additions and removals than this
+
+
+class IndexFile:
+    """The file ``path`` with the index of the snapshots of one model. One event loop owns it."""
+
+    def __init__(self, path: Path, model: Identity, tasks: TaskOwner) -> None:
+        self.path, self._model, self._tasks = path, model, tasks
+        self._n_written = 0  # the number of changes when it was last written
+        self._writing: asyncio.Task[None] | None = None
+        self._is_ended = False
+
+    async def read(self) -> PrefixIndex[str]:
+        """Return the index in the file. It is empty if there is no file, or if the file cannot be used, which is
+        logged. Canceling is safe.
+        """
+        try:
+            return await asyncio.to_thread(self._read)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning(
+                "index: the file %s cannot be used: %s; the header of each snapshot is read instead",
+                self.path, getattr(error, "strerror", None) or error,
+            )  # fmt: skip
+        return PrefixIndex()
+
+    def _read(self) -> PrefixIndex[str]:
+        with open(self.path, "rb", buffering=0) as file:  # a buffered one holds the GIL for 160 ms of 91 MiB
+            data = file.read()
+        begin = data.find(b"\n") + 1
+        if data[:begin] != _head([memoryview(data)[begin:]]):
+            raise ValueError("it is damaged, or of another version")
+        at = data.index(b"\n", begin)
+        content = orjson.loads(data[begin:at])
+        if not self._model.is_same_as(content["model"]):
+            raise ValueError("it is of another model")
+        index: PrefixIndex[str] = PrefixIndex()
+        tokens, at = b"", at + 1
+        for n_above, n_bytes, holders in content["branches"]:
+            tokens = tokens[: n_above * WIDTH] + data[at : at + n_bytes]
+            at += n_bytes
+            for holder in holders:
+                index.insert(holder, tokens)
+        return index
+
+    def consider(self, index: PrefixIndex[str], changes: Changes) -> None:
+        """Write the file anew in a task if ``index`` has changed much since it was last written. Call this after each
+        change. After a failure, which is logged, the next attempt follows after as many changes.
+        """
+        if self._writing is None and not self._is_ended and changes.n - self._n_written > MIN_CHANGES:
+            self._writing = self._tasks.spawn(self._write(index, changes), "write the index")
+            self._writing.add_done_callback(self._has_ended)
+
+    def _has_ended(self, _: asyncio.Task[None]) -> None:
+        self._writing = None
+
+    async def end(self) -> None:
+        """Write no more, and wait for the end of a write. Canceling is safe."""
+        self._is_ended = True
+        if self._writing is not None:
+            self._writing.cancel()
+            await asyncio.wait([self._writing])
+
+    async def _write(self, index: PrefixIndex[str], changes: Changes) -> None:
+        """Replace the file. Canceling is safe: it is either the old one or the new one."""
+        branches = await self._branches(index, changes)
+        try:
+            await in_thread(self._replace, branches)
+        except OSError as error:
+            log.warning(
+                "index: the file %s cannot be written: %s; the next start reads the header of each snapshot that it"
+                " lacks",
+                self.path, error.strerror or error,
+            )  # fmt: skip
+
+    async def _branches(self, index: PrefixIndex[str], changes: Changes) -> list[Branch[str]]:
+        """Return the branches of ``index`` as they are at one moment. Collecting those of 10,000 snapshots takes 20 ms,
+        in which other tasks run; if the index changes meanwhile, it begins anew.
+        """
+        while True:
+            branches, self._n_written = list[Branch[str]](), changes.n
+            async with contextlib.aclosing(in_slices(index.branches())) as found:
+                async for branch in found:
+                    if changes.n != self._n_written:
+                        break
+                    branches.append(branch)
+                else:
+                    return branches
+
+    def _replace(self, branches: list[Branch[str]]) -> None:
+        content = {
+            "model": self._model.to_text(),
+            "branches": [(branch.n_above, len(branch.edge), branch.holders) for branch in branches],
+        }
+        body = [orjson.dumps(content), b"\n", *(branch.edge for branch in branches)]
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = self.path.with_name(self.path.name + ".new")
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.writelines([_head(body), *body])
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(new, self.path)
+
+
+def _head(body: Iterable[bytes | memoryview]) -> bytes:
+    hashed = xxh3_128()
+    for piece in body:
+        hashed.update(piece)
+    return f"{_HEAD} {VERSION} {hashed.hexdigest()}\n".encode()
