@@ -37,7 +37,7 @@ from tests.support.fake_types import FakeSlot, Shape
 
 __all__ = ["FakeModel", "FakeServer", "Faults", "HandClock", "Hang", "Pace", "Seen", "Shape", "WallClock"]
 
-_pids = itertools.count(1_000_001)  # above Linux's own: killing one by mistake hits nobody
+_pids = itertools.count(1_000_001)  # above Linux's own: killing one by mistake hits no process
 
 
 class Slots(list[FakeSlot]):

@@ -168,7 +168,7 @@ class Engine:
         slot = self._slot_for(task)
         siblings = [s for s in self.slots if not s.is_processing and s is not slot][: len(task.children)]
         if slot is None or slot.is_processing or len(siblings) < len(task.children):
-            # Prompts of one array queue behind each other by design; everybody else should have waited outside.
+            # Prompts of one array queue behind each other by design; all other requests should have waited outside.
             of_same = any(s.task is not None and s.task.results is task.results for s in self.slots)
             if not task.was_deferred and not of_same:
                 where = (

@@ -262,7 +262,7 @@ class House:
         assert all(long.lease in self.dispatcher.leases for long in longs), "who prefills holds a slot"
         assert all(long.lease.is_long for long in longs), "who prefills is known to do so"
         current = chunked_prefill._current
-        assert current is None or current in chunked_prefill._longs, "what is computed is somebody's"
+        assert current is None or current in chunked_prefill._longs, "what is computed belongs to a request"
         working = [long for long in longs if long.lease.is_at_work]
         assert len(working) <= 1, f"one long prefill at a time: {working}"
         assert all(long.chunk is None or long is current for long in longs), "one chunk at a time"
@@ -291,17 +291,17 @@ class House:
         """Raise AssertionError that names what was not given back."""
         dispatcher, table = self.dispatcher, self.leases.table
         assert not self.clients, (
-            f"nobody waits for ever: {list(self.clients.values())}, {self.server.pending}"
+            f"no request waits for ever: {list(self.clients.values())}, {self.server.pending}"
         )
         assert not dispatcher.leases, f"no lease: {dispatcher.leases}"
-        assert not dispatcher.n_waiting, "nobody in the queue"
+        assert not dispatcher.n_waiting, "no request in the queue"
         assert self.leases.exclusive is None, "no turn"
         assert not self.leases.is_gate_shut, "the gate is open"
         assert not len(self.tasks), f"no task: {self.tasks._tasks}"
         assert not self.executor.chunked_prefill._longs, "no prefill"
         assert self.executor.chunked_prefill._current is None, "no chunk"
-        assert not self.leases.changes._waiting, "nobody listens"
-        assert not self.leases.changes._calls, "nobody is called"
+        assert not self.leases.changes._waiting, "no task listens"
+        assert not self.leases.changes._calls, "no function is called"
         assert not self.catalog.reservations, "no reservation"
         assert not +self.catalog.pins, f"no pin: {self.catalog.pins}"
         assert not self.catalog.pending_delete, "no file of a snapshot that is gone"

@@ -374,7 +374,7 @@ async def fronted(
         try:
             await it.start()
             yield it
-            # A server that is met anew has files of that in its directory, and nobody has a lease meanwhile.
+            # A server that is met anew has files of that in its directory, and there is no lease meanwhile.
             await it.until(lambda: it.backend.health is not Health.CONNECTING)
             await it.at_rest()
             await it.saved()

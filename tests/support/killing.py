@@ -18,7 +18,7 @@ from tests.support.real import RealServer
 from tests.support.stack import Stack, size_of
 from tests.support.users import User
 
-FOREIGN = "somebody-elses.kv"
+FOREIGN = "foreign.kv"
 N_ANSWER = (
     200  # tokens: a slot holds more than the prompt that llamaslot knows, and its file needs room for that
 )

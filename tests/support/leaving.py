@@ -37,7 +37,7 @@ class Left:
     n_prompt: int  # of the client that left
     newcomer_s: float  # from the leaving to the newcomer's first token
     batch_s: float  # the longest step of the server: gap in the other client's stream
-    n_busy: int  # slots that work for nobody after `limit_s`
+    n_busy: int  # slots that work without a client after `limit_s`
     n_computed: int  # prompt tokens computed for the client that left, before it left and after
     n_computed_late: int  # of these, later than `limit_s` after the leaving
 
@@ -49,7 +49,7 @@ class Left:
     def __str__(self) -> str:
         return (
             f"{self.stage}: newcomer's first token {self.newcomer_s:.1f} s after the leaving "
-            f"(batch {self.batch_s:.1f} s), then {self.n_busy} slots busy for nobody, "
+            f"(batch {self.batch_s:.1f} s), then {self.n_busy} slots busy without a client, "
             f"{self.n_computed} of {self.n_prompt} tokens computed, "
             f"{self.n_computed_late} of them later than {self.limit_s:.1f} s"
         )

@@ -159,7 +159,7 @@ async def rush(
             body = stranger.body(max_tokens=1, **pin(oldest))
             long = group.create_task(first_token(stack, front, "/v1/chat/completions", body))
             await asyncio.sleep(after_s)
-            assert not long.done(), "the long prompt was through before anybody followed up"
+            assert not long.done(), "the long prompt was through before any follow-up"
             followups = [group.create_task(follow_up(number)) for number in order[1:]]
         reply, took = long.result()
         replies = [task.result() for task in followups]

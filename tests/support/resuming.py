@@ -17,8 +17,8 @@ from tests.support.prefilling import Took, first_token
 from tests.support.stack import Stack
 from tests.support.users import Client, Event, Meter, User, rendered, symbols, talking, words
 
-N_SHORT = 40  # tokens of a short request of somebody else
-N_LITTLE = 1000  # more tokens than anybody here wants who does not stream all the time
+N_SHORT = 40  # tokens of a short request of another user
+N_LITTLE = 1000  # more tokens than any request here asks for, but the streams
 LOOK_S = 0.02
 WATCH_S = (
     0.5  # llamaslot looks every 2 s whether it is the same process, and at once if it was stopped for long
@@ -37,7 +37,7 @@ class Returned:
     n_prompt: int
     n_told: int  # what the last comment had said when it left, 0 where there are none
     n_first: int  # computed when it left
-    n_meanwhile: int  # after that, for nobody
+    n_meanwhile: int  # after that, without a client
     n_again: int
     text: str
 
@@ -53,7 +53,7 @@ class Returned:
     def __str__(self) -> str:
         return (
             f"left at {self.n_first} of {self.n_prompt} tokens (told {self.n_told}), {self.n_meanwhile} computed for "
-            f"nobody, {self.n_again} ({self.again:.3f}) when it came back"
+            f"no client, {self.n_again} ({self.again:.3f}) when it came back"
         )
 
 
@@ -102,7 +102,7 @@ async def leave_and_return(
         assert not leaver.done(), "too fast to leave"
         leaver.cancel()
         await first_token(stack, front, "/v1/completions", short(rng))
-        # Nobody looks meanwhile: each answer of /slots would keep the abandoned request alive for a second.
+        # No poll meanwhile: each answer of /slots would keep the abandoned request alive for a second.
         await asyncio.sleep(rest_s)
         if not stack.alone:
             await without_abandoned(stack)

@@ -62,11 +62,11 @@ class StubSlot:
     tokens: bytes = b""
     n_used: int = 0  # requests that have begun in it
     is_working: bool = False
-    batch: bytes | None = None  # what it holds after the batch that is under way: nobody can stop that
+    batch: bytes | None = None  # what it holds after the batch that is under way: it cannot be stopped
     n_prompt: int = 0  # tokens of what is computed in it
     checkpoints: tuple[int, ...] = ()
     is_restored: bool = False  # and has computed nothing since: a sliding window has none of it yet
-    is_lost: bool = False  # emptied behind everybody's back; nothing has begun in it since
+    is_lost: bool = False  # emptied without llamaslot's knowledge; nothing has begun in it since
     namespace: Namespace = SHARED  # where what it holds was computed
     is_mixed: bool = False  # work of an earlier process of llamaslot, or of a stranger
 

@@ -215,7 +215,7 @@ class Turn:
     user: str
     number: int  # 1 is the first
     n_prompt: int  # counted here
-    n_unlimited: int  # what a cache of unlimited size would have reused: of his own last prompt and answer
+    n_unlimited: int  # what a cache of unlimited size would have reused: of its last prompt and answer
     reply: Reply
 
 

@@ -489,6 +489,12 @@ def test_what_is_not_yaml_has_its_line(faults: Faults, text: str, fault: str) ->
     assert found.startswith(fault)
 
 
+def test_a_port_that_is_a_list(faults: Faults) -> None:
+    """It is compared with no other one."""
+    (fault,) = faults("backends: [{managed: {model: m, command: ls, port: [1]}}]")
+    assert fault.startswith("backends[0].managed.port: should be a whole number")
+
+
 def test_a_merge_key_is_no_repetition(load: Load) -> None:
     """YAML's own way to share keys still works."""
     config = load("backends: [&b {url: 'http://b'}]\nqueue: {<<: {max_waiting: 3}, max_wait_s: 4}")

@@ -17,6 +17,7 @@ from rich.console import Console
 from llamaslot import cli
 from llamaslot.cli.running import NotRunning, Running
 from llamaslot.cli.status import _drawn
+from llamaslot.errors import LlamaslotError
 
 SLOT = {"id": 0, "state": "HOT", "n_tokens": 4096, "is_dirty": True, "prefill": None, "user": None}
 BUSY = {**SLOT, "id": 1, "state": "LEASED", "user": "key:ada", "prefill": {"n_done": 512, "n_tokens": 60_211}}
@@ -161,3 +162,11 @@ def test_nothing_else_imports_rich() -> None:
     """It takes 0.1 s."""
     code = "import sys; from llamaslot import cli, http; import llamaslot.http.serve; sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("key", ["sk-…", "a\nb"])
+def test_a_key_that_no_header_can_carry(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """It is not taken for an answer of another server."""
+    monkeypatch.setenv("LLAMASLOT_KEY", key)
+    with pytest.raises(LlamaslotError, match="LLAMASLOT_KEY"):
+        Running.at("http://127.0.0.1:1").get("status")

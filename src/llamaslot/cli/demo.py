@@ -71,12 +71,8 @@ def demo(port: int, model: Path | None, slots: int, context: int) -> None:
 
 def _config(port: int, model: Path | None, slots: int, context: int) -> Config:
     """Return the configuration of the demo. Raises ConfigError."""
-    from pydantic import ValidationError
-
-    from llamaslot.config.faults import fault_lines
     from llamaslot.config.load import Config
     from llamaslot.config.sections import default_meta_dir
-    from llamaslot.errors import ConfigError
     from llamaslot.llama.managed.process import EMBEDDED_MODEL
 
     managed = {"model": str(model or EMBEDDED_MODEL), "slots": slots, "context": slots * context}
@@ -85,10 +81,7 @@ def _config(port: int, model: Path | None, slots: int, context: int) -> Config:
         "backends": [{"name": "demo", "managed": managed}],
         "store": {"quota": "2GiB", "meta_dir": default_meta_dir() / "demo"},
     }
-    try:
-        return Config.model_validate(settings, context={"directory": Path.cwd()})
-    except ValidationError as error:
-        raise ConfigError("llamaslot demo", fault_lines(error, Config)) from None
+    return Config.of(settings, "llamaslot demo", Path.cwd())
 
 
 def _fetch_if_missing() -> None:

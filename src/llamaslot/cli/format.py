@@ -1,4 +1,4 @@
-"""Formats tables, durations and numbers for a terminal."""
+"""Formats tables, durations and counts for a terminal."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ def span(seconds: float) -> str:
     return "now"
 
 
-def number(n: int) -> str:
-    """Return a number with commas, such as ``60,211``."""
-    return f"{n:,}"
-
-
 def several(n: int, one: str, many: str) -> str:
-    return f"{number(n)} {one if n == 1 else many}"
+    """Return a number and what it counts, such as ``1 key`` or ``60,211 keys``."""
+    return f"{n:,} {one if n == 1 else many}"

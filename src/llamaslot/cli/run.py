@@ -171,12 +171,9 @@ def _config(
     stop_s: float,
 ) -> Config:
     """Return a configuration for ``serve`` that is equivalent to this command line. Raises ConfigError."""
-    from pydantic import ValidationError
-
-    from llamaslot.config.faults import fault_lines
     from llamaslot.config.load import Config
     from llamaslot.errors import ConfigError
-    from llamaslot.http.serve import drain_s
+    from llamaslot.http.serve import DRAIN_SHARE
 
     keys = given.api_keys
     backend: dict[str, Any] = {"name": "llama", "url": url, "slot_save_path": directory}
@@ -189,13 +186,13 @@ def _config(
         "backends": [backend],
         "auth": auth,
         "store": {"quota": quota, "meta_dir": part.meta_dir},
-        "shutdown": {"drain_s": drain_s(stop_s)},
+        "shutdown": {"drain_s": stop_s * DRAIN_SHARE},
     }
     _remember(part.meta_dir / RUN_CONFIG, settings)
     try:
-        return Config.model_validate(settings)
-    except ValidationError as error:
-        lines = [line.replace("store.quota", "--quota", 1) for line in fault_lines(error, Config)]
+        return Config.of(settings, "llamaslot run", Path.cwd())
+    except ConfigError as error:
+        lines = [line.replace("store.quota", "--quota", 1) for line in error.faults]
         raise ConfigError("llamaslot run", lines) from None
 
 

@@ -52,7 +52,11 @@ class Running:
 
     def __init__(self, where: str, connect: Callable[[], HTTPConnection], key: str | None = None) -> None:
         self.where, self._connect = where, connect
-        key = key or os.environ.get("LLAMASLOT_KEY")
+        key = key or os.environ.get("LLAMASLOT_KEY", "").strip()
+        if not key.isascii() or not key.isprintable():
+            raise LlamaslotError(
+                "LLAMASLOT_KEY: should be letters, digits and signs: it has other characters"
+            )
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     @classmethod

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from xxhash import xxh3_64_hexdigest
 
 from llamaslot.cli.faults import report_faults
-from llamaslot.cli.format import number, several, span, table
+from llamaslot.cli.format import several, span, table
 from llamaslot.cli.running import load, with_config_or_store
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
@@ -96,7 +96,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
         if is_json:
             _say_json(fields)
             return
-        fields["size"] = f"{readable_size(item.size_bytes)} ({number(item.size_bytes)} bytes)"
+        fields["size"] = f"{readable_size(item.size_bytes)} ({item.size_bytes:,} bytes)"
         del fields["size_bytes"]
         for key in ("created_at", "last_used"):
             if fields[key] is not None:
@@ -172,10 +172,10 @@ def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> No
                 _remove(store, broken, dry_run)
             if rows := [each.row for each in ([] if removes else broken) + unreadable]:
                 _say(table(("ID", "SIZE", "WHAT IS WRONG"), rows, {"SIZE"}))
-            more = f", {number(len(unreadable))} unreadable" if unreadable else ""
+            more = f", {len(unreadable):,} unreadable" if unreadable else ""
             if n[FileState.UNFINISHED]:
-                more += f", {number(n[FileState.UNFINISHED])} unfinished (gc removes them)"
-            _say([f"{number(n[FileState.WHOLE])} whole, {number(len(broken))} broken{more}"])
+                more += f", {n[FileState.UNFINISHED]:,} unfinished (gc removes them)"
+            _say([f"{n[FileState.WHOLE]:,} whole, {len(broken):,} broken{more}"])
     if unreadable or (broken and (dry_run or not removes)):
         sys.exit(EXIT_BROKEN)
 
@@ -205,10 +205,10 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
     return (
         item.id,
         kind,
-        number(noted.n_tokens),
+        f"{noted.n_tokens:,}",
         readable_size(item.size_bytes),
         readable_size(item.shared_bytes),
-        number(item.hits.n_hits),
+        f"{item.hits.n_hits:,}",
         span(store.now - noted.created_at),
         span(store.now - item.last_used),
         _short(noted.fingerprint) + ("" if store.is_ours(item) else " (other)"),
@@ -257,7 +257,7 @@ def _plain(value: object) -> str:
         case bool():
             return "yes" if value else "no"
         case int():
-            return number(value)
+            return f"{value:,}"
         case list():
             return ", ".join(map(str, value)) or "-"
         case _:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamaslot.cli.faults import report_faults
-from llamaslot.cli.format import number, several, span, table
+from llamaslot.cli.format import several, span, table
 from llamaslot.cli.running import NotRunning, Running, with_config_or_store
 from llamaslot.sizes import readable_size
 
@@ -165,7 +165,7 @@ def _row(backend: Json, slot: Json, flight: Json | None) -> tuple[str, ...]:
     return (
         f"{backend['name']}/{slot['id']}",
         state,
-        number(n_tokens) if n_tokens else "",
+        f"{n_tokens:,}" if n_tokens else "",
         used,
         is_saved,
         person(slot["user"]),

@@ -76,7 +76,7 @@ def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
                 " whatever its models are called; remove one of the two",
             )
         port = managed.get("port") if isinstance(managed := backend.get("managed"), dict) else None
-        if port is not None and (other := ports.setdefault(port, i)) != i:
+        if isinstance(port, int) and (other := ports.setdefault(port, i)) != i:
             yield (
                 ("backends", i, "managed", "port"),
                 f"is {port} like that of backends[{other}]; without it a free one is taken",

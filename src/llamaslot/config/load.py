@@ -76,11 +76,17 @@ class Config(Section):
     def load(cls, path: str | Path) -> Config:
         """Read and check a configuration file. Raises ConfigError with all its faults."""
         path = Path(path)
-        raw = read_yaml(path)
+        return cls.of(read_yaml(path), str(path), path.resolve().parent)
+
+    @classmethod
+    def of(cls, settings: Any, source: str, directory: Path) -> Config:
+        """Check ``settings``, what a configuration file has, and return them. ``source`` names them in errors; relative
+        paths begin at ``directory``. Raises ConfigError with all faults.
+        """
         try:
-            return cls.model_validate(raw, context={"directory": path.resolve().parent})
+            return cls.model_validate(settings, context={"directory": directory})
         except ValidationError as error:
-            raise ConfigError(str(path), fault_lines(error, cls)) from None
+            raise ConfigError(source, fault_lines(error, cls)) from None
 
     @property
     def backend(self) -> BackendConfig:

@@ -121,8 +121,6 @@ class Format(Protocol):
     usage_key: str | None = None
     #: The field of a ``usage`` that has the number of reused tokens, as ``cached_tokens``.
     usage_details_key: str = "prompt_tokens_details"
-    #: True if the API's streams have events for the progress of a prefill; without them SSE comments report it.
-    has_progress_events: bool = False
 
     # -- the request ---------------------------------------------------------------------------------------------
 
@@ -191,7 +189,8 @@ class Format(Protocol):
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
         """Return the event that tells a client with ``return_progress`` how far llamaslot's own prefill is, in
-        llama-server's form. One is sent after each batch. Called only if ``has_progress_events``.
+        llama-server's form. One is sent after each batch. Empty if the API has no such event: then SSE comments report
+        the progress.
 
         ``progress`` has total, cache, processed (tokens) and time_ms. ``id_``: the id that llamaslot gave the request,
         because llama-server has not received it yet.

@@ -34,7 +34,6 @@ class ChatFormat(Format):
     name = "chat"
     prompt_kind = PromptKind.CHAT
     messages_key = "messages"
-    has_progress_events = True
 
     def chat_body(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """``body`` itself, as it is a chat already."""

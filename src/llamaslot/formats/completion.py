@@ -30,7 +30,6 @@ class CompletionFormat(Format):
     name = "openai-completion"
     required_key = "prompt"
     prompt_kind = PromptKind.PLAIN
-    has_progress_events = True
 
     def n_prompts(self, body: Mapping[str, Any]) -> int:
         return len(listed(body.get("prompt")))

@@ -44,7 +44,6 @@ class InfillFormat(Format):
     name = "infill"
     prompt_kind = PromptKind.INFILL
     whole_dry_run_path = "/infill"
-    has_progress_events = True
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
         return native_progress(progress)

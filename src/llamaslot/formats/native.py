@@ -32,7 +32,6 @@ class NativeFormat(Format):
     name = "native-completion"
     required_key = "prompt"
     prompt_kind = PromptKind.PLAIN
-    has_progress_events = True
 
     def n_prompts(self, body: Mapping[str, Any]) -> int:
         return len(listed(body.get("prompt")))

@@ -335,7 +335,7 @@ class _Exchange:
         """Serve the request in one slot. Raises RetryPlacement if the slot is not as expected, or is needed for another
         purpose. Returns RetryNonStreamed if the request must be repeated without a stream.
         """
-        if self.client_request.wants_progress and self._format.has_progress_events:
+        if self.client_request.wants_progress:
             self.down.progress = partial(self._progress, context, earlier.prefill_stats)
         async with AsyncExitStack() as stack:
             async with self.down.waiting():

@@ -28,7 +28,7 @@ from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
 from llamaslot.http.in_flight import in_flight
 from llamaslot.http.parse import ClientRequest, ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
-from llamaslot.llama.answers import Response, content_type_of, media_type_of, whole
+from llamaslot.llama.answers import Response, error_of, media_type_of
 from llamaslot.llama.sse import data_of
 from llamaslot.scheduling.plan import PrefillStats, Source
 
@@ -249,9 +249,9 @@ class Answering:
         lease.mark_processing()
         if upstream.status == 200:
             return upstream
-        payload = await whole(upstream)
-        await self.backend.executor.refused(lease, upstream.status)
-        raise UpstreamError(upstream.status, payload, content_type_of(upstream))
+        error = await error_of(upstream)
+        await self.backend.executor.refused(lease, error.status)
+        raise error
 
     @property
     def _has_events(self) -> bool:

@@ -248,7 +248,7 @@ class Requests:
                     flight.id,
                 )
         if ended:
-            self.history.stored(self.size_bytes)
+            self.history.stored(self._registry.size_bytes)
             self.has_changed.set()
 
     def _find_owners(self, ended: Sequence[InFlight]) -> None:
@@ -279,11 +279,6 @@ class Requests:
                 self.last_users[slot], self._held_since[slot] = user, at
             elif snapshot and snapshot not in self.history.owners and slot in self.last_users:
                 self.history.own(snapshot, self.last_users[slot])
-
-    @property
-    def size_bytes(self) -> int:
-        """The bytes of all snapshots on disk."""
-        return self._registry.size_bytes
 
     def _activity(self, flight: InFlight) -> Activity:
         assert flight.ended is not None

@@ -24,7 +24,6 @@ from llamaslot.errors import (
     BadRequest,
     DeadlinePassed,
     LlamaslotError,
-    UpstreamError,
 )
 from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.pool import Pool
@@ -39,7 +38,7 @@ from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Uploads, parse_object
 from llamaslot.http.rewriting import SystemPrompts, marked_bytes
 from llamaslot.http.unassisted import serve_unassisted
-from llamaslot.llama.answers import Response, content_type_of, whole
+from llamaslot.llama.answers import Response, error_of
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.llama.upstream import Check
 from llamaslot.scheduling.request import Placement, Request
@@ -245,7 +244,7 @@ async def _how_far(backend: Backend, lease: Lease) -> object:
 async def _refuse_if_worth_another(attempts: Attempts, upstream: Response) -> None:
     """Raise UpstreamError if this answer is to be held back, because another backend may have a better one."""
     if attempts.is_worth_another(upstream.status):
-        raise UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
+        raise await error_of(upstream)
 
 
 def _only_asks(backend: Backend, request: web.Request) -> None:

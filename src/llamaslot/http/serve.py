@@ -41,7 +41,7 @@ _BACKLOG = 1024  # connections that the kernel has established and llamaslot has
 _LOAD_AFTER_S = 0.3  # by then llamaslot has connected to a llama-server that answers quickly
 # The part of the time to stop of ``llamaslot run`` that running answers have to end. Their connections have as much
 # again to close.
-_DRAIN_SHARE = 1 / 6
+DRAIN_SHARE = 1 / 6
 # The part in which llama-server ends, after its slots are saved: it must free its memory.
 _END_SHARE = 1 / 6
 _END_MIN_S = 1.0
@@ -295,11 +295,6 @@ def _greet(config: Config, bound: list[tuple[str, int]]) -> None:
         """    -d '{"stream": true, "messages": [{"role": "user", "content": "Name three colours."}]}'\n""",
         flush=True,
     )
-
-
-def drain_s(stop_s: float) -> float:
-    """Return the part of ``stop_s``, the seconds to stop in, in which running answers may end."""
-    return stop_s * _DRAIN_SHARE
 
 
 async def serve_command(config: Config, server: ManagedServer, stop_s: float) -> int | None:

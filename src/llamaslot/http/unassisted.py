@@ -19,7 +19,7 @@ from aiohttp import web
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.config.load import Config
-from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.pool import Pool
 from llamaslot.formats.base import Format
@@ -34,7 +34,7 @@ from llamaslot.http.parse import max_tokens
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import marked_bytes, rewrote
 from llamaslot.http.stream_reader import Reading
-from llamaslot.llama.answers import Response, content_type_of, media_type_of, whole
+from llamaslot.llama.answers import Response, error_of, media_type_of
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Request
@@ -102,7 +102,7 @@ async def relay_unassisted(
                 )
             )
             if upstream.status >= 400:
-                raise UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
+                raise await error_of(upstream)
         if format_ is None:
             return await relay(request, upstream, down.headers)
         n_answers = format_.n_prompts(body) * format_.n_answers(body)

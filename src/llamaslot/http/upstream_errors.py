@@ -17,7 +17,7 @@ from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, Reason, UpstreamError
 from llamaslot.http.headers import to_server
 from llamaslot.http.parse import ClientRequest, ParsedRequest
-from llamaslot.llama.answers import content_type_of, whole
+from llamaslot.llama.answers import error_of
 from llamaslot.llama.client import QUICK_S
 from llamaslot.llama.dry_run import IS_NOT_OFFERED, Verdict
 from llamaslot.llama.routes import origin_form
@@ -47,7 +47,7 @@ async def servers_error_for(
             timeout_s=_TIMEOUT_S,
         ) as upstream:
             if upstream.status >= 400:
-                return UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
+                return await error_of(upstream)
         log.warning(
             "%s: llama-server ran a request to %s that llamaslot takes for invalid; llamaslot reconnects, as a slot may"
             " have changed",
@@ -146,7 +146,7 @@ async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lea
     async with client_request.post(body) as upstream:
         if upstream.status < 400:
             return None
-        error = UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
+        error = await error_of(upstream)
     await backend.executor.refused(lease, error.status)
     return error
 

@@ -11,6 +11,8 @@ from typing import Protocol
 from msgspec import Struct
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from llamaslot.errors import UpstreamError
+
 
 @dataclass(frozen=True, slots=True)
 class Props:
@@ -121,6 +123,11 @@ async def whole(response: Response) -> bytes:
 
     await response.pass_to(take)
     return b"".join(pieces)
+
+
+async def error_of(response: Response) -> UpstreamError:
+    """Read an error answer to its end, and return it as an error. Raises BackendDown if the connection breaks."""
+    return UpstreamError(response.status, await whole(response), content_type_of(response))
 
 
 def content_type_of(response: Response) -> str:

@@ -23,6 +23,7 @@ from llamaslot.llama.answers import (
     SlotAction,
     SlotInfo,
     content_type_of,
+    error_of,
     next_piece,
     whole,
 )
@@ -181,10 +182,9 @@ class LlamaServer:
         """The JSON answer to a request that must run once only. Raises UpstreamError (error answer), BackendDown."""
         headers, data = {"Content-Type": "application/json"}, orjson.dumps(body)
         async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
-            payload = await whole(response)
             if response.status != 200:
-                raise UpstreamError(response.status, payload, content_type_of(response))
-        return orjson.loads(payload)
+                raise await error_of(response)
+            return orjson.loads(await whole(response))
 
     async def why_unhealthy(self, timeout_s: float = 5.0) -> str | None:
         """Why the server cannot serve requests now, as the end of a sentence; None if it can. Asks ``GET /health``,
@@ -361,7 +361,7 @@ class LlamaServer:
             "POST", "/completion", data=data, headers=headers, is_watched=True
         ) as response:
             if response.status != 200:
-                raise UpstreamError(response.status, await whole(response), content_type_of(response))
+                raise await error_of(response)
             is_complete = False
             while chunk := await next_piece(response):
                 for event in splitter.feed(chunk):

@@ -17,8 +17,8 @@ from urllib.parse import quote, unquote_plus
 import orjson
 from msgspec import Struct, field
 
-from llamaslot.errors import BackendRestarted, UpstreamError
-from llamaslot.llama.answers import Response, Take, content_type_of, next_piece, whole
+from llamaslot.errors import BackendRestarted
+from llamaslot.llama.answers import Response, Take, error_of, next_piece, whole
 from llamaslot.llama.client import LlamaServer, as_known
 from llamaslot.llama.keep_alive import Answer
 
@@ -77,7 +77,7 @@ class ModelRouter(LlamaServer):
         path = f"/props?model={quote(model, safe='')}&autoload=true"
         async with self.request("GET", path) as response:
             if response.status != 200:
-                raise UpstreamError(response.status, await whole(response), content_type_of(response))
+                raise await error_of(response)
 
     def server_of(self, model: str) -> ModelServer:
         """A client for requests to one model of the router."""
@@ -96,7 +96,7 @@ class ModelRouter(LlamaServer):
         """
         async with self.request("GET", "/models/sse") as response:
             if response.status != 200:
-                raise UpstreamError(response.status, await whole(response), content_type_of(response))
+                raise await error_of(response)
             yield
             while await next_piece(response):
                 yield
