@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from msgspec import Struct, field
+
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.errors import BackendDown, QueueFull
-from llamaslot.fleet.dispatch_pass import DispatchPass, News
 from llamaslot.fleet.open_backends import OpenBackends, PoolBackends
 from llamaslot.fleet.pool_index import PoolIndex
 from llamaslot.fleet.preemption import Preemptions
@@ -37,6 +38,18 @@ MIN_LOOK_AGAIN_S = 0.25
 _MOST_BEHIND = 8  # long prompts placed in a pass while they leave the last idle slot; 250 take a second
 
 
+class _Pass(Struct):
+    """One pass over all waiting requests. It keeps what is found out for one request for the requests after it."""
+
+    n_slots: int
+    # By slot that requests wait for: the seconds for which these requests will use it.
+    reserved: dict[SlotKey, float] = field(default_factory=dict)
+    again_s: list[float] = field(default_factory=list)  # seconds until the next dispatch
+    n_behind: int = 0  # long prompts that leave the last idle slot to other requests
+    is_short: bool = False  # an earlier request would take any slot, and got none
+    is_spared: bool = False  # fairness has denied an idle slot to a request
+
+
 class Dispatcher:
     """Leases the slots of a pool's backends to requests, so that all users get their share."""
 
@@ -48,7 +61,7 @@ class Dispatcher:
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
-        self._preemptions, self._index, self._news = Preemptions(), PoolIndex(), News(self.backends)
+        self._preemptions, self._index = Preemptions(), PoolIndex()
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -76,11 +89,6 @@ class Dispatcher:
     def recorder(self, request: Request) -> DecisionRecorder:
         """Return a recorder for the journal entry of ``request``."""
         return DecisionRecorder(self.journal, request, self.now)
-
-    def is_wanted_besides(self, request: Request) -> bool:
-        """True if any client's request other than ``request`` has a slot or waits."""
-        leased = (lease.request for lease in self.leases if not lease.is_own)
-        return any(other is not request for other in (*leased, *(waiting.request for waiting in self.queue)))
 
     # -- the backends --------------------------------------------------------------------------------------------
 
@@ -200,8 +208,8 @@ class Dispatcher:
         cost_s = plan.cost.steps_s + answer_s(table, request)
         leases.charge(lease, self.queue.granted_at_once(request, cost_s, now))
         self._n_changes += 1
-        self._news.add(plan.slot.backend)
-        self._news.tell()
+        self.backends.note_changes(plan.slot.backend)
+        self.backends.tell()
         return lease
 
     def snapshots_in_demand(self) -> set[str]:
@@ -232,52 +240,61 @@ class Dispatcher:
             self._look_again = None
         if len(self.queue):
             self._serve_queue()
-        self._news.add(backend, *self._preemptions.choose(self.backends.open, self.queue, self.now))
-        self._news.note_queue(has_waiting=len(self.queue) > 0)
-        self._news.tell()  # last: a request that has just got a slot may have priority over a prefill
+        self.backends.note_changes(
+            backend, *self._preemptions.choose(self.backends.open, self.queue, self.now)
+        )
+        self.backends.note_queue(has_waiting=len(self.queue) > 0)
+        self.backends.tell()  # last: a request that has just got a slot may have priority over a prefill
 
     def _serve_queue(self) -> None:
         open_ = self.backends.open
-        look = DispatchPass(self.backends.connected.n_slots)
+        pass_ = _Pass(self.backends.connected.n_slots)
         if not open_ or (open_.is_assisted and not open_.n_idle and not self.queue.n_unpinned):
             return  # the order does not matter: with 1,000 waiting, each arrival would compute it
         for waiting in self.queue.ordered():
-            if open_.is_assisted and look.is_short and not self.backends.open.n_idle:
+            if open_.is_assisted and pass_.is_short and not self.backends.open.n_idle:
                 break  # none behind a request that waits for any slot at all gets one
             here = self.backends.open_to(waiting.request)
             if here and not waiting.granted.done():
-                self._serve(here, waiting, look)
+                self._serve(here, waiting, pass_)
         is_any_idle = self.backends.open.n_idle > 0
-        if look.is_spared and is_any_idle and (spared_s := self.queue.look_again_s(self.now())) is not None:
-            look.again_s.append(spared_s)
-        if look.again_s:
-            self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
+        if pass_.is_spared and is_any_idle and (spared_s := self.queue.look_again_s(self.now())) is not None:
+            pass_.again_s.append(spared_s)
+        if pass_.again_s:
+            self._look_again = asyncio.get_running_loop().call_later(min(pass_.again_s), self.dispatch)
 
-    def _serve(self, here: OpenBackends, waiting: Waiting, look: DispatchPass) -> None:
+    def _serve(self, here: OpenBackends, waiting: Waiting, pass_: _Pass) -> None:
         """Give a waiting request a slot on one of the backends ``here``, or record what it waits for."""
         request, n_idle = waiting.request, self.backends.open.n_idle
-        if not self.queue.may_run(waiting, max(look.n_slots, n_idle), n_idle, self.now()):
-            look.is_spared = True
+        if not self.queue.may_run(waiting, max(pass_.n_slots, n_idle), n_idle, self.now()):
+            pass_.is_spared = True
         elif not here.is_assisted:
-            self._let_through(here, waiting, look)
+            self._let_through(here, waiting, pass_)
         elif request.placement is Placement.SERVER_CHOSEN:
-            if not look.is_short:
+            if not pass_.is_short:
                 self._give(waiting, self.backends[here.most_idle.backend].grant(None, request))
         elif not n_idle:
-            look.is_short = True  # not placed: placing 250 waiting requests took a second for each burst
-        elif n_idle == 1 and self._is_still_behind(here.first, waiting, look):
-            self._leaves_slot(waiting, look)
+            pass_.is_short = True  # not placed: placing 250 waiting requests took a second for each burst
+        elif n_idle == 1 and self._is_still_behind(here.first, waiting, pass_):
+            self._leaves_slot(waiting, pass_)
         else:
-            self._serve_by_cost(here, waiting, look)
+            self._serve_by_cost(here, waiting, pass_)
 
-    def _serve_by_cost(self, here: OpenBackends, waiting: Waiting, look: DispatchPass) -> None:
+    def _serve_by_cost(self, here: OpenBackends, waiting: Waiting, pass_: _Pass) -> None:
         """Give a waiting request the slot that costs least, or record what it waits for."""
         waiting.behind = None
-        now, decision = self.now(), self._decision(here, waiting, dict(look.reserved))
+        now, decision = self.now(), self._decision(here, waiting, dict(pass_.reserved))
         if isinstance(decision, Wait):
             nearest = self._table_of(decision.place) or here.first
             waiting.recorder.record_wait(decision, prefix_due_s(nearest, decision, now))
-            look.waits(decision, waiting.look_at - now, answer_s(nearest, waiting.request))
+            if decision.slot is not None:
+                steps_s = decision.place.cost.steps_s if decision.place is not None else 0.0
+                it_uses_s = steps_s + answer_s(nearest, waiting.request)
+                pass_.reserved[decision.slot] = pass_.reserved.get(decision.slot, 0.0) + it_uses_s
+            if decision.for_s is None:
+                pass_.is_short = True
+            else:
+                pass_.again_s.append(max(waiting.look_at - now, 0.0))
             return
         leases = self.backends[decision.slot.backend]
         table = self._table_of(decision)
@@ -286,21 +303,21 @@ class Dispatcher:
             return  # an exclusive request waits until no long prefill runs, so none may begin
         if self.backends.open.n_idle == 1 and (ahead := self._ahead_of(table, waiting, decision)) is not None:
             waiting.behind = ahead
-            self._leaves_slot(waiting, look)
+            self._leaves_slot(waiting, pass_)
         else:
-            self._place(table, waiting, decision, look)
+            self._place(table, waiting, decision, pass_)
 
     def _table_of(self, place: Place | Plan | None) -> SlotTable | None:
         return self.backends[place.slot.backend].table if place is not None else None
 
-    def _let_through(self, here: OpenBackends, waiting: Waiting, look: DispatchPass) -> None:
+    def _let_through(self, here: OpenBackends, waiting: Waiting, pass_: _Pass) -> None:
         """Send a request to a backend at which llama-server chooses the slot. Only the number of requests there is
         limited."""
         table = here.most_idle
         if isinstance(table, UnassistedSlots) and (slot := table.any_idle()) is not None:
-            self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), look)
+            self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), pass_)
         else:
-            look.is_short = True
+            pass_.is_short = True
 
     def _ahead_of(self, table: SlotTable, waiting: Waiting, plan: Plan) -> Lease | None:
         """Return the lease of another request of the same user that waits in its slot for its first turn, with a
@@ -319,7 +336,7 @@ class Dispatcher:
                     return lease
         return None
 
-    def _is_still_behind(self, table: SlotTable, waiting: Waiting, look: DispatchPass) -> bool:
+    def _is_still_behind(self, table: SlotTable, waiting: Waiting, pass_: _Pass) -> bool:
         """True if this long prompt must leave the last idle slot to others without being placed again. Either the
         lease in ``waiting.behind`` still waits for its turn, or ``_MOST_BEHIND`` requests have left the slot in this
         pass already.
@@ -327,12 +344,12 @@ class Dispatcher:
         if waiting.had_a_place or self.now() >= self._late_at(waiting):
             return False
         prompt_s = waiting.cost_s - answer_s(table, waiting.request)
-        return waiting.is_behind or (look.n_behind >= _MOST_BEHIND and prompt_s > table.long_s)
+        return waiting.is_behind or (pass_.n_behind >= _MOST_BEHIND and prompt_s > table.long_s)
 
-    def _leaves_slot(self, waiting: Waiting, look: DispatchPass) -> None:
-        look.n_behind += 1
+    def _leaves_slot(self, waiting: Waiting, pass_: _Pass) -> None:
+        pass_.n_behind += 1
         if (late_at := self._late_at(waiting)) < math.inf:
-            look.again_s.append(max(late_at - self.now(), MIN_LOOK_AGAIN_S))
+            pass_.again_s.append(max(late_at - self.now(), MIN_LOOK_AGAIN_S))
 
     def _late_at(self, waiting: Waiting) -> float:
         """Return the time from which the waiting request takes any slot. From then on no shorter prompt is computed
@@ -340,20 +357,16 @@ class Dispatcher:
         max_wait_s = self.queue.limits.max_wait_s or math.inf
         return waiting.came_at + min(self.rules.sharing.starvation_s, max_wait_s / 2)
 
-    def _place(self, table: SlotTable, waiting: Waiting, plan: Plan, look: DispatchPass) -> None:
+    def _place(self, table: SlotTable, waiting: Waiting, plan: Plan, pass_: _Pass) -> None:
         try:
             lease = self.backends[plan.slot.backend].grant(
-                table.slots[plan.slot.id],
-                waiting.request,
-                plan,
-                recorder=waiting.recorder,
-                came_at=waiting.came_at,
-                n_preempted=waiting.n_preempted,
-            )
+                table.slots[plan.slot.id], waiting.request, plan,
+                recorder=waiting.recorder, came_at=waiting.came_at, n_preempted=waiting.n_preempted,
+            )  # fmt: skip
         except KeyError:  # the catalog has dropped the snapshot meanwhile
             assert plan.snapshot is not None
             table.drop_snapshot(plan.snapshot)
-            look.again_s.append(0.0)
+            pass_.again_s.append(0.0)
             return
         if waiting.prefix_wait is not None:
             self.on_prefix_wait(self.now() - waiting.prefix_wait.since)
@@ -386,7 +399,7 @@ class Dispatcher:
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
         views = {table.backend: table.view(request, now, reserved, is_patient=is_patient) for table in tables}
         if is_patient and ask_for_trunk(request, views, makers, now):
-            self._news.add(*views)
+            self.backends.note_changes(*views)
             views = {table.backend: table.view(request, now, reserved) for table in tables}
         decision = place(request, views.values(), self.rules)
         if isinstance(decision, Wait) and (place_ := decision.place) is not None:
@@ -394,7 +407,7 @@ class Dispatcher:
             trunk = leases.table.expected_trunk(place_.snapshot) if leases.table is not None else None
             if trunk is not None:
                 trunk.users.update({request.user.id} - {""})  # not llamaslot itself
-                self._news.add(trunk.backend)
+                self.backends.note_changes(trunk.backend)
                 at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
                 waiting.prefix_wait = waiting.prefix_wait or PrefixWait.of(
                     leases, trunk, decision, now, at_last
@@ -405,7 +418,7 @@ class Dispatcher:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
         charge = self.queue.granted(waiting, steps_s + answer_s(lease.table, lease.request), self.now())
         self.backends[lease.table.backend].charge(lease, charge)
-        self._news.add(lease.table.backend)
+        self.backends.note_changes(lease.table.backend)
         waiting.granted.set_result(lease)
 
     def backends_changed(self) -> None:

@@ -6,13 +6,14 @@ llama-server counts.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from msgspec import Struct
 
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.reuse import CacheKind, RewindModel
 from llamaslot.errors import Reason
+from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.observe.metrics import UntokenizedRequests
 from llamaslot.scheduling.placement import Rules
@@ -89,20 +90,6 @@ class ConversionChecks:
         return is_right
 
 
-class InfillConverter(Protocol):
-    """The interface of a converter from bodies of /infill to prompts."""
-
-    async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
-        """Return the tokens of ``body``. Raises PromptNotTokenizable, BackendDown, BackendRestarted and QueueFull.
-        Canceling is safe.
-        """
-        ...
-
-    def miscounted(self) -> None:
-        """Record that llama-server has counted another number of tokens in a body than llamaslot."""
-        ...
-
-
 class ModelContext(Struct, eq=False):
     """One model, as long as any llama-server of the pool runs it. When all are gone, the next process gets a new
     context, because it may have another model or other flags. A request that was tokenized with the old one is
@@ -120,7 +107,7 @@ class ModelContext(Struct, eq=False):
     rewind_model: RewindModel
     tokenizer: Tokenizer
     conversions: ConversionChecks
-    infill: InfillConverter
+    infill: InfillPrompts
     untokenized: UntokenizedRequests
     media_markers: Callable[[], Collection[str]] = lambda: ("",)
     modalities: Mapping[str, bool] | None = None

@@ -1,4 +1,4 @@
-"""Tells which backends of a pool a request may go to.
+"""Tells which backends of a pool a request may go to, and notifies the tasks that wait for changes on them.
 
 What is asked at each request is counted once, and kept until a backend comes, goes, opens or closes: in a pool of 1,000
 backends a loop over all of them takes 0.1 to 0.5 ms, and each placement made a dozen.
@@ -70,6 +70,8 @@ class PoolBackends(dict[str, Leases]):
         super().__init__()
         self._connected: OpenBackends | None = None
         self._open: OpenBackends | None = None
+        self._news: dict[str, None] = {}  # backends with changes that ``tell`` has not told, in their order
+        self._has_waiting = False
 
     def changed(self) -> None:
         """A backend has come, gone, opened or closed."""
@@ -80,6 +82,29 @@ class PoolBackends(dict[str, Leases]):
         for kept in (self._connected, self._open):
             if kept is not None:
                 kept.idle_changed(table)
+
+    def note_changes(self, *backends: str | None) -> None:
+        """Record that ``tell`` must tell of a change on each of ``backends``; None is skipped."""
+        self._news.update(dict.fromkeys(name for name in backends if name is not None))
+
+    def note_queue(self, *, has_waiting: bool) -> None:
+        """Record whether any request waits. A change of this is one on each backend that is loaded on demand, because
+        its model is loaded or unloaded accordingly. All prefills need not decide again.
+        """
+        if has_waiting != self._has_waiting:
+            self._has_waiting = has_waiting
+            self.note_changes(*(name for name, leases in self.items() if leases.is_on_demand))
+
+    def tell(self) -> None:
+        """Notify the tasks that wait for changes on the backends noted since the last call. Each waiting prefill there
+        then decides again if it is next. When all prefills on 40 backends were told of each change, this took half of
+        the dispatcher's time.
+        """
+        news, self._news = self._news, {}
+        for name in news:
+            leases = self.get(name)
+            if leases is not None and leases.changes.is_heard:
+                leases.changes.notify()
 
     @property
     def connected(self) -> OpenBackends:

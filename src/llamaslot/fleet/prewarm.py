@@ -207,13 +207,19 @@ class Prewarm:
         try:
             while not working.done():
                 await asyncio.wait({working}, timeout=_GIVE_WAY_S)
-                if self._dispatcher.is_wanted_besides(request) and not working.done():
+                if self._is_wanted_besides(request) and not working.done():
                     has_given_way = working.cancel()
         finally:
             working.cancel()
             await asyncio.wait({working})
         if not has_given_way and table in self._tables:
             one.n_failed += 1
+
+    def _is_wanted_besides(self, request: Request) -> bool:
+        """True if any client's request other than ``request`` has a slot or waits."""
+        leased = (lease.request for lease in self._dispatcher.leases if not lease.is_own)
+        waiting = (waiting.request for waiting in self._dispatcher.queue)
+        return any(other is not request for other in (*leased, *waiting))
 
     async def _compute_in_a_slot(self, request: Request) -> None:
         executor: PlanExecutor | None = None

@@ -1,4 +1,4 @@
-"""Finds the pool that serves a request, by the ``model`` in its body."""
+"""Finds the pool that serves a request, by the ``model`` in its body. Lists the models and their states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.health import Health
 from llamaslot.config.sections import ModelsConfig
 from llamaslot.errors import BackendDown, BadRequest, ModelNotFound, shortened
-from llamaslot.fleet.model_list import model_list
 from llamaslot.fleet.pool import Pool, PoolModel
 
 log = logging.getLogger(__name__)
@@ -167,7 +166,26 @@ class Router:
 
     def listed(self) -> list[dict[str, Any]]:
         """Return the models and their states, in the form of ``/v1/models``."""
-        return model_list(self._known(), self._backends, self.expected, self._settings.aliases)
+        known = self._known()
+        entries: dict[str, dict[str, Any]] = {}
+        for pool in known:
+            for name, entry in _entries(pool):
+                entries.setdefault(name, entry)
+        first = dict[str, str]()  # by backend: the first of its expected names, which is no alias
+        for name, backend in self.expected.items():
+            first.setdefault(backend, name)
+        for backend, name in first.items():
+            if (member := self._backends[backend]).last_session is None:
+                entries.setdefault(name, {**_unknown(), "id": name, "status": {"value": _state([member])}})
+        for alias, target in self._settings.aliases.items():
+            if alias in entries:
+                continue
+            found = entries.get(target)
+            if found is None and target in self._backends:
+                told = [entry for pool in known if target in pool.backends for _, entry in _entries(pool)]
+                found = told[0] if told else None
+            entries[alias] = {**(found or _unknown()), "id": alias}
+        return list(entries.values())
 
 
 def _names(pool: Pool) -> set[str]:
@@ -176,3 +194,26 @@ def _names(pool: Pool) -> set[str]:
 
 def _is_unproved(pool: Pool) -> bool:
     return pool.model is None or pool.model.identity is None
+
+
+def _unknown() -> dict[str, Any]:
+    return {"object": "model", "owned_by": "llamacpp", "status": {"value": "unavailable"}}
+
+
+def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
+    state = _state(pool.once_connected)
+    for session in pool.sessions:
+        if session.names:
+            yield session.names[0], {**session.entry, "status": {"value": state}}
+
+
+def _state(backends: Sequence[Backend]) -> str:
+    """Return the state of a model with these backends, in the words of llama-server's router mode."""
+    backends = [backend for backend in backends if not backend.leases.is_drained]
+    states = {backend.health for backend in backends}
+    if Health.UP in states:
+        return "loaded"
+    is_loaded = any(backend.health is Health.DOWN and backend.presence.is_coming for backend in backends)
+    if Health.CONNECTING in states or is_loaded:
+        return "loading"
+    return "unloaded" if Health.ASLEEP in states else "unavailable"

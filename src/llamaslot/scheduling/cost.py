@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from statistics import median_low
 from typing import Any
 
@@ -222,23 +221,21 @@ class TransferRate:
 class SnapshotSize:
     """The size of a slot file in bytes: constant + bytes per token * tokens, learned from existing files.
 
-    The line is fitted by least squares. It is computed with fractions, so it goes exactly through points that lie on a
-    line (dense models). Then it is raised until no known file lies above it (checkpoints and attention windows make
-    the sizes of other models irregular).
+    The line is fitted by least squares, so it goes through points that lie on a line (dense models). Then it is raised
+    until no known file lies above it (checkpoints and attention windows make the sizes of other models irregular).
     """
 
     KEPT = 32
 
     def __init__(self) -> None:
         self._points: deque[tuple[int, int]] = deque(maxlen=self.KEPT)
-        self._line: tuple[Fraction, Fraction] | None = None  # constant and bytes per token
-        self._in_whole: tuple[int, int, int] | None = None
+        self._line: tuple[float, float] | None = None  # constant and bytes per token
 
     def __repr__(self) -> str:
         if not self._points:
             return "<SnapshotSize unknown>"
         constant, per_token = self._fit()
-        return f"<SnapshotSize {readable_size(float(constant))} + {float(per_token):.0f} B/tok>"
+        return f"<SnapshotSize {readable_size(constant)} + {per_token:.0f} B/tok>"
 
     def observe(self, n_tokens: int, size_bytes: int) -> None:
         """Record that a file of ``n_tokens`` tokens has ``size_bytes``. An empty file is ignored."""
@@ -247,7 +244,7 @@ class SnapshotSize:
         if (n_tokens, size_bytes) in self._points:
             self._points.remove((n_tokens, size_bytes))
         self._points.append((n_tokens, size_bytes))
-        self._line = self._in_whole = None
+        self._line = None
 
     def observe_each(self, files: Sequence[tuple[int, int]]) -> None:
         """Call ``observe`` for each of the last ``KEPT`` different pairs (tokens, bytes) in ``files``."""
@@ -268,37 +265,24 @@ class SnapshotSize:
         """
         if not self._points:
             return None
-        constant, per_token, denominator = self._whole()
-        return max(-(-(constant + per_token * max(n_tokens, 0)) // denominator), 1)
+        constant, per_token = self._fit()
+        return max(round(constant + per_token * max(n_tokens, 0)), 1)
 
-    def _fit(self) -> tuple[Fraction, Fraction]:
+    def _fit(self) -> tuple[float, float]:
         if self._line is None:
             self._line = self._lifted()
         return self._line
 
-    def _whole(self) -> tuple[int, int, int]:
-        """Return the fitted line as integers: its constant, its bytes per token, and the denominator of both. With
-        fractions each call of ``bytes`` took 10 us, and a placement makes one for each slot.
-        """
-        if self._in_whole is None:
-            constant, per_token = self._fit()
-            denominator = math.lcm(constant.denominator, per_token.denominator)
-            self._in_whole = int(constant * denominator), int(per_token * denominator), denominator
-        return self._in_whole
-
-    def _lifted(self) -> tuple[Fraction, Fraction]:
+    def _lifted(self) -> tuple[float, float]:
         points = self._points
         k, sx, sy = len(points), sum(n for n, _ in points), sum(size for _, size in points)
         sxx, sxy = sum(n * n for n, _ in points), sum(n * size for n, size in points)
-        if len({n for n, _ in points}) == 1:
-            n, largest = points[0][0], max(size for _, size in points)
-            return Fraction(0), Fraction(largest * 21, n * 20)
-        per_token = Fraction(k * sxy - sx * sy, k * sxx - sx * sx)
-        constant = (sy - per_token * sx) / k
-        if constant < 0:
-            constant, per_token = Fraction(0), Fraction(sxy, sxx)
-        per_token = max(per_token, Fraction(0))
-        return constant + max(size - constant - per_token * n for n, size in points), per_token
+        if k * sxx == sx * sx:  # all have the same number of tokens
+            return 0.0, max(size for _, size in points) * 1.05 / points[0][0]
+        per_token = max((k * sxy - sx * sy) / (k * sxx - sx * sx), 0.0)
+        if sy < per_token * sx:  # the constant would be negative
+            per_token = sxy / sxx
+        return max(size - per_token * n for n, size in points), per_token
 
     def to_json(self) -> dict[str, Any]:
         return {"files": [list(point) for point in self._points]}
