@@ -67,6 +67,21 @@ async def test_what_is_there_is_not_written_again(kind: str, tmp_path: Path) -> 
     again.catalog.close()
 
 
+@pytest.mark.parametrize("kind", ["window", "recurrent", "hybrid"])
+async def test_the_end_of_a_long_answer_that_came_back_keeps_its_state(kind: str, tmp_path: Path) -> None:
+    """The message behind it may be edited. The state is not written again. That of a short answer goes."""
+    tree, tokens, last = await tree_of(tmp_path, kind), words(1900, 1), ""
+    states = []
+    for n in (1100, 1650, 1700, 1900):
+        snapshot = await tree.take(tokens[:n], after=last)
+        last = snapshot.id
+        states.append([part for part in snapshot.parts if part.is_state])
+    assert [part.end for part in states[0]] == [560, 1100]
+    assert [part.end for part in states[-1]] == [560, 1100, 1650, 1900]
+    assert states[-1][:2] == states[0]
+    tree.catalog.close()
+
+
 async def test_a_cut_is_a_file_of_the_first_tokens(tmp_path: Path) -> None:
     """At any token, also inside an extent and of a whole file."""
     tree = await tree_of(tmp_path)

@@ -119,8 +119,9 @@ def look(directory: Path, landing: Path, base: Base | None, marks: Collection[in
         return Intake(layout, tuple(rows), start, (), own_from) if rows else None
     if not layout.checkpoints:  # perhaps a build that neither writes nor reads checkpoints in slot files
         return None
-    # The states that an earlier save has kept were at marks of that save too, except the one at its end.
-    marks = {*marks, *(at for at in states if base is not None and at != base.snapshot.n_tokens)}
+    # The conversation came back with what an earlier save has kept, so these states count as marks: the last one is at
+    # the end of an answer, before a message that may be edited. They need not be written again.
+    marks = {*marks, *states}
     there = {state.n_tokens: state.size_bytes for state in layout.states}
     kept = states_to_keep(
         there.keys() | states.keys(),
