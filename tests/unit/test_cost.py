@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaslot.scheduling.answer_length import AnswerLength
-from llamaslot.scheduling.cost import PrefillRate, Rates, SnapshotSize, TransferRate
+from llamaslot.scheduling.cost import Rates, SnapshotSize, TransferRate
+from llamaslot.scheduling.prefill_rate import PrefillRate
 
 TOKENS = st.integers(-10, 200_000)
 SIZES = st.integers(-10, 2**40)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.scheduling.cost import Delay, PrefillRate, Rates
+from llamaslot.scheduling.cost import Delay, Rates
 from llamaslot.scheduling.prefill_policy import (
     GRAIN,
     Pending,
@@ -21,6 +21,7 @@ from llamaslot.scheduling.prefill_policy import (
     pause_s,
     rank,
 )
+from llamaslot.scheduling.prefill_rate import PrefillRate
 
 MAX_S, SWITCH_S, CHUNK_S = 120.0, 0.1, 0.5
 

@@ -8,7 +8,7 @@ from llamaslot.observe import words
 from llamaslot.observe.activity import Activity, Outcome, Savings, error_share
 from llamaslot.observe.journal import Act, Decision
 from llamaslot.observe.series import HOUR, MINUTE, Series, class_of, total
-from llamaslot.scheduling.cost import PrefillRate
+from llamaslot.scheduling.prefill_rate import PrefillRate
 
 NOON = 1_700_000_000.0 // HOUR * HOUR
 
@@ -137,6 +137,19 @@ def test_savings_by_one_or_two_prefills_are_a_guess() -> None:
         assert savings.of(rate, 500) == pytest.approx((0.5, 0.5), abs=0.01)
     rate.observe(0, 1000, 1.0)
     assert savings.of(rate, 500) == pytest.approx((0.5, 0.0), abs=0.01)
+
+
+def test_short_pieces_do_not_raise_what_a_long_prompt_is_said_to_take() -> None:
+    """Each call of llama-server costs some time more. Of hundreds of follow-ups, none counts as part of a long prompt,
+    and a restart remembers the long ones."""
+    rate = PrefillRate()
+    for start in range(0, 8192, 2048):
+        rate.observe(start, start + 2048, 2.048)
+    for i in range(300):
+        rate.observe(7000 + i, 7080 + i, 0.2)
+    for its in (rate, PrefillRate.from_json(rate.to_json())):
+        assert its.seconds(0, 8000) > 10.0  # what placement thinks
+        assert Savings().of(its, 8000) == pytest.approx((8.0, 0.0), rel=0.01)
 
 
 # -- words

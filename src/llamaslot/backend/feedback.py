@@ -110,7 +110,7 @@ class Feedback:
         forecast = lease.forecast
         source = lease.plan.source if n_reused else Source.COLD
         rate = self.rates.prefill
-        saved_s = rate.seconds(0, n_reused) if rate.known else 0.0
+        saved_s = rate.long_seconds(0, n_reused) if rate.known else 0.0
         self.metrics.reused(source.value, n_reused, lease.request.n_tokens, saved_s)
         self.metrics.tokens_expected.labels(lease.plan.source.value).inc(forecast.n_expected)
         lease.recorder.reused(forecast.n_expected, n_reused)

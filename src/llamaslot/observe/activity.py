@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
-from llamaslot.scheduling.cost import PrefillRate
+from llamaslot.scheduling.prefill_rate import PrefillRate
 
 _LOOK_AGAIN = 64  # requests for which a figure of the same rate holds
 _FEW = 3  # prefills: a line through fewer has no distance from them, which says nothing
@@ -107,7 +107,7 @@ class Savings:
             self._error = error_share(rate)
             self._n_left = _LOOK_AGAIN if self._error < 1 else 1
         self._n_left -= 1
-        saved_s = rate.seconds(0, n_reused)
+        saved_s = rate.long_seconds(0, n_reused)
         return saved_s, saved_s * self._error
 
 
@@ -117,11 +117,11 @@ def error_share(rate: PrefillRate) -> float:
 
     All errors are assumed to have the same direction. Then the sum of many prefills has the same relative error.
     """
-    samples = rate.to_json()["samples"]
+    samples = rate.long_samples
     if 0 < len(samples) < _FEW:
         return 1.0
     off = n_tokens = 0.0
-    for start, end, seconds, _ in samples:
-        off += (end - start) * min(abs(seconds / max(rate.seconds(start, end), 1e-9) - 1), 1.0)
+    for start, end, seconds in samples:
+        off += (end - start) * min(abs(seconds / max(rate.long_seconds(start, end), 1e-9) - 1), 1.0)
         n_tokens += end - start
     return off / n_tokens if n_tokens else 0.0
