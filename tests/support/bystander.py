@@ -64,7 +64,7 @@ class Pair:
         tight, roomy = self.tight, self.roomy
         return (
             f"longest gap {tight.gap_s:.3f} s ({tight.n_saves} saves, {tight.n_restores} restores), with a slot for "
-            f"all contexts {roomy.gap_s:.3f} s, a single transfer {tight.transfer_s:.3f} s; of follow-up turns "
+            f"each context {roomy.gap_s:.3f} s, a single transfer {tight.transfer_s:.3f} s; of follow-up turns "
             f"{tight.later_gap_s:.3f} and {roomy.later_gap_s:.3f} s"
         )
 

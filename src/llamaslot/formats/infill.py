@@ -25,9 +25,9 @@ from msgspec.structs import replace
 
 from llamaslot.cache.ids import WIDTH, count, head, pack, unpack
 from llamaslot.errors import PromptNotTokenizable, Reason
-from llamaslot.formats.base import Format, PromptKind
-from llamaslot.formats.native import NativeAssembly, native_progress, native_streamed, response_fields
-from llamaslot.formats.stream_to_json import HARMLESS, Assembly, has_only, n_answers, without_nulls
+from llamaslot.formats.base import PromptKind
+from llamaslot.formats.native import NativeFormat
+from llamaslot.formats.stream_to_json import HARMLESS, n_answers
 
 _REPOSITORY, _FILE, _UNNAMED = "myproject\n", "filename\n", "tmp"
 _SNIPPET = "\n\n--- snippet ---\n\n"  # before each other file, if the model has no token for that
@@ -35,30 +35,22 @@ _WORD = "a\n"  # two tokens with most tokenizers
 _LONG_PREFIX = 16_384  # tokens: three quarters of any usual --batch-size
 _CACHE_BYTES = 8 << 20
 _MAX_PARTS = 512  # of a body; each part is one request to the server, and editors send some dozens
-_FIELDS = HARMLESS | {"input_prefix", "input_suffix", "input_extra", "prompt", "response_fields"}
 
 
-class InfillFormat(Format):
+class InfillFormat(NativeFormat):
     """The API ``/infill``, whose answers have the form of ``/completion``."""
 
     name = "infill"
     prompt_kind = PromptKind.INFILL
     whole_dry_run_path = "/infill"
+    known_fields = HARMLESS | {"input_prefix", "input_suffix", "input_extra", "prompt", "response_fields"}
 
-    def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        return native_progress(progress)
+    def n_prompts(self, body: Mapping[str, Any]) -> int:
+        """Always 1: ``prompt`` is a part of it."""
+        return 1
 
-    def can_assemble(self, body: Mapping[str, Any]) -> bool:
-        given = without_nulls(body)
-        n, paths = n_answers(given), response_fields(given)
-        return n is not None and paths is not None and has_only(given, _FIELDS)
-
-    def streamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        return native_streamed(body)
-
-    def assembly(self, body: Mapping[str, Any]) -> Assembly:
-        given = without_nulls(body)
-        return NativeAssembly(n_answers(given) or 1, response_fields(given))
+    def n_to_assemble(self, given: Mapping[str, Any]) -> int | None:
+        return n_answers(given)
 
 
 class InfillServer(Protocol):

@@ -18,7 +18,6 @@ from llamaslot.formats.stream_to_json import (
 from llamaslot.llama.sse import event_of
 from llamaslot.tokens.tokenizer import listed
 
-_FIELDS = HARMLESS | {"prompt", "response_fields"}
 _EVENT = {
     "index", "content", "tokens", "stop", "id_slot", "tokens_predicted", "tokens_evaluated", "timings",
     "prompt_progress",
@@ -32,47 +31,46 @@ class NativeFormat(Format):
     name = "native-completion"
     required_key = "prompt"
     prompt_kind = PromptKind.PLAIN
+    #: Fields of a body whose answer can be assembled.
+    known_fields = HARMLESS | {"prompt", "response_fields"}
 
     def n_prompts(self, body: Mapping[str, Any]) -> int:
         return len(listed(body.get("prompt")))
 
+    def n_to_assemble(self, given: Mapping[str, Any]) -> int | None:
+        """Return the number of answers to all prompts of a body together; None if it is not certain."""
+        return n_answers_to_prompts(given)
+
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        return native_progress(progress)
+        """The event in the form of llama-server's own progress events (measured on xllamacpp 2026.10.11549)."""
+        return event_of(
+            {
+                "index": 0,
+                "content": "",
+                "tokens": [0],
+                "stop": False,
+                "id_slot": -1,
+                "tokens_predicted": 0,
+                "tokens_evaluated": progress["total"],
+                "prompt_progress": progress,
+            }
+        )
 
     def can_assemble(self, body: Mapping[str, Any]) -> bool:
         given = without_nulls(body)
-        n, paths = n_answers_to_prompts(given), response_fields(given)
-        return n is not None and paths is not None and has_only(given, _FIELDS)
+        is_clear = self.n_to_assemble(given) is not None and response_fields(given) is not None
+        return is_clear and has_only(given, self.known_fields)
 
     def streamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        return native_streamed(body)
+        """Return ``body`` as a request for a stream, without ``response_fields``: with them the last event would have
+        only these fields, and the assembly needs all of them.
+        """
+        streamed = streamed_with_progress(body)
+        return {name: value for name, value in streamed.items() if name != "response_fields"}
 
     def assembly(self, body: Mapping[str, Any]) -> Assembly:
         given = without_nulls(body)
-        return NativeAssembly(n_answers_to_prompts(given) or 1, response_fields(given))
-
-
-def native_progress(progress: Mapping[str, int]) -> bytes:
-    """Return a progress event in the native form (measured on xllamacpp 2026.10.11549)."""
-    return event_of(
-        {
-            "index": 0,
-            "content": "",
-            "tokens": [0],
-            "stop": False,
-            "id_slot": -1,
-            "tokens_predicted": 0,
-            "tokens_evaluated": progress["total"],
-            "prompt_progress": progress,
-        }
-    )
-
-
-def native_streamed(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``body`` as a request for a stream, without ``response_fields``: with them the last event would have only
-    these fields, and the assembly needs all of them.
-    """
-    return {name: value for name, value in streamed_with_progress(body).items() if name != "response_fields"}
+        return NativeAssembly(self.n_to_assemble(given) or 1, response_fields(given))
 
 
 def response_fields(given: Mapping[str, Any]) -> list[str] | None:

@@ -8,14 +8,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
-from msgspec import Struct
 from msgspec.structs import replace
 
 from llamaslot.backend.backend import Backend
@@ -39,7 +37,7 @@ from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
-from llamaslot.formats.registry import FORMATS, format_named
+from llamaslot.formats.registry import FORMATS
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import MISTAKE, Downstream
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
@@ -75,8 +73,8 @@ class Completions:
         passthrough: Passthrough,
         prompts: SystemPrompts,
     ) -> None:
-        self._config, self._router, self._uploads = config, registry.router, uploads
-        self._passthrough, self._prompts = passthrough, prompts
+        self.config, self.router, self.passthrough = config, registry.router, passthrough
+        self._uploads, self._prompts = uploads, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Serve a completion. Raises LlamaslotError if it fails before its exchange begins, and ClientGone. Canceling
@@ -86,43 +84,24 @@ class Completions:
         try:
             body = parse_object(raw)
         except NoObject as error:
-            backend = (await self._router.pool_for(is_named=False)).any_backend()
+            backend = (await self.router.pool_for(is_named=False)).any_backend()
             raise await servers_error_for(backend, request, raw, error) from error
         # If the model must be loaded first, the exchange waits for that, and sends comments meanwhile.
-        unloaded = None if route.may_be_missing else self._router.unloaded_pool(body.get("model"))
-        required_key = _format_of(route).required_key
-        if unloaded is not None and required_key not in body:
-            raise BadRequest(f"'{required_key}' is required")  # before a model is unloaded for this one
-        pool = unloaded or await self._router.pool_for(body.get("model"), loads=True)
-        if self._prompts.rewrite(request, body, format_named(route.format)):
+        unloaded = None if route.may_be_missing else self.router.unloaded_pool(body.get("model"))
+        assert route.format is not None, "only completions have a format"
+        format_ = FORMATS[route.format]
+        if (
+            unloaded is not None and format_.required_key not in body
+        ):  # before a model is unloaded for this one
+            raise BadRequest(f"'{format_.required_key}' is required")
+        pool = unloaded or await self.router.pool_for(body.get("model"), loads=True)
+        if self._prompts.rewrite(request, body, format_):
             raw = orjson.dumps(body)
         if route.may_be_missing and not await pool.has_route(route.path):
-            return await self._passthrough.unprepared(pool, request, raw)
-        untokenized = partial(self._passthrough.run_exclusively, request, route, raw)
-        pool_again = partial(self._router.pool_for, body.get("model"), loads=True)
-        served = _Served(request, route, self._config, pool_again, untokenized)
-        exchange = _Exchange(pool, served, raw, body)
+            return await self.passthrough.unprepared(pool, request, raw)
+        exchange = _Exchange(self, pool, request, route, format_, raw, body)
         exchange.must_load = unloaded is not None
         return await exchange.run()
-
-
-def _format_of(route: Route) -> Format:
-    assert route.format is not None, "only completions have a format"
-    return FORMATS[route.format]
-
-
-class _Served(Struct, frozen=True):
-    """A client's request, and how to serve it: the same for each prompt of a list.
-
-    ``pool_again`` returns the pool of the model, which may be another one after a failure. ``untokenized`` serves the
-    request without known tokens, in a slot that llama-server chooses.
-    """
-
-    request: web.Request
-    route: Route
-    config: Config
-    pool_again: Callable[[], Awaitable[Pool]]
-    untokenized: Callable[..., Awaitable[web.StreamResponse]]
 
 
 class _Exchange:
@@ -130,8 +109,11 @@ class _Exchange:
 
     def __init__(
         self,
+        server: Completions,
         pool: Pool,
-        served: _Served,
+        request: web.Request,
+        route: Route,
+        format_: Format,
         raw: bytes,
         body: dict[str, Any],
         deadlines: Deadlines | None = None,
@@ -143,20 +125,21 @@ class _Exchange:
         No object that belongs to the exchange refers back to it. So its memory is free as soon as it has ended, without
         a garbage collection.
         """
-        self.served, self.request, self.raw, self.body = served, served.request, raw, body
+        self.server, self.request, self.route, self.format = server, request, route, format_
+        self.raw, self.body = raw, body
         self.in_one_piece = False  # True: the answer cannot be assembled from a stream
         self.must_load = False  # True: the model is not loaded, and ``pool`` may be another model's
         self.id = id_of(self.request)
         if down is None:
             headers = {"x-request-id": self.id}
-            down = Downstream(self.request, served.config.stream, body.get("stream") is True, headers)
+            down = Downstream(self.request, server.config.stream, body.get("stream") is True, headers)
         self.down = down
         self.attempts = Attempts(self.id, pool, raw, lambda: down.has_answer)
-        self.attempts.pool_again = served.pool_again
+        self.attempts.pool_again = partial(server.router.pool_for, body.get("model"), loads=True)
         post = partial(_post, self.attempts, self.request, body, raw)
-        self.client_request = ClientRequest(self.id, body, self._format, post, time.monotonic())
+        self.client_request = ClientRequest(self.id, body, format_, post, time.monotonic())
         begins(self.request, pool, body.get("model"), self.down)
-        limits = served.config.timeouts
+        limits = server.config.timeouts
         self.deadlines = deadlines or Deadlines(limits.first_token_s, limits.total_s)
 
     async def run(self) -> web.StreamResponse:
@@ -203,7 +186,7 @@ class _Exchange:
         context, parsed = await self.pool.ready_with(self._parsed)
         if context is None or parsed is None:
             return await relay_unassisted(
-                self.attempts, self.down, self.deadlines, self._format, self.raw, self.body
+                self.attempts, self.down, self.deadlines, self.format, self.raw, self.body
             )
         has_one = len(parsed.prompts) == 1 and not parsed.is_head
         self.attempts.check(parsed.request.tokens if has_one else self.raw)
@@ -214,8 +197,10 @@ class _Exchange:
             if parsed.is_head:
                 await self._prepare_head(parsed, context)
             self.deadlines.begin_answer()  # llamaslot does not detect the beginning of this answer
-            untokenized = self.served.untokenized(head=parsed.left_in_slot, attempts=self.attempts)
-            return self._counted(context, parsed, await untokenized)
+            response = await self.server.passthrough.run_exclusively(
+                self.request, self.route, self.raw, parsed.left_in_slot, attempts=self.attempts
+            )
+            return self._counted(context, parsed, response)
         if len(parsed.prompts) > 1 and self._is_long(parsed):
             return await self._serve_each(parsed)
         return self._counted(context, parsed, await self._serve(parsed, context))
@@ -254,20 +239,16 @@ class _Exchange:
         llama-server has not refused it.
         """
         if parsed.unknown is not None and response.status < 400:
-            context.untokenized.count(self._format.name, parsed.unknown)
+            context.untokenized.count(self.format.name, parsed.unknown)
         return response
 
     async def _parsed(self, context: ModelContext) -> ParsedRequest:
         parsed = await parse_request(
-            self.id, self.body, self.raw, self._format, context, user_of(self.request)
+            self.id, self.body, self.raw, self.format, context, user_of(self.request)
         )
         if not self.attempts.avoids:
             return parsed
         return replace(parsed, request=replace(parsed.request, avoids=self.attempts.avoids))
-
-    @property
-    def _format(self) -> Format:
-        return _format_of(self.served.route)
 
     # -- several prompts -----------------------------------------------------------------------------------------
 
@@ -287,7 +268,10 @@ class _Exchange:
         for number, prompt in enumerate(prompts):
             body = {**self.body, "prompt": prompt}
             part = PromptPart(self.down, number * n_each, is_last=number == len(prompts) - 1)
-            one = _Exchange(self.pool, self.served, orjson.dumps(body), body, self.deadlines, part)
+            one = _Exchange(
+                self.server, self.pool, self.request, self.route, self.format, orjson.dumps(body), body,
+                self.deadlines, part,
+            )  # fmt: skip
             response = await one._run()
             if part.has_failed:  # llama-server's own error in the stream ends it
                 return await self.down.end()
@@ -376,7 +360,7 @@ class _Exchange:
         backend.metrics.queue_s.observe(time.monotonic() - queued)
         lease.recorder.rewrote(rewrote(self.request))
         if is_first and parsed.prompts:
-            backend.cache_misses.examine(lease, parsed.prompts[0], self.body, self._format)
+            backend.cache_misses.examine(lease, parsed.prompts[0], self.body, self.format)
         if parsed.is_head:
             keep_what_follows(lease)
         if is_first:
@@ -422,7 +406,7 @@ class _Exchange:
             "processed": so_far.n_tokens,
             "time_ms": round(so_far.seconds * 1000),
         }
-        return self._format.progress_event(self.id, context.name, progress)
+        return self.format.progress_event(self.id, context.name, progress)
 
 
 def _post(

@@ -195,11 +195,12 @@ class Answering:
 
     @property
     def _n_reused_or_expected(self) -> int:
-        if (n_reused := self.n_reused) is not None:
-            return n_reused
-        return (
-            self.prefill_stats.n_reused if self.prefill_stats is not None else self.lease.forecast.n_expected
-        )
+        return n_reused if (n_reused := self.n_reused) is not None else self._n_expected
+
+    @property
+    def _n_expected(self) -> int:
+        stats = self.prefill_stats
+        return stats.n_reused if stats is not None else self.lease.forecast.n_expected
 
     async def _tell_reuse(self, *, at_last: bool = False) -> None:
         """Report the reuse to the client once llama-server has reported it: in headers, or, after they are sent, in
@@ -218,11 +219,8 @@ class Answering:
         await self.down.write(self.down.add_headers(headers))
 
     def _stream_start(self) -> bytes:
-        n_reused = (
-            self.prefill_stats.n_reused if self.prefill_stats is not None else self.lease.forecast.n_expected
-        )
         return self.client_request.format.stream_start(
-            self.client_request.id, self.client_request.body, self.parsed.request.n_tokens, n_reused
+            self.client_request.id, self.client_request.body, self.parsed.request.n_tokens, self._n_expected
         )
 
     def _body(self) -> dict[str, Any]:
