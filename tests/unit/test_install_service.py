@@ -127,3 +127,15 @@ def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     )
     assert run("--force").exit_code == 0
     assert unit.read_text() == text
+
+
+def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
+    """One line says which file, and nothing else."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "llamaslot.service").mkdir()
+    result = CliRunner().invoke(
+        cli.main, ["install-service", "--config", str(path), "--write", str(tmp_path)]
+    )
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"{tmp_path}/llamaslot.service: Is a directory\n")

@@ -24,9 +24,10 @@ from llamaslot.errors import (
     UpstreamError,
 )
 from llamaslot.http import in_flight, page_api
-from llamaslot.http.in_flight import InFlight, outcome_of
+from llamaslot.http.in_flight import InFlight, Requests, outcome_of
 from llamaslot.http.page import FILES
 from llamaslot.http.page_api import PageEvents
+from llamaslot.observe.history import History
 from llamaslot.sizes import readable_size
 from llamaslot.tasks import TaskOwner
 from tests.support.inprocess import CHAT, NATIVE, Served, letters, served, spawn
@@ -312,8 +313,8 @@ async def test_a_request_is_cancelled(tmp_path: Path, stream: bool) -> None:
         asked = spawn(it.post("/completion", body, **{"x-request-id": "mine"}))
         await it.until(lambda: it.pool.dispatcher.leases)
         assert (await it.post("/llamaslot/cancel?request=other", None)).status == 404
-        twice = [spawn(it.post("/llamaslot/cancel?request=mine", None)) for _ in range(2)]
-        assert (await twice[0]).json == {"request": "mine"}
+        told = await it.post("/llamaslot/cancel?request=mine", None)
+        assert told.json == {"request": "mine"}
         answer = await asked
         it.fake.go()
         assert answer.status == 410
@@ -322,6 +323,17 @@ async def test_a_request_is_cancelled(tmp_path: Path, stream: bool) -> None:
         assert latest["outcome"] == "cancelled"
         assert (await it.ask(letters(2, 50))).status == 200
         assert await it.count("clients_left_total") == 0
+
+
+async def test_a_second_cancellation_changes_nothing() -> None:
+    """The first one lets the handler go on, to send the error; another one would end it before that."""
+    task = spawn(asyncio.sleep(60))
+    requests = Requests(None, History(None))  # type: ignore[arg-type]
+    requests.running[1] = InFlight(1, "mine", None, None, 0.0, 0.0, task)  # type: ignore[arg-type]
+    assert requests.cancel("mine")
+    assert requests.cancel("mine")
+    assert task.cancelling() == 1
+    await asyncio.wait([task])
 
 
 async def test_requests_to_which_clients_give_one_id(tmp_path: Path) -> None:

@@ -66,19 +66,27 @@ def _wording(error: BaseException, listen: ListenConfig) -> str | None:
     if isinstance(error, OSError) and error.errno in _BIND_FAULTS and error.filename is None:
         return f"listen: {listen.host}:{listen.port} {_BIND_FAULTS[error.errno]}"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return _about_file(error)
     return str(error) if isinstance(error, LlamaslotError) else None
+
+
+def _about_file(error: OSError) -> str:
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
 
 
 @contextlib.contextmanager
 def report_faults() -> Iterator[None]:
-    """A context manager: if its block raises an error that an operator can fix, print it and exit with
-    ``EXIT_FAULT``.
+    """A context manager: if its block raises an error that an operator can fix, such as a file that may not be written,
+    print it and exit with ``EXIT_FAULT``.
     """
     try:
         yield
     except LlamaslotError as error:
         fail([str(error)])
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail([_about_file(error)])
 
 
 def fail(lines: list[str]) -> NoReturn:

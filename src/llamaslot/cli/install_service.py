@@ -113,18 +113,18 @@ def install_service(path: Path, directory: Path | None, force: bool, **given: An
     import difflib
 
     differing = []
-    for name, text in made.items():
-        file = directory / name
-        old = file.read_text() if file.exists() else None
-        if old not in (None, text) and not force:
-            differing.append(str(file))
-            click.echo(
-                "".join(difflib.unified_diff(old.splitlines(True), text.splitlines(True), str(file), "new"))
-            )
-            continue
-        file.write_text(text)
-        file.chmod(0o644)
-        click.echo(f"{file}: {'unchanged' if old == text else 'written'}", err=True)
+    with report_faults():
+        for name, text in made.items():
+            file = directory / name
+            old = file.read_text() if file.exists() else None
+            if old not in (None, text) and not force:
+                differing.append(str(file))
+                lines = old.splitlines(True), text.splitlines(True)
+                click.echo("".join(difflib.unified_diff(*lines, str(file), "new")))
+                continue
+            file.write_text(text)
+            file.chmod(0o644)
+            click.echo(f"{file}: {'unchanged' if old == text else 'written'}", err=True)
     if differing:
         fail([f"not replaced, see above: {', '.join(differing)}; --force replaces them"])
     if version:

@@ -75,8 +75,8 @@ class Front:
         """Listen for clients, with llamaslot's own connections: on the sockets of the service manager if it has some,
         else on ``listen.host`` and ``listen.port``.
 
-        Raises OSError if the port cannot be used, and ConfigError if other machines can reach a socket of the service
-        manager and no keys are required.
+        Raises OSError if the port cannot be used, and ConfigError if a socket of the service manager is not TCP's, or
+        other machines can reach it and no keys are required.
         """
         listen, context = self._config.listen, None
         if listen.tls is not None:
@@ -98,6 +98,10 @@ class Front:
             )
 
     def _check_open(self, sock: socket.socket) -> None:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            raise ConfigError(
+                "the socket of the service manager", ["is no TCP socket: ListenStream=HOST:PORT"]
+            )
         host, auth = str(sock.getsockname()[0]), self._config.auth
         if ipaddress.ip_address(host).is_loopback:
             return

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import click
 
-from llamaslot.cli.faults import EXIT_FAULT, fail
-from llamaslot.errors import ConfigError
+from llamaslot.cli.faults import EXIT_FAULT, report_faults
 
 EXIT_FOUND = 1
 _BUDGET_S = 30.0
@@ -39,17 +38,13 @@ def doctor(path: Path, who: str | None, deep: bool, is_json: bool) -> None:
 
     if who is not None:
         flags = (*(("--deep",) if deep else ()), *(("--json",) if is_json else ()))
-        try:
+        with report_faults():
             code, said = run_as(who, path, "doctor", *flags)
-        except ConfigError as error:
-            fail([str(error)])
         click.echo(said, nl=False, err=code == EXIT_FAULT)
         sys.exit(code)
-    try:
+    with report_faults():
         config = Config.load(path)
         findings = list(examined(path, config, None if deep else _BUDGET_S))
-    except ConfigError as error:
-        fail([str(error)])
     if is_json:
         told = {"config": str(path), "findings": [asdict(finding) for finding in findings]}
         click.echo(orjson.dumps(told, option=orjson.OPT_INDENT_2).decode())
