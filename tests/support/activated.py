@@ -29,9 +29,11 @@ PATIENCE_S = 60.0
 class Activated:
     """A llamaslot with socket activation, readiness and watchdog. ``restart`` refuses no connection."""
 
-    def __init__(self, directory: Path, settings: dict[str, Any], *, watchdog_s: float = 60.0) -> None:
+    def __init__(
+        self, directory: Path, settings: dict[str, Any], *, host: str = "127.0.0.1", watchdog_s: float = 60.0
+    ) -> None:
         self.directory, self._watchdog_s = directory, watchdog_s
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._listener = socket.create_server((host, 0), backlog=1024)
         self.port = int(self._listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -21,6 +21,10 @@ def ended(id_: str, **more: object) -> Activity:
     return Activity(**{**told, **more})  # type: ignore[arg-type]
 
 
+def modes_in(directory: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mode for file in directory.iterdir()}
+
+
 @asynccontextmanager
 async def opened(path: Path, now: float = NOON + 1) -> AsyncIterator[History]:
     history = History(path, lambda: now)
@@ -39,7 +43,10 @@ async def test_it_survives_a_restart(tmp_path: Path) -> None:
         history.add(ended("a", stages=[Stage("answer", 0.5, 1.0)]))
         history.add(ended("b", saved_s=3.0))
         history.own("ls-1", "key:ada")
-    assert path.stat().st_mode & 0o077 == 0
+        await history.write()
+        modes = modes_in(tmp_path)
+        assert modes.keys() >= {path.name, f"{path.name}-wal"}  # which has the same in it
+        assert {mode & 0o077 for mode in modes.values()} == {0}
     async with opened(path, NOON + 3600) as history:
         assert [its.id for its in history.latest] == ["a", "b"]
         assert history.latest[0].stages == [Stage("answer", 0.5, 1.0)]

@@ -105,6 +105,34 @@ def test_systemd_accepts_the_socket(tmp_path: Path) -> None:
     assert (done.returncode, "llamaslot" in done.stderr) == (0, False), done.stderr
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_paths_may_have_blanks_quotes_and_signs(tmp_path: Path) -> None:
+    """Each stays one word for systemd, which expands none of it."""
+    directory = '/srv/my "kv"/100% $HOME'
+    config = Config.model_validate(
+        {
+            "backends": [{"name": "gpu0", "url": "http://127.0.0.1:8080", "slot_save_path": directory}],
+            "store": {"meta_dir": "/srv/meta dir"},
+        }
+    )
+    options = Options(program="/opt/my programs", model="/models/a b.gguf")
+    for name, text in units(Path("/etc/llama slot/it's.yaml"), config, options):
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *tmp_path.glob("*.service")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "llama" in done.stderr) == (0, False), done.stderr
+    server, own = [(tmp_path / name).read_text() for name in ("llama-server.service", "llamaslot.service")]
+    assert '-m "/models/a b.gguf"' in server
+    assert r'--slot-save-path "/srv/my \"kv\"/100%% $$HOME"' in server
+    assert r'ReadWritePaths="/srv/my \"kv\"/100%% $HOME"' in server
+    assert '--config "/etc/llama slot/it\'s.yaml"' in own
+    assert 'Environment="PATH=/opt/my programs:/usr/local/bin:' in own
+
+
 def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     """It is shown what differs; --force replaces it."""
     path = tmp_path / "config.yaml"

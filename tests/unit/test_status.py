@@ -158,6 +158,24 @@ def test_a_narrow_top_still_says_why(config_path: Path) -> None:
     assert lines[-1].endswith("ada slot 1 held 9 of 10 tokens")
 
 
+@pytest.mark.parametrize("answer", [{}, {"backends": 5}, {"backends": [{"name": "x"}], "version": "1"}])
+@pytest.mark.parametrize("words", [("status",), ("reload",), ("drain", "gpu0"), ("doctor",)])
+def test_what_is_no_llamaslot_is_told_in_a_line(
+    words: tuple[str, ...], answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program answers with JSON of its own: no command ends with a traceback."""
+    config_path = tmp_path / "config.yaml"
+    config_path.write_text("backends: [{url: 'http://127.0.0.1:9'}]\n")
+    monkeypatch.setattr(Running, "_answer", lambda *_: answer)
+    result = CliRunner().invoke(cli.main, [*words, "--config", str(config_path)])
+    assert isinstance(result.exception, SystemExit), result.exception
+    if words == ("doctor",):
+        assert result.exit_code in (1, 2)
+    else:
+        assert result.exit_code == 2
+        assert "is no llamaslot, or one of another version" in result.stderr
+
+
 def test_nothing_else_imports_rich() -> None:
     """It takes 0.1 s."""
     code = "import sys; from llamaslot import cli, http; import llamaslot.http.serve; sys.exit('rich' in sys.modules)"

@@ -471,6 +471,19 @@ async def test_other_pages_read_nothing(tmp_path: Path, path: str) -> None:
                 assert answer.status == status
 
 
+async def test_names_that_clients_make_up_are_no_models_of_the_history(tmp_path: Path) -> None:
+    """While no model is known, any name is accepted; the sums of each model are kept for ever."""
+    async with served(tmp_path, wait=False) as it:
+        await it.start(wait=False)
+        for name in ("one", "two", "three"):
+            assert (await it.chat("hello", model=name)).status == 503
+        told = (await it.get("/llamaslot/activity")).json
+        assert [ended["model"] for ended in told["ended"]] == ["three", "two", "one"]
+        assert (await it.get("/llamaslot/history?by=model")).json["lines"] == []
+        (line,) = (await it.get("/llamaslot/history")).json["lines"]
+        assert sum(point["n"] for point in line["points"]) == 3
+
+
 async def test_behind_a_proxy_the_key_is_enough(tmp_path: Path) -> None:
     """Which browsers send to no other site; a proxy may change the Host, and then the Origin is another."""
     async with served(tmp_path, {"auth": {"admin_key": "a" * 40}}) as it:

@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from llamaslot.config.keys import editing, made_now, new_key
+from llamaslot.store.directory import DirectoryLock
 from tests.support.activated import Activated
 from tests.support.fake import FakeServer
 from tests.support.inprocess import a_session
@@ -130,6 +131,60 @@ async def test_a_reload(tmp_path: Path, fakes: list[FakeServer]) -> None:
         assert await ask(session, it.url) == 401
         async with session.get(it.url + "/llamaslot/status", headers={"x-api-key": key}) as answer:
             assert answer.status == 200
+
+
+async def test_a_reload_does_not_open_the_port_to_other_machines(
+    tmp_path: Path, fakes: list[FakeServer]
+) -> None:
+    """The addresses in use count, not ``listen.host`` of the file, which needs a restart."""
+    keys = tmp_path / "keys.json"
+    with editing(keys) as entries:
+        entries.append(made_now("ada", new_key()))
+    settings = {"backends": [backend("gpu0", fakes[0])], "auth": {"keys_file": str(keys)}}
+    async with Activated(tmp_path, settings, host="0.0.0.0") as it, a_session() as session:
+        assert await ask(session, it.url) == 401
+        it.configure(auth={})
+        await it.reload()
+        assert "no key is required" in it.log
+        assert await ask(session, it.url) == 401
+        it.configure(auth={"allow_anonymous": True})
+        await it.reload()
+        assert await ask(session, it.url) == 200
+
+
+async def test_a_backend_that_a_reload_cannot_add_is_not_there(
+    tmp_path: Path, fakes: list[FakeServer]
+) -> None:
+    """Another llamaslot has its directory; the next reload tries again. One that drains does not come back as another
+    server of its name."""
+    first, second = backend("gpu0", fakes[0]), backend("gpu1", fakes[1])
+    lock = DirectoryLock(tmp_path / "kv1")
+    lock.acquire()
+    async with Activated(tmp_path, {"backends": [first]}) as it, a_session() as session:
+
+        async def names() -> list[str]:
+            return [its["name"] for its in (await get(session, it.url, "status"))["backends"]]
+
+        it.configure(backends=[first, second])
+        for _ in range(2):
+            told = (await _reloaded(it)).splitlines()
+            assert told[0] == "in force: nothing new"
+            assert told[1].startswith("needs a restart: backends: gpu1 (")
+            assert await names() == ["gpu0"]
+        lock.release()
+        assert (await _reloaded(it)).splitlines() == ["in force: backends: gpu1 added"]
+        await until(session, it.url, lambda backends: [its["health"] for its in backends] == ["up", "up"])
+
+        it.configure(backends=[first])
+        assert (await _reloaded(it)).splitlines() == ["in force: backends: gpu1 drains"]
+        it.configure(backends=[first, {**second, "url": "http://127.0.0.1:9"}])
+        for _ in range(2):
+            told = (await _reloaded(it)).splitlines()
+            assert told[0] == "in force: nothing new"
+            assert told[1].startswith("needs a restart: backends: gpu1 (it drains with other settings")
+        assert (await get(session, it.url, "status"))["backends"][1]["drain"] == "drained"
+        it.configure(backends=[first, second])
+        assert (await _reloaded(it)).splitlines() == ["in force: backends: gpu1 added"]
 
 
 async def _reloaded(it: Activated) -> str:

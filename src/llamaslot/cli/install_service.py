@@ -180,8 +180,9 @@ def units(path: Path, config: Config, options: Options, *, is_new: bool = False)
             servers=" ".join(f"{name}.service" for name in names.values()) or "network.target",
             needs="Requires=llamaslot.socket\n" if options.has_socket else "",
             type=Template(_TYPES[is_new]).substitute(),
-            program=options.program_directory, config=path, user=options.user, group=options.group,
-            writes=f"ReadWritePaths={' '.join(elsewhere)}\n" if elsewhere else "",
+            path=_word(f"PATH={options.program_directory}:/usr/local/bin:/usr/bin:/bin"),
+            config=_word(path, is_command=True), user=options.user, group=options.group,
+            writes=f"ReadWritePaths={' '.join(map(_word, elsewhere))}\n" if elsewhere else "",
             drain_s=f"{shutdown.drain_s:g}", save_s=f"{shutdown.save_s:g}",
             stop_s=f"{2 * shutdown.drain_s + shutdown.save_s + _MARGIN_S:.0f}",
             devices=f"{'#' if has_managed else ''}PrivateDevices=yes",
@@ -196,14 +197,27 @@ def _of_server(backend: BackendConfig, config: Config, options: Options) -> str:
     from urllib.parse import urlsplit
 
     url, key, n_slots = urlsplit(backend.url or ""), backend.api_key_file, options.slots
+    directory = backend.slot_save_path or _STATE / "kv"
     return _filled(
         "llama-server.service",
-        model=options.model, host=url.hostname, port=url.port or 80, slots=n_slots, context=n_slots * options.context,
-        directory=backend.slot_save_path or _STATE / "kv", server_user=options.server_user, group=options.group,
-        writes=f"ReadWritePaths={config.store.directory}\n" if config.store.directory else "",
+        model=_word(options.model, is_command=True), host=url.hostname, port=url.port or 80,
+        slots=n_slots, context=n_slots * options.context,
+        directory=_word(directory, is_command=True), writable=_word(directory),
+        server_user=options.server_user, group=options.group,
+        writes=f"ReadWritePaths={_word(config.store.directory)}\n" if config.store.directory else "",
         runtime=_in_memory(backend.slot_save_path),
-        key=f" \\\n  --api-key-file {key}" if key is not None else "",
+        key=f" \\\n  --api-key-file {_word(key, is_command=True)}" if key is not None else "",
     )  # fmt: skip
+
+
+def _word(value: object, *, is_command: bool = False) -> str:
+    """Return ``value`` as one word of a unit's setting (systemd.syntax(7)): escaped, and in quotes if it has blanks.
+    ``is_command``: the setting is a command, in which ``$`` names a variable.
+    """
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    if is_command:
+        text = text.replace("$", "$$")
+    return f'"{text}"' if re.search(r"[\s\"']", text) else text
 
 
 def _in_memory(directory: Path | None) -> str:
@@ -212,7 +226,7 @@ def _in_memory(directory: Path | None) -> str:
     """
     if directory is None or not directory.is_relative_to("/run") or directory == Path("/run"):
         return ""
-    name = directory.relative_to("/run")
+    name = _word(directory.relative_to("/run"))
     return f"RuntimeDirectory={name}\nRuntimeDirectoryMode=2770\nRuntimeDirectoryPreserve=yes\n"
 
 

@@ -4,11 +4,12 @@ it does: ``llamaslot drain``, ``undrain``, ``reload``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -96,6 +97,18 @@ class Running:
 
         return self._answer("POST", f"/llamaslot/{page}" + (f"?{urlencode(query)}" if query else ""))
 
+    @contextlib.contextmanager
+    def understood(self) -> Iterator[None]:
+        """A context manager for a block that reads an answer. Raises NotRunning if the block finds a field missing, or
+        of another type: a program that is no llamaslot has answered, or a llamaslot of another version.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise NotRunning(
+                f"what answers on {self.where} is no llamaslot, or one of another version ({error!r})"
+            ) from error
+
     def _answer(self, method: str, target: str) -> dict[str, Any]:
         """Send one request and return the JSON of its answer. Raises NotRunning if no llamaslot answers, Refused after
         an error.
@@ -107,7 +120,7 @@ class Running:
             connection.request(method, target, headers=self._headers)
             response = connection.getresponse()
             answer: dict[str, Any] = json.loads(response.read())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise NotRunning(f"what answers on {self.where} is no llamaslot") from None
         except (OSError, HTTPException) as error:
             raise NotRunning(
@@ -217,9 +230,10 @@ def drain(path: Path, backend: str) -> None:
     with report_faults():
         running = Running.of(path)
         running.post("drain", {"backend": backend})
-        while (status := _status_of(running, backend))["drain"] == "draining":
-            time.sleep(_LOOK_EVERY_S)
-    unsaved = [str(slot["id"]) for slot in status["slots"] if slot["is_worth_saving"]]
+        with running.understood():
+            while (status := _status_of(running, backend))["drain"] == "draining":
+                time.sleep(_LOOK_EVERY_S)
+            unsaved = [str(slot["id"]) for slot in status["slots"] if slot["is_worth_saving"]]
     if status["drain"] and unsaved:
         click.echo(
             f"{backend}: drained, but some slots could not be saved: {', '.join(unsaved)}; llamaslot's log says why"
@@ -240,7 +254,7 @@ def undrain(path: Path, backend: str) -> None:
 
 def _status_of(running: Running, backend: str) -> dict[str, Any]:
     every: list[dict[str, Any]] = running.get("status")["backends"]
-    return next(found for found in every if found["name"] == backend)
+    return {found["name"]: found for found in every}[backend]
 
 
 @click.command()
@@ -252,7 +266,10 @@ def reload(path: Path) -> None:
     faults, nothing changes, and the exit code is 2.
     """
     with report_faults():
-        answer = Running.of(path).post("reload")
-    click.echo(f"in force: {', '.join(answer['in_force']) or 'nothing new'}")
-    if answer["needs_restart"]:
-        click.echo(f"needs a restart: {', '.join(answer['needs_restart'])}")
+        running = Running.of(path)
+        answer = running.post("reload")
+        with running.understood():
+            in_force, needs_restart = ", ".join(answer["in_force"]), ", ".join(answer["needs_restart"])
+    click.echo(f"in force: {in_force or 'nothing new'}")
+    if needs_restart:
+        click.echo(f"needs a restart: {needs_restart}")

@@ -50,14 +50,15 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
         running = _running(path, url)
         found = running.get("status")
         activity = running.get("activity?n=0")
-    if is_json:
-        import json
+        if is_json:
+            import json
 
-        click.echo(json.dumps(found, indent=2))
-        return
-    click.echo(headline(found))
-    click.echo(today(activity.get("today")))
-    for line in ("", *table(HEADINGS, list(rows(found, activity["in_flight"])), RIGHT), *remarks(found)):
+            click.echo(json.dumps(found, indent=2))
+            return
+        with running.understood():
+            slots = table(HEADINGS, list(rows(found, activity["in_flight"])), RIGHT)
+            lines = [headline(found), today(activity.get("today")), "", *slots, *remarks(found)]
+    for line in lines:
         click.echo(line)
 
 
@@ -218,16 +219,17 @@ def _drawn(running: Running, width: int = 80) -> RenderableType:
     try:
         found = running.get("status")
         activity = running.get(f"activity?n={_REQUESTS}")
+        with running.understood():
+            now, past = _table(HEADINGS, width), _table(ENDED, width)
+            for row in rows(found, activity["in_flight"]):
+                style = "green" if row[1].startswith("leased") else "dim" if row[1].startswith("free") else ""
+                now.add_row(*_cells(HEADINGS, row, width), style=style)
+            for row in _ended(activity["ended"], time.time()):
+                past.add_row(*_cells(ENDED, row, width))
+            first = Text(headline(found), style="bold"), _cut(today(activity.get("today"))), Text()
+            return Group(*first, now, *map(Text, remarks(found)), Text(), past)
     except NotRunning as error:
         return Text(str(error), style="bold red")
-    now, past = _table(HEADINGS, width), _table(ENDED, width)
-    for row in rows(found, activity["in_flight"]):
-        style = "green" if row[1].startswith("leased") else "dim" if row[1].startswith("free") else ""
-        now.add_row(*_cells(HEADINGS, row, width), style=style)
-    for row in _ended(activity["ended"], time.time()):
-        past.add_row(*_cells(ENDED, row, width))
-    first = Text(headline(found), style="bold"), _cut(today(activity.get("today"))), Text()
-    return Group(*first, now, *map(Text, remarks(found)), Text(), past)
 
 
 def _table(headings: Sequence[str], width: int) -> Table:

@@ -95,9 +95,8 @@ class Registry:
     ) -> Backend:
         """Add a backend; ``start`` connects to it. ``directory``: where its snapshots are; None without snapshots.
         ``slot_files``: where llama-server writes and reads slot files, if elsewhere."""
-        rates_file = store.meta_dir / f"{name}.rates.json"
         its = self._store(name, store, directory, slot_files) if directory is not None else None
-        return self._add(name, api, its, rates_file)
+        return self._add(name, api, its, store.meta_dir / f"{name}.rates.json")
 
     def _add(self, name: str, api: LlamaServer, store: SnapshotStore | None, rates_file: Path) -> Backend:
         pool = self.pools[0]
@@ -120,20 +119,24 @@ class Registry:
     ) -> SnapshotStore:
         """Return the store of ``directory``, which is made at the first call. Its files in ``meta_dir`` have the name
         of the first backend that uses it."""
-        path = Path(os.path.realpath(directory))
-        if path not in self.stores:
-            self.stores[path] = SnapshotStore(
-                directory,
-                settings.meta_dir,
-                name,
-                limits=_store_limits(settings),
-                landing=slot_files,
-                landing_bytes=settings.landing_quota,
-                on_drop=self._dropped,
-                saves_s=self._saves_s,
-            )
+        if (path := _real(directory)) not in self.stores:
+            self.stores[path] = self._new_store(name, settings, directory, slot_files)
         self.stores[path].n_backends += 1
         return self.stores[path]
+
+    def _new_store(
+        self, name: str, settings: StoreConfig, directory: Path, slot_files: Path | None
+    ) -> SnapshotStore:
+        return SnapshotStore(
+            directory,
+            settings.meta_dir,
+            name,
+            limits=_store_limits(settings),
+            landing=slot_files,
+            landing_bytes=settings.landing_quota,
+            on_drop=self._dropped,
+            saves_s=self._saves_s,
+        )
 
     def _new_pool(self) -> Pool:
         return Pool(self._settings, self.metrics, self._backends)
@@ -173,21 +176,24 @@ class Registry:
 
     async def add_later(self, config: Config, name: str) -> None:
         """Add the backend ``name`` in ``config`` to the running ones. If it is there already and drained, put it into
-        service again. Raises LlamaslotError if its store cannot be used."""
+        service again. Raises LlamaslotError if its store cannot be used; then it is not added."""
         if (backend := self.backend_named(name)) is not None:
             backend.drain.end()
             return
         settings = next(backend for backend in config.backends if backend.name == name)
         assert settings.url is not None, "one that runs already"
         api = LlamaServer(settings.url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=name)
-        known = set(self.stores)
         directory = config.directory_of(settings)
+        if directory is not None and (path := _real(directory)) not in self.stores:
+            store = self._new_store(name, config.store, directory, settings.slot_save_path)
+            await store.open()  # before requests can see the backend: it may fail
+            self.stores[path] = store
         backend = self.add(name, api, config.store, directory, settings.slot_save_path)
         backend.cache_misses.tells_texts = config.log.prompts
-        for path in self.stores.keys() - known:
-            await self.stores[path].open()
-        await self._open(backend)
-        backend.start()
+        try:
+            await self._open(backend)
+        finally:  # if cancelled, it has learned nothing yet
+            backend.start()
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -365,13 +371,16 @@ class Registry:
             await store.close()
 
 
+def _real(directory: Path) -> Path:
+    return Path(os.path.realpath(directory))
+
+
 def _expect(backend: Backend, store: SnapshotStore) -> None:
     if (model := Identity.from_text(backend.rates.model)) is None:
         return
     snapshots = sorted(store.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
     texts = dict.fromkeys(snapshot.fingerprint for snapshot in reversed(snapshots))
-    text = next(filter(model.is_same_as, texts), None)
-    if text is not None:
+    if (text := next(filter(model.is_same_as, texts), None)) is not None:
         store.catalog.serve(backend.name, text)
 
 

@@ -65,6 +65,7 @@ class InFlight(Struct, eq=False):
     at: float
     task: asyncio.Task[Any] | None
     model: str = ""
+    is_model_known: bool = False  # False: ``model`` is only what the client calls it
     down: ClientSide | None = None
     lease: Lease | None = None
     decisions: list[Decision] = field(default_factory=list)
@@ -135,6 +136,7 @@ def begins(request: web.Request, pool: Pool, model: object, down: ClientSide | N
     if (flight := in_flight(request)) is not None:
         name = pool.model.name if pool.model is not None else model
         flight.model, flight.down = name[:_LONGEST] if isinstance(name, str) else "", down
+        flight.is_model_known = pool.model is not None
 
 
 def placed(request: web.Request, lease: Lease, down: ClientSide | None = None) -> None:
@@ -241,7 +243,8 @@ class Requests:
             # Otherwise the two would refer to each other, and stay until a garbage collection.
             del flight.request[IN_FLIGHT]
             try:
-                self.history.add(self._activity(flight))
+                is_known = flight.is_model_known or flight.lease is not None
+                self.history.add(self._activity(flight), is_model_known=is_known)
             except Exception:  # a fault here must not end a request, nor the history of others
                 log.exception(
                     "%s: this request is missing in the history: internal error in llamaslot; please report it",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llamaslot.config.load import Config
+from llamaslot.config.sections import BackendConfig
 from llamaslot.config.values import Section
 from llamaslot.errors import ConfigError, LlamaslotError, NotReloaded
 from llamaslot.fleet.registry import Registry
@@ -33,11 +34,22 @@ class Reload:
     """
 
     def __init__(
-        self, path: Path | None, config: Config, registry: Registry, manager: ServiceManager
+        self,
+        path: Path | None,
+        config: Config,
+        registry: Registry,
+        manager: ServiceManager,
+        check_open: Callable[[Config], None] = lambda _: None,
     ) -> None:
-        """``path``: the configuration file; None if llamaslot was started without one."""
+        """``path``: the configuration file; None if llamaslot was started without one. ``check_open(config)`` raises
+        ConfigError if other machines can reach llamaslot, as it listens now, and ``config`` requires no keys.
+        """
         self.config, self._path, self._registry, self._manager = config, path, registry, manager
+        self._check_open = check_open
         self.apply: Callable[[Config], None] = lambda _: None
+        self._drained: dict[
+            str, BackendConfig
+        ] = {}  # backends that the file has no longer, with their settings
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self) -> dict[str, Any]:
@@ -72,6 +84,7 @@ class Reload:
             added, removed, other = _backends(self.config, new)
             at_once = [key for key in changed if key.startswith(_AT_ONCE)]
             restart = [key for key in changed if not key.startswith(_AT_ONCE)]
+            self._check_open(new)  # ``listen`` in the file may be narrower than the addresses in use
             self.apply(new)  # before all else: it raises ConfigError if a file of keys has just gone
         except ConfigError as error:
             raise NotReloaded(f"{error}; the old configuration stays in force") from None
@@ -79,17 +92,25 @@ class Reload:
         in_force = _merged(self.config, new)
         self._registry.apply(in_force)
         restart += other
+        self._drained |= {
+            backend.name: backend for backend in self.config.backends if backend.name in removed
+        }
         for name in removed:
             if (backend := self._registry.backend_named(name)) is not None:
                 backend.drain.begin()
+        settings, failed = {backend.name: backend for backend in new.backends}, set[str]()
         for name in added:
             try:
+                if self._drained.get(name, settings[name]) != settings[name]:
+                    raise LlamaslotError("it drains with other settings: a new one needs a name of its own")
                 await self._registry.add_later(new, name)
                 at_once.append(f"backends: {name} added")
             except LlamaslotError as error:  # its directory belongs to another llamaslot, for example
+                failed.add(name)
                 restart.append(f"backends: {name} ({error})")
         at_once += [f"backends: {name} drains" for name in removed]
-        self.config = in_force
+        backends = tuple(backend for backend in in_force.backends if backend.name not in failed)
+        self.config = in_force.model_copy(update={"backends": backends})
         log.info(
             "reload: changes in force now: %s; changes that need a restart: %s",
             ", ".join(at_once) or "nothing new", ", ".join(restart) or "nothing",

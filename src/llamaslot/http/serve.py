@@ -62,7 +62,7 @@ class Front:
     ) -> None:
         """``path``: the configuration file; None if there is no file to read again."""
         self._config, self._registry, self._manager = config, registry, manager
-        self.reload = Reload(path, config, registry, manager)
+        self.reload = Reload(path, config, registry, manager, self._check_open)
         # With ``listen.cors``, answers to health checks need more headers, which only the application adds.
         self.connections = Connections(
             config.listen.max_connections, registry if not config.listen.cors else None
@@ -85,10 +85,13 @@ class Front:
             context = Certificate(listen.tls).context
         loop, given = asyncio.get_running_loop(), self._manager.sockets()
         for sock in given:
-            self._check_open(sock)
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                fault = "is no TCP socket: ListenStream=HOST:PORT"
+                raise ConfigError("the socket of the service manager", [fault])
             self._listeners.append(
                 await loop.create_server(self.connections, sock=sock, backlog=_BACKLOG, ssl=context)
             )
+            self._check_open(self._config)
         self._is_activated = bool(given)
         if not given:
             self._listeners.append(
@@ -97,19 +100,16 @@ class Front:
                 )
             )
 
-    def _check_open(self, sock: socket.socket) -> None:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            raise ConfigError(
-                "the socket of the service manager", ["is no TCP socket: ListenStream=HOST:PORT"]
-            )
-        host, auth = str(sock.getsockname()[0]), self._config.auth
-        if ipaddress.ip_address(host).is_loopback:
+    def _check_open(self, config: Config) -> None:
+        """Raise ConfigError if other machines can reach llamaslot, and ``config`` requires no keys."""
+        if config.auth.keys_file is not None or config.auth.allow_anonymous:
             return
-        if auth.keys_file is None and not auth.allow_anonymous:
-            raise ConfigError(
-                "the socket of the service manager",
-                [f"{host} can be reached from other machines, and no key is required: set auth.keys_file"],
-            )
+        for host, port in self.addresses:
+            if not ipaddress.ip_address(host).is_loopback:
+                raise ConfigError(
+                    f"the socket {_address(host, port)}",
+                    ["other machines can reach it, and no key is required: set auth.keys_file"],
+                )
 
     async def load(self) -> None:
         """Import and start the application. Raises ConfigError if a configured file has become unreadable. Canceling is

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -69,14 +70,15 @@ class History:
         self._is_told = False
         self.is_loaded = path is None
 
-    def add(self, activity: Activity) -> None:
-        """Add a request that has ended, and give it its ``serial``. Takes some microseconds: the file is
-        written later.
+    def add(self, activity: Activity, *, is_model_known: bool = True) -> None:
+        """Add a request that has ended, and give it its ``serial``. Takes some microseconds: the file is written later.
+        Unless ``is_model_known``, the sums have no model: its name is the client's, and clients can make up any number
+        of names, whose sums are kept for ever.
         """
         self._serial += 1
         activity.serial = self._serial
         self.latest.append(activity)
-        self.series.count(activity)
+        self.series.count(activity, None if is_model_known else "")
         self._unwritten.append(activity)
         self._write_soon()
 
@@ -263,6 +265,9 @@ class _File:
         import sqlite3  # 10 ms, which the start of llamaslot does not wait for
 
         if self._db is None:
+            # SQLite gives its own files beside it (-wal, -shm), which hold the same, the mode of this one.
+            with contextlib.suppress(OSError):  # SQLite says why
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             db = sqlite3.connect(self._path, timeout=_BUSY_S)
             try:
                 # A write costs no fsync, and a power cut loses no file.
@@ -272,7 +277,6 @@ class _File:
                 if version > VERSION:
                     raise WrongVersion(f"its schema has version {version}, this llamaslot knows {VERSION}")
                 if version == 0:
-                    self._path.chmod(0o600)
                     db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
             except BaseException:
                 db.close()

@@ -145,11 +145,15 @@ class Series:
     def __len__(self) -> int:
         return sum(len(period) for periods in self._sums.values() for period in periods.values())
 
-    def count(self, activity: Activity) -> None:
-        """Add a request to the minute and the hour in which it ended, and to the sums of all time."""
+    def count(self, activity: Activity, model: str | None = None) -> None:
+        """Add a request to the minute and the hour in which it ended, and to the sums of all time. ``model``: the name
+        to count it for; None: that of ``activity``.
+        """
         at = activity.at + activity.total_s
         for step in KEPT_S:
-            self._of(step, at, activity.backend or "", activity.model).count(activity)
+            self._of(step, at, activity.backend or "", activity.model if model is None else model).count(
+                activity
+            )
 
     def stored(self, at: float, size_bytes: int) -> None:
         """Record that snapshots took ``size_bytes`` on disk at the time ``at``."""

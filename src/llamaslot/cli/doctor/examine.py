@@ -32,14 +32,23 @@ def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Fin
     """
     yield from of_check(check(path))
     yield from of_machine(config)
-    status, said = _status(config)
+    running = Running.with_config(config)
+    status, said = _status(running)
     yield from said
     if status is None:
         for settings in config.backends:
             yield from _tried(settings, budget_s)
-        return
-    if not status:
-        return
+    elif status:
+        with running.understood():
+            yield from _served(config, status, running.get("journal?n=1000")["decisions"], budget_s)
+
+
+def _served(
+    config: Config, status: dict[str, Any], decisions: list[dict[str, Any]], budget_s: float | None
+) -> Iterator[Finding]:
+    """Yield the findings about a running llamaslot: from its status and its journal, and from probes of the
+    llama-servers that it has drained.
+    """
     settings_of = {settings.name: settings for settings in config.backends}
     for backend in status["backends"]:
         configured = settings_of.get(backend["name"])
@@ -52,17 +61,18 @@ def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Fin
         if backend["health"] == "up":
             told = f"llamaslot serves: not tried behind its back; llamaslot drain {backend['name']}, and run this again"
             yield Finding(f"{backend['name']}: batch, context shift", "skipped", told)
-    yield from of_journal(status, Running.with_config(config).get("journal?n=1000")["decisions"])
+    yield from of_journal(status, decisions)
 
 
-def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
+def _status(running: Running) -> tuple[dict[str, Any] | None, list[Finding]]:
     """Return the status of the running llamaslot, and a finding about that. The status is None if no llamaslot runs,
     and empty if it refuses to show it.
     """
     check = "llamaslot"
-    running = Running.with_config(config)
     try:
         status = running.get("status")
+        with running.understood():
+            return status, [Finding(check, "ok", f"{status['version']} serves on {running.where}")]
     except NotRunning:
         return None, [Finding(check, "ok", f"does not run on {running.where}: llama-server is tried")]
     except Refused as error:
@@ -70,7 +80,6 @@ def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
             "LLAMASLOT_KEY=<a key made with --admin> llamaslot doctor …" if error.status in (401, 403) else ""
         )
         return {}, [Finding(check, "skipped", f"serves, and does not tell more: {error}", remedy)]
-    return status, [Finding(check, "ok", f"{status['version']} serves on {running.where}")]
 
 
 def _tried(settings: BackendConfig, budget_s: float | None, *, is_served: bool = True) -> Iterator[Finding]:
