@@ -1,5 +1,5 @@
-"""Reads and writes sizes such as ``2.1 GiB``, in powers of 1,024: the same form in configuration, log, pages and
-commands.
+"""Reads numbers, and reads and writes sizes such as ``2.1 GiB``, in powers of 1,024: the same form in configuration,
+log, pages and commands.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ _UNITS = {
     "GIB": GIB,
     "TIB": TIB,
 }
+
+
+def number(value: object) -> object:
+    """Return ``value``. Raises ValueError for True and False (``on``, ``yes`` in YAML), which Python would take as 1
+    and 0.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number, not {'on' if value else 'off'}")
+    return value
 
 
 def parse_size(value: object) -> int:

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.errors import UpstreamError
-from llamaslot.formats.registry import FORMATS
+from llamaslot.formats import FORMATS
 from llamaslot.formats.stream_to_json import Assembly, Doubt
 from llamaslot.llama.sse import EventSplitter, data_of
 from tests.support import models

@@ -15,7 +15,7 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from llamaslot.formats.registry import FORMATS
+from llamaslot.formats import FORMATS
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import RouteAvailability
 from llamaslot.llama.routes import ROUTES, Route, classify

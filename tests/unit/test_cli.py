@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 import llamaslot
 from llamaslot import cli
 from llamaslot.cli import log_lines
-from llamaslot.cli.faults import EXIT_FAULT
+from llamaslot.cli.output import EXIT_FAULT
 from llamaslot.config.load import Config
 from llamaslot.errors import LlamaslotError
 from llamaslot.http.serve import _greet

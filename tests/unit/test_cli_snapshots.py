@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from llamaslot import cli
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cli.format import several, span, table
+from llamaslot.cli.output import several, span, table
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store.directory import DirectoryLock

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llamaslot.cache.ids import pack
-from llamaslot.formats.registry import FORMATS
+from llamaslot.formats import FORMATS
 from llamaslot.llama.dry_run import DryRun, DryRuns, Verdict
 
 N_CTX, SLOT = 1000, 2

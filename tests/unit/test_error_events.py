@@ -15,8 +15,8 @@ from llamaslot.errors import (
     TooManyRequests,
     UpstreamError,
 )
+from llamaslot.formats import FORMATS
 from llamaslot.formats.base import ErrorEvents, translated_all
-from llamaslot.formats.registry import FORMATS
 from llamaslot.llama.sse import event_of, n_commented, without_empty_events
 
 TOO_LONG = PromptTooLong(9000, 8192)

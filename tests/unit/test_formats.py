@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from llamaslot.errors import PromptNotTokenizable
+from llamaslot.formats import FORMATS
 from llamaslot.formats.base import LAST_EVENTS, ErrorEvents, Format, PromptKind
-from llamaslot.formats.registry import FORMATS
 from llamaslot.llama import routes
 from llamaslot.llama.routes import ROUTES, Route
 from llamaslot.llama.sse import event_of

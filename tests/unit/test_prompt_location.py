@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from llamaslot.formats import FORMATS
 from llamaslot.formats.prompt_location import whereabouts
-from llamaslot.formats.registry import FORMATS
 from tests.support.fake_model import FakeModel
 
 MODEL = FakeModel()

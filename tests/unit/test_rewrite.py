@@ -11,7 +11,7 @@ import pytest
 
 from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError
-from llamaslot.formats.registry import FORMATS
+from llamaslot.formats import FORMATS
 from llamaslot.formats.rewrite import READY, Rewriter, RewriteRule, Rewriting
 
 CLAUDE = Rewriter(READY["claude-code-attribution"])

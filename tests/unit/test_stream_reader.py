@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import pytest
 
+from llamaslot.formats import FORMATS
 from llamaslot.formats.base import ErrorEvents
-from llamaslot.formats.registry import FORMATS
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.answers import Response, Take
 from llamaslot.llama.sse import event_of

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from llamaslot.errors import UpstreamError
-from llamaslot.formats.registry import FORMATS
+from llamaslot.formats import FORMATS
 from llamaslot.formats.stream_to_json import Assembly, Doubt, Incomplete
 
 CHAT: Any = {"messages": [{"role": "user", "content": "Hello"}]}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.formats.registry import FORMATS
+from llamaslot.formats import FORMATS
 from llamaslot.http.stream_reader import Corrections, index_of
 from llamaslot.scheduling.plan import PrefillStats
 

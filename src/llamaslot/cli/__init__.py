@@ -17,8 +17,8 @@ import llamaslot
 from llamaslot.cli.bench import bench
 from llamaslot.cli.demo import demo
 from llamaslot.cli.doctor import doctor
-from llamaslot.cli.faults import fail, run_to_end
 from llamaslot.cli.install_service import install_service
+from llamaslot.cli.output import fail, run_to_end
 from llamaslot.cli.run import run
 from llamaslot.cli.running import drain, reload, undrain
 from llamaslot.cli.status import status, top

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamaslot.cli.faults import EXIT_FAULT, fail
+from llamaslot.cli.output import EXIT_FAULT, fail
 from llamaslot.errors import how_to_add
 
 # Slow imports are made where they are needed.
@@ -144,7 +144,7 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
     from llamaslot.bench.report import is_available, report
     from llamaslot.bench.result import Row, rows, save, verdict
     from llamaslot.bench.target import BenchError
-    from llamaslot.cli.format import table
+    from llamaslot.cli.output import table
 
     has_plots = is_available()
     if not has_plots and options["report"] != _REPORT:

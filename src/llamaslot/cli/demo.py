@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llamaslot.cli.faults import fail, run_to_end
+from llamaslot.cli.output import fail, run_to_end
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:

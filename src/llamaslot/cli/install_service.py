@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from llamaslot.cli.faults import fail, report_faults
+from llamaslot.cli.output import fail, report_faults
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import click
 
-from llamaslot.cli.faults import report_faults
-from llamaslot.cli.format import several, span, table
+from llamaslot.cli.output import report_faults, several, span, table
 from llamaslot.config.faults import read_yaml
 from llamaslot.config.keys import editing, made_now, name_of_key, new_key, read_keys
 from llamaslot.errors import ConfigError, LlamaslotError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamaslot.cli.faults import fail, run_to_end
+from llamaslot.cli.output import fail, run_to_end
 from llamaslot.cli.running import RUN_CONFIG
 
 # Slow imports are made where they are needed.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from llamaslot.cli.faults import report_faults
+from llamaslot.cli.output import report_faults
 from llamaslot.errors import ConfigError, LlamaslotError
 
 # Slow imports are made where they are needed.

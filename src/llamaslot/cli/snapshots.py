@@ -22,8 +22,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from xxhash import xxh3_64_hexdigest
 
-from llamaslot.cli.faults import report_faults
-from llamaslot.cli.format import several, span, table
+from llamaslot.cli.output import report_faults, several, span, table
 from llamaslot.cli.running import load, with_config_or_store
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamaslot.cli.faults import report_faults
-from llamaslot.cli.format import several, span, table
+from llamaslot.cli.output import report_faults, several, span, table
 from llamaslot.cli.running import NotRunning, Running, with_config_or_store
 from llamaslot.sizes import readable_size
 

@@ -21,7 +21,6 @@ from llamaslot.config.values import (
     anchored,
     chat_file,
     key_file,
-    number,
     origin,
     read_key,
     server_url,
@@ -33,7 +32,7 @@ from llamaslot.llama.routes import Gate
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import SIMILARITY_MIN, SMALL_PROMPT_TOKENS
 from llamaslot.scheduling.prefill_policy import PrefillSharing
-from llamaslot.sizes import GIB, MIB
+from llamaslot.sizes import GIB, MIB, number
 
 _SHARING = PrefillSharing()  # the defaults of ``prefill``
 _FAIRNESS = Fairness()  # the defaults of ``queue``

@@ -11,16 +11,7 @@ from urllib.parse import urlsplit
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from llamaslot.sizes import parse_size
-
-
-def number(value: object) -> object:
-    """Return ``value``. Raises ValueError for True and False (``on``, ``yes`` in YAML), which Python would take as 1
-    and 0.
-    """
-    if isinstance(value, bool):
-        raise ValueError(f"should be a number, not {'on' if value else 'off'}")
-    return value
+from llamaslot.sizes import number, parse_size
 
 
 def anchored(path: Path, info: ValidationInfo) -> Path:

@@ -23,7 +23,7 @@ from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.fleet.router import Router
 from llamaslot.fleet.router_mode_models import RouterModeModels
-from llamaslot.formats.registry import CHAT
+from llamaslot.formats import CHAT
 from llamaslot.formats.rewrite import Rewriting
 from llamaslot.llama.answers import Props
 from llamaslot.llama.client import LlamaServer

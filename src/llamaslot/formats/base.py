@@ -1,6 +1,7 @@
-"""What llamaslot needs to know of a client API. Each API has one file in this package, and one line in ``registry``.
+"""What llamaslot needs to know of a client API. Each API has one file in this package, and one line in its
+``__init__``.
 
-To add an API: write a file with a subclass of ``Format``, and add its line in ``registry`` and a line for each of its
+To add an API: write a file with a subclass of ``Format``, and add its line in ``__init__`` and a line for each of its
 routes in ``llama/routes``. The methods of ``Format`` are the defaults.
 """
 

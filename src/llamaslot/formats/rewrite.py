@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llamaslot.formats import FORMATS
 from llamaslot.formats.base import Format
-from llamaslot.formats.registry import FORMATS
 
 LIMIT_S = 0.05  # of computing, for each rule and request
 MAX_CHARS = 4096

@@ -17,9 +17,9 @@ from multidict import CIMultiDict
 from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.config.sections import StreamConfig
 from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
+from llamaslot.formats import format_named
 from llamaslot.formats.base import ErrorEvents
 from llamaslot.formats.comments import Comment
-from llamaslot.formats.registry import format_named
 from llamaslot.http.connections import NAME
 from llamaslot.http.in_flight import note_error
 from llamaslot.llama.routes import classify

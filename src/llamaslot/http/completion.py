@@ -35,9 +35,9 @@ from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
+from llamaslot.formats import FORMATS
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
-from llamaslot.formats.registry import FORMATS
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import MISTAKE, Downstream
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed

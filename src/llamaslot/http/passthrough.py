@@ -28,7 +28,7 @@ from llamaslot.errors import (
 from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
-from llamaslot.formats.registry import format_named
+from llamaslot.formats import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import HAS_BEGUN, end_relayed
 from llamaslot.http.deadlines import Deadlines, Watchdog

@@ -22,9 +22,9 @@ from llamaslot.config.load import Config
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.pool import Pool
+from llamaslot.formats import format_named
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
-from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.deadlines import Deadlines

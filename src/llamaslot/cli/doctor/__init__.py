@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from llamaslot.cli.faults import EXIT_FAULT, report_faults
+from llamaslot.cli.output import EXIT_FAULT, report_faults
 
 EXIT_FOUND = 1
 _BUDGET_S = 30.0

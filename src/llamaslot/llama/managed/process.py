@@ -23,6 +23,7 @@ from typing import Annotated, NamedTuple, Protocol
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llamaslot.errors import LlamaslotError
+from llamaslot.sizes import number
 from llamaslot.tasks import TaskOwner, outcome
 
 log = logging.getLogger(__name__)
@@ -53,14 +54,7 @@ class Backoff(NamedTuple):
 BACKOFF = Backoff()
 
 
-def _number(value: object) -> object:
-    """Raise ValueError for a boolean, such as YAML's ``on`` and ``yes``: pydantic would accept True as the number 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"should be a number, not {'on' if value else 'off'}")
-    return value
-
-
-Number = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[int, BeforeValidator(number)]
 
 
 class Flag(NamedTuple):

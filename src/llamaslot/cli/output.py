@@ -1,5 +1,5 @@
-"""How a command ends after an error: a fault that an operator can fix is printed as a line, and the exit code is 2; a
-bug ends with a traceback.
+"""What commands print: tables, durations, counts, faults. After an error that an operator can fix a command prints a
+line, and its exit code is 2; a bug ends with a traceback.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import click
@@ -94,3 +94,36 @@ def fail(lines: list[str]) -> NoReturn:
     for line in lines:
         click.echo(line, err=True)
     sys.exit(EXIT_FAULT)
+
+
+# -- tables and numbers --------------------------------------------------------------------------------------------
+
+
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Collection[str] = ()
+) -> list[str]:
+    """Return a heading line and one line per row. Each column is as wide as its widest cell; two blanks separate
+    columns. Columns named in ``to_the_right`` are right-aligned.
+    """
+    widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
+    lines = []
+    for row in (headings, *rows):
+        cells = [
+            cell.rjust(width) if heading in to_the_right else cell.ljust(width)
+            for heading, cell, width in zip(headings, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def span(seconds: float) -> str:
+    """Return a time span as text: ``40 s``, ``12 min``, ``5 h``, ``3 d``, rounded down; ``now`` below a second."""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return "now"
+
+
+def several(n: int, one: str, many: str) -> str:
+    """Return a number and what it counts, such as ``1 key`` or ``60,211 keys``."""
+    return f"{n:,} {one if n == 1 else many}"
