@@ -13,8 +13,10 @@ and S changes both alike.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
+
+import marisa_trie  # type: ignore[import-not-found]  # compiled, without stubs
 
 from llamaslot.cache.ids import WIDTH, Finder, count, unpack
 from llamaslot.tasks import gather
@@ -72,9 +74,14 @@ class SpecialTokens:
         return f"<Specials {' '.join(sorted(self._ids))}>"
 
     def _rebuild(self) -> None:
+        self._trie = marisa_trie.Trie(self._ids)
+        self._longest = max(map(len, self._ids), default=0)
         self._in_tokens = Finder(self._ids.values())
         self._alone: dict[str, bool] = {}  # answers of ``stands_alone``
-        self._search = re.compile(_any_of(self._ids) if self._ids else r"(?!)")
+        # A search for the first two characters of special tokens skips most of a text in C. The trie is searched only
+        # where it finds some.
+        heads = "|".join(re.escape(head) for head in sorted({text[:2] for text in self._ids}))
+        self._heads = re.compile(heads or r"(?!)")
 
     def find(self, text: str, begin: int = 0) -> list[TokenSpan]:
         """The known special tokens in a text from left to right, the longest at each position, without overlap.
@@ -82,17 +89,24 @@ class SpecialTokens:
         ``begin``: the character to start at. If a special token starts there, the result is the same as that of the
         whole text from there on. Takes 1.2 ms for 300 kB of chat and code with 300 special tokens.
         """
-        return [self._span(hit) for hit in self._search.finditer(text, begin)]
+        return list(self._spans(text, begin))
 
     def first(self, text: str, begin: int, distance: int) -> TokenSpan | None:
         """The first special token in ``text`` that starts at least ``distance`` characters after ``begin``; None if
         there is none.
         """
-        hits = self._search.finditer(text, begin)
-        return next((self._span(hit) for hit in hits if hit.start() - begin >= distance), None)
+        return next((span for span in self._spans(text, begin) if span.start - begin >= distance), None)
 
-    def _span(self, hit: re.Match[str]) -> TokenSpan:
-        return TokenSpan(hit.start(), hit.end(), self._ids[hit[0]])
+    def _spans(self, text: str, position: int) -> Iterator[TokenSpan]:
+        search, prefixes, ids, longest = self._heads.search, self._trie.prefixes, self._ids, self._longest
+        while hit := search(text, position):
+            position = hit.start()
+            if matches := prefixes(text[position : position + longest]):
+                special = matches[-1]  # prefixes come shortest first
+                yield TokenSpan(position, position + len(special), ids[special])
+                position += len(special)
+            else:
+                position += 1
 
     def id_of(self, special: str) -> int:
         """The id of a special token. Raises KeyError for an unknown one."""
@@ -187,20 +201,6 @@ class SpecialTokens:
             self._server.tokenize(excerpt[mark.start - begin :], add_special=False),
         )
         return bool(head) and unpack(head)[-1] == mark.id and head[:-WIDTH] + tail == whole
-
-
-def _any_of(texts: Collection[str]) -> str:
-    """A regular expression that matches the longest of ``texts`` at a position. It branches like a trie: a plain list
-    of 300 alternatives takes 17 times as long, because each is tried where the first characters match.
-    """
-    by_first = dict[str, list[str]]()
-    for text in texts:
-        if text:
-            by_first.setdefault(text[0], []).append(text[1:])
-    branches = [re.escape(first) + _any_of(rests) for first, rests in by_first.items()]
-    if "" in texts:
-        return f"(?:{'|'.join(branches)})?" if branches else ""
-    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
 class SpecialTokensOfEach:
