@@ -16,7 +16,8 @@ import uvloop
 from llamaslot.errors import BackendDown
 from llamaslot.llama.answers import media_type_of, next_piece, whole
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.upstream import PlainResponse, PlainServer
+from llamaslot.llama.connection import ServerConnection
+from llamaslot.llama.upstream import PlainServer
 from tests.support import models
 from tests.support.inprocess import PATIENCE_S
 from tests.support.real import RealServer
@@ -39,7 +40,7 @@ def run(tmp_path: Path, check: Check) -> None:
     uvloop.run(main())
 
 
-async def asked(plain: PlainServer, n_predict: int, **more: object) -> PlainResponse:
+async def asked(plain: PlainServer, n_predict: int, **more: object) -> ServerConnection:
     body = orjson.dumps({"prompt": "hello", "n_predict": n_predict, "stream": True, **more})
     response = await plain.send("POST", "/completion", body, {"Content-Type": "application/json"})
     assert response is not None

@@ -22,8 +22,8 @@ from llamaslot.llama.answers import (
     next_piece,
     whole,
 )
-from llamaslot.llama.keep_alive import BadAnswer
-from llamaslot.llama.upstream import PlainResponse, PlainServer
+from llamaslot.llama.connection import BadAnswer, ServerConnection
+from llamaslot.llama.upstream import PlainServer
 from tests.support.inprocess import PATIENCE_S
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
@@ -74,7 +74,7 @@ async def server() -> AsyncIterator[Server]:
 @contextlib.asynccontextmanager
 async def sent(
     server: Server, method: str = "POST", path: str = "/completion", body: bytes | None = b"{}", **more: Any
-) -> AsyncIterator[PlainResponse]:
+) -> AsyncIterator[ServerConnection]:
     """A request, up to the headers of its answer."""
     plain = PlainServer.of(server.url + "/", "secret")
     assert plain is not None

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from llamaslot.http.client_connection import Connection
-from llamaslot.llama.upstream import PlainResponse
+from llamaslot.llama.connection import ServerConnection
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, Served, letters, served, spawn
 from tests.support.wire import request, upstream, wire
 
@@ -28,7 +28,7 @@ def n_held() -> int:
     """What llamaslot has read of answers and not sent yet: in the buffers of both sides."""
     found = gc.get_objects()
     clients = [one.transport for one in found if isinstance(one, Connection) and one.transport is not None]
-    readers = [one for one in found if isinstance(one, PlainResponse)]
+    readers = [one for one in found if isinstance(one, ServerConnection)]
     return sum(one.get_write_buffer_size() for one in clients) + sum(one._n_held for one in readers)
 
 

@@ -18,7 +18,7 @@ from yarl import URL
 
 from llamaslot.errors import BackendDown, SlotWedged
 from llamaslot.llama.answers import BROKEN_OFF, RELAYED_BYTES, Response, Take
-from llamaslot.llama.dial import REQUEST_CONNECT_S, NotReached
+from llamaslot.llama.connection import REQUEST_CONNECT_S, NotReached
 from llamaslot.llama.upstream import narrow_socket
 
 _PIECE_BYTES = 1 << 20

@@ -27,7 +27,7 @@ from llamaslot.llama.answers import (
     next_piece,
     whole,
 )
-from llamaslot.llama.dial import NotReached
+from llamaslot.llama.connection import NotReached
 from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
 from llamaslot.llama.quick_import import import_aiohttp
 from llamaslot.llama.sse import EventSplitter, data_of
