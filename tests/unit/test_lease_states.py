@@ -72,6 +72,9 @@ class Owner:
     def on_change(self, lease: Lease) -> None:
         self.told.append("change")
 
+    def on_long(self, lease: Lease) -> None:
+        pass
+
     def on_look_again(self, lease: Lease) -> None:
         self.told.append("look again")
 

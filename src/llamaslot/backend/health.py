@@ -13,7 +13,7 @@ import enum
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from llamaslot.backend.connect import ServerSession
@@ -121,6 +121,7 @@ class Proof:
         self._presence, self._leases = presence, leases
         self._props: Props | None = None
         self._told_at = -math.inf
+        self._answer: asyncio.Future[Props | None] | None = None  # while a request asks
 
     def use(self) -> bool:
         """True if the process is known to be alive and awake, and has worked for a client within the last half second,
@@ -139,6 +140,24 @@ class Proof:
     def is_same_process(self) -> bool:
         """True if the process that told its properties last is still alive, however long ago it told them."""
         return self._props is not None and self._props.is_connected()
+
+    async def ask(self, ask_server: Callable[[], Awaitable[Props]]) -> Props:
+        """Return the answer to ``ask_server``, the question for the properties. Requests that come before the answer
+        share it: in a burst of 1,000, each asked for itself. If it fails or is canceled, each of them asks again.
+        Raises as ``ask_server`` does.
+        """
+        if (answer := self._answer) is not None:
+            props = await asyncio.shield(answer)
+            # If the process has died since it answered, another one may have its port already.
+            return props if props is not None and props.is_connected() else await ask_server()
+        self._answer = answer = asyncio.get_running_loop().create_future()
+        props = None
+        try:
+            props = await ask_server()
+        finally:
+            self._answer = None
+            answer.set_result(props)
+        return props
 
     def renew(self, props: Props) -> None:
         """Record that the process has just told ``props``. No effect if it sleeps."""

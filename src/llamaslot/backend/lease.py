@@ -50,6 +50,9 @@ class Owner(Protocol):
     def on_change(self, lease: Lease) -> None:
         """The lease has changed: from now on long prefills must let its request go first, or need no longer do so."""
 
+    def on_long(self, lease: Lease) -> None:
+        """``lease.is_long`` has changed."""
+
     def on_look_again(self, lease: Lease) -> None:
         """The lease has changed so that waiting requests may now get a slot, or a better one: place them again soon."""
 
@@ -93,10 +96,8 @@ class Lease:
         self.state = LeaseState.PREPARING
         self._is_confirmed = False  # llama-server has begun to work on the last thing sent to it
         self._is_left_at_work = False  # an action has ended, but llama-server may still compute for it
-        is_first = plan is not None and is_long(plan, table.long_s)
-        self._long_prefill = LongPrefill.WAITING if is_first else LongPrefill.NONE
-        # True while a long prefill precedes the client's request. An attribute, because each placement asks all leases.
-        self.is_long = is_first
+        self.is_long = plan is not None and is_long(plan, table.long_s)  # until its own prefill is over
+        self._long_prefill = LongPrefill.WAITING if self.is_long else LongPrefill.NONE
         self._preemption = Preemption.FORBIDDEN
         self._stop: Callable[[], None] | None = None  # stops the present work on preemption
         self.can_keep, self.was_computing = True, False
@@ -278,6 +279,7 @@ class Lease:
             self.end_prefill()
         elif self._long_prefill is LongPrefill.NONE:
             self._long_prefill, self.is_long = LongPrefill.WAITING, True
+            self._owner.on_long(self)
 
     def take_prefill_turn(self) -> None:
         """Record that the long prefill has its turn. After its first turn another long prompt may get a slot."""
@@ -290,6 +292,7 @@ class Lease:
     def _leave_line(self, after: LongPrefill) -> None:
         before, self._long_prefill = self._long_prefill, after
         self.is_long = after is not LongPrefill.NONE
+        self._owner.on_long(self)
         if before is LongPrefill.WAITING:
             self._owner.on_look_again(self)
 

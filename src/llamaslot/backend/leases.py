@@ -94,6 +94,7 @@ class Leases:
         self.is_gate_shut = self.is_drained = self.is_leaving = self.is_suspect = False
         self.is_exclusive_wanted = False  # the exclusive request waits for others to finish
         self.leases: dict[Lease, None] = {}  # ordered: among equals the first one is chosen
+        self.long: dict[Lease, None] = {}  # those with a long prefill, for each placement looks at them
         self.changes = ChangeEvent()  # notified when a lease or the exclusive section has changed
         self._charges: dict[Lease, Charge] = {}  # the accounts of users for the slots that they have now
         self.on_abandoned: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
@@ -229,6 +230,7 @@ class Leases:
         if request.is_exclusive and (plan is not None or slot is None):
             self.exclusive = request
         self.leases[lease] = None
+        self.on_long(lease)
         return lease
 
     def try_lease(self, slot: Slot, request: Request) -> Lease | None:
@@ -282,12 +284,19 @@ class Leases:
     def on_change(self, lease: Lease) -> None:
         self.changes.notify()
 
+    def on_long(self, lease: Lease) -> None:
+        if lease.is_long and lease in self.leases:
+            self.long[lease] = None
+        else:
+            self.long.pop(lease, None)
+
     def on_look_again(self, lease: Lease) -> None:
         if self.n_waiting:  # a moment later, because the lease may be about to send something
             asyncio.get_running_loop().call_soon(self.dispatch)
 
     def on_end(self, lease: Lease) -> None:
         self.leases.pop(lease, None)
+        self.long.pop(lease, None)
         charge = self._charges.pop(lease, None)
         if lease.state is LeaseState.ABANDONED:
             self.on_abandoned(lease, charge)
@@ -318,7 +327,7 @@ class Leases:
         """True if another lease has a long prefill that runs or waits for its turn."""
         if self.table is not lease.table:
             return False  # there is nothing to wait for any more
-        return any(other.is_long for other in self.leases if other.table is self.table and other is not lease)
+        return any(other.table is self.table and other is not lease for other in self.long)
 
     def request_exclusive(self, lease: Lease) -> None:
         """From now on long prefills make room for the exclusive request of ``lease``, and no long prefill begins."""
@@ -358,6 +367,8 @@ class Leases:
 
     def check(self) -> None:
         """Raise AssertionError naming the first invariant that does not hold, of the leases or of their slot table."""
+        long = {lease for lease in self.leases if lease.is_long}
+        assert self.long.keys() == long, "leases with a long prefill are listed"
         if self.table is None:
             return
         self.table.check()

@@ -192,7 +192,7 @@ class Dispatcher:
         if is_special or open_.n_idle < 2 or not self.queue.may_run_at_once(request.user, now):
             return None
         tables = self._index.worth_a_look(open_, request, now)
-        if any(lease.is_long for table in tables for lease in self.backends[table.backend].leases):
+        if any(self.backends[table.backend].long for table in tables):
             return None
         views = [table.view(request, now, {}) for table in tables]
         plan = place(request, views, self.rules)
@@ -394,8 +394,8 @@ class Dispatcher:
         that one to save the prefix."""
         request, now = waiting.request, self.now()
         tables = self._index.worth_a_look(here, request, now, reserved)
-        leased = [lease for table in tables for lease in self.backends[table.backend].leases if lease.is_long]
-        makers = [lease for lease in leased if lease.table is here.tables[lease.table.backend]]
+        longs = [lease for table in tables for lease in self.backends[table.backend].long]
+        makers = [lease for lease in longs if lease.table is here.tables[lease.table.backend]]
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
         views = {table.backend: table.view(request, now, reserved, is_patient=is_patient) for table in tables}
         if is_patient and ask_for_trunk(request, views, makers, now):

@@ -34,7 +34,7 @@ from llamaslot.observe.metrics import Metrics, UntokenizedRequests
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Catalog
-from llamaslot.tasks import TaskOwner
+from llamaslot.tasks import TaskOwner, outcome
 from llamaslot.tokens.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -105,6 +105,7 @@ class Pool:
         self.bad_prompts = BadPrompts(self.dispatcher.now)
         self._down_calls: dict[DownCall, None] = {}
         self._n_too_long = self._longest_refused = 0
+        self._is_checking = False  # a request asks if the processes are alive
         self._prewarming: asyncio.Task[None] | None = None
         self._prewarm = Prewarm(
             settings.prewarm, self.dispatcher, self._executor_of, self._tokenizer, self._catalog_of, self._tasks,
@@ -161,17 +162,18 @@ class Pool:
     async def _any_ready(self, backends: Sequence[Backend]) -> None:
         """Wait until any backend is ready. Raises the error of one backend if all are down."""
         waits = [
-            self._tasks.spawn(_outcome(backend.ready()), f"{backend.name}: ready") for backend in backends
+            self._tasks.spawn(outcome(backend.ready, BackendDown), f"{backend.name}: ready")
+            for backend in backends
         ]
         try:
             for ended in asyncio.as_completed(waits):
-                if (error := await ended) is None:
+                if not isinstance(answer := await ended, BackendDown):
                     return
         finally:
             for wait in waits:
                 wait.cancel()
-        assert error is not None, "a pool has backends"
-        raise error
+        assert isinstance(answer, BackendDown), "a pool has backends"
+        raise answer
 
     @property
     def once_connected(self) -> list[Backend]:
@@ -218,11 +220,11 @@ class Pool:
         canceling ``parse`` is.
 
         Check and ``parse`` run at the same time, because together they are most of the time that llamaslot adds to a
-        follow-up. If the process turns out to be another one, ``parse`` runs again. If the process is known to be the
-        same before and after ``parse``, nothing is checked: the two tasks alone take 0.1 ms.
+        follow-up. If the process turns out to be another one, ``parse`` runs again. While another request checks, or
+        if the process is known to be the same, the check comes after ``parse``, and is usually left out then.
         """
         context = self.context
-        if context is not None and self._use_if_proved():
+        if context is not None and (self._is_checking or self._use_if_proved()):
             try:
                 parsed = await parse(context)
             except LlamaslotError:
@@ -232,15 +234,18 @@ class Pool:
                 if self.context is context and (self._use_if_proved() or await self.ready() is context):
                     return context, parsed
         if (context := self.context) is not None:
+            self._is_checking = True
             try:
                 async with asyncio.TaskGroup() as group:
                     checked = group.create_task(self.ready())
-                    parsing = group.create_task(parse(context))
+                    parsed = await parse(context)
                 if checked.result() is context:
-                    return context, parsing.result()
+                    return context, parsed
             except ExceptionGroup as errors:
                 if self.context is context:
                     raise errors.exceptions[0] from None
+            finally:
+                self._is_checking = False
         context = await self.ready()
         return (context, await parse(context)) if context is not None else (None, None)
 
@@ -435,14 +440,6 @@ class Pool:
     async def close(self) -> None:
         """End all tasks of the pool."""
         await self._tasks.close()
-
-
-async def _outcome(ready: Awaitable[object]) -> BackendDown | None:
-    try:
-        await ready
-    except BackendDown as error:
-        return error
-    return None
 
 
 def _usability(backend: Backend) -> tuple[bool, bool, bool]:
