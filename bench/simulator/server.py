@@ -101,7 +101,9 @@ class SimulatedServer:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def prefill(self, slot_id: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
+    async def prefill(
+        self, slot_id: int, tokens: bytes, lora: str = "", written: bytes | None = None
+    ) -> AsyncGenerator[Progress]:
         """As ``LlamaServer.prefill``: an event when it begins and one for each batch. Closed early it goes on for up to
         two batches, and what was computed stays in the slot."""
         self.counts.n_prefills += 1

@@ -222,7 +222,9 @@ class StubServer:
         slot.checkpoints += (max(n - CHECKPOINT_BACK, n_cache),)
         yield Progress(n, n_cache, n, (n - n_cache) * self.token_s)
 
-    async def prefill(self, slot_id: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
+    async def prefill(
+        self, slot_id: int, tokens: bytes, lora: str = "", written: bytes | None = None
+    ) -> AsyncGenerator[Progress]:
         boot = self.n_boots
         self.guard(slot_id)
         self.sent.append((slot_id, count(tokens)))

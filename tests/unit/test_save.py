@@ -174,7 +174,9 @@ def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> Non
     rewind_model.cache_kind, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
     scaled, real, sent = Namespace(lora='[{"id":0,"scale":0.5}]'), house.server.prefill, list[str]()
 
-    def prefill(slot_id: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
+    def prefill(
+        slot_id: int, tokens: bytes, lora: str = "", written: bytes | None = None
+    ) -> AsyncGenerator[Progress]:
         sent.append(lora)
         return real(slot_id, tokens, lora)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from pathlib import Path
@@ -46,6 +47,18 @@ async def test_the_process_is_asked_for_after_a_pause(
         later = time.monotonic() + 120.0
         monkeypatch.setattr(it.backend.leases, "now", lambda: later)
         assert (await asked(it, "three"))["/props"] == 1
+
+
+async def test_a_burst_asks_once_for_the_process(tmp_path: Path) -> None:
+    """The answer to one request's question is an answer to all."""
+    async with served(tmp_path, slots=8) as it:
+        await asked(it, "one")
+        it.backend.doubt()
+        n_before = len(it.fake.requests)
+        answers = await asyncio.gather(*(it.chat(f"burst {i}") for i in range(8)))
+        assert [answer.status for answer in answers] == [200] * 8
+        paths = Counter(seen.path for seen in it.fake.requests[n_before:])
+        assert paths["/props"] <= 2  # one by the task that watches the server
 
 
 async def test_another_process_is_noticed_before_anything_is_placed(tmp_path: Path) -> None:

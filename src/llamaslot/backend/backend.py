@@ -166,7 +166,7 @@ class Backend:
             if not session.is_assisted or self.use_if_proved():
                 return session  # when llamaslot stands aside, it assumes nothing about the slots
             try:
-                props = await self._proof.ask(self.api.props)
+                props = await self._watch.proof.ask(self.api.props)
             except BackendDown:
                 self._watch.look_now()
                 raise

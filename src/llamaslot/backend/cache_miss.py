@@ -47,6 +47,8 @@ _SAME_SYSTEM = 0.5  # the same for the system part; less, because tools may be i
 _AT_ONCE = 8  # requests examined at the same time; others are not examined, because these show the cause
 _N_HOLDERS = 16  # slots and snapshots that are compared closely
 _N_SNAPSHOTS = 256  # snapshots considered: those that share most with the prompt, and the most recent
+# Between two of these: a thread that computes delays each wake-up of the event loop, and 16 comparisons take 26 ms.
+_PAUSE_S = 0.02
 _N_OF_A_KIND = 5  # snapshots taken of those nearest in length, and of the most recent
 _EXCERPT = 80  # characters shown on each side of the difference
 _EXCERPT_TOKENS = 80  # tokens detokenized for that; each has at least one character
@@ -135,7 +137,7 @@ class CacheMisses:
         try:
             with contextlib.suppress(LlamaslotError):  # llama-server is gone and cannot detokenize
                 held = await holders(lease, contents)
-                if (found := await asyncio.to_thread(_worst, lease.request, held)) is not None:
+                if (found := await _worst(lease.request, held)) is not None:
                     await self._report_changed(lease, *found, prompt, body, format_)
                 elif (left := _left_behind(lease, held)) is not None:
                     await self._report_left_behind(lease, left, prompt, body, format_)
@@ -250,20 +252,21 @@ def _note(
     lease.recorder.diverged({**told, "text": texts} if texts else told)
 
 
-def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | None:
+async def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | None:
     """Return the holder that costs the request most tokens by diverging from its prompt, and the divergence. None if
-    too few tokens are lost.
+    too few tokens are lost. The comparisons run in a thread, with pauses. Canceling is safe.
     """
     n_best = max((holder.n_shared for holder in held), default=0)
     if n_best >= ENOUGH * request.n_tokens:
         return None
     close = [holder for holder in held if can_lose(request.n_tokens, holder.n_shared, holder.n_tokens)]
     close.sort(key=lambda holder: abs(holder.n_tokens - request.n_tokens))
-    found = [
-        (holder, parted)
-        for holder in close[:_N_HOLDERS]
-        if (parted := parting(request.tokens, holder.tokens, n_best, request.n_system)) is not None
-    ]
+    found = list[tuple[Holder, Parting]]()
+    for holder in close[:_N_HOLDERS]:
+        await asyncio.sleep(_PAUSE_S)
+        parted = await asyncio.to_thread(parting, request.tokens, holder.tokens, n_best, request.n_system)
+        if parted is not None:
+            found.append((holder, parted))
     return max(found, key=lambda pair: pair[1].n_lost, default=None)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from llamaslot.backend.lease import Lease
 from llamaslot.formats.comments import Comment
+from llamaslot.llama.token_lists import TokenList
 from llamaslot.scheduling.plan import PrefillStats
 
 
@@ -71,6 +72,7 @@ class LongPrompt(Struct, eq=False):
     paused_s: float = 0.0  # the part of ``waited_s`` that went to running streams
     waited_s: float = 0.0  # the time spent on waiting for turns
     gives_way_to: str = ""  # the reason why it waits now, for users to read
+    tokens: TokenList = field(default_factory=TokenList)
 
     @property
     def user(self) -> str:

@@ -310,7 +310,9 @@ class ChunkedPrefill:
             async with (
                 limit,
                 contextlib.aclosing(
-                    self.api.prefill(lease.slot_id, tokens, lease.request.namespace.lora)
+                    self.api.prefill(
+                        lease.slot_id, tokens, lease.request.namespace.lora, long.tokens.written(tokens)
+                    )
                 ) as events,
             ):
                 async for event in events:

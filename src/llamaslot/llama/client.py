@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import orjson
 import xxhash
 
-from llamaslot.cache.ids import count, pack, unpack
+from llamaslot.cache.ids import count, unpack
 from llamaslot.errors import JSON_TYPE, BackendDown, NotUnderstood, SlotActionFailed, UpstreamError
 from llamaslot.llama.answers import (
     RELAYED_BYTES,
@@ -31,6 +31,7 @@ from llamaslot.llama.connection import NotReached
 from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
 from llamaslot.llama.quick_import import import_aiohttp
 from llamaslot.llama.sse import EventSplitter, data_of
+from llamaslot.llama.token_lists import packed
 from llamaslot.llama.upstream import Check, PlainServer, Sending
 
 if TYPE_CHECKING:
@@ -172,11 +173,15 @@ class LlamaServer:
         return self._checked(await self._question(method, path, data, timeout_s))
 
     @staticmethod
-    def _checked(answer: Answer) -> Any:
-        """The JSON in an answer. Raises UpstreamError for an error answer."""
+    def _accepted(answer: Answer) -> bytes:
+        """The body of an answer. Raises UpstreamError for an error answer."""
         if answer.status != 200:
             raise UpstreamError(answer.status, answer.body, answer.content_type or JSON_TYPE)
-        return orjson.loads(answer.body)
+        return answer.body
+
+    def _checked(self, answer: Answer) -> Any:
+        """The JSON in an answer. Raises UpstreamError for an error answer."""
+        return orjson.loads(self._accepted(answer))
 
     async def _json(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
         """The JSON answer to a request that must run once only. Raises UpstreamError (error answer), BackendDown."""
@@ -269,7 +274,7 @@ class LlamaServer:
     @as_known
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
         body = {"content": content, "add_special": add_special, "parse_special": parse_special}
-        return pack((await self._ask_json("POST", "/tokenize", body))["tokens"])
+        return await packed(self._accepted(await self._question("POST", "/tokenize", orjson.dumps(body))))
 
     @as_known
     async def detokenize(self, tokens: bytes) -> str:
@@ -337,15 +342,18 @@ class LlamaServer:
     async def erase(self, slot: int) -> None:
         await self._slot_action(slot, "erase", {})
 
-    async def prefill(self, slot: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
+    async def prefill(
+        self, slot: int, tokens: bytes, lora: str = "", written: bytes | None = None
+    ) -> AsyncGenerator[Progress]:
         """Compute the KV cache of exactly ``tokens`` in ``slot``. Yields one Progress per batch; the first one, before
         anything is computed, tells the reused tokens. ``lora``: the LoRA scales as JSON, "" for the server's.
+        ``written``: ``tokens`` as a JSON list, if the caller has it.
 
         ``n_predict`` 0 lets llama-server stop after the prompt. If the iterator is closed early, llama-server stops
         within one batch, and the computed tokens stay in the slot. Raises UpstreamError, BackendDown and SlotWedged.
         """
         body: dict[str, Any] = {
-            "prompt": unpack(tokens),
+            "prompt": unpack(tokens) if written is None else orjson.Fragment(written),
             "n_predict": 0,
             "id_slot": slot,
             "cache_prompt": True,
