@@ -198,6 +198,11 @@ class UpstreamError(LlamaslotError):
         self.status, self.payload, self.content_type = status, payload, content_type
 
     @property
+    def without_text(self) -> str:
+        """The error without llama-server's message, which may quote the prompt: for the log and the history."""
+        return f"llama-server answered {self.status} ({self.inner.get('type')})"
+
+    @property
     def inner(self) -> dict[str, Any]:
         """The ``error`` object in llama-server's body, with its status as ``code`` if it has none. If the body has no
         such object, the one of the base class.

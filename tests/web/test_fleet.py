@@ -18,7 +18,7 @@ from llamaslot.backend.lease import Lease
 from llamaslot.fleet.pool import Pool
 from tests.support.fake import FakeModel, FakeServer
 from tests.support.fleet import A, B, Fleet, ask_often, backend_of, fleet
-from tests.support.inprocess import Settings, a_session, configured, letters, line_with, right, spawn
+from tests.support.inprocess import CHAT, Settings, a_session, configured, letters, line_with, right, spawn
 
 TEXTS = [letters(n, 600) for n in range(6)]
 
@@ -251,6 +251,19 @@ async def test_a_path_begins_no_line_of_the_log(tmp_path: Path, caplog: pytest.L
             await it.get("/props/%0Afake%20line")
         (said,) = [text for text in caplog.messages if "another backend takes the request" in text]
         assert said.startswith("/props/%0Afake%20line: ")
+
+
+async def test_no_text_of_a_prompt_is_in_log_or_history(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """llama-server's messages may quote one; only the client is told."""
+    async with fleet(tmp_path, 2) as it:
+        answer = await it.post(CHAT, {"model": "a", "messages": [{"content": "a secret"}]})
+        assert (answer.status, "a secret" in answer.error["message"]) == (500, True)
+        (latest,) = (await it.get("/llamaslot/activity")).json["ended"]
+        assert latest["error"] == "llama-server answered 500 (server_error)"
+        assert any("another backend takes the request" in text for text in caplog.messages)
+        assert "a secret" not in caplog.text
 
 
 async def at_work(it: Fleet) -> str:

@@ -213,7 +213,7 @@ class Suspicion:
         self._n_errors, self._until = self._n_errors + 1, self._leases.now() + pause_s
         log.warning(
             "%s: llama-server answers with errors; for %g s it gets no request that another backend can take: %s",
-            self._leases.backend, pause_s, error,
+            self._leases.backend, pause_s, error.without_text,
         )  # fmt: skip
         self.begin()
 

@@ -150,7 +150,7 @@ class Attempts:
         self.backend.metrics.failovers.inc()
         log.warning(
             "%s: backend %s has failed, another backend takes the request: %s",
-            self.id, self.backend.name, error,
+            self.id, self.backend.name, error.without_text,
         )  # fmt: skip
         self.lease = self._asked = None
 

@@ -429,7 +429,7 @@ class Answering:
             so_far = {"predicted_ms": decoded_s * 1000} if reading.n_events else {}
             flight.timed(reading.timings or so_far, reading.n_predicted or reading.n_events)
             if reading.has_failed:
-                flight.error = UpstreamError(500, b"an error in the stream of its answer")
+                flight.error = UpstreamError(_FAILED, b"an error in the stream of its answer")
         return n_computed
 
     def _log(self) -> None:

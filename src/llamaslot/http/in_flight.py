@@ -18,7 +18,7 @@ from aiohttp import web
 from msgspec import Struct, field
 
 from llamaslot.backend.lease import Lease
-from llamaslot.errors import Cancelled, LlamaslotError
+from llamaslot.errors import Cancelled, LlamaslotError, UpstreamError
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.auth import user_of
@@ -300,7 +300,7 @@ class Requests:
             slot=slot.id if slot is not None else None,
             status=flight.error.status if flight.error is not None else flight.status,
             outcome=outcome_of(flight),
-            error=str(flight.error)[:_LONGEST] if flight.error is not None else "",
+            error=_wording(flight.error)[:_LONGEST],
             source=flight.source,
             n_prompt=flight.n_prompt,
             n_reused=flight.n_reused,
@@ -339,6 +339,12 @@ def _slot_of(flight: InFlight) -> SlotKey | None:
     lease = flight.lease
     has_slot = lease is not None and lease.table.is_assisted and lease.slot is not None
     return lease.slot_key if lease is not None and has_slot else None
+
+
+def _wording(error: LlamaslotError | None) -> str:
+    if isinstance(error, UpstreamError):
+        return error.without_text
+    return str(error) if error is not None else ""
 
 
 def _fill_in(flight: InFlight, acts: list[Act]) -> None:
