@@ -239,16 +239,6 @@ def test_an_answer_that_outlived_the_usual_is_not_about_to_end() -> None:
     assert answer.seconds_left(600.0) > 200.0
 
 
-def test_long_answers_among_short_ones_are_expected_once_the_short_ones_are_over() -> None:
-    """Three of four answers are short: one that is not will take as long as the fourth."""
-    answer = AnswerLength()
-    for i in range(80):
-        answer.observe(3000 if i % 4 == 0 else 100, 300.0 if i % 4 == 0 else 10.0)
-    assert 60 < answer.seconds_left(0.0) < 120
-    assert 200 < answer.seconds_left(30.0) < 300
-    assert 50 < answer.seconds_left(200.0) < 110
-
-
 @settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.tuples(TOKENS, SECONDS), max_size=60), st.floats(-1, 1e6), st.floats(-1, 1e6))
 def test_answer_is_never_negative(samples: list[tuple[int, float]], a: float, b: float) -> None:

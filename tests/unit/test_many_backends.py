@@ -197,7 +197,7 @@ class Many:
 def seconds_of(decision: Plan | Wait) -> float:
     its = decision.place if isinstance(decision, Wait) else decision
     assert its is not None
-    return its.cost.total_s
+    return its.cost.wait_s + its.cost.eviction_cost_s + its.cost.steps_s
 
 
 def slot_of(decision: Plan | Wait) -> SlotKey | None:
@@ -242,7 +242,7 @@ async def test_the_choice_is_as_good_as_among_all(seed: int) -> None:
         dispatcher._index.check()
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1 << 30), n_backends=st.integers(9, 16), is_shared=st.booleans())
 def test_among_equally_fast_backends_the_choice_is_that_among_all(
     seed: int, n_backends: int, is_shared: bool

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections import deque
-from itertools import accumulate
 from typing import Any
 
-from llamaslot.scheduling.json_numbers import counts, positive, within
+from llamaslot.scheduling.json_numbers import positive, within
 
 
 class AnswerLength:
-    """Predicts the remaining seconds of an answer that llama-server is decoding.
+    """Predicts the remaining seconds of an answer that llama-server is decoding: the tokens that it lacks to the usual
+    length, but at least ``LEAST`` of the usual length, and at least half of the tokens that it has more than usual.
 
     Lengths of answers vary widely, and an answer longer than all earlier ones may never stop. So the longer an answer
-    has run, the longer it is expected to go on. The estimate is a mean of token counts. Each of the last ``KEPT``
-    answers that was longer than this one is now gives one count: by how many tokens it was longer. ``PRIOR`` further
-    counts are equal: the tokens that this answer lacks to the usual length, but at least ``LEAST`` of the usual
-    length, and at least half of the tokens that this answer has now.
+    has outlived the usual length, the longer it is expected to go on.
     """
 
     GAIN = 0.1
     LEAST = 0.25  # of the usual length always remains
-    KEPT = 64
-    PRIOR = 2
     LENGTHS = 1.0, 1e7  # tokens
     SPEEDS = 1e-2, 1e5  # tokens/s
 
     def __init__(self, n_tokens: float = 300.0, tokens_per_s: float = 30.0) -> None:
         self.n_tokens, self.tokens_per_s = n_tokens, tokens_per_s
         self.n_samples = 0
-        self._last: deque[int] = deque(maxlen=self.KEPT)
-        # The same lengths, ascending, and for each the sum of it and all longer ones. None after a new sample.
-        self._ranked: tuple[list[int], list[int]] | None = None
 
     def __repr__(self) -> str:
         return f"<AnswerLength {self.n_tokens:.0f} tok at {self.tokens_per_s:.1f} tok/s>"
@@ -47,8 +37,6 @@ class AnswerLength:
         self.n_samples += 1
         gain = max(self.GAIN, 1 / (self.n_samples + 1))
         self.n_tokens += gain * (min(n_tokens, 5 * self.n_tokens) - self.n_tokens)
-        self._last.append(min(n_tokens, int(self.LENGTHS[1])))
-        self._ranked = None
         if n_tokens >= 8 and seconds > 1e-4 * n_tokens:
             clip = max(math.log(3), math.log(100) / self.n_samples)
             off = min(max(math.log(n_tokens / seconds / self.tokens_per_s), -clip), clip)
@@ -59,28 +47,13 @@ class AnswerLength:
         ``max_tokens`` is the limit of the answer's length; None is no limit.
         """
         n_done = max(running_s, 0.0) * self.tokens_per_s
-        if n_done:
-            if self._ranked is None:
-                ranked = sorted(self._last)
-                self._ranked = ranked, list(accumulate(reversed(ranked)))[::-1]
-            ranked, sums = self._ranked
-            n_longer = len(ranked) - bisect_right(ranked, n_done)
-            left = sums[-n_longer] - n_longer * n_done if n_longer else 0.0
-        else:  # all are longer
-            n_longer, left = len(self._last), sum(self._last)
-        usual = max(self.n_tokens - n_done, self.n_tokens * self.LEAST, n_done / 2)
-        n_left = (left + self.PRIOR * usual) / (n_longer + self.PRIOR)
+        n_left = max(self.n_tokens - n_done, self.n_tokens * self.LEAST, (n_done - self.n_tokens) / 2)
         if max_tokens is not None:
             n_left = min(n_left, max(max_tokens - n_done, 0.0))
         return n_left / self.tokens_per_s
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "n_tokens": self.n_tokens,
-            "tokens_per_s": self.tokens_per_s,
-            "n_samples": self.n_samples,
-            "last": list(self._last),
-        }
+        return {"n_tokens": self.n_tokens, "tokens_per_s": self.tokens_per_s, "n_samples": self.n_samples}
 
     @classmethod
     def from_json(cls, data: object) -> AnswerLength:
@@ -91,5 +64,4 @@ class AnswerLength:
             length.n_tokens = within(values[0], cls.LENGTHS)
             length.tokens_per_s = within(values[1], cls.SPEEDS)
             length.n_samples = int(values[2])
-            length._last.extend(min(n, int(cls.LENGTHS[1])) for n in counts(data, "last"))
         return length

@@ -30,10 +30,3 @@ def positive(data: object, keys: tuple[str, ...]) -> list[float] | None:
     values: list[Any] = [data.get(key) for key in keys] if isinstance(data, Mapping) else []
     numbers = [float(value) for value in values if is_number(value) and value > 0]
     return numbers if len(numbers) == len(keys) else None
-
-
-def counts(data: object, key: str) -> list[int]:
-    """Return the numbers in the list ``data[key]`` that are at least 1, rounded down. All other entries are skipped."""
-    values = data.get(key) if isinstance(data, Mapping) else None
-    numbers = values if isinstance(values, list) else []
-    return [int(value) for value in numbers if is_number(value) and value >= 1]

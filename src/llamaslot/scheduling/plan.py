@@ -59,10 +59,6 @@ class Cost(Struct, frozen=True):
     prefill_s: float = 0.0
 
     @property
-    def total_s(self) -> float:
-        return self.wait_s + self.eviction_cost_s + self.steps_s
-
-    @property
     def steps_s(self) -> float:
         """Seconds from the lease of the slot to the first token of the answer."""
         return self.save_s + self.restore_s + self.prefill_s
