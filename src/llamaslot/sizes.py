@@ -1,5 +1,5 @@
-"""Reads numbers, and reads and writes sizes such as ``2.1 GiB``, in powers of 1,024: the same form in configuration,
-log, pages and commands.
+"""Reads numbers, and reads and writes sizes such as ``2.1 GiB``, in powers of 1,024, and time spans: the same form in
+configuration, log, pages and commands.
 """
 
 from __future__ import annotations
@@ -55,3 +55,14 @@ def readable_size(size_bytes: float) -> str:
             size = size_bytes / factor
             return f"{size:.1f} {unit}" if size < 100 else f"{size:.0f} {unit}"
     return f"{size_bytes:.0f} B"
+
+
+def readable_seconds(value: float) -> str:
+    """Return a time span as text: ``4 ms``, ``0.62 s``, ``71 s``, ``12 min``, ``3.4 h``."""
+    if value < 0.1:
+        return f"{value * 1000:.0f} ms"
+    if value < 10:
+        return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
+    if value < 120:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from llamaslot.observe import words
-from llamaslot.observe.activity import Activity, Outcome, Savings, error_share
+from llamaslot.observe.activity import Activity, Outcome, Savings, error_share, in_words, stages
 from llamaslot.observe.journal import Act, Decision
 from llamaslot.observe.series import HOUR, MINUTE, Series, class_of, total
 from llamaslot.scheduling.prefill_rate import PrefillRate
+from llamaslot.sizes import readable_seconds
 
 NOON = 1_700_000_000.0 // HOUR * HOUR
 
@@ -209,7 +209,7 @@ def restored(**more: object) -> list[Act]:
     ],
 )  # fmt: skip
 def test_decisions_in_words(activity: Activity, acts: list[Act], text: str) -> None:
-    assert words.decision(activity, acts) == text
+    assert in_words(activity, acts) == text
 
 
 def test_a_timeline_has_its_steps_in_order() -> None:
@@ -220,7 +220,7 @@ def test_a_timeline_has_its_steps_in_order() -> None:
         Act("prefill", 4.0, is_done=True, n_tokens=400, waited_s=1.0, n_interruptions=2),
     ]
     decision.act_ends = [103.0, 108.0]
-    found = words.stages([decision], began=100.0, sent_at=108.0, first_s=8.5, total_s=12.0)
+    found = stages([decision], began=100.0, sent_at=108.0, first_s=8.5, total_s=12.0)
     assert [(one.name, one.begin_s, one.seconds) for one in found] == [
         ("read", 0.0, 0.5),
         ("queue", 0.5, 2.0),
@@ -239,4 +239,4 @@ def test_a_timeline_has_its_steps_in_order() -> None:
     [(0.004, "4 ms"), (0.62, "0.62 s"), (7.24, "7.2 s"), (71, "71 s"), (720, "12 min"), (12_240, "3.4 h")],
 )
 def test_seconds_in_words(value: float, text: str) -> None:
-    assert words.seconds(value) == text
+    assert readable_seconds(value) == text

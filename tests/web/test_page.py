@@ -340,11 +340,11 @@ async def test_requests_to_which_clients_give_one_id(tmp_path: Path) -> None:
     """Each has an id of its own, that its client is told: to cancel one ends no other, in flight or later."""
     async with served(tmp_path, slots=2) as it:
         it.fake.hold()
-        asked = [
-            spawn(it.post("/completion", {"prompt": letters(i, 200)}, **{"x-request-id": "mine"}))
-            for i in range(2)
-        ]
-        await it.until(lambda: len(it.pool.dispatcher.leases) == 2)
+        asked = []
+        for i in range(2):  # one after the other: the first one keeps the id
+            body = {"prompt": letters(i, 200)}
+            asked.append(spawn(it.post("/completion", body, **{"x-request-id": "mine"})))
+            await it.until(lambda: len(it.pool.dispatcher.leases) == len(asked))
         ids = [its["id"] for its in (await activity(it))["in_flight"]]
         assert ids[0] == "mine"
         assert ids[1].startswith("mine~")

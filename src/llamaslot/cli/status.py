@@ -11,7 +11,7 @@ import click
 
 from llamaslot.cli.output import report_faults, several, span, table
 from llamaslot.cli.running import NotRunning, Running, with_config_or_store
-from llamaslot.sizes import readable_size
+from llamaslot.sizes import readable_seconds, readable_size
 
 # Slow imports are made where they are needed: rich takes 0.1 s, and only ``top`` uses it.
 if TYPE_CHECKING:
@@ -113,18 +113,16 @@ def today(sums: Json | None) -> str:
     """Return a line about the requests since midnight: tokens reused, seconds saved, waits, failures. ``sums``: None if
     an older llamaslot answers, which does not report them.
     """
-    from llamaslot.observe.words import seconds
-
     if sums is None:
         return "today: unknown; restart llamaslot, which is older than this command"
     if not sums["n"]:
         return "today: no request yet"
     said = [several(sums["n"], "request", "requests")]
     if sums["share_reused"] is not None:
-        saved = f"{seconds(sums['saved_s'])} ± {seconds(sums['saved_error_s'])} of prefill saved"
+        saved = f"{readable_seconds(sums['saved_s'])} ± {readable_seconds(sums['saved_error_s'])} of prefill saved"
         said.append(f"{sums['share_reused']:.0%} of prompt tokens reused, {saved}")
     if sums["first_p50_s"] is not None:
-        half, most = seconds(sums["first_p50_s"]), seconds(sums["first_p95_s"])
+        half, most = readable_seconds(sums["first_p50_s"]), readable_seconds(sums["first_p95_s"])
         said.append(f"half of the first tokens within {half}, 95% within {most}")
     if sums["n_faults"]:
         said.append(f"{sums['n_faults']} failed because of llamaslot")
@@ -260,12 +258,10 @@ def _ended(found: Sequence[Json], now: float) -> Iterator[tuple[str, ...]]:
     """Yield a row for each of the last requests, newest first: how long ago it ended, its user, its waits, and why it
     cost what it did.
     """
-    from llamaslot.observe.words import seconds
-
     for request in found:
         ended = span(now - request["at"] - request["total_s"])
         # An older llamaslot does not report the waits in a slot.
         waited_s = request["queued_s"] + request.get("waited_s", 0.0)
-        waited = seconds(waited_s) if waited_s >= _WAITED_S else ""
-        first = seconds(request["first_s"]) if request["first_s"] is not None else ""
+        waited = readable_seconds(waited_s) if waited_s >= _WAITED_S else ""
+        first = readable_seconds(request["first_s"]) if request["first_s"] is not None else ""
         yield ended, person(request["user"]), waited, first, request["error"] or request["text"]

@@ -23,11 +23,9 @@ from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.auth import user_of
 from llamaslot.llama.routes import Route
-from llamaslot.observe.activity import Activity, Outcome, Savings
+from llamaslot.observe.activity import Activity, Outcome, Savings, in_words, stages
 from llamaslot.observe.history import History
 from llamaslot.observe.journal import Act, Decision
-from llamaslot.observe.words import decision as in_words
-from llamaslot.observe.words import stages
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.slots import SlotKey
 
