@@ -10,7 +10,6 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count
-from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Request
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
@@ -102,39 +101,3 @@ def test_what_the_prompts_do_not_share_is_no_failure(house: House) -> None:
         assert ask(house, MINE[: 4 * 300] + tokens_of(first, 20)) == 300
         ask(house, OTHER)
     assert snapshot in house.catalog.snapshots
-
-
-@pytest.mark.parametrize(("cache_kind", "is_of_use"), [(CacheKind.RECURRENT, True), (CacheKind.SWA, False)])
-def test_files_without_checkpoints_show_at_the_second_restore(
-    house: House, caplog: pytest.LogCaptureFixture, cache_kind: CacheKind, is_of_use: bool
-) -> None:
-    """Where it could not be tried when the server was met: no fault of the snapshot. With a sliding window nothing is
-    saved or restored from then on."""
-    table = house.leases.table
-    assert table is not None
-    snapshot = on_disk_only(house)
-    table.cache_kind = cache_kind
-    kept = table.snapshot(snapshot)
-    assert kept is not None
-    assert kept.checkpoints
-    spoil(house, snapshot)
-    assert ask(house, ended(90_000)) == 0
-    assert table.rewind_model.keeps_checkpoints is None
-    displace(house)
-    assert ask(house, ended(80_000)) == 0
-    assert table.rewind_model.keeps_checkpoints is False
-    assert snapshot in house.catalog.snapshots
-    assert table.can_save is is_of_use
-    assert table.rewind_model.is_rewound is is_of_use
-    assert table.rewind_model.in_file(kept.checkpoints) == ()
-    assert any("no checkpoints" in record.getMessage() for record in caplog.records)
-
-
-def test_files_with_checkpoints_show_at_the_first_restore(house: House) -> None:
-    """The restored slot went back to one."""
-    table = house.leases.table
-    assert table is not None
-    on_disk_only(house)
-    table.cache_kind = CacheKind.RECURRENT
-    assert ask(house, ended(90_000)) > 0
-    assert table.rewind_model.keeps_checkpoints is True

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaslot.cache.content import Content
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, pack
-from llamaslot.cache.reuse import CacheKind, Predictions, RewindModel, Strikes, checkpoints_after, usable
+from llamaslot.cache.ids import pack
+from llamaslot.cache.reuse import CacheKind, ReturnedAnswers, RewindModel, Strikes, checkpoints_after, usable
 
 DENSE, SWA, RECURRENT = CacheKind.DENSE, CacheKind.SWA, CacheKind.RECURRENT
 KINDS = st.sampled_from(list(CacheKind))
@@ -94,83 +93,6 @@ def test_checkpoints_ascend(kept: list[int], reused: int, stops: list[int]) -> N
     assert list(at) == sorted(set(at))
 
 
-# -- what this build does ------------------------------------------------------------------------------------------
-
-
-def seen(*pairs: tuple[int, int], cache_kind: CacheKind = DENSE, source: str = "resident") -> Predictions:
-    predictions = Predictions()
-    for n_usable, n_reused in pairs:
-        predictions.observe(cache_kind, source, n_usable, n_reused)
-    return predictions
-
-
-def test_a_build_that_always_falls_short_is_corrected() -> None:
-    """It reuses n - 5 where n - 1 was predicted: from the third time on that is what is predicted."""
-    predictions = seen((999, 995), (1999, 1995))
-    assert predictions.correct(DENSE, "resident", 5000) == 5000
-    predictions.observe(DENSE, "resident", 2999, 2995)
-    assert predictions.correct(DENSE, "resident", 5000) == 4996
-
-
-def test_what_is_corrected_stays_corrected() -> None:
-    """The shortfall is measured against what would be predicted without it."""
-    predictions = seen(*[(999, 995)] * 100)
-    assert predictions.correct(DENSE, "resident", 999) == 995
-
-
-def test_sources_and_memories_are_told_apart() -> None:
-    """A restored slot may fall short where a live one does not."""
-    predictions = seen(*[(999, 995)] * 5, source="snapshot")
-    assert predictions.correct(DENSE, "resident", 999) == 999
-    assert predictions.correct(SWA, "snapshot", 999) == 999
-
-
-def test_what_was_lost_says_nothing_about_the_build() -> None:
-    """Nor do a few odd ones: half of them must fall short."""
-    assert seen(*[(5000, 0)] * 10).correct(DENSE, "resident", 5000) == 5000
-    assert seen(*[(999, 999), (999, 995), (999, 999)] * 3).correct(DENSE, "resident", 999) == 999
-
-
-def test_more_than_predicted_is_no_shortfall() -> None:
-    """The answer of which no token was known comes back as it was."""
-    assert seen(*[(1000, 1300)] * 10).correct(DENSE, "resident", 1000) == 1000
-
-
-def test_a_build_that_is_exchanged_is_learned_anew() -> None:
-    """Only the last few count."""
-    predictions = seen(*[(999, 995)] * 50, *[(999, 999)] * 10)
-    assert predictions.correct(DENSE, "resident", 999) == 999
-
-
-def test_predictions_are_tallied_as_they_were_made() -> None:
-    """Corrected ones, with what was reused."""
-    predictions = seen(*[(999, 995)] * 4)
-    tally = predictions.tallies[DENSE, "resident"]
-    assert (tally.n, tally.n_predicted, tally.n_reused) == (4, 3 * 999 + 995, 4 * 995)
-
-
-@given(st.lists(st.tuples(COUNTS, COUNTS)))
-def test_a_correction_never_promises_more(pairs: list[tuple[int, int]]) -> None:
-    """And never takes away more than a few tokens."""
-    found = seen(*pairs).correct(DENSE, "resident", 1000)
-    assert 1000 - NEGLIGIBLE_TOKENS <= found <= 1000
-
-
-def test_what_was_learned_is_kept() -> None:
-    """Over a restart; what is spoilt is ignored."""
-    learned = seen(*[(999, 995)] * 5).to_json()
-    assert Predictions.from_json(learned).correct(DENSE, "resident", 999) == 995
-    assert Predictions.from_json(learned).to_json() == learned
-    spoilt_ones: tuple[Any, ...] = (
-        None,
-        [],
-        {"short": {"dense resident": 5}},
-        {"short": {"dense resident": [-1, "x", 999], "x": [1]}},
-    )
-    for spoilt in spoilt_ones:
-        assert Predictions.from_json(spoilt).correct(DENSE, "resident", 999) == 999
-
-
 def test_two_failures_are_out() -> None:
     """One only counts; what delivers in between starts anew; few tokens are no failure."""
     strikes = Strikes()
@@ -216,9 +138,9 @@ def test_an_answer_is_likely_to_come_back_as_far_as_answers_did() -> None:
     assert known.likely_of_slot(ANSWERED, 5000, 5700) == 5000
     assert known.likely_of_slot(ANSWERED, 4999, 6000) == 4999
     for n_returned in (100, 200, 150):
-        known.predictions.answered(200, n_returned)
+        known.returned.answered(200, n_returned)
     assert known.likely_of_slot(ANSWERED, 5000, 6000) == 5525
-    again = Predictions.from_json(json.loads(json.dumps(known.predictions.to_json())))
+    again = ReturnedAnswers.from_json(json.loads(json.dumps(known.returned.to_json())))
     assert again.likely(700) == 525
 
 
@@ -227,29 +149,29 @@ def test_models_that_cannot_go_back_find_a_whole_answer_or_none(cache_kind: Cach
     """What is likely is what is counted on."""
     known = rewind_model(cache_kind)
     assert known.likely_of_slot(ANSWERED, 5000, 6000) == known.of_slot(ANSWERED, 5000, 6000) == 5700
-    known.predictions.answered(700, 350)
+    known.returned.answered(700, 350)
     assert known.likely_of_slot(ANSWERED, 5000, 6000) == known.of_slot(ANSWERED, 5000, 6000) < 5000
 
 
 @pytest.mark.parametrize("returned", [None, 3, "all", [2.0], ["x"], [-1]])
 def test_spoilt_shares_of_answers_are_ignored(returned: object) -> None:
     """They are learned anew."""
-    assert Predictions.from_json({"returned": returned}).likely(700) == 700
+    assert ReturnedAnswers.from_json({"returned": returned}).likely(700) == 700
 
 
 def test_an_answer_that_did_not_come_back_is_not_counted_on_for_a_while() -> None:
     """Some template drops a part of it: until eight in a row have come back."""
     known = rewind_model(RECURRENT)
-    known.predictions.answered(300, 0)
+    known.returned.answered(300, 0)
     for _ in range(8):
         assert known.of_slot(ANSWERED, 5000, 6000) == 4996
-        known.predictions.answered(300, 300)
+        known.returned.answered(300, 300)
     assert known.of_slot(ANSWERED, 5000, 6000) == 5700
 
 
 def test_whether_answers_come_back_is_kept() -> None:
     """Over a restart."""
-    predictions = Predictions()
-    predictions.answered(300, 299)
-    assert not Predictions.from_json(predictions.to_json()).do_answers_return
-    assert Predictions.from_json(None).do_answers_return
+    returned = ReturnedAnswers()
+    returned.answered(300, 299)
+    assert not ReturnedAnswers.from_json(returned.to_json()).are_whole
+    assert ReturnedAnswers.from_json(None).are_whole

@@ -421,7 +421,7 @@ def test_a_slot_that_has_just_answered_is_gone_on_from_by_its_follow_up() -> Non
     assert isinstance(plan, Plan)
     assert (plan.slot, plan.source, plan.n_reused) == (key(0), Source.RESIDENT, 1505)
     for _ in range(3):
-        table.rewind_model.predictions.answered(45, 0)  # the template drops it
+        table.rewind_model.returned.answered(45, 0)  # the template drops it
     plan = place(follow_up, [table.view(follow_up, 1.0, SYSTEM_USER)], table.rules)
     assert isinstance(plan, Plan)
     assert (plan.source, plan.snapshot) == (Source.SNAPSHOT, "older")

@@ -76,14 +76,14 @@ class SlotFiles(Protocol):
 class Files(Struct, frozen=True):
     """Tells if slot files of a model that cannot rewind to any token are useful.
 
-    ``keep_checkpoints``: True if files contain the slot's checkpoints. ``cache_kind``: the kind that resuming from a
-    restored slot has shown. Both are None if the probe was not possible. ``are_usable`` is False in two cases: without
-    checkpoints in files, nothing of a sliding-window model's file can be reused; and builds such as b9713 answer
-    wrongly, because they keep the slot's checkpoints when another conversation is restored, and resume from these
-    (measured).
+    ``keep_checkpoints``: True if files contain the slot's checkpoints, or the probe was not possible. ``cache_kind``:
+    the kind that resuming from a restored slot has shown; None if it has shown none. ``are_usable`` is False in two
+    cases: without checkpoints in files, nothing of a sliding-window model's file can be reused; and builds such as
+    b9713 answer wrongly, because they keep the slot's checkpoints when another conversation is restored, and resume
+    from these (measured).
     """
 
-    keep_checkpoints: bool | None = None
+    keep_checkpoints: bool = True
     cache_kind: CacheKind | None = None
     are_usable: bool = True
 
@@ -254,8 +254,7 @@ class Probes:
             is_end_enough = await reused(parted + head(other, 2)) == count(parted)
         except SlotActionFailed as error:
             log.info(
-                "%s: no probe could be restored, so llamaslot learns from the first restores whether slot files hold"
-                " checkpoints: %s",
+                "%s: no probe could be restored, so llamaslot assumes that slot files hold checkpoints: %s",
                 self.api.name, error,
             )  # fmt: skip
             return Files()

@@ -229,7 +229,7 @@ class Handshake:
             return self._stand_aside(clears_idle_slots(n_slots), props)
         table.can_save, table.can_erase = can_save, self.probes.can_erase
         self._forget_rates_of_others(identity)
-        table.rewind_model.predictions = self.rates.predictions
+        table.rewind_model.returned = self.rates.returned
         if self.catalog is not None and can_save:
             fingerprint = await self._admit(table, identity)
             table.can_save = can_save = await self._probe_files(table, first.id)

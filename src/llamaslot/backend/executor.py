@@ -20,10 +20,9 @@ from llamaslot.backend.long_prompt import Report
 from llamaslot.backend.prefill import ChunkedPrefill
 from llamaslot.backend.save import Saving, never
 from llamaslot.backend.slot_content import is_untouched, prefilled, wait_until_idle
-from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common, head
-from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
+from llamaslot.cache.reuse import ReuseForecast, goes_on_behind
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, SnapshotInvalid, UpstreamError
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.answers import SlotAction
@@ -142,22 +141,16 @@ class PlanExecutor:
         plan's number unless one of these steps has failed.
         """
         request, rewind_model = lease.request, lease.table.rewind_model
-        n_shared, n_held = (
-            common(content.tokens, request.tokens),
-            content.n_tokens if content.is_exact else None,
-        )
-        n_usable = usable(rewind_model.cache_kind, n_shared, n_held, content.checkpoints, request.n_tokens)
+        n_shared = common(content.tokens, request.tokens)
         is_behind = goes_on_behind(content, n_shared, request.n_tokens)
         if lease.restored is not None:
-            n_expected = rewind_model.predictions.correct(
-                rewind_model.cache_kind, source_of(lease.restored), n_usable
-            )
+            n_held = content.n_tokens if content.is_exact else None
+            n_expected = rewind_model.usable(n_shared, n_held, content.checkpoints, request.n_tokens)
             n_likely = n_expected
         else:
             n_expected = rewind_model.of_slot(content, n_shared, request.n_tokens)
             n_likely = rewind_model.likely_of_slot(content, n_shared, request.n_tokens)
         return ReuseForecast(
-            n_usable,
             n_expected,
             n_likely,
             n_whole=content.n_held if is_behind else None,

@@ -9,12 +9,10 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from llamaslot.backend.abilities import NO_CHECKPOINTS, SNAPSHOTS_UNUSABLE
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
-from llamaslot.cache.reuse import RESIDENT, CacheKind, Strikes, has_failed
+from llamaslot.cache.reuse import CacheKind, Strikes
 from llamaslot.llama.answers import Progress
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
@@ -115,23 +113,16 @@ class Feedback:
         self.metrics.tokens_expected.labels(lease.plan.source.value).inc(forecast.n_expected)
         lease.recorder.reused(forecast.n_expected, n_reused)
         restored = lease.restored
-        kind = source_of(restored) if restored is not None else RESIDENT
-        lease.table.rewind_model.predictions.observe(
-            lease.table.cache_kind, kind, forecast.n_usable, n_reused
-        )
         if forecast.n_whole is not None:
             n_answer = forecast.n_answer
-            lease.table.rewind_model.predictions.answered(n_answer, n_reused - (forecast.n_whole - n_answer))
-        if n_reused < forecast.n_expected:
+            lease.table.rewind_model.returned.answered(n_answer, n_reused - (forecast.n_whole - n_answer))
+        if n_reused < forecast.n_expected - NEGLIGIBLE_TOKENS:
             self._was_wrong(lease, n_reused)
-        if restored is None or self._learn_checkpoints(lease, restored, n_reused):
-            return
-        if self._strikes.count(restored.id, forecast.n_expected, n_reused):
+        if restored is not None and self._strikes.count(restored.id, forecast.n_expected, n_reused):
             self._retire(restored, forecast.n_expected, n_reused)
 
     def _was_wrong(self, lease: Lease, n_reused: int) -> None:
-        plan, table, forecast = lease.plan, lease.table, lease.forecast
-        assert plan is not None
+        table, forecast = lease.table, lease.forecast
         self.metrics.reuse_mispredictions.inc()
         log.info(
             "%s: llama-server reused only %d prompt tokens in slot %s, %d were expected",
@@ -151,25 +142,6 @@ class Feedback:
                 table.backend,
             )
             table.cache_kind = CacheKind.SWA
-
-    def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
-        """Learn from restored snapshots whose reuse needed a rewind if slot files contain checkpoints. Returns True if
-        this failure is due to missing checkpoints, or may be.
-        """
-        table, forecast = lease.table, lease.forecast
-        is_end = forecast.n_usable >= restored.n_tokens
-        is_known = table.cache_kind is CacheKind.DENSE or table.rewind_model.keeps_checkpoints is not None
-        if is_known or is_end or not forecast.n_usable:
-            return False
-        if not has_failed(forecast.n_usable, n_reused):
-            table.rewind_model.keeps_checkpoints = True
-            return False
-        if self._strikes.count("files", forecast.n_usable, n_reused):
-            table.rewind_model.keeps_checkpoints = False
-            table.can_save = table.can_save and table.cache_kind is not CacheKind.SWA
-            found = NO_CHECKPOINTS if table.can_save else SNAPSHOTS_UNUSABLE
-            log.warning("%s: llamaslot can do less with this llama-server: %s", table.backend, found)
-        return True
 
     def _retire(self, snapshot: Snapshot, n_expected: int, n_reused: int) -> None:
         log.warning(

@@ -67,7 +67,7 @@ class SlotTable:
     def __init__(self, backend: str, n_slots: int, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         self.can_erase = False
-        self.rewind_model = RewindModel(predictions=rates.predictions)
+        self.rewind_model = RewindModel(returned=rates.returned)
         # True if the GGUF tells it too. A probe alone may be too short to leave a sliding window.
         self.is_cache_kind_sure = False
         self.slots = [Slot(backend, i) for i in range(n_slots)]

@@ -10,20 +10,14 @@ from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, co
 from llamaslot.cache.joined_index import Joined
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import Shared
-from llamaslot.cache.reuse import SNAPSHOT, TRUNK, RewindModel
+from llamaslot.cache.reuse import RewindModel
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import SnapshotView
 from llamaslot.scheduling.request import Request
-from llamaslot.store import Snapshot
 from llamaslot.store.model_snapshots import ModelSnapshots, PendingSave
 
 N_CANDIDATES = 16  # a placement considers so many snapshots, those with the longest common prefixes
 N_COVERING = 4  # so many holders are asked how much of a slot's content they have too
-
-
-def source_of(snapshot: Snapshot) -> str:
-    """Return the name under which the reuse of this snapshot is learned."""
-    return TRUNK if snapshot.kind is SnapshotKind.TRUNK else SNAPSHOT
 
 
 def branch_of(others: Iterable[tuple[int, Callable[[], bytes]]]) -> int:
@@ -154,13 +148,12 @@ class SnapshotCandidates:
         if (leaving := self._pending.get(hit.holder)) is not None:
             is_end_known = leaving.content.is_exact or self._rewind_model.is_rewound
             n_held = hit.n_tokens if is_end_known else None
-            source = SNAPSHOT if leaving.slot is None else TRUNK
             checkpoints = leaving.content.checkpoints
         else:
             snapshot = self._snapshots[hit.holder]
-            checkpoints, n_held, source = snapshot.checkpoints, hit.n_tokens, source_of(snapshot)
+            checkpoints, n_held = snapshot.checkpoints, hit.n_tokens
         return self._rewind_model.usable(
-            source, hit.n_shared, n_held, self._rewind_model.in_file(checkpoints), n_prompt
+            hit.n_shared, n_held, self._rewind_model.in_file(checkpoints), n_prompt
         )
 
     def on_disk(self, tokens: bytes, namespace: Namespace) -> int:

@@ -1,10 +1,10 @@
-"""Computes how many tokens of a common prefix llama-server can really reuse, and learns where it reuses fewer."""
+"""Computes how many tokens of a common prefix llama-server can really reuse, and learns how much of answers it does."""
 
 from __future__ import annotations
 
 import enum
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median_low
 from typing import Any
 
@@ -76,64 +76,27 @@ def checkpoints_after(kept: Iterable[int], n_reused: int, stops: Iterable[int]) 
     return tuple(sorted(made | {at for at in kept if at <= n_reused}))[-_N_KEPT:]
 
 
-class Tally(Struct):
-    """The number of prompts with a predicted reuse, and the sums of the tokens predicted and really reused."""
+class ReturnedAnswers:
+    """Learns how much of an answer comes back in the next prompt.
 
-    n: int = 0
-    n_predicted: int = 0
-    n_reused: int = 0
-
-
-class Predictions:
-    """Records predicted and actual reuse, by cache kind and source (slot, snapshot, trunk), and corrects the results
-    of ``usable`` for the llama.cpp build that is running.
-
-    If a build always reuses a few tokens less (n - 5 where n - 1 was predicted), this *shortfall* is subtracted from
-    later predictions: the median of the last samples, so at least half of them must fall short. A shortfall of more
-    than ``NEGLIGIBLE_TOKENS`` is no sample: the content was missing, which says nothing about the build.
+    The tokens of an answer are unknown until a save reads them back. A follow-up request sends the answer back as text.
+    llama-server then finds the whole answer in the slot, unless the template drops a part of it or the text gives other
+    tokens.
     """
 
     KEPT = 16
-    LEAST = 3  # samples before anything is corrected
+    LEAST = 3  # answers before their share counts
     SURE = 8  # unchanged answers in a row, after which another one is expected
 
     def __init__(self) -> None:
-        self._short: dict[tuple[CacheKind, str], deque[int]] = {}
-        self._back: dict[tuple[CacheKind, str], int] = {}
         self._n_whole = self.SURE  # number of answers in a row that came back unchanged, at most SURE
         # Of each of the last answers, the share of its tokens that came back.
         self._returned: deque[float] = deque(maxlen=self.KEPT)
-        self.tallies: dict[tuple[CacheKind, str], Tally] = {}
-
-    def correct(self, cache_kind: CacheKind, source: str, n_usable: int) -> int:
-        """``n_usable``, a result of ``usable``, less the tokens that this build usually fails to reuse. At least 0."""
-        return max(n_usable - self._back.get((cache_kind, source), 0), 0)
-
-    def observe(self, cache_kind: CacheKind, source: str, n_usable: int, n_reused: int) -> None:
-        """Record that llama-server reused ``n_reused`` tokens where ``usable`` gave ``n_usable``."""
-        if n_usable <= 0:
-            return
-        key = cache_kind, source
-        tally = self.tallies.setdefault(key, Tally())
-        tally.n += 1
-        tally.n_predicted += self.correct(cache_kind, source, n_usable)
-        tally.n_reused += n_reused
-        short = max(n_usable - n_reused, 0)
-        if short > NEGLIGIBLE_TOKENS:
-            return
-        last = self._short.setdefault(key, deque(maxlen=self.KEPT))
-        last.append(short)
-        if len(last) >= self.LEAST:
-            self._back[key] = 0 if not any(last) else median_low(last)
 
     @property
-    def do_answers_return(self) -> bool:
+    def are_whole(self) -> bool:
         """True if the next prompt is expected to contain the last answer exactly as it was generated, token for
         token: the last ``SURE`` answers did.
-
-        The tokens of an answer are unknown until a save reads them back. A follow-up request sends the answer back as
-        text. llama-server then finds the whole answer in the slot, unless the template drops a part of it or the text
-        gives other tokens.
         """
         return self._n_whole >= self.SURE
 
@@ -152,52 +115,35 @@ class Predictions:
         return int(share * n_answer)
 
     def to_json(self) -> dict[str, Any]:
-        """What was learned, as JSON: the last shortfalls by cache kind and source, the number of unchanged answers in
-        a row, and the shares of answers that came back; lists start with the oldest. ``tallies`` is not stored.
+        """What was learned, as JSON: the number of unchanged answers in a row, and the shares of answers that came
+        back, the oldest first.
         """
-        short = {
-            f"{cache_kind.value} {source}": list(last) for (cache_kind, source), last in self._short.items()
-        }
-        return {"short": short, "n_whole": self._n_whole, "returned": list(self._returned)}
+        return {"n_whole": self._n_whole, "returned": list(self._returned)}
 
     @classmethod
-    def from_json(cls, data: object) -> Predictions:
+    def from_json(cls, data: object) -> ReturnedAnswers:
         """The inverse of ``to_json``. Invalid parts of ``data`` are ignored."""
-        predictions = cls()
+        answers = cls()
         parts = data if isinstance(data, Mapping) else {}
         if isinstance(n_whole := parts.get("n_whole"), int):
-            predictions._n_whole = min(max(n_whole, 0), cls.SURE)
+            answers._n_whole = min(max(n_whole, 0), cls.SURE)
         returned = parts.get("returned")
         for share in returned if isinstance(returned, list) else ():
             if isinstance(share, int | float) and 0 <= share <= 1:
-                predictions._returned.append(float(share))
-        for cache_kind, source, short in _samples(parts.get("short")):
-            predictions.observe(cache_kind, source, NEGLIGIBLE_TOKENS + 1, NEGLIGIBLE_TOKENS + 1 - short)
-        predictions.tallies.clear()
-        return predictions
-
-
-def _samples(data: object) -> Iterator[tuple[CacheKind, str, int]]:
-    known = {cache_kind.value: cache_kind for cache_kind in CacheKind}
-    for key, last in data.items() if isinstance(data, Mapping) else ():
-        cache_kind, _, source = str(key).partition(" ")
-        for short in last if isinstance(last, list) and cache_kind in known else ():
-            if isinstance(short, int) and 0 <= short <= NEGLIGIBLE_TOKENS:
-                yield known[cache_kind], source, short
+                answers._returned.append(float(share))
+        return answers
 
 
 class ReuseForecast(Struct, frozen=True):
     """How many tokens of a prompt llama-server is expected to reuse, computed before the prompt is sent. All numbers
     are tokens.
 
-    ``n_usable``: what a model of this kind can reuse from the slot. ``n_expected``: ``n_usable``, corrected for this
-    build; a smaller reuse is a misprediction. ``n_likely``: ``n_expected``, and the part of the last answer that the
-    prompt is likely to contain. ``n_whole``: the reuse if the prompt contains the whole last answer, token for token,
-    with its ``n_answer`` tokens; None if the prompt does not continue an answer. ``is_rewind``: the slot holds more
-    than ``n_expected``, so llama-server truncates it.
+    ``n_expected``: what a model of this kind can reuse from the slot. ``n_likely``: ``n_expected``, and the part of the
+    last answer that the prompt is likely to contain. ``n_whole``: the reuse if the prompt contains the whole last
+    answer, token for token, with its ``n_answer`` tokens; None if the prompt does not continue an answer.
+    ``is_rewind``: the slot holds more than ``n_expected``, so llama-server truncates it.
     """
 
-    n_usable: int = 0
     n_expected: int = 0
     n_likely: int = 0
     n_whole: int | None = None
@@ -207,20 +153,16 @@ class ReuseForecast(Struct, frozen=True):
 
 NO_REUSE = ReuseForecast()
 
-# Where the reused content comes from: the slot itself, a conversation's snapshot, a shared-prefix snapshot. Shortfalls
-# are learned for each of them.
-RESIDENT, SNAPSHOT, TRUNK = "resident", "snapshot", "trunk"
-
 
 class RewindModel(Struct):
     """What is known of one llama-server and its model: where it can rewind to, and whether slot files contain the
-    checkpoints of their slots (``keeps_checkpoints``; None is unknown, and taken for True).
+    checkpoints of their slots (``keeps_checkpoints``; True if unknown).
     """
 
     cache_kind: CacheKind = CacheKind.DENSE
     window: int | None = None  # tokens of a sliding window; None if no model file tells
-    keeps_checkpoints: bool | None = None
-    predictions: Predictions = field(default_factory=Predictions)
+    keeps_checkpoints: bool = True
+    returned: ReturnedAnswers = field(default_factory=ReturnedAnswers)
 
     @property
     def is_rewindable(self) -> bool:
@@ -232,32 +174,27 @@ class RewindModel(Struct):
         checkpoints, a recurrent model can resume only at the exact end of the file, so the next prompt must contain
         everything in the file. It surely contains the prompt; the answer may come back changed.
         """
-        return self.cache_kind is CacheKind.RECURRENT and self.keeps_checkpoints is False
+        return self.cache_kind is CacheKind.RECURRENT and not self.keeps_checkpoints
 
     def in_file(self, checkpoints: tuple[int, ...]) -> tuple[int, ...]:
         """Those ``checkpoints`` of a slot that its file will contain if it is saved: all, or none."""
-        return () if self.keeps_checkpoints is False else checkpoints
+        return checkpoints if self.keeps_checkpoints else ()
 
-    def usable(
-        self, source: str, n_shared: int, n_held: int | None, checkpoints: tuple[int, ...], n_prompt: int
-    ) -> int:
-        """As the function ``usable`` for this kind of model, corrected by what was learned of this llama.cpp build
-        for content from ``source``.
-        """
-        n_usable = usable(self.cache_kind, n_shared, n_held, checkpoints, n_prompt)
-        return self.predictions.correct(self.cache_kind, source, n_usable)
+    def usable(self, n_shared: int, n_held: int | None, checkpoints: tuple[int, ...], n_prompt: int) -> int:
+        """As the function ``usable`` for this kind of model."""
+        return usable(self.cache_kind, n_shared, n_held, checkpoints, n_prompt)
 
     def of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
         """The reuse in tokens to count on, if a prompt of ``n_prompt`` tokens shares ``n_shared`` with the known tokens
         of a slot with this ``content``.
 
         1. The prompt seems to continue the slot's answer, the model cannot rewind freely, and answers usually come
-           back unchanged (``do_answers_return``): all that the slot holds, the answer included.
+           back unchanged (``ReturnedAnswers``): all that the slot holds, the answer included.
         2. The prompt continues the slot's exact end: all that the slot holds.
         3. Else a dense model resumes where the prompt diverges, other models at the last checkpoint before that.
         """
         is_behind = not self.is_rewindable and goes_on_behind(content, n_shared, n_prompt)
-        if is_behind and self.predictions.do_answers_return:
+        if is_behind and self.returned.are_whole:
             return content.n_held
         n_held = content.n_tokens if content.is_exact else None
         # A sliding window resumes at the exact end too, if the slot holds more than the window (measured: 2,560 of
@@ -266,7 +203,7 @@ class RewindModel(Struct):
         least = window if self.cache_kind is CacheKind.SWA else 0
         if n_held is not None and least < n_held <= n_shared and n_held < n_prompt:
             return n_held
-        return self.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
+        return self.usable(n_shared, n_held, content.checkpoints, n_prompt)
 
     def likely_of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
         """As ``of_slot``, which is the safe figure, plus the part of the slot's answer that the prompt is likely to
@@ -275,7 +212,7 @@ class RewindModel(Struct):
         n_usable = self.of_slot(content, n_shared, n_prompt)
         if not (self.is_rewindable and goes_on_behind(content, n_shared, n_prompt)):
             return n_usable
-        return n_usable + self.predictions.likely(content.n_more)
+        return n_usable + self.returned.likely(content.n_more)
 
 
 def goes_on_behind(content: Content, n_shared: int, n_prompt: int) -> bool:

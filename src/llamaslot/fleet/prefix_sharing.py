@@ -10,7 +10,7 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.ids import MIN_SHARED_TOKENS
-from llamaslot.cache.reuse import TRUNK, checkpoints_after
+from llamaslot.cache.reuse import checkpoints_after
 from llamaslot.scheduling.placement import BackendView
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
@@ -95,7 +95,7 @@ def ask_for_trunk(
     n, maker = best
     table = maker.table
     checkpoints = table.rewind_model.in_file(checkpoints_after((), 0, [n]))
-    n_usable = table.rewind_model.usable(TRUNK, n, n, checkpoints, request.n_tokens)
+    n_usable = table.rewind_model.usable(n, n, checkpoints, request.n_tokens)
     n_written = max(n, maker.n_done)
     cost_s = table.rates.save_s(n_written) + table.rates.restore_s(n_written)
     if table.rates.prefill.seconds(n_had, n_usable) <= cost_s:

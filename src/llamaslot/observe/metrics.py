@@ -205,7 +205,8 @@ class BackendMetrics:
             " them",
         )
         self.reuse_mispredictions = counter(
-            "reuse_mispredictions", "Completions that reused fewer prompt tokens than llamaslot expected"
+            "reuse_mispredictions",
+            "Completions that reused over 64 prompt tokens fewer than llamaslot expected",
         )
         self.steps_failed = counter_by(
             "step",

@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from llamaslot.cache.reuse import Predictions
+from llamaslot.cache.reuse import ReturnedAnswers
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.json_numbers import positive, rows, within
 from llamaslot.scheduling.prefill_rate import PrefillRate
@@ -205,7 +205,7 @@ class Rates(Struct):
     restore: TransferRate = field(default_factory=TransferRate)
     size: SnapshotSize = field(default_factory=SnapshotSize)
     answer: AnswerLength = field(default_factory=AnswerLength)
-    predictions: Predictions = field(default_factory=Predictions)
+    returned: ReturnedAnswers = field(default_factory=ReturnedAnswers)
     interruption: Delay = field(default_factory=lambda: Delay(0.1))
     save_delay: Delay = field(default_factory=lambda: Delay(0.005))
     request: Delay = field(default_factory=lambda: Delay(0.01))
@@ -263,7 +263,7 @@ class Rates(Struct):
             "restore": self.restore.to_json(),
             "size": self.size.to_json(),
             "answer": self.answer.to_json(),
-            "predictions": self.predictions.to_json(),
+            "returned": self.returned.to_json(),
             "interruption": self.interruption.to_json(),
             "save_delay": self.save_delay.to_json(),
             "request": self.request.to_json(),
@@ -280,7 +280,7 @@ class Rates(Struct):
             restore=TransferRate.from_json(parts.get("restore")),
             size=SnapshotSize.from_json(parts.get("size")),
             answer=AnswerLength.from_json(parts.get("answer")),
-            predictions=Predictions.from_json(parts.get("predictions")),
+            returned=ReturnedAnswers.from_json(parts.get("returned")),
             model=str(parts.get("model", "")),
         )
         rates.interruption.take_over(parts.get("interruption"))
