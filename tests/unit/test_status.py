@@ -188,3 +188,9 @@ def test_a_key_that_no_header_can_carry(monkeypatch: pytest.MonkeyPatch, key: st
     monkeypatch.setenv("LLAMASLOT_KEY", key)
     with pytest.raises(LlamaslotError, match="LLAMASLOT_KEY"):
         Running.at("http://127.0.0.1:1").get("status")
+
+
+def test_an_address_with_a_blank() -> None:
+    """http.client refuses it when it is asked to connect."""
+    with pytest.raises(NotRunning, match="no llamaslot answers on a b"):
+        Running.at("http://a b").get("status")

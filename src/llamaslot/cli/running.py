@@ -115,19 +115,17 @@ class Running:
         """
         from http.client import HTTPException
 
-        connection = self._connect()
         try:
-            connection.request(method, target, headers=self._headers)
-            response = connection.getresponse()
-            answer: dict[str, Any] = json.loads(response.read())
+            with contextlib.closing(self._connect()) as connection:
+                connection.request(method, target, headers=self._headers)
+                response = connection.getresponse()
+                answer: dict[str, Any] = json.loads(response.read())
         except (ValueError, RecursionError):
             raise NotRunning(f"what answers on {self.where} is no llamaslot") from None
         except (OSError, HTTPException) as error:
             raise NotRunning(
                 f"no llamaslot answers on {self.where} ({error}): is it running, with this configuration?"
             ) from error
-        finally:
-            connection.close()
         if response.status != 200 or not isinstance(answer, dict):
             raise Refused(
                 response.status, self._why_refused(response.status, response.getheader("Server"), answer)
