@@ -296,11 +296,23 @@ def test_a_save_is_worth_it_when_computing_takes_longer() -> None:
 
 
 def test_the_wait_of_one_request_for_a_save_is_shared_by_the_slots() -> None:
-    """A second of computing, which delays all four, against two seconds in which one request waits for a batch."""
+    """Two seconds of computing, which delay all four, against four in which one request waits for a batch."""
     for n_slots, is_worth in ((1, False), (4, True)):
         table = make(n_slots)
-        table.rates.save_delay.seconds = 2.0
-        assert table.worth.of(hold(table, 0, head(A, 1000))).is_worth_saving is is_worth
+        table.rates.save_delay.seconds = 4.0
+        assert table.worth.of(hold(table, 0, A)).is_worth_saving is is_worth
+
+
+def test_no_request_waits_for_the_save_of_a_small_content_that_is_soon_computed() -> None:
+    """A second of computing: four times a wait of 0.2 s are less, those of 0.3 s are more. In idle time it is saved,
+    and a large one is worth the wait."""
+    for delay_s, is_worth in ((0.2, True), (0.3, False)):
+        table = make()
+        table.rates.save_delay.seconds = delay_s
+        slot = hold(table, 0, head(A, 1000))
+        assert table.worth.of(slot).is_worth_saving is is_worth
+        assert table.worth.is_worth_saving(slot)
+        assert table.worth.of(hold(table, 1, B)).is_worth_saving
 
 
 def test_what_is_saved_or_cannot_be_is_not_worth_saving() -> None:

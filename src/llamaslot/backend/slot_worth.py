@@ -39,6 +39,10 @@ from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 
 _FEW_SLOTS = 8  # a placement considers all of so many slots
+# A request waits for the save of a small content only if computing that again takes so many times the wait. Titles and
+# completions of code hardly ever come back, and a save takes as long again in the background. Eight small requests at
+# once on four slots took 1.35 times as long as on llama-server alone in place of 1.6.
+_SMALL_DELAYS = 4
 _RANKED_S = 1.0  # a rank is valid for so long: ``return_likelihood`` changes by a twentieth of a percent
 
 
@@ -217,7 +221,8 @@ class SlotWorth:
 
     def _compute(self, slot: Slot) -> Worth:
         content, delay_s = slot.content, self.rates.save_delay.seconds
-        is_worth = self.is_worth_saving(slot, delay_s / len(self.slots))
+        is_small = content.n_tokens < self.rules.small_prompt_tokens
+        is_worth = self.is_worth_saving(slot, delay_s * (_SMALL_DELAYS if is_small else 1 / len(self.slots)))
         save_s = self.rates.save_s(content.n_held) + delay_s if is_worth else 0.0
         cost_s = self.eviction_cost_s(slot, is_worth)
         is_large = cost_s > 0 and content.n_tokens >= self.rules.small_prompt_tokens
