@@ -137,10 +137,12 @@ async def place_of(
     writes.
     """
     model = kind(directory.parent / "models")
-    settings = None
+    settings: dict[str, Any] = {
+        "routing": {"small_prompt_tokens": 0}
+    }  # each turn is saved, however short it is
     if landing is not None:
         (directory / "kept").mkdir(parents=True, exist_ok=True)
-        settings = {"store": {"directory": str(directory / "kept")}}
+        settings["store"] = {"directory": str(directory / "kept")}
     stack = Stack(model, directory, slots=1, context=context, settings=settings, save_dir=landing)
     async with stack, clients(stack) as (front, server):
         yield Place(stack, front, server, random.Random(seed))
