@@ -10,6 +10,7 @@ import pytest
 
 from llamaslot.cache.ids import pack
 from llamaslot.formats import FORMATS
+from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import DryRun, DryRuns, Verdict
 
 N_CTX, SLOT = 1000, 2
@@ -19,7 +20,7 @@ TEXT = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 @dataclass
-class Server:
+class Server(LlamaServer):
     """Refuses these fields; ``quirks``: what it does otherwise than the real one."""
 
     wrong: Mapping[str, Any] = field(default_factory=dict)
@@ -27,6 +28,9 @@ class Server:
     tokens_per_character: float = 0.5
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     n_tokenized: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__("http://127.0.0.1:1")
 
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None

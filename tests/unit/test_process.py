@@ -21,7 +21,6 @@ from llamaslot.llama.managed.process import (
     Backoff,
     ManagedConfig,
     ManagedServer,
-    needed_flags,
     own_words,
     smollm2_path,
 )
@@ -333,7 +332,7 @@ async def test_the_log_is_kept_and_rotated(managed: Managed, script: Script, sle
 def test_what_the_user_says_wins(tmp_path: Path) -> None:
     """A flag in `args` replaces ours, under any of its names; one batch size of his leaves both to him."""
     config = ManagedConfig(model="m", args=("--kv-unified", "--parallel=2", "-b", "2048"))
-    words = own_words(config, needed_flags(config, "m", 1234, tmp_path), None)
+    words = own_words(config, config.needed(1234, tmp_path), None)
     assert "--no-kv-unified" not in words
     assert "-np" not in words
     assert "-ub" not in words

@@ -16,7 +16,7 @@ from llamaslot.cache.ids import count, pack, unpack
 from llamaslot.errors import BadRequest, PromptNotTokenizable, UpstreamError
 from llamaslot.tokens import tokenize_cache as pieces_module
 from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan
-from llamaslot.tokens.tokenize_cache import SystemPromptCache, TokenizeCache, spaced
+from llamaslot.tokens.tokenize_cache import PartCache, TokenizeCache, spaced
 from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]")
@@ -753,7 +753,7 @@ async def test_the_ends_of_a_hundred_users_system_parts_are_remembered() -> None
 
 def test_system_parts_take_so_many_bytes_at_most() -> None:
     """Those used last stay; one that two have asked for at once is counted once."""
-    systems = SystemPromptCache(limit_bytes=10_000)
+    systems = PartCache(limit_bytes=10_000)
     for i in range(20):
         systems.keep(b"made of %d" % i, bytes(1000))
         systems.keep(b"made of %d" % i, bytes(1000))

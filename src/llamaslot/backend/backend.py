@@ -13,11 +13,10 @@ from typing import Protocol
 from llamaslot.backend.abandoned_slots import AbandonedSlots
 from llamaslot.backend.cache_miss import CacheMisses
 from llamaslot.backend.connect import Handshake, RouterMode, ServerSession
-from llamaslot.backend.drain import Drain
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.health import SUSPECT_S, Gone, Health, Presence, Watch
-from llamaslot.backend.idle_save import IdleSave
+from llamaslot.backend.idle_save import Drain, IdleSave
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.save import Saving
 from llamaslot.backend.slot_table import SlotTable

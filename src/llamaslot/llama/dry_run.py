@@ -23,7 +23,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 from msgspec import Struct
@@ -82,24 +82,6 @@ _MAX_KNOWN = 4096
 # 65,000 tokens here). A dry run of a chat is made only if a late refusal would waste _WORTH times as much.
 _TOKENIZING_S = 1.5e-6
 _WORTH = 5.0
-
-
-class DryRunServer(Protocol):
-    """The methods of the client that dry runs call."""
-
-    async def ask(
-        self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
-    ) -> tuple[int, Any]:
-        """As ``LlamaServer.ask``."""
-        ...
-
-    async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """As ``LlamaServer.refusal``."""
-        ...
-
-    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
-        """As ``LlamaServer.tokenize``."""
-        ...
 
 
 class DryRun(Struct, frozen=True):
@@ -166,7 +148,7 @@ class Verdict(enum.Enum):
 class DryRuns:
     """Makes dry runs on one llama-server, one for each kind of request: remembers which kinds it accepts."""
 
-    def __init__(self, server: DryRunServer) -> None:
+    def __init__(self, server: LlamaServer) -> None:
         self._server = server
         self.forget()
 

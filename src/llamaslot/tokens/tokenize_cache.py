@@ -5,7 +5,7 @@ at the start of the text), and ends before another one. A path from the root is 
 compared as strings, so no hash has to be trusted. The beginning that a text shares with an earlier one is found at the
 speed of memcmp. Only what follows is searched for special tokens.
 
-``SystemPromptCache`` keeps the tokens of whole system prompts, under the JSON from which they were made.
+``PartCache`` keeps the tokens of system parts and of questions, by the JSON from which they were made.
 """
 
 from __future__ import annotations
@@ -194,13 +194,13 @@ def spaced(marks: Iterable[TokenSpan], last: int = 0) -> list[TokenSpan]:
     return chosen
 
 
-_LIMIT_BYTES = 32 << 20  # an entry usually has 60 kB: enough for 500 users with different system prompts
+_LIMIT_BYTES = 32 << 20  # an entry usually has 60 kB: enough for 500 users with different system parts
 _ENTRY_BYTES = 200  # bytes of an entry besides its tokens, roughly
 
 
-class SystemPromptCache:
-    """A least-recently-used cache of the tokens of system prompts. Keys are stored as hashes: two keys with the same
-    hash would only let a prompt be cut at a worse place.
+class PartCache:
+    """A least-recently-used cache of the tokens of parts of prompts, by the JSON that they are made from. Keys are
+    stored as hashes: two keys with the same hash would only let a prompt be cut at a worse place.
     """
 
     def __init__(self, limit_bytes: int = _LIMIT_BYTES) -> None:

@@ -18,8 +18,8 @@ from llamaslot.cache.ids import WIDTH, common, count, head, pack
 from llamaslot.errors import BadRequest, LlamaslotError, PromptNotTokenizable, Reason, UpstreamError
 from llamaslot.tasks import gather
 from llamaslot.tokens.media import has_media, text_before, up_to_medium
-from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan
-from llamaslot.tokens.tokenize_cache import Known, SystemPromptCache, TokenizeCache, spaced
+from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenizeRoute, TokenSpan
+from llamaslot.tokens.tokenize_cache import Known, PartCache, TokenizeCache, spaced
 from llamaslot.tokens.variants import openings, system_variant, variants_of
 
 log = logging.getLogger(__name__)
@@ -63,17 +63,13 @@ class NoPrompt(BadRequest):
     """llama-server does not accept this value as a prompt."""
 
 
-class PromptServer(Protocol):
+class PromptServer(TokenizeRoute, Protocol):
     """The two routes of llama-server that turn a body into tokens. They raise UpstreamError for its error answers."""
 
     async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
         """``POST /apply-template``: the text to which the template renders a chat body. ``raw``: the body as JSON, if
         the caller has it.
         """
-        ...
-
-    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
-        """``POST /tokenize``: the packed tokens of ``content``."""
         ...
 
 
@@ -126,8 +122,8 @@ class _Model:
     def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
         self.specials = SpecialTokensOfEach(server)
         self.pieces = TokenizeCache(cache_bytes)
-        self.systems = SystemPromptCache()
-        self.questions, self.tails = SystemPromptCache(), SystemPromptCache()  # see Tokenizer._question_end
+        # Of system parts, of all up to a question, and of what follows a question. Their keys have different forms.
+        self.parts = PartCache()
         self.is_whole = is_whole
 
     def split(self, text: str, whose: str) -> _Split:
@@ -362,16 +358,16 @@ class Tokenizer:
         that they depend on. Once the tail is known, a prompt that ends with it costs no request.
         """
         model, n = self._model, 0
-        if tail_from is not None and (tail := model.tails.find(tail_from)) is not None:
+        if tail_from is not None and (tail := model.parts.find(tail_from)) is not None:
             n = prompt.n_tokens - count(tail) + _HEADER_END_TOKENS if prompt.tokens.endswith(tail) else 0
-        elif (asked := model.questions.find(made_from)) is not None and prompt.tokens.startswith(asked):
+        elif (asked := model.parts.find(made_from)) is not None and prompt.tokens.startswith(asked):
             return count(asked)
         if not n and (n := await self._shared(variant, prompt)) and tail_from is not None:
             tail = prompt.tokens[max(n - _HEADER_END_TOKENS, 0) * WIDTH :]
             if _HEADER_END_TOKENS <= count(tail) <= _HEADER_TOKENS + _HEADER_END_TOKENS:
-                model.tails.keep(tail_from, tail)
+                model.parts.keep(tail_from, tail)
         if n:
-            model.questions.keep(made_from, head(prompt.tokens, n))
+            model.parts.keep(made_from, head(prompt.tokens, n))
         return n
 
     async def system_end(self, body: Mapping[str, Any], prompt: Prompt) -> int:
@@ -385,10 +381,10 @@ class Tokenizer:
             return 0
         shown = {name: body[name] for name in _SHOWN if name in body}
         key = _key([prompt.whose, variant["messages"][:-1], shown])
-        systems = self._model.systems
-        if (tokens := systems.find(key)) is None:
+        parts = self._model.parts
+        if (tokens := parts.find(key)) is None:
             tokens = head(prompt.tokens, await self._shared(variant, prompt))
-            systems.keep(key, tokens)
+            parts.keep(key, tokens)
         return common(tokens, prompt.tokens)
 
     async def opening(self, body: Mapping[str, Any]) -> tuple[Prompt, int]:

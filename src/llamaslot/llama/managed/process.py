@@ -136,9 +136,15 @@ class ManagedConfig(BaseModel):
         return alias.split(",")[0] or self.model
 
     def needed(self, port: int, slot_save_path: Path) -> list[Flag]:
-        """As ``Launch.needed``."""
-        model = str(smollm2_path()) if self.model == EMBEDDED_MODEL else self.model
-        return needed_flags(self, model, port, slot_save_path)
+        """As ``Launch.needed``: what llamaslot needs, and every llama-server knows."""
+        return [
+            Flag("-m", ("--model",), str(smollm2_path()) if self.model == EMBEDDED_MODEL else self.model),
+            Flag("--host", (), "127.0.0.1"),
+            Flag("--port", (), str(port)),
+            Flag("-np", ("--parallel",), str(self.slots)),
+            Flag("-c", ("--ctx-size",), str(self.context)),
+            Flag("--slot-save-path", (), str(slot_save_path)),
+        ]
 
     def recommended(self) -> list[Flag]:
         """As ``Launch.recommended``."""
@@ -173,18 +179,6 @@ def free_port() -> int:
 def _named(args: Sequence[str]) -> set[str]:
     """The flags among ``args``, without their values."""
     return {word.split("=", 1)[0] for word in args if word.startswith("-")}
-
-
-def needed_flags(config: ManagedConfig, model: str, port: int, slot_save_path: Path) -> list[Flag]:
-    """The flags that llamaslot always passes: it needs them, and every llama-server knows them."""
-    return [
-        Flag("-m", ("--model",), model),
-        Flag("--host", (), "127.0.0.1"),
-        Flag("--port", (), str(port)),
-        Flag("-np", ("--parallel",), str(config.slots)),
-        Flag("-c", ("--ctx-size",), str(config.context)),
-        Flag("--slot-save-path", (), str(slot_save_path)),
-    ]
 
 
 def recommended_flags(args: Sequence[str]) -> list[Flag]:
