@@ -130,7 +130,7 @@ class House:
             table.add_snapshot(snapshot)
         for slot, real in zip(table.slots, self.server.slots_, strict=True):
             if real.is_working:
-                table.take(slot, Request("left over"), self.loop.time(), has_answer=False)
+                table.take(slot, Request("left over"), self.loop.time())
                 table.give_back(slot, SlotEvent.LEAVE, NOTHING, self.loop.time())
                 self.abandoned_slots.add_slot(table, slot, NOTHING)
             else:

@@ -38,7 +38,7 @@ def house() -> Iterator[House]:
     table = house.dispatcher.tables[0]
     for slot in table.slots:
         owner = Request("owner", tokens_of(10_000 * (slot.id + 1), 6000))
-        table.take(slot, owner, 0.0, has_answer=False)
+        table.take(slot, owner, 0.0)
         table.give_back(slot, SlotEvent.KEEP, Content(owner.tokens, is_dirty=True), 0.0)
     yield house
     house.close()
@@ -91,7 +91,7 @@ def test_few_slots_are_valued_again_for_each_request(monkeypatch: pytest.MonkeyP
     table.can_save = table.can_erase = True
     for slot in table.slots:
         owner = Request("owner", tokens_of(10_000 * slot.id, 200))
-        table.take(slot, owner, 0.0, has_answer=False)
+        table.take(slot, owner, 0.0)
         table.give_back(slot, SlotEvent.KEEP, Content(owner.tokens, is_dirty=True), 0.0)
     monkeypatch.setattr(SlotWorth, "_compute", counting)
     for number in range(20):
@@ -99,7 +99,7 @@ def test_few_slots_are_valued_again_for_each_request(monkeypatch: pytest.MonkeyP
         plan = place(request, [table.view(request, 1.0, {})], table.rules)
         n_valued[0] = 0 if number == 0 else n_valued[0]
         assert isinstance(plan, Plan)
-        table.take(table.slots[plan.slot.id], request, 1.0, plan, has_answer=True)
+        table.take(table.slots[plan.slot.id], request, 1.0, plan)
         table.give_back(
             table.slots[plan.slot.id], SlotEvent.KEEP, Content(request.tokens, is_dirty=True), 1.0
         )
@@ -121,7 +121,7 @@ def test_what_is_kept_of_a_slot_is_what_would_be_computed(seed: int) -> None:
         )
         key = slot.key
         plan = Plan(key, (Save(key),) if rng.random() < 0.5 else (), Source.COLD, 0)
-        pending = table.take(slot, Request("x", held), float(step), plan, has_answer=False)
+        pending = table.take(slot, Request("x", held), float(step), plan)
         check_worths(table)
         if pending is not None:
             if rng.random() < 0.7:

@@ -48,7 +48,7 @@ def own(number: int) -> bytes:
 
 def holds(table: SlotTable, tokens: bytes, used_at: float) -> None:
     (slot,) = table.slots
-    table.take(slot, Request("before", tokens), used_at, has_answer=True)
+    table.take(slot, Request("before", tokens), used_at)
     event = SlotEvent.KEEP if tokens else SlotEvent.EMPTY
     table.give_back(slot, event, Content(tokens, is_exact=False, is_dirty=bool(tokens)), used_at)
 
@@ -114,7 +114,7 @@ async def test_a_small_prompt_takes_no_large_context() -> None:
             snapshot = listed(f"s{number}", long, 1000)
             table.add_snapshot(snapshot)
             (slot,) = table.slots
-            table.take(slot, Request("saved", long), 1.0, has_answer=False)
+            table.take(slot, Request("saved", long), 1.0)
             table.give_back(slot, SlotEvent.KEEP, Content(long, snapshot=snapshot.id), 1.0)
     prompt = pack(range(90_000, 90_300))
     looked = await looked_at(every, prompt)
@@ -184,7 +184,7 @@ class Many:
         if self.rng.random() < 0.3:
             snapshot = f"s{len(self.held)}"
             table.add_snapshot(listed(snapshot, held, len(held) * 10))
-        table.take(slot, Request("fill", held), self.now, has_answer=True)
+        table.take(slot, Request("fill", held), self.now)
         content = Content(held, is_dirty=snapshot is None, snapshot=snapshot)
         if self.rng.random() < 0.8:
             table.give_back(slot, SlotEvent.KEEP, content, self.now)

@@ -46,13 +46,13 @@ def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
             table.add_snapshot(listed(snapshot, held, len(held) * 10))
         content = Content(held, is_dirty=snapshot is None, snapshot=snapshot, namespace=namespace)
         now = rng.uniform(0, 3000)
-        table.take(slot, Request("fill", held, namespace=namespace), now, has_answer=False)
+        table.take(slot, Request("fill", held, namespace=namespace), now)
         table.give_back(slot, SlotEvent.KEEP, content, now)
         if rng.random() < 0.3:
             job = Request(f"busy{slot.id}", pack(tokens(rng, stems)), namespace=namespace)
             plan = place(job, [table.view(job, 3000.0, {})], table.rules)
             if isinstance(plan, Plan):
-                table.take(table.slots[plan.slot.id], job, 3000.0, plan, has_answer=True)
+                table.take(table.slots[plan.slot.id], job, 3000.0, plan)
     return table
 
 

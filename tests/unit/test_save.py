@@ -128,7 +128,7 @@ def test_a_long_answer_is_worth_its_save(house: House) -> None:
     slot = table.slots[0]
     assert not table.worth.is_worth_saving(slot)
     for n_more, is_worth_it in ((0, False), (2000, True)):
-        table.take(slot, Request("again"), house.loop.time(), has_answer=True)
+        table.take(slot, Request("again"), house.loop.time())
         content = Content(slot.content.tokens, False, True, (), slot.content.snapshot, n_more)
         table.give_back(slot, SlotEvent.KEEP, content, house.loop.time())
         assert table.worth.is_worth_saving(slot) is is_worth_it
@@ -158,7 +158,7 @@ def test_what_has_media_behind_it_is_never_written(house: House) -> None:
     assert table is not None
     fill(house, 1)
     [slot] = [slot for slot in table.slots if slot.content.tokens]
-    table.take(slot, Request("an image"), house.loop.time(), has_answer=True)
+    table.take(slot, Request("an image"), house.loop.time())
     content = Content(slot.content.tokens, is_exact=False, is_dirty=True, has_media=True)
     table.give_back(slot, SlotEvent.KEEP, content, house.loop.time())
     house.loop.run_until_complete(house.idle_save.save_all())

@@ -44,7 +44,7 @@ def hold(table: SlotTable, slot: int, tokens: bytes, now: float = 0.0, **more: o
     """The slot after somebody's answer."""
     content = Content(tokens, is_exact=False, is_dirty=True)
     taken = table.slots[slot]
-    table.take(taken, Request("before", tokens), now, has_answer=True)
+    table.take(taken, Request("before", tokens), now)
     table.give_back(taken, SlotEvent.KEEP, replace(content, **more), now)
     table.check()
     return taken
@@ -64,7 +64,7 @@ def plan(slot: int, *steps: Save) -> Plan:
 def test_a_leased_slot_counts_as_holding_what_its_job_will_leave() -> None:
     """So that a second request of the same conversation waits for it instead of computing everything twice."""
     table = make()
-    table.take(table.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
+    table.take(table.slots[0], Request("a", A), 10.0, plan(0))
     table.check()
     seen = table.view(Request("b", A + pack([1])), 10.0, SYSTEM_USER).slots[0]
     assert (seen.state, seen.n_tokens, seen.n_shared, seen.n_usable) == (SlotState.LEASED, 2000, 2000, 2000)
@@ -73,7 +73,7 @@ def test_a_leased_slot_counts_as_holding_what_its_job_will_leave() -> None:
 def test_a_leased_slot_is_expected_back_after_its_steps_and_an_answer() -> None:
     """2 s of steps, and then as long as answers usually take; less of it is left as time passes."""
     table = make()
-    table.take(table.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
+    table.take(table.slots[0], Request("a", A), 10.0, plan(0))
     answer_s = table.rates.answer.seconds_left(0)
     asks = Request("b", A)
     assert table.view(asks, 10.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(2 + answer_s)
@@ -86,7 +86,7 @@ def test_a_slot_leased_for_a_save_still_holds_what_is_saved() -> None:
     """Its owner, asking at that moment, waits for the few milliseconds that it takes."""
     table = make()
     slot = hold(table, 0, A)
-    table.take(slot, Request("idle save", A), 10.0, has_answer=False)
+    table.take(slot, Request("idle save", A), 10.0)
     decision = place(
         Request("owner", A + pack([1])),
         [table.view(Request("owner", A + pack([1])), 10.0, SYSTEM_USER)],
@@ -100,7 +100,7 @@ def test_a_slot_that_will_hold_unknown_content_is_not_waited_for() -> None:
     """A stranger landed in it: the conversation that was there is gone."""
     table = make()
     slot = hold(table, 0, A)
-    table.take(slot, Request("turn"), 10.0, has_answer=False)
+    table.take(slot, Request("turn"), 10.0)
     table.expect_unknown_content(slot, SHARED)
     table.check()
     assert table.view(Request("owner", A), 10.0, SYSTEM_USER).slots[0].n_shared == 0
@@ -124,7 +124,7 @@ def test_an_abandoned_slot_is_busy_until_the_server_is_idle() -> None:
     """Its client has gone; it goes through ABANDONED to HOT and can then be leased."""
     table = make()
     slot = table.slots[0]
-    table.take(slot, Request("gone", A), 1.0, plan(0), has_answer=True)
+    table.take(slot, Request("gone", A), 1.0, plan(0))
     table.give_back(slot, SlotEvent.LEAVE, Content(A, is_exact=False, is_dirty=True), 2.0)
     table.check()
     seen = table.view(Request("back", A), 2.0, SYSTEM_USER).slots[0]
@@ -139,7 +139,7 @@ def test_a_suspect_slot_is_believed_to_hold_nothing() -> None:
     """A step failed half-way."""
     table = make()
     slot = table.slots[0]
-    table.take(slot, Request("a", A), 1.0, plan(0), has_answer=True)
+    table.take(slot, Request("a", A), 1.0, plan(0))
     table.give_back(slot, SlotEvent.FAIL, Content(A), 2.0)
     table.check()
     assert (slot.state, slot.content) == (SlotState.SUSPECT, NOTHING)
@@ -152,7 +152,7 @@ def test_what_a_plan_saves_is_leaving_in_the_same_breath() -> None:
     """Neither resident nor on disk: its owner, asking now, waits for the commit and reserves no slot."""
     table = make()
     slot = hold(table, 0, A)
-    leaving = table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    leaving = table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))))
     table.check()
     assert leaving is not None
     owner = Request("owner", A + pack([1]))
@@ -168,7 +168,7 @@ def test_a_save_that_takes_longer_is_still_waited_for() -> None:
     """It is on its way as long as nobody says otherwise."""
     table = make()
     slot = hold(table, 0, A)
-    table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))))
     assert table.view(Request("owner", A), 99.0, SYSTEM_USER).snapshots[0].wait_s > 0
 
 
@@ -176,7 +176,7 @@ def test_what_has_left_is_not_waited_for() -> None:
     """The save has ended, well or not. Said twice, it has ended once."""
     table = make()
     slot = hold(table, 0, A)
-    leaving = table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    leaving = table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))))
     assert leaving is not None
     table.end_pending_save(leaving)
     table.end_pending_save(leaving)
@@ -190,7 +190,7 @@ def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
     table.use_snapshots(library)
     table.add_snapshot(snapshot("s", B))
     slot = hold(table, 0, A)
-    leaving = table.take(slot, Request("next", B), 1.0, plan(0, Save(key(0))), has_answer=True)
+    leaving = table.take(slot, Request("next", B), 1.0, plan(0, Save(key(0))))
     after.use_snapshots(library)
     assert leaving is not None
     assert library.index.holders() == {"s"}
@@ -205,7 +205,7 @@ def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
 def test_without_a_save_nothing_is_leaving() -> None:
     """What is not saved is lost: nobody waits for it."""
     table = make()
-    assert table.take(hold(table, 0, A), Request("b", B), 10.0, plan(0), has_answer=True) is None
+    assert table.take(hold(table, 0, A), Request("b", B), 10.0, plan(0)) is None
 
 
 # -- snapshots -----------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_a_snapshot_dropped_while_its_slot_is_leased_is_not_believed_in() -> Non
     table.add_snapshot(snapshot("s", A))
     slot = hold(table, 0, A, is_dirty=False, snapshot="s")
     believed = slot.content
-    table.take(slot, Request("again", A), 1.0, has_answer=True)
+    table.take(slot, Request("again", A), 1.0)
     table.drop_snapshot("s")
     table.give_back(slot, SlotEvent.KEEP, believed, 2.0)
     table.check()
@@ -402,7 +402,7 @@ def test_a_broken_pool_is_noticed(spoil: object, name: str) -> None:
     table = make()
     table.add_snapshot(snapshot("s", A))
     hold(table, 0, A, is_dirty=False, snapshot="s")
-    table.take(table.slots[1], Request("b", B), 1.0, has_answer=True)
+    table.take(table.slots[1], Request("b", B), 1.0)
     table.check()
     spoil(table)  # type: ignore[operator]
     with pytest.raises(AssertionError, match=name):

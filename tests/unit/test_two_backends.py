@@ -43,7 +43,7 @@ class Two:
     def holds(self, backend: str, tokens: bytes, slot: int = 0) -> None:
         """A slot of ``backend`` holds a conversation."""
         table = self.tables[backend]
-        table.take(table.slots[slot], Request("before", tokens), self.now, has_answer=True)
+        table.take(table.slots[slot], Request("before", tokens), self.now)
         table.give_back(
             table.slots[slot], SlotEvent.KEEP, Content(tokens, is_exact=False, is_dirty=True), self.now
         )

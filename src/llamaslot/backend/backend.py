@@ -332,7 +332,7 @@ class Backend:
         self.executor.saving.fingerprint = session.fingerprint
         self.executor.boot_id = session.props.boot_id
         for slot in session.found_busy:
-            session.table.take(slot, Request("left over"), self.now(), has_answer=False)
+            session.table.take(slot, Request("left over"), self.now())
             session.table.give_back(slot, SlotEvent.LEAVE, NOTHING, self.now())
             self.abandoned_slots.add_slot(session.table, slot, NOTHING)
         if self._catalog is not None and session.table.can_save:  # snapshots may have gone while connecting

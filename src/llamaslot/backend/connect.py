@@ -286,7 +286,7 @@ class Handshake:
         That is harmless, because llama-server compares tokens itself."""
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
             log.warning("%s: slot %d could not be erased; its unknown content is not reused", self.name, slot)
-            table.take(table.slots[slot], Request("adoption"), now, has_answer=False)
+            table.take(table.slots[slot], Request("adoption"), now)
             table.give_back(table.slots[slot], SlotEvent.FAIL, NOTHING, now)
 
     async def _erased(self, slot: int) -> bool:
@@ -379,7 +379,7 @@ class Handshake:
         if snapshot is None:
             return False
         slot = table.slots[info.id]
-        table.take(slot, Request("adoption"), now, has_answer=False)
+        table.take(slot, Request("adoption"), now)
         table.give_back(slot, SlotEvent.KEEP, content_of(snapshot), now)
         log.info(
             "%s: slot %d adopted: requests can reuse the %d tokens that it held before llamaslot connected",

@@ -182,7 +182,7 @@ def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
         leases.backend,
     )
     for slot in filled:
-        table.take(slot, Request("sleep"), now, has_answer=False)
+        table.take(slot, Request("sleep"), now)
         table.give_back(slot, SlotEvent.EMPTY, NOTHING, now)
     leases.dispatch()
 

@@ -109,7 +109,7 @@ class Lease:
         # The content that the plan saves first. Other requests can wait for its snapshot from now on.
         self._leaving = None
         if slot is not None:
-            self._leaving = table.take(slot, request, now(), plan, has_answer=plan is not None)
+            self._leaving = table.take(slot, request, now(), plan)
 
     def __repr__(self) -> str:
         return f"<Lease {self.slot!r} {self.state.value} {self.request!r}>"

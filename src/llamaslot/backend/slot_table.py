@@ -278,13 +278,10 @@ class SlotTable:
 
     # -- leases --------------------------------------------------------------------------------------------------
 
-    def take(
-        self, slot: Slot, request: Request, now: float, plan: Plan | None = None, *, has_answer: bool
-    ) -> PendingSave | None:
+    def take(self, slot: Slot, request: Request, now: float, plan: Plan | None = None) -> PendingSave | None:
         """Lease ``slot`` to ``request``. With a ``plan`` the slot counts from now on as holding the prompt of the
-        request. Content that the plan saves first is pending at once: other requests for it wait for the commit
-        instead of computing it. Returns that pending save, None without one. ``has_answer``: an answer follows the
-        steps."""
+        request, whose answer follows the steps. Content that the plan saves first is pending at once: other requests
+        for it wait for the commit instead of computing it. Returns that pending save, None without one."""
         old = slot.content
         steps_s = plan.cost.steps_s if plan else self.save_s(old)
         leaving = None
@@ -298,7 +295,7 @@ class SlotTable:
             (request.tokens, request.namespace) if plan is not None else (old.tokens, old.namespace)
         )
         ready_at, max_tokens = now + steps_s, request.max_tokens
-        self._busy[slot.id] = SlotForecast(ready_at, has_answer, will_hold, namespace, max_tokens)
+        self._busy[slot.id] = SlotForecast(ready_at, plan is not None, will_hold, namespace, max_tokens)
         self._index_content(slot, will_hold, namespace)
         self.worth.lost(slot)
         return leaving
