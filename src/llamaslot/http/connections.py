@@ -37,6 +37,7 @@ NAME = {"Server": "llamaslot"}  # without versions
 _HAND_OVER_S = 1.0  # after so long without a request aiohttp handles the connection, and limits its idle time
 
 # Headers that curl, browsers' fetch, Kubernetes, HAProxy, nginx and ab send and that do not change the answer.
+# ``Origin`` does, with ``listen.cors``.
 _PLAIN = rb"(?:User-Agent|Accept|Accept-Encoding|Accept-Language|Cache-Control|Pragma):[\t -~]*\r\n"
 _HEALTH = re.compile(
     rb"GET /(?:v1/)?health HTTP/1\.(?P<minor>[01])\r\n"
@@ -70,8 +71,7 @@ class NewConnection(asyncio.Protocol):
     read.
     """
 
-    def __init__(self, owner: Connections, registry: Registry | None) -> None:
-        """``registry`` tells the health; None: aiohttp answers health checks too."""
+    def __init__(self, owner: Connections, registry: Registry) -> None:
         self._owner, self._registry = owner, registry
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -89,7 +89,7 @@ class NewConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if self._registry is None or self._is_waiting:
+        if self._is_waiting:
             self.hand_over(data)
             return
         is_read = self._transport.get_write_buffer_size() == 0
@@ -151,10 +151,8 @@ class Connections:
     limit of open files allows. ``is_wanted`` is set when a connection waits for aiohttp.
     """
 
-    def __init__(self, n_max: int | None, registry: Registry | None) -> None:
-        """``registry`` tells the health, for checks on connections that aiohttp does not handle yet; None: aiohttp
-        handles all connections.
-        """
+    def __init__(self, n_max: int | None, registry: Registry) -> None:
+        """``registry`` tells the health, for checks on connections that aiohttp does not handle yet."""
         self._registry = registry
         self._make: Callable[[], asyncio.Protocol] | None = None
         self._n_max = n_max if n_max is not None else _n_for_clients()
@@ -164,8 +162,6 @@ class Connections:
         self.is_wanted = asyncio.Event()
 
     def __call__(self) -> asyncio.Protocol:
-        if self._registry is None and self._make is not None:
-            return self._make()
         return NewConnection(self, self._registry)
 
     def handle_with(self, make: Callable[[], asyncio.Protocol]) -> None:

@@ -63,10 +63,7 @@ class Front:
         """``path``: the configuration file; None if there is no file to read again."""
         self._config, self._registry, self._manager = config, registry, manager
         self.reload = Reload(path, config, registry, manager, self._check_open)
-        # With ``listen.cors``, answers to health checks need more headers, which only the application adds.
-        self.connections = Connections(
-            config.listen.max_connections, registry if not config.listen.cors else None
-        )
+        self.connections = Connections(config.listen.max_connections, registry)
         self._listeners: list[asyncio.Server] = []
         self._runner: web.AppRunner | None = None
         self._is_activated = False  # True: the sockets are the service manager's, which goes on listening
