@@ -95,9 +95,9 @@ class Proxy:
         self.dispatcher.on_prefix_wait = self._metrics.prefix_wait_s.observe
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
         self.executor = PlanExecutor(Saving(api, catalog, self.rates, self.metrics, self.tasks, self.leases))
-        self.executor.saving.fingerprint, self.executor.boot_id = FINGERPRINT, "simulated"
         self.idle_save = IdleSave(self.leases, self.executor, IDLE_SAVE_S)
         self.table = SlotTable(server.url, server.n_slots, N_CTX, rules=rules, rates=self.rates)
+        self.table.fingerprint, self.table.boot_id = FINGERPRINT, "simulated"
         self.table.can_save = self.table.can_erase = True
         if first is not None:
             self.table.use_snapshots(first.table.model_snapshots)

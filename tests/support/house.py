@@ -92,7 +92,6 @@ class House:
         self.abandoned_slots = AbandonedSlots(api, self.leases, loop.time)
         self.leases.on_abandoned = self.abandoned_slots.add
         self.leases.pin = self.catalog.pin
-        self.executor.saving.fingerprint = MODEL
         self.saved_tokens = b""  # what ``keep_one_on_disk`` has put there
         self.clients: dict[asyncio.Task[Any], str] = {}
         self.first_s: dict[str, float] = {}  # from each job's question to the first token of its answer
@@ -125,7 +124,7 @@ class House:
         table = SlotTable("stub", n, 10_000, rules=self.rules, rates=self.rates)
         table.can_save = table.can_erase = True
         table.cache_kind, table.rewind_model.window = self.cache_kind, self.server.window
-        self.executor.boot_id = (await self.server.props()).boot_id
+        table.fingerprint, table.boot_id = MODEL, (await self.server.props()).boot_id
         for snapshot in self.catalog.snapshots.values():
             table.add_snapshot(snapshot)
         for slot, real in zip(table.slots, self.server.slots_, strict=True):

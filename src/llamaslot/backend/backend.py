@@ -329,8 +329,6 @@ class Backend:
         self._members.connecting(self, session)
         self.session, self.streams_are_known = session, not session.streams_differ
         self.last_session = session
-        self.executor.saving.fingerprint = session.fingerprint
-        self.executor.boot_id = session.props.boot_id
         for slot in session.found_busy:
             session.table.take(slot, Request("left over"), self.now())
             session.table.give_back(slot, SlotEvent.LEAVE, NOTHING, self.now())

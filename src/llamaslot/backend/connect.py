@@ -97,7 +97,6 @@ class ServerSession(Struct, frozen=True):
     table: SlotTable
     props: Props
     model_name: str
-    fingerprint: str
     identity: Identity | None = None  # None if llamaslot stands aside, so that it need not know the model
     names: tuple[str, ...] = ()  # all names of the model that llama-server tells
     entry: Mapping[str, Any] = field(default_factory=dict)  # the model's entry in /v1/models
@@ -187,7 +186,7 @@ class Handshake:
         props = props or Props(None, 0, "", "")
         table = UnassistedSlots(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
         return ServerSession(
-            table, props, _name(self._model), "", names=_names(self._model), entry=self._model, aside=reason
+            table, props, _name(self._model), names=_names(self._model), entry=self._model, aside=reason
         )
 
     async def _probe(self, props: Props, n_slots: int, now: float, is_retry: bool) -> ServerSession:
@@ -202,6 +201,7 @@ class Handshake:
         if not idle:
             return self._stand_aside(all_at_work(), props)
         table = SlotTable(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
+        table.boot_id = props.boot_id
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
             # The quota has no room for the slot's content, so the content is lost: the probes will overwrite it.
@@ -221,7 +221,7 @@ class Handshake:
         table.is_cache_kind_sure = self.probes.is_cache_kind_sure
         table.rewind_model.window = self.probes.window
         identity = await self.probes.identity(first.id, props, model, lora)
-        fingerprint = identity.to_text()
+        table.fingerprint = identity.to_text()
         empty = next((info.id for info in others if not info.n_tokens), None)
         if await self._were_emptied(others) or (
             empty is not None and await self.probes.is_unified(first.id, empty)
@@ -231,7 +231,7 @@ class Handshake:
         self._forget_rates_of_others(identity)
         table.rewind_model.returned = self.rates.returned
         if self.catalog is not None and can_save:
-            fingerprint = await self._admit(table, identity)
+            table.fingerprint = await self._admit(table, identity)
             table.can_save = can_save = await self._probe_files(table, first.id)
             if not can_save and await self.probes.has_ram_cache():
                 return self._stand_aside(has_better_memory(n_slots, self.probes.warnings[-1]), props)
@@ -239,17 +239,17 @@ class Handshake:
             if slot is not None:
                 await self._empty(table, slot, now, is_shared=True)
         if written is not None and can_save:
-            await self._commit(table, written, fingerprint)
+            await self._commit(table, written)
         for info in others:
             if info.n_tokens:
-                adopted = can_adopt and can_save and await self._adopt(table, info, fingerprint, now)
+                adopted = can_adopt and can_save and await self._adopt(table, info, now)
                 if not adopted:
                     await self._empty(table, info.id, now, is_shared=not (lora or self.rules.is_isolated))
         for warning in self.probes.warnings:
             log.warning("%s: llamaslot can do less with this llama-server: %s", self.name, warning)
         busy = tuple(table.slots[info.id] for info in infos if info.is_processing)
         return ServerSession(
-            table, props, _name(model), fingerprint, identity, _names(model), model, busy, tuple(self.probes.warnings),
+            table, props, _name(model), identity, _names(model), model, busy, tuple(self.probes.warnings),
             streams_differ=streams_differ,
         )  # fmt: skip
 
@@ -320,9 +320,7 @@ class Handshake:
         self.rates.size.observe(saved.n_tokens, saved.n_bytes)
         return reservation, saved
 
-    async def _commit(
-        self, table: SlotTable, written: tuple[Reservation, SlotAction], fingerprint: str
-    ) -> WithTokens | None:
+    async def _commit(self, table: SlotTable, written: tuple[Reservation, SlotAction]) -> WithTokens | None:
         """Make the saved file a snapshot, with the tokens in its header, and return it. If a snapshot with the same
         tokens exists, return that one and drop the file. Returns None if the file is not usable, and logs why."""
         assert self.catalog is not None
@@ -337,7 +335,7 @@ class Handshake:
                 tokens_expected=b"",
                 n_saved=saved.n_tokens,
                 n_written=saved.n_bytes,
-                fingerprint=fingerprint,
+                fingerprint=table.fingerprint,
                 checkpoints=self._guessed_checkpoints(table, saved.n_tokens),
                 source="adopted",
             )
@@ -371,11 +369,11 @@ class Handshake:
         n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
         return (n_tokens - n_answer,)
 
-    async def _adopt(self, table: SlotTable, info: SlotInfo, fingerprint: str, now: float) -> bool:
+    async def _adopt(self, table: SlotTable, info: SlotInfo, now: float) -> bool:
         """Learn the content of a slot by saving it, and keep the slot for reuse. Returns False if the slot cannot be
         saved."""
         written = await self._written(info)
-        snapshot = await self._commit(table, written, fingerprint) if written is not None else None
+        snapshot = await self._commit(table, written) if written is not None else None
         if snapshot is None:
             return False
         slot = table.slots[info.id]

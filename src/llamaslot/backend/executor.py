@@ -63,7 +63,6 @@ class PlanExecutor:
         self._leases = saving.leases
         self.feedback = Feedback(self.catalog, self.rates, self.metrics, self.tasks, self.now)
         self.chunked_prefill = ChunkedPrefill(self.api, self.rates, self.metrics, self._leases, self.feedback)
-        self.boot_id = ""
         self._failures = Recurring(log, f"{self._leases.backend}: snapshots are restored again", now=self.now)
 
     async def prepare(
@@ -253,7 +252,7 @@ class PlanExecutor:
             self._not_restored(lease, snapshot_id, error)
             return False
         lease.set_content(None)  # unknown until it is certain that this process has restored the snapshot
-        if (await self.api.props()).boot_id != self.boot_id:
+        if (await self.api.props()).boot_id != lease.table.boot_id:
             raise BackendRestarted
         self._learn(given, answer)
         n_tokens = answer.result.n_tokens

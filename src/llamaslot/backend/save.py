@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -35,7 +35,6 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-OnEnd: TypeAlias = Callable[[Lease, Content, WithTokens | None], None]
 _MAX_COMMITS = 2  # commits in the background; each has a whole slot file. On disk as many as there are slots
 _AT_ONCE = 2  # commits that copy and fsync, each in a thread; trunks do not count, as requests wait for them
 _N_NEAREST = 8  # snapshots with most tokens in common with a new one, compared for its base
@@ -57,8 +56,6 @@ class _File:
     kind: SnapshotKind
     reservation: Reservation
     result: SlotAction
-    fingerprint: str
-    on_end: OnEnd
     started: float
     pending: PendingSave | None = None
     is_checked: asyncio.Future[bytes] = field(
@@ -67,7 +64,7 @@ class _File:
 
 
 class Saving:
-    """Saves the slots of one backend. ``fingerprint`` identifies the model that runs now."""
+    """Saves the slots of one backend."""
 
     def __init__(
         self,
@@ -81,7 +78,6 @@ class Saving:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.metrics, self.tasks, self.now = metrics, tasks, leases.now
         self.leases = leases
-        self.fingerprint = ""
         self._failures = Recurring(log, f"{leases.backend}: slots are saved again", now=leases.now)
         self._lock = asyncio.Lock()
         self._commits: set[asyncio.Task[WithTokens | None]] = set()  # in the background
@@ -123,9 +119,7 @@ class Saving:
         if lease.is_own:  # otherwise idle saves would evict each other's snapshots again and again
             keep = lease.table.backing(besides=lease.slot)
         n_held = await self._n_held(lease, content)
-        commit = await self._write(
-            lease, content, n_held, keep, SnapshotKind.LEAF, self._has_ended, must_give_way
-        )
+        commit = await self._write(lease, content, n_held, keep, SnapshotKind.LEAF, must_give_way)
         lease.end_pending_save()
         self.leases.dispatch()
         return commit
@@ -185,9 +179,7 @@ class Saving:
                 return False  # the prefill has failed
             if not await self._has_gone_back(lease, content, SnapshotKind.TRUNK) or lease.content is None:
                 return False
-            commit = await self._write(
-                lease, lease.content, n_tokens, _planned(lease), SnapshotKind.TRUNK, lambda *_: None
-            )
+            commit = await self._write(lease, lease.content, n_tokens, _planned(lease), SnapshotKind.TRUNK)
             is_kept = commit is not None
             return is_kept
         finally:  # no await since the content became a snapshot or a pending save
@@ -208,12 +200,10 @@ class Saving:
         n_held: int,
         keep: set[str],
         kind: SnapshotKind,
-        on_end: OnEnd,
         must_give_way: Callable[[], bool] = never,
     ) -> asyncio.Task[WithTokens | None] | None:
         """Reserve room, have llama-server save the slot, check the file, and begin its commit. Returns the task of the
-        commit, or None if that failed, which is logged. ``on_end`` is called at the end of the commit with the content
-        that is then known, and with the snapshot."""
+        commit, or None if that failed, which is logged."""
         assert self.catalog is not None
         began = self.now()
         try:
@@ -228,7 +218,6 @@ class Saving:
             self._not_saved(lease, kind, error)
             return None
         asked_at = started = self.now()
-        fingerprint = self.fingerprint  # llama-server may run another model when the save is over
         try:
             async with self.in_turn(lease, self.rates.save.seconds(size_bytes)):
                 started = self.now()
@@ -245,7 +234,7 @@ class Saving:
         except (LlamaslotError, OSError) as error:
             await self._abandon(lease, kind, reservation, error, self.now() - started)
             return None
-        file = _File(lease, content, kind, reservation, result, fingerprint, on_end, started)
+        file = _File(lease, content, kind, reservation, result, started)
         commit = self.tasks.spawn(self._commit(file), f"{lease.request.id} takes {reservation.id} in")
         ends: list[asyncio.Future[Any]] = [commit, file.is_checked]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -296,7 +285,7 @@ class Saving:
                 tokens_expected=content.tokens,
                 n_saved=file.result.n_tokens,
                 n_written=file.result.n_bytes,
-                fingerprint=file.fingerprint,
+                fingerprint=lease.table.fingerprint,
                 checkpoints=lease.table.rewind_model.in_file(content.checkpoints),
                 source=lease.request.id,
                 kind=kind,
@@ -317,7 +306,8 @@ class Saving:
         finally:  # no await since it became a snapshot
             if file.pending is not None:
                 lease.table.model_snapshots.pending.end(file.pending)
-        file.on_end(lease, file.content, snapshot)
+        if kind is SnapshotKind.LEAF:
+            self._has_ended(lease, file.content, snapshot)
         self.leases.dispatch()
         return snapshot
 
@@ -334,7 +324,7 @@ class Saving:
             table.add_snapshot(snapshot)
             if (left := table.model_snapshots.abandoned_by(snapshot, table.rules.similarity_min)) is not None:
                 self.catalog.branched(left)
-            if current not in (None, table) and self.fingerprint == file.fingerprint:
+            if current not in (None, table) and current.fingerprint == table.fingerprint:
                 current.add_snapshot(snapshot)  # llama-server has restarted meanwhile, and can restore it too
 
     async def _abandon(

@@ -66,6 +66,7 @@ class SlotTable:
 
     def __init__(self, backend: str, n_slots: int, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
+        self.fingerprint = self.boot_id = ""  # of its model, and of its process
         self.can_erase = False
         self.rewind_model = RewindModel(returned=rates.returned)
         # True if the GGUF tells it too. A probe alone may be too short to leave a sliding window.

@@ -198,9 +198,6 @@ class SlotWorth:
             self._outdated.update(slot.id for slot in self.slots if slot.is_idle)
         for tokens in changed or ():
             self._outdated.update(self._sharing(tokens))
-        self._compute_outdated()
-
-    def _compute_outdated(self) -> None:
         if self.rewind_model.is_rewindable:  # else ``of`` computes each anew: it depends on many others
             for id_ in self._outdated:
                 self._worths[id_] = self._compute(self.slots[id_])
