@@ -95,11 +95,10 @@ def test_without_a_right_key_nobody_comes_in(file: KeyFile, headers: dict[str, s
         authenticator(file).authenticate(request(**named))
 
 
-@pytest.mark.parametrize("name", ["ada", "eve", None])
-def test_how_long_it_takes_tells_nothing_of_keys(
-    file: KeyFile, monkeypatch: pytest.MonkeyPatch, name: str | None
+def test_how_long_it_takes_tells_nothing_of_the_admin_key(
+    file: KeyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A key is compared with every one that there is, whether and wherever it is found, and to its end."""
+    """It is compared to its end; the keys of clients are found by their hashes."""
     its, compared, real = authenticator(file, admin_key=ADMIN_KEY), list[str](), hmac.compare_digest
 
     def compare(one: str, other: str) -> bool:
@@ -107,15 +106,10 @@ def test_how_long_it_takes_tells_nothing_of_keys(
         return real(one, other)
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    key = file.keys[name] if name is not None else "wrong"
-    if name is None:
-        with pytest.raises(Unauthorized):
-            its.authenticate(request(x_api_key=key))
-    else:
-        assert its.authenticate(request(x_api_key=key)).id == f"key:{name}"
-    assert len(set(compared)) == len(compared) == len(file.keys)
     assert its.authenticate(request("/llamaslot/status", x_api_key=ADMIN_KEY)).is_admin
-    assert len(compared) == 2 * len(file.keys) + 1
+    with pytest.raises(Unauthorized):
+        its.authenticate(request("/llamaslot/status", x_api_key="wrong"))
+    assert len(compared) == 2
 
 
 def test_anonymous_clients_beside_keys(file: KeyFile) -> None:

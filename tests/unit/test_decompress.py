@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import zlib
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
+from aiohttp import StreamReader
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaslot.errors import BadRequest, Unpackable
-from llamaslot.http.request_body import Unpacking
+from llamaslot.http.request_body import Unpacking, Uploads
+from llamaslot.tasks import TaskOwner
 
 
 def raw_deflate(data: bytes) -> bytes:
@@ -52,6 +57,27 @@ def test_much_comes_a_little_at_a_time(packing: str) -> None:
     found = unpacked(packing, [PACK[packing](LARGE)])
     assert b"".join(found) == LARGE
     assert max(map(len, found)) <= 1 << 18
+
+
+async def test_other_tasks_run_while_much_is_unpacked() -> None:
+    """A small body may become a large one."""
+    content = StreamReader(Mock(), 1 << 20)
+    content.feed_data(gzip.compress(bytes(8 << 20)))
+    content.feed_eof()
+    request = make_mocked_request("POST", "/", headers={"Content-Encoding": "gzip"}, payload=content)
+    n_turns = 0
+
+    async def count() -> None:
+        nonlocal n_turns
+        while True:
+            n_turns += 1
+            await asyncio.sleep(0)
+
+    tasks = TaskOwner()
+    tasks.spawn(count(), "count")
+    assert len(await Uploads(16 << 20, 30.0).whole(request)) == 8 << 20
+    await tasks.close()
+    assert n_turns > 30
 
 
 def test_a_body_of_several_members_is_one() -> None:
