@@ -164,10 +164,6 @@ class Disk:
         if id_ in self.snapshots:
             self._table.hit(id_, self._now())
 
-    def branched(self, id_: str) -> None:
-        if id_ in self.snapshots:
-            self._table.branch(id_, self._now())
-
     def inherit(self, id_: str, from_id: str) -> None:
         if id_ in self.snapshots and from_id in self.snapshots:
             self._table.inherit(id_, from_id, self._now())

@@ -500,8 +500,6 @@ class StubCatalog:
         if id_ in self.snapshots:
             self.snapshots[id_] = self.snapshots.pop(id_)  # last used last
 
-    def branched(self, id_: str) -> None: ...
-
     def inherit(self, id_: str, from_id: str) -> None: ...
 
     async def change_kind(

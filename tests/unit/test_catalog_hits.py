@@ -12,7 +12,7 @@ import pytest
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.store import QuotaExceeded
-from llamaslot.store.learned import HitLog, Hits
+from llamaslot.store.learned import HitLog
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
 TOKENS = some_tokens(40)
@@ -57,7 +57,7 @@ async def test_hits_cost_no_sync(shelter: Shelter, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.fsync", None)
     shelter.catalog.touch(snapshot.id)
     await shelter.catalog.settle()
-    assert HitLog(shelter.directory).load() == {snapshot.id: Hits(1)}
+    assert HitLog(shelter.directory).load() == {snapshot.id: 1}
 
 
 async def test_a_disk_that_refuses_hits_harms_nothing(
@@ -80,12 +80,12 @@ async def test_a_disk_that_refuses_hits_harms_nothing(
 def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     """Lines cut off by a crash, or of anything else, cost no count but their own."""
     (tmp_path / ".llamaslot.hits").write_bytes(
-        b'["a",2,false]\n["b",1,true]\n[3]\n["c",-1,true]\n{"d":4}\n["e",tr\xff\n["a",3,false]\n["f",'
+        b'["a",2]\n["b",1,true]\n[3]\n["c",-1,true]\n{"d":4}\n["e",tr\xff\n["a",3]\n["f",'
     )
     log = HitLog(tmp_path)
-    assert log.load() == {"a": Hits(3), "b": Hits(1, is_branched=True)}
-    log.append({"b": Hits(2)})
-    assert HitLog(tmp_path).load() == {"a": Hits(3), "b": Hits(2)}
+    assert log.load() == {"a": 3, "b": 1}
+    log.append({"b": 2})
+    assert HitLog(tmp_path).load() == {"a": 3, "b": 2}
 
 
 def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
     log, counts = HitLog(tmp_path), {"a": 0, "b": 0}
     for hit in range(5_000):
         counts["ab"[hit % 2]] += 1
-        listed = {id_: Hits(n_hits) for id_, n_hits in counts.items()}
+        listed = dict(counts)
         if log.is_long(len(listed)):
             log.rewrite(listed)
         else:
@@ -104,20 +104,6 @@ def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
 
 
 # -- what became of it ---------------------------------------------------------------------------------------------
-
-
-async def test_what_was_left_behind_stays_so_over_a_restart(shelter: Shelter) -> None:
-    """It goes before what is older; until somebody comes back to it after all."""
-    old, left = [await shelter.save(some_tokens(40, seed), 4_000) for seed in range(2)]
-    shelter.catalog.branched(left.id)
-    shelter.catalog.branched("ls-0123456789abcdef")
-    catalog = await shelter.reopen()
-    await catalog.reserve(2_500)
-    assert shelter.dropped == [left.id]
-    shelter.catalog.branched(old.id)
-    shelter.catalog.touch(old.id)
-    await shelter.catalog.settle()
-    assert HitLog(shelter.directory).load()[old.id] == Hits(1)
 
 
 async def test_an_heir_has_the_hits_of_what_it_supersedes(shelter: Shelter) -> None:

@@ -70,18 +70,17 @@ class StoppedStore(Shelter):
         )
 
     async def fill(self) -> None:
-        """A pinned trunk; a leaf that was asked for twice; one of another model; one that was left behind."""
+        """A pinned trunk; a leaf that was asked for twice; one of another model; another leaf."""
         await self.open()
         trunk = await self.save(
             some_tokens(400, 0), 4_000, fingerprint=OURS, kind=SnapshotKind.TRUNK, is_prewarmed=True
         )
         leaf = await self.save(some_tokens(1_500, 1), 9_000, fingerprint=OURS)
         other = await self.save(some_tokens(300, 2), 3_000, fingerprint=OTHERS)
-        left = await self.save(some_tokens(600, 3), 5_000, fingerprint=OURS)
-        self.ids = [each.id for each in (trunk, leaf, other, left)]
+        last = await self.save(some_tokens(600, 3), 5_000, fingerprint=OURS)
+        self.ids = [each.id for each in (trunk, leaf, other, last)]
         self.catalog.touch(leaf.id)
         self.catalog.touch(leaf.id)
-        self.catalog.branched(left.id)
         await self.catalog.settle()
         self.catalog.close()
 
@@ -139,7 +138,7 @@ def test_ls_shows_what_is_there(stopped: StoppedStore, run: Run) -> None:
     assert words[stopped.ids[0]].startswith("trunk, pinned 400 3.9 KiB 0 B 0 23 h 23 h ")
     assert words[stopped.ids[1]].startswith("leaf 1,500 8.8 KiB 0 B 2 ")
     assert words[stopped.ids[2]].endswith("(other)")
-    assert words[stopped.ids[3]].startswith("leaf, left 600 ")
+    assert words[stopped.ids[3]].startswith("leaf 600 ")
     assert len({row.index(" KiB") for row in rows}) == 1
     assert summary == f"4 snapshots, 20.5 KiB of 20.0 GiB, in {stopped.directory}; 1 other file left alone"
 
@@ -160,9 +159,8 @@ def test_json_has_all_that_is_known(stopped: StoppedStore, run: Run) -> None:
     assert found.keys() == set(stopped.ids)
     leaf = found[stopped.ids[1]]
     assert (leaf["kind"], leaf["n_tokens"], leaf["size_bytes"], leaf["n_hits"]) == ("leaf", 1_500, 9_000, 2)
-    assert (leaf["state"], leaf["is_pinned"], leaf["is_branched"]) == ("whole", False, False)
+    assert (leaf["state"], leaf["is_pinned"]) == ("whole", False)
     assert found[stopped.ids[0]]["is_pinned"]
-    assert found[stopped.ids[3]]["is_branched"]
     assert not found[stopped.ids[2]]["is_of_model_served_last"]
     assert json.loads(run("show", stopped.ids[1], "--json").output) == leaf
 

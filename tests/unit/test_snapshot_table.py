@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bench.simulator.orders import ByUse
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.scheduling.snapshot_value import ByValue, ReuseClass
+from llamaslot.scheduling.snapshot_value import ByValue
 from llamaslot.store import Snapshot
 from llamaslot.store.sidecar import Part
 from llamaslot.store.snapshot_table import SnapshotTable
@@ -84,20 +84,9 @@ def test_on_models_with_states_the_last_common_one_counts() -> None:
 def test_what_another_model_made_goes_first() -> None:
     """However worthless what can be used may be; and before it is known which model it is, nobody is another's."""
     table = table_of(snapshot("dead"), snapshot("other", fingerprint=OTHERS), snapshot("live"))
-    table.branch("dead", 20.0)
     assert ids(table.eviction.victims(2_500, 0, (), 30.0)) == ["other", "dead", "live"]
     table.eviction.fingerprints = frozenset()
     assert ids(table.eviction.victims(1, 0, (), 30.0)) == ["dead"]
-
-
-def test_a_branched_snapshot_goes_first_until_it_is_used_again() -> None:
-    """A hit says that it was not dead after all."""
-    table = table_of(snapshot("old"), snapshot("edited"))
-    table.branch("edited", 20.0)
-    assert ids(table.eviction.victims(1, 0, (), 30.0)) == ["edited"]
-    table.hit("edited", 40.0)
-    assert table.stats["edited"].reuse_class is ReuseClass.RETURNING
-    assert ids(table.eviction.victims(1, 0, (), 50.0)) == ["old"]
 
 
 def test_one_that_goes_further_is_as_likely_to_be_asked_for() -> None:
@@ -154,12 +143,10 @@ def test_the_order_is_that_of_a_plain_sort(seed: int, n: int) -> None:
             now,
         )
         one = rng.choice(list(table.snapshots))
-        match rng.randrange(4):
+        match rng.randrange(3):
             case 0:
                 table.hit(one, now)
-            case 1:
-                table.branch(one, now)
-            case 2 if serial > 3:
+            case 1 if serial > 3:
                 gone = table.snapshots[one]
                 table.take(one, now)
                 table.release(gone)

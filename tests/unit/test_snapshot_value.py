@@ -64,7 +64,7 @@ def lived(
 
 
 def test_without_data_the_priors_hold() -> None:
-    """What was used a moment ago comes back sooner than what was not; a trunk is likelier than what was left behind."""
+    """What was used a moment ago comes back sooner than what was not; a trunk is likeliest."""
     hit_rates = HitRateModel()
     for reuse_class in REUSE_CLASSES:
         densities = [hit_rates.density(reuse_class, age, 10_000) for age in (0, 60, 600, 6_000, 60_000)]
@@ -74,7 +74,6 @@ def test_without_data_the_priors_hold() -> None:
         reuse_class: hit_rates.density(reuse_class, 3600.0, 10_000) for reuse_class in REUSE_CLASSES
     }
     assert at_an_hour[ReuseClass.TRUNK] > at_an_hour[ReuseClass.RETURNING] > at_an_hour[ReuseClass.FRESH]
-    assert at_an_hour[ReuseClass.FRESH] > 5 * at_an_hour[ReuseClass.BRANCHED]
 
 
 @pytest.mark.parametrize("rate", [1e-2, 1e-3, 1e-4])
@@ -230,23 +229,15 @@ def test_a_habit_that_was_not_known_yet_starts_from_its_prior() -> None:
 
 
 def test_reuse_classes() -> None:
-    """A trunk is one whatever happens; what was left behind is, until somebody comes back."""
+    """A trunk is one whatever happens."""
     assert stats().reuse_class is ReuseClass.FRESH
     assert stats(n_hits=1).reuse_class is ReuseClass.RETURNING
-    assert stats(n_hits=1, is_branched=True).reuse_class is ReuseClass.BRANCHED
-    assert stats(kind=SnapshotKind.TRUNK, is_branched=True, n_hits=9).reuse_class is ReuseClass.TRUNK
+    assert stats(kind=SnapshotKind.TRUNK, n_hits=9).reuse_class is ReuseClass.TRUNK
 
 
 def test_of_two_alike_the_older_goes_first() -> None:
     order = ByValue()
     assert first(order, 1_000.0, stats("new", used=900.0), stats("old", used=100.0)) == ["old", "new"]
-
-
-def test_what_was_left_behind_goes_before_all_others() -> None:
-    """Even when it was used last."""
-    order = ByValue()
-    left = stats("left", used=990.0, is_branched=True)
-    assert first(order, 1_000.0, stats("old", used=500.0), left)[0] == "left"
 
 
 def test_a_trunk_stays_longest() -> None:
@@ -292,4 +283,4 @@ def test_by_use_is_least_recently_used() -> None:
     """The baseline: nothing else matters."""
     order = ByUse()
     old_trunk = stats("trunk", used=1.0, kind=SnapshotKind.TRUNK, n_hits=100)
-    assert first(order, 9.0, stats("new", used=2.0, is_branched=True), old_trunk) == ["trunk", "new"]
+    assert first(order, 9.0, stats("new", used=2.0), old_trunk) == ["trunk", "new"]

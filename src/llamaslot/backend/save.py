@@ -322,8 +322,6 @@ class Saving:
         if snapshot.id in self.catalog.snapshots:
             table, current = lease.table, self.leases.table
             table.add_snapshot(snapshot)
-            if (left := table.model_snapshots.abandoned_by(snapshot, table.rules.similarity_min)) is not None:
-                self.catalog.branched(left)
             if current not in (None, table) and current.fingerprint == table.fingerprint:
                 current.add_snapshot(snapshot)  # llama-server has restarted meanwhile, and can restore it too
 

@@ -41,7 +41,7 @@ _SORTS = {
     "age": lambda item: item.noted.created_at if item.noted else 0.0,
     "size": lambda item: -item.size_bytes,
     "tokens": lambda item: -item.noted.n_tokens if item.noted else 0,
-    "hits": lambda item: -item.hits.n_hits,
+    "hits": lambda item: -item.n_hits,
 }
 
 
@@ -199,7 +199,6 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
             f"{item.state}: {item.why}",
         )
     kind = noted.kind.value
-    kind += ", left" if item.hits.is_branched else ""
     kind += ", pinned" if noted.is_pinned else ""
     return (
         item.id,
@@ -207,7 +206,7 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
         f"{noted.n_tokens:,}",
         readable_size(item.size_bytes),
         readable_size(item.shared_bytes),
-        f"{item.hits.n_hits:,}",
+        f"{item.n_hits:,}",
         span(store.now - noted.created_at),
         span(store.now - item.last_used),
         _short(noted.fingerprint) + ("" if store.is_ours(item) else " (other)"),
@@ -230,11 +229,10 @@ def _fields(item: Item, store: OfflineStore) -> dict[str, Any]:
         "why": item.why or None,
         "kind": noted.kind.value if noted else None,
         "is_pinned": noted.is_pinned if noted else None,
-        "is_branched": item.hits.is_branched,
         "n_tokens": noted.n_tokens if noted else None,
         "size_bytes": item.size_bytes,
         "shared_bytes": item.shared_bytes,
-        "n_hits": item.hits.n_hits,
+        "n_hits": item.n_hits,
         "created_at": noted.created_at if noted else None,
         "last_used": item.last_used,
         "checkpoints": list(noted.checkpoints) if noted else [],
@@ -414,7 +412,7 @@ def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
         noted = item.noted
         assert noted is not None, "what is whole has a sidecar"
         snapshot = replace(noted.snapshot(""), fingerprint=_OURS if store.is_ours(item) else _OTHERS)
-        table.add(snapshot, store.now, last_used=item.last_used, hits=item.hits)
+        table.add(snapshot, store.now, last_used=item.last_used, n_hits=item.n_hits)
     size_bytes = table.files.size_bytes
     free_bytes = free_bytes_of(store.directory)
     short = {

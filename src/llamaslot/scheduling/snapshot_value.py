@@ -35,7 +35,6 @@ class ReuseClass(enum.StrEnum):
 
     FRESH = "fresh"  # a conversation without a hit so far
     RETURNING = "returning"  # a conversation with at least one hit
-    BRANCHED = "branched"  # abandoned: its conversation went on from an earlier point
     TRUNK = "trunk"  # the common beginning of several conversations
 
 
@@ -54,7 +53,6 @@ class SnapshotStats(Struct):
     last_used: float
     counted_until: float
     n_hits: int = 0
-    is_branched: bool = False
     read_bytes: int = 0
     n_covered: int = 0
 
@@ -74,8 +72,6 @@ class SnapshotStats(Struct):
     def reuse_class(self) -> ReuseClass:
         if self.kind is SnapshotKind.TRUNK:
             return ReuseClass.TRUNK
-        if self.is_branched:
-            return ReuseClass.BRANCHED
         return ReuseClass.RETURNING if self.n_hits else ReuseClass.FRESH
 
 
@@ -146,7 +142,6 @@ class HitRateModel:
     PRIORS: Mapping[ReuseClass, tuple[float, float]] = {
         ReuseClass.FRESH: (0.5, 60.0),
         ReuseClass.RETURNING: (0.8, 60.0),
-        ReuseClass.BRANCHED: (0.05, 60.0),
         ReuseClass.TRUNK: (3.0, 300.0),
     }
 

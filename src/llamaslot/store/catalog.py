@@ -336,12 +336,6 @@ class Catalog:
             self._table.hit(id_, self._now())
             self._upkeep.date(id_)
 
-    def branched(self, id_: str) -> None:
-        """Record that the snapshot's conversation went on from an earlier point. Ignores an unknown id."""
-        if id_ in self.snapshots and not self._table.stats[id_].is_branched:
-            self._table.branch(id_, self._now())
-            self._upkeep.date(id_)
-
     def inherit(self, id_: str, from_id: str) -> None:
         """Add the hits of ``from_id`` to those of ``id_``, which continues its conversation. Ignores unknown ids."""
         if id_ in self.snapshots and from_id in self.snapshots:

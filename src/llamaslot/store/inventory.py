@@ -20,7 +20,7 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryUnusable
 from llamaslot.store.extent import Source, check_file, verify
-from llamaslot.store.learned import NEVER, HitLog, Hits
+from llamaslot.store.learned import HitLog
 from llamaslot.store.shared_files import SharedFiles
 from llamaslot.store.sidecar import EXT, JSON, KV, Noted
 from llamaslot.store.slot_file import read_slot_file
@@ -49,7 +49,7 @@ class Item(Struct, frozen=True):
     state: FileState = FileState.WHOLE
     why: str = ""
     noted: Noted | None = None
-    hits: Hits = NEVER
+    n_hits: int = 0
 
 
 class Stock(Struct, frozen=True):
@@ -81,7 +81,7 @@ def take_stock(directory: Path) -> Stock:
     hits = HitLog(directory).load()
     items, files = dict[str, Item](), SharedFiles()
     for id_, suffixes in sorted(listing.suffixes.items()):
-        items[id_] = item = _item(directory, id_, suffixes, hits.get(id_, NEVER))
+        items[id_] = item = _item(directory, id_, suffixes, hits.get(id_, 0))
         if item.noted is not None:
             files.add(item.noted.snapshot(""))
     needed = set(files.ids())
@@ -99,8 +99,8 @@ def take_stock(directory: Path) -> Stock:
     return Stock(items, listing.n_foreign, files, unreadable)
 
 
-def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
-    item = Item(id_, scan.size_bytes(directory, id_), _dated(directory, id_, suffixes), hits=hits)
+def _item(directory: Path, id_: str, suffixes: set[str], n_hits: int) -> Item:
+    item = Item(id_, scan.size_bytes(directory, id_), _dated(directory, id_, suffixes), n_hits=n_hits)
     if not {KV, JSON} <= suffixes:
         there = " and ".join(sorted(suffixes))
         return replace(item, state=FileState.UNFINISHED, why=f"there is only {there}")

@@ -1,7 +1,7 @@
 """Files for learned numbers, which survive a restart. ``LearnedFile`` is a small JSON file, read at the start and
 always replaced as a whole. ``HitLog`` has the number of hits of each snapshot.
 
-A hit log has one line of JSON for each change: ``[id, n_hits, is_branched]``, appended and never synced. So a hit costs
+A hit log has one line of JSON for each change: ``[id, n_hits]``, appended and never synced. So a hit costs
 one small write, and a power cut loses a few counts. The last line of an id is valid.
 """
 
@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiofiles
 import orjson
@@ -62,18 +62,6 @@ _MODE = 0o660
 _SPARE_LINES = 1_000  # the file is rewritten when it has more outdated lines than this
 
 
-class Hits(NamedTuple):
-    """The number of hits of one snapshot. ``is_branched``: its conversation has gone on from an earlier point, and the
-    snapshot has had no hit since.
-    """
-
-    n_hits: int = 0
-    is_branched: bool = False
-
-
-NEVER = Hits()
-
-
 class HitLog:
     """The file of hits in one directory. All methods block on the disk, and only one thread may call them at a time.
     They never raise for an error of the disk, because the counts only improve the order of eviction: ``load`` then
@@ -85,17 +73,17 @@ class HitLog:
         self._failures = Recurring(log, "snapshots: the file of hit counts is written again")
         self._n_lines = 0
 
-    def load(self) -> dict[str, Hits]:
+    def load(self) -> dict[str, int]:
         """The hits in the file, by id; some of these snapshots may be gone."""
-        found: dict[str, Hits] = {}
+        found: dict[str, int] = {}
         try:
             lines = self._path.read_bytes().splitlines()
         except OSError:
             return found
         for line in lines:
             match _parsed(line):
-                case [str(id_), int(n_hits), bool(is_branched)] if n_hits >= 0:
-                    found[id_] = Hits(n_hits, is_branched)
+                case [str(id_), int(n_hits), *_] if n_hits >= 0:  # older versions wrote more
+                    found[id_] = n_hits
         self._n_lines = len(lines)
         return found
 
@@ -105,7 +93,7 @@ class HitLog:
         """
         return self._n_lines > 2 * n_listed + _SPARE_LINES
 
-    def append(self, changed: Mapping[str, Hits]) -> None:
+    def append(self, changed: Mapping[str, int]) -> None:
         """Append the hits in ``changed``, by id."""
         try:
             self._write(self._path, os.O_APPEND, changed)
@@ -114,7 +102,7 @@ class HitLog:
             self._failed(error)
         self._n_lines += len(changed)
 
-    def rewrite(self, listed: Mapping[str, Hits]) -> None:
+    def rewrite(self, listed: Mapping[str, int]) -> None:
         """Replace the file by one with only the hits in ``listed``, by id."""
         new = self._path.with_name(HITS_NAME + ".new")
         try:
@@ -132,11 +120,11 @@ class HitLog:
             reason,
         )
 
-    def _write(self, path: Path, how: int, hits: Mapping[str, Hits]) -> None:
+    def _write(self, path: Path, how: int, hits: Mapping[str, int]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, _MODE)
         with os.fdopen(fd, "wb") as file:
             # A truncated last line must not corrupt ours, so an empty line comes first; readers skip it.
-            file.write(b"\n" + b"".join(orjson.dumps([id_, *found]) + b"\n" for id_, found in hits.items()))
+            file.write(b"\n" + b"".join(orjson.dumps(one) + b"\n" for one in hits.items()))
 
 
 def _parsed(line: bytes) -> object:

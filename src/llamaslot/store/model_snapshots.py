@@ -29,7 +29,6 @@ from llamaslot.tasks import TaskOwner
 
 _FEW = 64  # connecting waits until the last snapshots are read if these are so few: 20 ms
 _READ_AT_ONCE = 32
-_N_NEAREST = 8  # a new snapshot is compared with so many others, those with the longest common prefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,37 +173,6 @@ class ModelSnapshots:
         hit = self.in_namespaces.longest_full_prefix(tokens, (namespace,))
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEGLIGIBLE_TOKENS
         return self.snapshots.get(hit.holder) if hit is not None and is_near else None
-
-    def abandoned_by(self, new: WithTokens, similarity_min: float) -> str | None:
-        """The id of the snapshot that the conversation of ``new`` has left behind, usually because an earlier message
-        was edited; None if there is none. ``new`` diverges from it well before its end (``similarity_min``).
-
-        Many conversations have the same beginning. So both must share at least ``NEGLIGIBLE_TOKENS`` more with each
-        other than with any other snapshot: that shows that they are one conversation. Call this after the save of
-        ``new``: before, the old snapshot may be the only one that ``new`` can be restored from. None if ``new`` is a
-        shared prefix.
-        """
-        if new.kind is not SnapshotKind.LEAF:
-            return None
-        nearest: Snapshot | None = None
-        n_parted = n_common = 0
-        namespaces = (Namespace.of_text(new.namespace),)
-        for hit in self.in_namespaces.match(new.tokens, namespaces, _N_NEAREST):
-            snapshot = self.snapshots.get(hit.holder)
-            if snapshot is None or snapshot.id == new.id:
-                continue
-            if nearest is not None:
-                n_common = max(n_common, hit.n_shared)
-                break
-            if snapshot.kind is not SnapshotKind.LEAF:
-                n_common = max(n_common, hit.n_shared)
-            elif hit.n_shared >= similarity_min * hit.n_tokens:
-                return None  # ``new`` continues this snapshot, or is the same conversation saved again
-            else:
-                nearest, n_parted = snapshot, hit.n_shared
-        is_own = 0 < n_common <= n_parted - NEGLIGIBLE_TOKENS
-        goes_on = new.n_tokens >= n_parted + NEGLIGIBLE_TOKENS
-        return nearest.id if nearest is not None and is_own and goes_on else None
 
     def add(self, snapshot: WithTokens) -> None:
         """Add one snapshot to the index. Idempotent."""

@@ -22,7 +22,7 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import LOCK_NAME
-from llamaslot.store.learned import HitLog, Hits
+from llamaslot.store.learned import HitLog
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Quota
 from llamaslot.store.sidecar import EXT, JSON, KV, Noted, Snapshot
@@ -114,9 +114,9 @@ class Upkeep:
         finally:
             self._is_dating = False
 
-    def _hits(self, ids: Iterable[str]) -> dict[str, Hits]:
+    def _hits(self, ids: Iterable[str]) -> dict[str, int]:
         known = {id_: self._table.stats.get(id_) for id_ in ids}
-        return {id_: Hits(of.n_hits, of.is_branched) for id_, of in known.items() if of is not None}
+        return {id_: of.n_hits for id_, of in known.items() if of is not None}
 
     def sync(self, noted: Noted) -> None:
         """Sync a committed snapshot's files (fsync) in the background, then record that in its sidecar."""

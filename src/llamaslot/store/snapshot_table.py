@@ -13,7 +13,6 @@ from msgspec.structs import replace
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.snapshot_value import Order, SnapshotStats
 from llamaslot.store.eviction import Eviction
-from llamaslot.store.learned import NEVER, Hits
 from llamaslot.store.shared_files import SharedFiles
 from llamaslot.store.sidecar import EXT, KV, Snapshot
 
@@ -62,16 +61,14 @@ class SnapshotTable:
         """The number of snapshots, those pending deletion included."""
         return len(self.snapshots) + len(self.pending_delete)
 
-    def add(
-        self, snapshot: Snapshot, now: float, *, last_used: float | None = None, hits: Hits = NEVER
-    ) -> None:
+    def add(self, snapshot: Snapshot, now: float, *, last_used: float | None = None, n_hits: int = 0) -> None:
         """List a snapshot. ``last_used`` defaults to ``now``; no hit rate is learned from the time before ``now``."""
         self.snapshots[snapshot.id] = snapshot
         last_used = now if last_used is None else last_used
         touched = self.files.add(snapshot)
         self.stats[snapshot.id] = SnapshotStats(
             snapshot.id, snapshot.n_tokens, self.files.own_bytes(snapshot), snapshot.kind, last_used, now,
-            *hits, read_bytes=snapshot.restored_bytes(),
+            n_hits, read_bytes=snapshot.restored_bytes(),
         )  # fmt: skip
         self.eviction.changed(snapshot.id, now)
         self._weigh(touched)
@@ -80,7 +77,7 @@ class SnapshotTable:
         self,
         snapshots: Iterable[Snapshot],
         last_used: Mapping[str, float],
-        hits: Mapping[str, Hits],
+        n_hits: Mapping[str, int],
         now: float,
     ) -> None:
         """List the snapshots of a whole directory. They are ranked later."""
@@ -92,7 +89,7 @@ class SnapshotTable:
         for id_, snapshot in listed.items():
             stats[id_] = SnapshotStats(
                 id_, snapshot.n_tokens, self.files.own_bytes(snapshot), snapshot.kind, last_used[id_], now,
-                *hits.get(id_, NEVER), read_bytes=snapshot.restored_bytes(),
+                n_hits.get(id_, 0), read_bytes=snapshot.restored_bytes(),
             )  # fmt: skip
         self.eviction.add_many(listed, now)
 
@@ -101,16 +98,7 @@ class SnapshotTable:
         stats = self.stats[id_]
         self.eviction.learn(self.eviction.order.hit, id_, now)
         stats.n_hits += 1
-        stats.is_branched = False
         stats.last_used = stats.counted_until = now
-        self.eviction.changed(id_, now)
-
-    def branch(self, id_: str, now: float) -> None:
-        """Record that the snapshot's conversation went on from an earlier point, for instance after an edit, so a hit
-        is unlikely. Raises KeyError for an unlisted id.
-        """
-        self.eviction.learn(self.eviction.order.passed, id_, now)
-        self.stats[id_].is_branched = True
         self.eviction.changed(id_, now)
 
     def inherit(self, id_: str, from_id: str, now: float) -> None:
