@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.scheduling.answer_length import AnswerLength
-from llamaslot.scheduling.cost import Rates, SnapshotSize, TransferRate
+from llamaslot.scheduling.cost import AnswerLength, Rates, SnapshotSize, TransferRate
 from llamaslot.scheduling.prefill_rate import PrefillRate
 
 TOKENS = st.integers(-10, 200_000)

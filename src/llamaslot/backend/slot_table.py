@@ -21,8 +21,7 @@ from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, co
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
-from llamaslot.scheduling.answer_length import AnswerLength
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.cost import AnswerLength, Rates
 from llamaslot.scheduling.placement import (
     BackendView,
     Rules,
