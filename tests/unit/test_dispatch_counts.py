@@ -182,8 +182,9 @@ def test_the_order_is_the_same_as_if_all_were_sorted(seed: int) -> None:
         recorder = DecisionRecorder(Journal(), request, loop.time)
         is_back = rng.random() < 0.1
         one = Waiting(
-            request, loop.create_future(), recorder, 0.0, rng.uniform(0, 5), rng.random() < 0.4, is_back
-        )
+            request.user.id, rng.uniform(0, 5), rng.random() < 0.4,
+            request=request, granted=loop.create_future(), recorder=recorder, came_at=0.0, is_back=is_back,
+        )  # fmt: skip
         one.n_preempted = int(rng.random() < 0.1)
         queue.add(one, 0.0)
         waiting.append(one)
@@ -191,8 +192,11 @@ def test_the_order_is_the_same_as_if_all_were_sorted(seed: int) -> None:
         queue.remove(one)
     if seed % 3 == 0 and len(queue) > 1:
         queue.granted(next(queue.ordered()), 20.0, 0.0)
-    left = [one for one in queue if not one.is_back]
-    order = shares.order([one.ask for one in left], queue.limits.fairness.max_overtake_s)
-    assert list(queue.ordered()) == [one for one in queue if one.is_back] + [left[i] for i in order]
+    queues: dict[str, list[Waiting]] = {}
+    for one in queue:
+        if not one.is_back:
+            queues.setdefault(one.user, []).append(one)
+    order = shares.order(queues, queue.limits.fairness.max_overtake_s)
+    assert list(queue.ordered()) == [one for one in queue if one.is_back] + order
     queue.check()
     loop.close()

@@ -9,22 +9,31 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from llamaslot.scheduling.fairness import Ask, Booked, Pauses, Shares, may_take_another, returns
 
 LONG = 1e9
 
 
+def order_of(asks: list[Ask], shares: Shares, max_overtake_s: float = LONG) -> list[int]:
+    """The indices of these, in the order in which they are served. They came in the order of the list."""
+    queues: dict[str, list[Ask]] = {}
+    for i, ask in enumerate(asks):
+        queues.setdefault(ask.user, []).append(replace(ask, serial=i))
+    return [ask.serial for ask in shares.order(queues, max_overtake_s)]
+
+
 def users(asks: list[Ask], shares: Shares | None = None, max_overtake_s: float = LONG) -> list[str]:
     """Whose requests are next, in their order."""
-    order = (shares or Shares()).order(asks, max_overtake_s)
+    order = order_of(asks, shares or Shares(), max_overtake_s)
     assert sorted(order) == list(range(len(asks)))
     return [asks[i].user for i in order]
 
 
 def serve(shares: Shares, asks: list[Ask]) -> Ask:
     """Give the next one its slot."""
-    ask = asks.pop(shares.order(asks, LONG)[0])
+    ask = asks.pop(order_of(asks, shares)[0])
     shares.granted(ask.user, ask.cost_s, {other.user for other in asks}, ())
     return ask
 
@@ -40,7 +49,7 @@ def test_small_requests_of_one_user_pass_others_for_its_part_only() -> None:
 def test_of_one_user_the_first_request_is_served_first() -> None:
     """Whatever they cost."""
     asks = [Ask("a", cost) for cost in (5.0, 1.0, 3.0)]
-    assert Shares().order(asks, LONG) == [0, 1, 2]
+    assert order_of(asks, Shares()) == [0, 1, 2]
 
 
 def test_users_take_turns() -> None:
@@ -76,7 +85,7 @@ def test_what_was_estimated_wrong_is_made_up_for() -> None:
     """Its answers are three times as long as was thought."""
     shares, asks, took_s = Shares(), [Ask("long", 10.0)] * 40 + [Ask("short", 10.0)] * 40, Counter[str]()
     for _ in range(40):
-        ask = asks.pop(shares.order(asks, LONG)[0])
+        ask = asks.pop(order_of(asks, shares)[0])
         booked = shares.granted(ask.user, ask.cost_s, ["long", "short"], ())
         actual_s = 30.0 if ask.user == "long" else 10.0
         took_s[ask.user] += int(actual_s)
@@ -130,7 +139,7 @@ def test_a_wrong_estimate_is_taken_back_whole(n_users: int) -> None:
 def test_small_requests_go_first() -> None:
     """In their own order, also before the others of the same user."""
     asks = [Ask("a", 30.0), Ask("b", 30.0), Ask("b", 1.0, is_small=True), Ask("a", 1.0, is_small=True)]
-    order = Shares().order(asks, LONG)
+    order = order_of(asks, Shares())
     assert set(order[:2]) == {2, 3}
     assert order[2:] == [0, 1]
 
@@ -143,8 +152,8 @@ def test_no_request_is_overtaken_by_small_requests_for_ever() -> None:
         Ask("c", 30.0),
         Ask("d", 1.0, is_small=True),
     ]
-    assert Shares().order(asks, 10.0) == [0, 1, 3, 2]
-    assert Shares().order(asks, 10.1) == [3, 0, 1, 2]
+    assert order_of(asks, Shares(), 10.0) == [0, 1, 3, 2]
+    assert order_of(asks, Shares(), 10.1) == [3, 0, 1, 2]
 
 
 OFTEN, SELDOM = 0.2, 60.0  # pauses in seconds, beside answers of two

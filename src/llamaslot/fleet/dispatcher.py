@@ -177,7 +177,10 @@ class Dispatcher:
         granted, now = asyncio.get_running_loop().create_future(), self.now()
         tables = self._index.worth_a_look(self.backends.connected, request, now)
         cost_s, is_small = estimate(tables, request, self.rules)
-        waiting = Waiting(request, granted, self.recorder(request), now, cost_s, is_small, is_back)
+        waiting = Waiting(
+            request.user.id, cost_s, is_small, request=request, granted=granted, recorder=self.recorder(request),
+            came_at=now, is_back=is_back,
+        )  # fmt: skip
         if preempted is not None:
             waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
             waiting.is_small = False  # little is left, but it must not overtake the request that got its slot

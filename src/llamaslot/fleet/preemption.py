@@ -121,9 +121,9 @@ def _needed(backends: OpenBackends, queue: Queue, now: float) -> set[Lease]:
         return set()
     # A generator, because few claims are looked at: with 250 waiting, making all took a millisecond at each change.
     claims = (
-        Claim(waiting.request.user.id, queue.deficit_s(waiting.request.user.id))
+        Claim(waiting.user, queue.deficit_s(waiting.user))
         for waiting in queue.ordered()
-        if waiting.request.user.id  # not for llamaslot itself
+        if waiting.user  # not for llamaslot itself
         and waiting.wants_any(now)
         and queue.may_run(waiting, backends.n_slots, 0, now)
     )

@@ -43,19 +43,15 @@ class QueueLimits(Struct, frozen=True):
         return min(max(1.0, (self.max_wait_s or 300.0) / 10), 30.0)
 
 
-class Waiting(Struct, eq=False):
-    """A waiting request. ``granted`` gets its lease. ``cost_s``: the estimated seconds of a slot that it needs."""
+class Waiting(Ask, eq=False, kw_only=True):
+    """A waiting request. ``granted`` gets its lease."""
 
     request: Request
     granted: asyncio.Future[Lease]
     recorder: DecisionRecorder
     came_at: float
-    cost_s: float
-    is_small: bool = False
     is_back: bool = False  # it had a slot before, and comes first
     n_preempted: int = 0  # slots that it gave to other users; then it is its user's first request
-    overtaken_s: float = 0.0  # the slot time of later small requests that have overtaken it
-    passed_by: dict[str, float] = field(default_factory=dict)  # the part of this for each user
     wants: str | None = None  # the snapshot that it would resume from
     prefix_wait: PrefixWait | None = None  # its time limit while another request computes its prefix
     behind: Lease | None = None  # it leaves the last idle slot to others until this lease has its turn
@@ -63,8 +59,6 @@ class Waiting(Struct, eq=False):
     n_seen: int = -1  # the dispatcher's number of changes at the last decision
     look_at: float = 0.0  # it is placed again at this time in any case
     pause_s: float | None = None  # how long its user was away before
-    serial: int = 0  # ascending in the queue
-    _ask: Ask | None = None  # made when needed, and None again after a change
 
     @property
     def n_slots(self) -> int:
@@ -89,21 +83,10 @@ class Waiting(Struct, eq=False):
             or self.is_behind
         )
 
-    @property
-    def ask(self) -> Ask:
-        """The request as fairness sees it. Kept until it changes, because all waiting requests are sorted at each
-        dispatch."""
-        if self._ask is None:
-            self._ask = Ask(
-                self.request.user.id, self.cost_s, self.is_small, self.overtaken_s, self.passed_by
-            )
-        return self._ask
-
     def passed(self, user: str, seconds: float) -> None:
         """Record that a later small request of ``user`` has got a slot for ``seconds``."""
         self.overtaken_s += seconds
         self.passed_by[user] = self.passed_by.get(user, 0.0) + seconds
-        self._ask = None
 
 
 class QueuePosition(Struct, frozen=True):
@@ -172,9 +155,7 @@ class Queue:
         back = [w for w in itertools.takewhile(lambda w: w.had_a_place, self._waiting) if w.is_back]
         max_overtake_s = self.limits.fairness.max_overtake_s
         if self._n_overtaken or max_overtake_s <= 0:
-            rest = [waiting for waiting in self._waiting if not waiting.is_back]
-            order = self._shares.order([waiting.ask for waiting in rest], max_overtake_s)
-            yield from back + [rest[i] for i in order]
+            yield from back + self._shares.order(self._of_user, max_overtake_s)
             return
         n_small = self._n_small - sum(waiting.is_small for waiting in back)
         in_turn = self._shares.in_turn(self._of_user) if self._of_user else iter(())
@@ -193,7 +174,7 @@ class Queue:
     # -- arrivals and departures ---------------------------------------------------------------------------------
 
     def add(self, waiting: Waiting, now: float) -> None:
-        user = waiting.request.user.id
+        user = waiting.user
         if user in self._seen_at and user not in self._n_waiting and user not in self._n_running:
             waiting.pause_s = now - self._seen_at[user]
         of_user = self._of_user.setdefault(user, []) if not waiting.is_back else []
@@ -217,13 +198,13 @@ class Queue:
 
     def admitted(self, waiting: Waiting, now: float) -> None:
         """Record that a request was accepted, so its user is present."""
-        user = waiting.request.user.id
+        user = waiting.user
         if waiting.pause_s is not None:
             self._pauses.observe(user, waiting.pause_s)
         self._saw(user, now)
 
     def remove(self, waiting: Waiting) -> None:
-        user = waiting.request.user.id
+        user = waiting.user
         self._waiting.remove(waiting)
         if not waiting.is_back:
             self._of_user[user].remove(waiting)
@@ -270,9 +251,7 @@ class Queue:
             self.limits.retry_after_s,
         )
         most, n_most = n_waiting.most_common(1)[0]
-        victims = [
-            w for w in self._waiting if w.request.user.id == most and not (w.had_a_place or w.granted.done())
-        ]
+        victims = [w for w in self._waiting if w.user == most and not (w.had_a_place or w.granted.done())]
         if n_most <= n_waiting[user.id] or not victims:
             raise error
         victims[-1].granted.set_exception(error)
@@ -354,7 +333,7 @@ class Queue:
         """Remove a request from the queue that has got its slots, for about ``cost_s``. Returns the charge of its
         user; None for llamaslot's own work."""
         self.remove(waiting)
-        user = waiting.request.user.id
+        user = waiting.user
         if waiting.is_small and self._n_small < len(self._waiting):
             for other in self._waiting:
                 if not other.is_small and other.came_at <= waiting.came_at:
@@ -399,7 +378,7 @@ class Queue:
     def check(self) -> None:
         """Raise AssertionError naming the first invariant of the queue that does not hold."""
         assert all(n > 0 for n in self._n_running.values()), "no user gives back more than it had"
-        counted = Counter(waiting.request.user.id for waiting in self._waiting)
+        counted = Counter(waiting.user for waiting in self._waiting)
         assert self._n_waiting == counted, "who waits is counted"
         n_each = self._n_small, self._n_overtaken, self.n_unpinned
         for waiting in self._waiting:

@@ -14,7 +14,7 @@ import heapq
 import math
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from msgspec import Struct, field
 
@@ -40,36 +40,22 @@ class Fairness(Struct, frozen=True):
     return_grace_s: float = 10.0
 
 
-class Ask(Struct, frozen=True):
-    """A waiting request. ``cost_s``: the estimated seconds of a slot that it needs. ``is_small``: it needs next to no
-    computing (a title, a summary). ``overtaken_s``: the slot time of later small requests that have overtaken it.
-    ``passed_by``: the part of ``overtaken_s`` that each user's small requests took.
+class Ask(Struct, eq=False):
+    """A waiting request of ``user``. ``cost_s``: the estimated seconds of a slot that it needs. ``is_small``: it needs
+    next to no computing (a title, a summary). ``overtaken_s``: the slot time of later small requests that have
+    overtaken it. ``passed_by``: the part of this that each user's small requests took. ``serial``: ascends in the order
+    in which requests would be served if all users were one user.
     """
 
     user: str
     cost_s: float
     is_small: bool = False
     overtaken_s: float = 0.0
-    passed_by: Mapping[str, float] = field(default_factory=dict)
+    passed_by: dict[str, float] = field(default_factory=dict)
+    serial: int = 0
 
 
-class Asking(Protocol):
-    """A request that waits in the queue of its user. ``serial`` ascends in the order in which requests would be served
-    if all users were one user.
-    """
-
-    serial: int
-    cost_s: float
-
-
-class _Numbered(Struct):
-    """An ``Asking`` whose ``serial`` is its index in a list."""
-
-    serial: int
-    cost_s: float
-
-
-A = TypeVar("A", bound=Asking)
+A = TypeVar("A", bound=Ask)
 
 
 class Booked(Struct, frozen=True):
@@ -139,15 +125,28 @@ class Shares:
                 heapq.heapreplace(heads, (received_s + request.cost_s, n_served, behind.serial, user))
             yield request
 
-    def order(self, asks: Sequence[Ask], max_overtake_s: float) -> list[int]:
-        """Return the indices of ``asks`` in the order in which they are served. ``asks`` are sorted by age, oldest
-        first.
+    def order(self, queues: Mapping[str, Sequence[A]], max_overtake_s: float) -> list[A]:
+        """Return the waiting requests in the order in which they are served: as ``in_turn``, but small requests are
+        moved ahead of other requests. They move ahead of a request until it has been overtaken for ``max_overtake_s``
+        in total. The small requests of one other user may use only an equal part of this time.
         """
-        queues: dict[str, list[_Numbered]] = {}
-        for i, ask in enumerate(asks):
-            queues.setdefault(ask.user, []).append(_Numbered(i, ask.cost_s))
-        fair = [one.serial for one in self.in_turn(queues)]
-        return _sides_first(asks, fair, max_overtake_s)
+        result: list[A] = []
+        # By user: where its next small request goes.
+        fronts = {ask.user: 0 for queue in queues.values() for ask in queue if ask.is_small}
+        each_s = max_overtake_s / max(len(queues), 1)
+        for ask in self.in_turn(queues):
+            if ask.is_small:
+                at = fronts[ask.user]
+                result.insert(at, ask)
+                for user, front in fronts.items():
+                    fronts[user] = front + (front >= at)
+            else:
+                result.append(ask)
+                for user in fronts:
+                    is_enough = user != ask.user and ask.passed_by.get(user, 0.0) >= each_s
+                    if is_enough or ask.overtaken_s >= max_overtake_s:
+                        fronts[user] = len(result)
+        return result
 
     def granted(self, user: str, cost_s: float, waiting: Collection[str], idle: Collection[str]) -> Booked:
         """Book a slot for ``user``, for about ``cost_s`` seconds. Equal parts of the time are owed to the other users
@@ -208,30 +207,6 @@ class Shares:
                 continue
             del self._deficits[user]
             self._served.pop(user, None)
-
-
-def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_overtake_s: float) -> list[int]:
-    """Return ``order`` with small requests moved ahead of other requests. They move ahead of a request until it has
-    been overtaken for ``max_overtake_s`` in total. The small requests of one other user may use only an equal part of
-    this time.
-    """
-    result: list[int] = []
-    fronts = {ask.user: 0 for ask in asks if ask.is_small}  # by user: where its next small request goes
-    each_s = max_overtake_s / max(len({ask.user for ask in asks}), 1)
-    for i in order:
-        ask = asks[i]
-        if ask.is_small:
-            at = fronts[ask.user]
-            result.insert(at, i)
-            for user, front in fronts.items():
-                fronts[user] = front + (front >= at)
-        else:
-            result.append(i)
-            for user in fronts:
-                is_enough = user != ask.user and ask.passed_by.get(user, 0.0) >= each_s
-                if is_enough or ask.overtaken_s >= max_overtake_s:
-                    fronts[user] = len(result)
-    return result
 
 
 def may_take_another(
