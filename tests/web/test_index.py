@@ -53,6 +53,7 @@ async def filled(directory: Path, **more: Any) -> AsyncIterator[Served]:
         for text in TEXTS:
             await it.ask(text)
         await it.until(file_of(it).path.exists)
+        await it.saved()
         yield it
 
 

@@ -95,7 +95,6 @@ class Backend:
         self._members, self._rules = members, rules
         self.store = store
         self._catalog = catalog = store.catalog if store is not None else None
-        self._libraries = store.libraries if store is not None else None
         self.tasks = TaskOwner()
         self.rates_file = LearnedFile(name, rates_file)
         self.rates = Rates()
@@ -302,9 +301,8 @@ class Backend:
 
     async def _connect(self, *, is_retry: bool) -> ServerSession | RouterMode:
         """Identify the model and probe what llama-server can do. Raises BackendDown and BackendRestarted."""
-        handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
-        handshake.check_process = partial(self._members.check_process, self)
-        handshake.probes.has_others_files = self.store is not None and self.store.n_backends > 1
+        check = partial(self._members.check_process, self)
+        handshake = Handshake(self.name, self.api, self.store, self.rates, self._rules, check)
         try:
             return await handshake.run(self.now(), is_retry=is_retry)
         except (BackendDown, BackendRestarted):

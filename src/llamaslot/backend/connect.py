@@ -51,7 +51,6 @@ from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent
 from llamaslot.store import (
-    Catalog,
     QuotaExceeded,
     Reservation,
     SavedSlot,
@@ -59,8 +58,9 @@ from llamaslot.store import (
     WithTokens,
     read_slot_file,
 )
-from llamaslot.store.model_snapshots import Libraries, content_of
+from llamaslot.store.model_snapshots import content_of
 from llamaslot.store.sidecar import digest_of
+from llamaslot.store.snapshot_store import SnapshotStore
 
 log = logging.getLogger(__name__)
 
@@ -121,17 +121,18 @@ class Handshake:
         self,
         name: str,
         api: LlamaServer,
-        catalog: Catalog | None,
-        libraries: Libraries | None,
+        store: SnapshotStore | None,
         rates: Rates,
         rules: Rules,
+        check_process: Callable[[Props], None],
     ) -> None:
-        """``catalog`` and ``libraries`` belong to the snapshot directory; both are None without one."""
-        self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
-        self.libraries = libraries
-        # Called with the first properties; raises NotReady if another backend has the same process.
-        self.check_process: Callable[[Props], None] = lambda props: None
-        self.probes = Probes(api, catalog, rates)
+        """``store``: the snapshot directory; None without one. ``check_process`` is called with the first properties;
+        it raises NotReady if another backend has the same process."""
+        self.name, self.api, self.store, self.rates, self.rules = name, api, store, rates, rules
+        self.catalog = store.catalog if store is not None else None
+        self.check_process = check_process
+        self.probes = Probes(api, self.catalog, rates)
+        self.probes.has_others_files = store is not None and store.n_backends > 1
         self._identity: Identity | None = None
         self._is_usable = dict[str, bool]()  # by the text of the fingerprint
         self._model: Mapping[str, Any] = {}
@@ -395,7 +396,7 @@ class Handshake:
         """Add the snapshots of this model to the index. Returns the fingerprint under which new snapshots are saved:
         that of the newest existing one, or else the present one."""
         assert self.catalog is not None
-        assert self.libraries is not None
+        assert self.store is not None
         snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
         self._identity = current
         admitted = [snapshot for snapshot in snapshots if self._is_ours(snapshot)]
@@ -410,7 +411,7 @@ class Handshake:
             log.warning(
                 "%s: %d snapshots on disk belong to another model and are not used", self.name, n_others
             )
-        table.use_snapshots(await self.libraries.of(self.name, current, self._is_ours))
+        table.use_snapshots(await self.store.libraries.of(self.name, current, self._is_ours))
         return fingerprint
 
     def _is_ours(self, snapshot: Snapshot) -> bool:
