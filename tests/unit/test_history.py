@@ -135,6 +135,25 @@ async def test_a_locked_file_is_written_later(tmp_path: Path, caplog: pytest.Log
         assert (history.series.ever.n, history.owners) == (2, {"ls-1": "key:ada"})
 
 
+async def test_two_of_them_do_not_replace_each_others_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two llamaslots with one directory the second waits for the file, and says so."""
+    path = tmp_path / "history.sqlite"
+    second = History(path, lambda: NOON + 1)
+    async with opened(path) as first:
+        first.add(ended("a"))
+        await first.write()
+        second.add(ended("b"))
+        await second.write()
+        assert "is another llamaslot using this directory" in caplog.text
+        first.add(ended("c"))
+    await second.close()
+    async with opened(path) as history:
+        assert [its.id for its in history.latest] == ["a", "c", "b"]
+        assert history.series.ever.n == 3
+
+
 async def test_a_later_schema_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An older llamaslot does not know what it would destroy."""
     path = tmp_path / "history.sqlite"

@@ -21,9 +21,11 @@ class Upstream:
         self.headers = CIMultiDict(headers)
 
 
-@pytest.mark.parametrize("name", [*ENDS_HERE, "Host", "Content-Length", "Expect", "Content-Encoding"])
+@pytest.mark.parametrize(
+    "name", [*ENDS_HERE, "Host", "Content-Length", "Expect", "Content-Encoding", "Range", "If-Range"]
+)
 def test_what_belongs_to_the_clients_connection_ends_here(name: str) -> None:
-    """In any spelling."""
+    """In any spelling. An answer that was computed is sent whole."""
     for spelling in (name, name.lower(), name.upper()):
         request = make_mocked_request("POST", "/", headers={spelling: "x", "X-Other": "kept"})
         assert to_server(request) == CIMultiDict({"X-Other": "kept"})

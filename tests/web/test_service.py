@@ -187,6 +187,25 @@ async def test_a_backend_that_a_reload_cannot_add_is_not_there(
         assert (await _reloaded(it)).splitlines() == ["in force: backends: gpu1 added"]
 
 
+async def test_what_waits_for_a_backend_that_a_reload_removes_is_told(
+    tmp_path: Path, fakes: list[FakeServer]
+) -> None:
+    """It would wait for max_wait_s in vain; running answers end."""
+    settings = {"backends": [backend("gpu0", fakes[0])], "queue": {"max_wait_s": None}}
+    async with Activated(tmp_path, settings) as it, a_session() as session, asyncio.TaskGroup() as group:
+        fakes[0].hold()
+        asked = [group.create_task(ask(session, it.url)) for _ in range(3)]
+        async with asyncio.timeout(30):
+            while (await get(session, it.url, "status"))["queue"] < 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        it.configure(backends=[{"name": "other", "url": f"http://127.0.0.1:{free_port()}"}])
+        await it.reload()
+        done, _ = await asyncio.wait(asked, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        assert [one.result() for one in done] == [503]
+        fakes[0].go()
+    assert sorted(one.result() for one in asked) == [200, 200, 503]
+
+
 async def _reloaded(it: Activated) -> str:
     """What the command says."""
     process = await asyncio.create_subprocess_exec(

@@ -158,10 +158,14 @@ class Drain:
             return None
         return "drained" if self._is_saved else "draining"
 
-    def begin(self) -> None:
+    def begin(self, *, is_removed: bool = False) -> None:
         """Let no request begin at this backend, and save its slots once the running requests have ended. If that has
-        been done already, try again to save the slots that could not be saved.
+        been done already, try again to save the slots that could not be saved. ``is_removed``: the configuration has
+        the backend no longer, so requests that wait for it alone end with an error.
         """
+        if is_removed:
+            self._leases.is_removed = True
+            self._leases.dispatch()
         if self._leases.is_drained and not self.unsaved:
             return
         log.info(
@@ -179,7 +183,7 @@ class Drain:
         log.info("%s: undrained: requests may begin at this backend again", self._backend)
         if self._running is not None:
             self._running.cancel()
-        self._leases.is_drained = self._is_saved = False
+        self._leases.is_drained = self._leases.is_removed = self._is_saved = False
         self._leases.dispatch()
 
     async def _run(self) -> None:

@@ -84,6 +84,7 @@ class Leases:
     is_gate_shut = _Told[bool]()  # no other request may begin its first step
     down = _Told[BackendDown | None]()  # the reason, while llama-server is down
     is_drained = _Told[bool]()  # the operator drains the backend: no request begins here
+    is_removed = _Told[bool]()  # drained because the configuration has it no longer: no request waits for it
     is_leaving = _Told[bool]()  # its model is being unloaded: requests wait until it is loaded again
     is_suspect = _Told[bool]()  # llama-server may hang: requests go to other backends if there are any
 
@@ -91,7 +92,7 @@ class Leases:
         """``admission`` is the pool to which the backend belongs at first; ``move`` changes it."""
         self.backend, self.admission, self.now = backend, admission, now
         self.table = self.exclusive = self.down = None
-        self.is_gate_shut = self.is_drained = self.is_leaving = self.is_suspect = False
+        self.is_gate_shut = self.is_drained = self.is_removed = self.is_leaving = self.is_suspect = False
         self.is_exclusive_wanted = False  # the exclusive request waits for others to finish
         self.leases: dict[Lease, None] = {}  # ordered: among equals the first one is chosen
         self.long: dict[Lease, None] = {}  # those with a long prefill, for each placement looks at them
@@ -159,6 +160,8 @@ class Leases:
     @property
     def why_not(self) -> str | None:
         """The reason why no request can begin on this backend; None if one can, now or soon."""
+        if self.is_removed:
+            return f"{self.backend} is no longer in the configuration"
         if self.is_drained:
             return f"{self.backend} is drained, so no request begins there until 'llamaslot undrain {self.backend}'"
         return str(self.down) if self.down is not None else None

@@ -138,14 +138,16 @@ class PoolBackends(dict[str, Leases]):
 
     def why_none(self, *, is_queued: bool) -> LlamaslotError | None:
         """Return the error for requests if there is no backend, or each is down or drained; else None. ``is_queued``:
-        for requests that were accepted before; these wait until a drain has ended.
+        for requests that were accepted before; these wait until a drain has ended, unless a reload has removed the
+        backend.
         """
         if self.open:
             return None
         if not self:
             return BackendRestarted("no backend serves this model any more")
         reasons = [why for leases in self.values() if (why := leases.why_not) is not None]
-        if len(reasons) < len(self) or (is_queued and any(leases.is_drained for leases in self.values())):
+        may_return = any(leases.is_drained and not leases.is_removed for leases in self.values())
+        if len(reasons) < len(self) or (is_queued and may_return):
             return None
         more = [f"and {len(reasons) - _MOST_NAMED} more"] if len(reasons) > _MOST_NAMED else []
         return BackendDown("; ".join([*reasons[:_MOST_NAMED], *more]))

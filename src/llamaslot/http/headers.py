@@ -29,9 +29,12 @@ _HOP_BY_HOP = {
 # A client's key is for llamaslot. llama-server gets the configured one instead.
 _KEYS = {"authorization", "x-api-key", "api-key"}
 # A generation with an X-Conversation-Id survives its client, and a second one with the same id cancels the first. A
-# compressed body is decompressed here.
+# compressed body is decompressed here. A Range that the answer does not reach is refused with 416 (measured), although
+# the prompt was computed.
 _NOT_TO_SERVER = (
-    _HOP_BY_HOP | _KEYS | {"host", "content-length", "content-encoding", "x-conversation-id", "expect"}
+    _HOP_BY_HOP
+    | _KEYS
+    | {"host", "content-length", "content-encoding", "x-conversation-id", "expect", "range", "if-range"}
 )
 _NOT_TO_CLIENT = _HOP_BY_HOP | {"content-length", "server", "date"}
 

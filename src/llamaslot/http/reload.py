@@ -97,7 +97,7 @@ class Reload:
         }
         for name in removed:
             if (backend := self._registry.backend_named(name)) is not None:
-                backend.drain.begin()
+                backend.drain.begin(is_removed=True)
         settings, failed = {backend.name: backend for backend in new.backends}, set[str]()
         for name in added:
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import time
@@ -212,6 +213,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db: sqlite3.Connection | None = None
+        self._fd: int | None = None  # while the file is locked
 
     def read(self) -> tuple[list[Activity], list[tuple[Key, Sums]], dict[str, str], float]:
         """Read the whole file. Returns the last ``KEPT`` requests, oldest first; the sums; the user of each snapshot
@@ -265,9 +267,7 @@ class _File:
         import sqlite3  # 10 ms, which the start of llamaslot does not wait for
 
         if self._db is None:
-            # SQLite gives its own files beside it (-wal, -shm), which hold the same, the mode of this one.
-            with contextlib.suppress(OSError):  # SQLite says why
-                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._lock()
             db = sqlite3.connect(self._path, timeout=_BUSY_S)
             try:
                 # A write costs no fsync, and a power cut loses no file.
@@ -280,13 +280,37 @@ class _File:
                     db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
             except BaseException:
                 db.close()
+                self._unlock()
                 raise
             self._db = db
         with self._db:
             yield self._db
 
+    def _lock(self) -> None:
+        """Lock the file against other llamaslots, which would replace the rows of this one, until ``_unlock``. Readers
+        are not kept out: SQLite has locks of its own. A new file gets mode 0600, and with it the files that SQLite puts
+        beside it (-wal, -shm), which hold the same.
+        """
+        import sqlite3
+
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise sqlite3.OperationalError("it is locked") from None
+        except OSError:
+            pass  # SQLite says why; some network file systems have no such locks
+
+    def _unlock(self) -> None:
+        """Only while no connection is open: closing any descriptor of a file drops SQLite's own locks on it."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
     def close(self) -> bool:
         if self._db is not None:
             self._db.close()
             self._db = None
+        self._unlock()
         return True
