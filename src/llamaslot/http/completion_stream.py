@@ -98,8 +98,7 @@ class Answering:
         user and nothing of the answer was sent. With ``may_replan`` raises RetryPlacement if the slot does not hold
         what was expected: then llama-server is idle again, and has computed almost nothing.
         """
-        sent = await stack.enter_async_context(contextlib.AsyncExitStack())
-        self._upstream, asked = await self._send(sent, self._body()), self.client_request
+        self._upstream, asked = await self._send(stack, self._body()), self.client_request
         self._reading = reading = Reading(
             self._upstream,
             asked.format,
@@ -114,13 +113,13 @@ class Answering:
             return
         is_looked_at = False
         may_stop = self._is_one_prompt and not self.parsed.is_head  # else its slot's content would be unknown
-        while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
+        while (events := await self._next_or_stop(can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self._answer_begins(events)
                 return
             if reading.n_found is not None:
                 if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):
-                    raise RetryPlacement(await self._stopped(sent, reading.n_found, is_misplaced=True))
+                    raise RetryPlacement(await self._stopped(reading.n_found, is_misplaced=True))
                 if not is_looked_at:
                     self._holds_prompt()
                     await self._tell_reuse()
@@ -147,7 +146,7 @@ class Answering:
             self.lease.finish(None)
             raise UpstreamError(_FAILED, orjson.dumps(data_of(b"".join(events))))
 
-    async def _next_or_stop(self, sent: contextlib.AsyncExitStack, *, can_stop: bool) -> list[bytes] | None:
+    async def _next_or_stop(self, *, can_stop: bool) -> list[bytes] | None:
         """As ``_next``; with ``can_stop`` raises Preempted if the slot is needed for another user."""
         if not can_stop:
             self.lease.forbid_preemption()
@@ -155,17 +154,15 @@ class Answering:
         if (events := await self.lease.unless_preempted(self._next())) is not STOPPED:
             return events
         assert self._reading.n_found is not None, "only what has begun can be stopped"
-        done = await self._stopped(sent, self._reading.n_found, is_misplaced=False)
+        done = await self._stopped(self._reading.n_found, is_misplaced=False)
         self.lease.raise_if_preempted(done)
         raise RetryPlacement(done)  # the slot is no longer needed, but this request has stopped
 
-    async def _stopped(
-        self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool
-    ) -> PrefillStats:
+    async def _stopped(self, n_found: int, *, is_misplaced: bool) -> PrefillStats:
         """Cancel the request at llama-server, which has found ``n_found`` tokens of the prompt in the slot. Returns
         what was computed of the prompt in this slot.
         """
-        await sent.aclose()
+        await self._sent.__aexit__(None, None, None)
         await self.backend.executor.stopped(self.lease, n_found, is_misplaced=is_misplaced)
         n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
         own = PrefillStats(min(n_found, n_done), n_done, self.lease.now() - self.lease.sent_at)
@@ -243,7 +240,8 @@ class Answering:
         if self.client_request.may_set("cache_prompt"):
             body["cache_prompt"] = may_reuse
         lease.begin_request()
-        upstream = await stack.enter_async_context(self.client_request.post(body))
+        self._sent = self.client_request.post(body)
+        upstream = await stack.enter_async_context(self._sent)
         lease.mark_processing()
         if upstream.status == 200:
             return upstream

@@ -117,7 +117,9 @@ class PlainServer:
 
 
 class Sending(contextlib.AbstractAsyncContextManager[Response]):
-    """The context manager that ``LlamaServer.request`` returns. A class, because a generator takes 10 us more."""
+    """The context manager that ``LlamaServer.request`` returns. Its exit is idempotent. A class, because a generator
+    takes 10 us more.
+    """
 
     __slots__ = ("_is_down", "_otherwise", "_over_aiohttp", "_plain", "_response")
 
@@ -147,9 +149,10 @@ class Sending(contextlib.AbstractAsyncContextManager[Response]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        over_aiohttp, self._over_aiohttp = self._over_aiohttp, None
         try:
-            if self._over_aiohttp is not None:
-                await self._over_aiohttp.__aexit__(kind, error, trace)
+            if over_aiohttp is not None:
+                await over_aiohttp.__aexit__(kind, error, trace)
             elif self._response is not None:
                 self._response.close()
         except (ConnectionError, TimeoutError) as found:
