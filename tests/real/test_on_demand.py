@@ -135,6 +135,8 @@ async def test_a_stream_is_told_that_its_model_is_loading(tmp_path: Path) -> Non
                 said = await answer.text()
             assert said.startswith(": loading the model\n")
             assert said.endswith("data: [DONE]\n\n")
+        _, told = await it.get("/llamaslot/status")
+        assert [backend["outage"] for backend in told["backends"]] == [None, None]  # to be loaded is none
 
 
 async def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,35 @@ async def test_a_server_that_ends_is_said_and_its_return_noticed(tmp_path: Path)
         await it.fake.start()
         await it.until(lambda: it.backend.health is Health.UP)
         await works(it)
+
+
+async def test_an_outage_has_a_beginning_and_an_end(tmp_path: Path) -> None:
+    """In the status. To connect again for llamaslot's own reasons is none; a restart is one."""
+    async with served(tmp_path) as it:
+
+        async def outage() -> Any:
+            return (await it.get("/llamaslot/status")).json["backends"][0]["outage"]
+
+        assert await outage() is None
+        it.backend.changed("a test wants it")
+        await it.until(lambda: it.backend.health is Health.UP)
+        assert await outage() is None
+        began = time.time()
+        await it.fake.kill()
+        it.backend.doubt()
+        await it.until(lambda: it.backend.health is Health.DOWN)
+        first = await outage()
+        assert began <= first["began"] <= time.time()
+        assert first["ended"] is None
+        await it.fake.start()
+        await it.until(lambda: it.backend.health is Health.UP)
+        first = await outage()
+        assert first["began"] < first["ended"] <= time.time()
+        assert it.backend.session is not None
+        it.backend.lost(it.backend.session.table)
+        await it.until(lambda: it.backend.health is Health.UP)
+        second = await outage()
+        assert first["ended"] <= second["began"] <= second["ended"]
 
 
 async def test_those_who_wait_are_told_when_the_server_ends(tmp_path: Path) -> None:

@@ -206,6 +206,21 @@ async def test_an_operator_needs_the_key_and_a_keyboard(tmp_path: Path) -> None:
             await page.wait_for_selector("#chosen button.danger")
             store = it.backend.store
             assert store is not None
+            # The picture, the list and the catalog agree on what is evicted first.
+            catalog = store.catalog
+            worst = min(catalog.snapshots, key=catalog.value)
+            assert await page.locator("#next li span").first.get_attribute("title") == worst
+            await page.locator("#icicle button.snapshot", has_text=re.compile("tokens")).first.click()
+            order = (
+                "import('./store.js').then(({ treeOf }) => { const row = (id, value, more) => ({ id, value,"
+            )
+            order += (
+                " model: 'm', is_served: true, is_pinned: false, size_bytes: 1, share_bytes: 0, last_used: 0,"
+            )
+            order += " n_common: 0, n_hits: 0, ...more }); const rows = [row('a', 2), row('b', 1, { is_pinned: true }),"
+            order += " row('c', 1), row('d', 9, { is_served: false })];"
+            order += " treeOf(rows); return rows.map((its) => its.place); })"
+            assert await page.evaluate(order) == [3, None, 2, 1]
             n_snapshots = len(store.catalog.snapshots)
             await page.focus("#chosen button.danger")
             await page.keyboard.press("Enter")
@@ -226,9 +241,25 @@ async def test_an_operator_needs_the_key_and_a_keyboard(tmp_path: Path) -> None:
             it.fake.go()
             await it.fake.kill()
             it.backend.doubt()
-            await page.wait_for_selector(".backend.down .warning")
+            await page.wait_for_selector(".backend.down")
+            assert (await it.ask("x")).status == 503
+            line = page.locator("#outages .bad")
+            await line.filter(has_text="1 request was not served.").wait_for()
+            told = await line.inner_text()
+            assert re.match(
+                r"gpu0 is down since [\d:]+ \(\d+ s\)\. llama-server at http\S+ (refuses|does)", told
+            ), told
+            assert "--port" not in told  # it was up before
+            assert await page.evaluate(CONNECTION) == "gpu0 is down"
+            assert "not served: llama-server at" in await page.locator("#requests tr.unserved").inner_text()
             await it.fake.start()
             await page.wait_for_selector(".backend:not(.down) .slot")
+            told = await page.locator("#outages .over").inner_text()
+            assert re.match(
+                r"gpu0 is up again. It was down for \d+ s, from [\d:]+ to [\d:]+. 1 request was not served.",
+                told,
+            ), told
+            assert await page.evaluate(CONNECTION) == "live, gpu0 is up"
 
             await it.stop()
             await page.wait_for_function(f"{CONNECTION}.startsWith('no connection since ')")
@@ -236,5 +267,7 @@ async def test_an_operator_needs_the_key_and_a_keyboard(tmp_path: Path) -> None:
                 "new Promise((done) => setTimeout(done, 1100))"
             )  # what counts each second is silent
             assert (await page.evaluate(CONNECTION)).startswith("no connection since ")
+            assert "goes on by itself" in await page.locator("#notice").inner_text()
             await it.start()
             await live(page)
+            await page.locator("#notice").wait_for(state="hidden")

@@ -76,6 +76,8 @@ async def test_a_swap_keeps_every_conversation(tmp_path: Path) -> None:
                 talks[name] += answer.text + letters(turn, 50)
         assert it.members() == [{"box/a"}, {"box/org/b:Q4"}]
         assert router.woken == ["a: GET /props", "org/b:Q4: GET /props"] * 3
+        told = (await it.get("/llamaslot/status")).json["backends"]
+        assert {one["outage"] for one in told if one["name"] != "box"} == {None}  # a swap is none
 
 
 async def test_asking_loads_and_wakes_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from llamaslot.backend.cache_miss import CacheMisses
 from llamaslot.backend.connect import Handshake, RouterMode, ServerSession
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
-from llamaslot.backend.health import SUSPECT_S, Gone, Health, Presence, Watch
+from llamaslot.backend.health import SUSPECT_S, Gone, Health, Outage, Presence, Watch
 from llamaslot.backend.idle_save import Drain, IdleSave
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.save import Saving
@@ -114,6 +114,7 @@ class Backend:
         self.session: ServerSession | None = None
         self.last_session: ServerSession | None = None  # the present session, or else the last one
         self._why_down = "has not answered yet"
+        self.outage: Outage | None = None  # the present one, or else the last one
         self._is_settled = asyncio.Event()  # set unless it is being connected to
         self._is_settled.set()
         self.presence = Presence(name)
@@ -202,6 +203,7 @@ class Backend:
         if self.session is not None and self.session.table is table:
             log.warning("%s: llama-server has restarted, its slots are empty; reconnecting", self.name)
             self.metrics.restarts.inc()
+            self._is_away("has restarted")
             self._forget(Health.CONNECTING)
         self._watch.look_now()
 
@@ -215,8 +217,11 @@ class Backend:
     def sleep(self, why_down: str = "") -> None:
         """Record that llama-server is stopped until ``wake``. Queued requests wait, or fail with ``why_down`` if
         given."""
-        self._why_down = why_down or "is asleep: the next request for its model starts it"
         self.presence.set(is_awake=False)
+        if why_down:
+            self._is_away(why_down)
+        else:
+            self._why_down = "is asleep: the next request for its model starts it"
         self._forget(Health.DOWN if why_down else Health.ASLEEP)
         self._watch.look_now()
 
@@ -288,7 +293,7 @@ class Backend:
                         "%s: connecting to llama-server failed, tried again each second: %s", self.name, error
                     )
                 complaint = str(error)
-                self._why_down = f"is not ready: {complaint}"
+                self._is_away(f"is not ready: {complaint}")
                 self._forget(Health.DOWN)
                 await asyncio.sleep(1.0)
                 continue
@@ -314,7 +319,7 @@ class Backend:
     async def _until_healthy(self) -> None:
         polls, is_told = iter(_HEALTH_POLL_S), False
         while (why := await self.api.why_unhealthy()) is not None:
-            self._why_down = why
+            self._is_away(why)
             if self.health is not Health.DOWN:
                 self._forget(Health.DOWN)
             pause_s = next(polls, None)
@@ -354,7 +359,7 @@ class Backend:
         retry_s = min(_RETRY_S * 2**self._n_retries, _RETRY_AT_LAST_S)
         match await self._watch.until_gone(session, retry_s):
             case Gone.DOWN:
-                self._why_down = "does not answer"
+                self._is_away("does not answer")
                 log.warning(
                     "%s: llama-server does not answer; requests get 503, unless another backend takes them",
                     self.name,
@@ -376,8 +381,17 @@ class Backend:
         why = f"llama-server at {self.api.url} {self._why_down}"
         return BackendDown(f"{why}; requests are served again once it is up")
 
+    def _is_away(self, why: str) -> None:
+        """Record why requests cannot be served now, as the end of a sentence. It is the beginning of an outage, unless
+        there is one already, or the model is being loaded on demand."""
+        self._why_down = why
+        if not self.presence.is_coming and (self.outage is None or self.outage.ended is not None):
+            self.outage = Outage(time.time())
+
     def _set(self, health: Health) -> None:
         self.health = health
+        if self.outage is not None and health in (Health.UP, Health.ASLEEP):
+            self.outage.ended = self.outage.ended or time.time()
         self.presence.changes.notify()
         self.metrics.is_up.set(health in (Health.UP, Health.ASLEEP))
         if health is Health.CONNECTING:

@@ -16,6 +16,8 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from msgspec import Struct
+
 from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.unassisted_slots import has_idle_slot
@@ -226,6 +228,13 @@ class Suspicion:
         if self._leases.is_suspect and self._leases.now() >= self._until:
             self._leases.is_suspect = False
             self._leases.dispatch()
+
+
+class Outage(Struct):
+    """A time in which llama-server could serve no requests, in seconds since 1970. ``ended``: None while it lasts."""
+
+    began: float
+    ended: float | None = None
 
 
 class Gone(enum.Enum):

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from aiohttp import web
+from msgspec.structs import asdict
 
 from llamaslot import __version__
 from llamaslot.backend.backend import Backend
@@ -149,6 +150,7 @@ def status_of(backend: Backend) -> dict[str, Any]:
         "name": backend.name,
         "health": backend.health.value,
         "why_down": backend.why_down,
+        "outage": asdict(backend.outage) if backend.outage is not None else None,
         "drain": backend.drain.state,
         "model": session.model_name if session else None,
         "n_ctx": table.n_ctx if table else None,

@@ -65,6 +65,7 @@ _STATUS = _object(
             name=_TEXT,
             health=_TEXT,
             why_down=_or_null(_TEXT),
+            outage=_or_null(_object(began=_SECONDS, ended=_or_null(_SECONDS))),
             drain=_or_null(_TEXT),
             model=_or_null(_TEXT),
             n_ctx=_or_null(_COUNT),

@@ -18,7 +18,7 @@ FILES = {
     ROOT + "icon.svg": ("icon.svg", "image/svg+xml"),
     **{
         f"{ROOT}{name}.js": (f"{name}.js", _JS)
-        for name in ("page", "server", "words", "parts", "activity", "store", "plots")
+        for name in ("page", "server", "words", "parts", "activity", "outages", "store", "plots")
     },
 }
 _HEADERS = {

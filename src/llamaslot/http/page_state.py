@@ -115,7 +115,7 @@ class PageState:
         }
 
     def _backend(self, backend: Backend, now: float) -> State:
-        told = status_of(backend)
+        told = {**status_of(backend), "last_model": backend.model_name}
         table = backend.leases.table
         if table is None:
             return told

@@ -2,7 +2,7 @@
 
 import { at, el, keyed, say } from './parts.js';
 import { get } from './server.js';
-import { OUTCOMES, clock, modelName, number, person, seconds, short } from './words.js';
+import { OUTCOMES, clock, modelName, number, person, reason, seconds, short } from './words.js';
 
 const STEP = 20; // rows shown at a time
 const COPIED = 30;
@@ -91,9 +91,12 @@ const speeds = (its) => (its.n_computed || its.n_answered ? `${speed(its.n_compu
 
 const endOf = (its) => its.at + its.total_s;
 
+// The number of requests that were not served and ended between two times, in seconds since 1970.
+export const unserved = (from, to) => rows.filter((its) => its.outcome === 'unserved' && endOf(its) >= from && endOf(its) <= to).length;
+
 // Why the request took as long as it did: the wait first, if that was most of the time to the first token.
 function textOf(its) {
-  if (its.outcome !== 'done') return [OUTCOMES[its.outcome], its.error || its.text].filter(Boolean).join(': ');
+  if (its.outcome !== 'done') return [OUTCOMES[its.outcome], its.outcome === 'unserved' ? reason(its.error) || its.text : its.error || its.text].filter(Boolean).join(': ');
   if (!isMostlyWait(its)) return its.text;
   return `waited ${seconds(waitedS(its))} ${its.queued_s > (its.waited_s ?? 0) ? 'for a slot' : 'for its turn'}; ${its.text}`;
 }
@@ -108,12 +111,12 @@ function makeRow(its) {
     el('td', { 'data-label': 'Ended' }, el('button', { type: 'button', class: 'time', 'aria-expanded': 'false', title: `Timeline of ${its.id}` }, clock(endOf(its)))),
     cell('User', person(its.user), 'user', its.user),
     cell('What happened', textOf(its), 'wide'),
-    cell('Reused', its.n_reused == null ? '–' : number(its.n_reused), 'n'),
+    cell('Reused', its.n_reused == null ? '–' : number(its.n_reused), its.n_reused == null ? 'n nil' : 'n'),
     cell('Computed', number(its.n_computed), 'n'),
     cell('Answered', number(its.n_answered), 'n'),
-    cell('Waited', waited >= 0.05 ? seconds(waited) : '–', isMostlyWait(its) ? 'n most' : 'n'),
-    cell('First token', seconds(its.first_s), 'n'),
-    cell('Prefill / answer tokens/s', speeds(its), 'n'),
+    cell('Waited', waited >= 0.05 ? seconds(waited) : '–', isMostlyWait(its) ? 'n most' : waited >= 0.05 ? 'n' : 'n nil'),
+    cell('First token', seconds(its.first_s), its.first_s == null ? 'n nil' : 'n'),
+    cell('Prefill / answer tokens/s', speeds(its), speeds(its).includes('–') && its.first_s == null ? 'n nil' : 'n'),
     cell('Model', modelName(its.model), 'cut model', its.model));
 }
 

@@ -3,6 +3,7 @@
 import { at, confirmed, el, keyed, say } from './parts.js';
 import { Refused, key, post, watch } from './server.js';
 import * as activity from './activity.js';
+import * as outages from './outages.js';
 import * as plots from './plots.js';
 import * as store from './store.js';
 import { bytes, clock, day, elapsed, modelName, number, percent, person, seconds, short } from './words.js';
@@ -35,7 +36,7 @@ async function connect() {
     }
     if (stream !== its) return; // the tab was hidden
     stream = null;
-    if (isTold) connection('lost', `no connection since ${clock(now())}, trying again`);
+    if (isTold) cutOff();
     isTold = false;
     await new Promise((resolve) => setTimeout(resolve, pause * 1000));
   }
@@ -49,6 +50,7 @@ function took(name, changes) {
     delete changes.now;
     at('login').hidden = at('notice').hidden = true;
     at('content').hidden = false;
+    at('content').classList.remove('old');
     activity.refresh();
     plots.refresh();
   }
@@ -58,6 +60,14 @@ function took(name, changes) {
   }
   if (name !== 'all' && changes.ended) activity.add(changes.ended);
   draw(name === 'all' ? null : new Set(Object.keys(changes).map((what) => what.split(':')[0])));
+}
+
+// Say that what is shown is old.
+function cutOff() {
+  connection('lost', `no connection since ${clock(now())}, trying again`);
+  say(at('notice'), `llamaslot does not answer since ${clock(now())}. The page shows what was then, and goes on by itself when llamaslot is back.`);
+  at('notice').hidden = false;
+  at('content').classList.add('old');
 }
 
 function connection(kind, text) {
@@ -108,10 +118,11 @@ function draw(kinds) {
   if (has('store')) store.refresh();
   if (has('backend')) backends();
   if (has('flight')) flights();
+  if (has('backend') || has('ended')) outages.draw(all('backend:'), now());
   const { version, queue } = state.get('about');
   say(at('about'), `llamaslot ${version}`);
   const n = all('flight:').length;
-  const waiting = queue ? `, ${number(queue)} of them waiting for a slot` : '';
+  const waiting = queue ? `, ${number(queue)} waiting for a slot` : '';
   say(at('flight-sum'), n ? `${number(n)} request${n === 1 ? '' : 's'}${waiting}` : '');
 }
 
@@ -125,7 +136,7 @@ function headline() {
       `what the reused tokens would have taken; ${began < midnight ? `${seconds(ever.saved_s)}${range(ever)} since ${day(began)}; ` : ''}saves and restores took ${seconds(today.moved_s)}`],
     ['Prompt tokens reused', percent(today.share_reused), 'today',
       `${short(today.n_reused)} reused, ${short(today.n_computed)} computed`],
-    ['Time to first token', seconds(today.first_p50_s), 'or less for half of the requests', `${seconds(today.first_p95_s)} or less for 95 of 100`],
+    ['Time to first token', seconds(today.first_p50_s), 'or less for half', `${seconds(today.first_p95_s)} or less for 95 of 100`],
     ['Failed because of llamaslot', number(today.n_faults), `of ${number(today.n)} requests today`,
       today.n_unserved ? `${number(today.n_unserved)} not served: llama-server was away, or the wait too long` : 'and all others were served'],
     ['Snapshots on disk', bytes(size), quota ? `of ${bytes(quota)}` : '', `${number(n)} ${n === 1 ? 'snapshot' : 'snapshots'}`],
@@ -154,20 +165,20 @@ function backends() {
   if (names !== models) store.refresh();
   models = names;
   const down = every.filter((its) => its.health === 'down').map((its) => its.name);
-  connection(down.length ? 'lost' : 'live', down.length ? `live, but ${down.join(' and ')} ${down.length > 1 ? 'are' : 'is'} down` : 'live');
+  const up = every.length === 1 ? `${every[0].name} is ${every[0].health}` : `${every.length - down.length} of ${every.length} backends up`;
+  connection(down.length ? 'lost' : 'live', down.length ? `${down.join(' and ')} ${down.length > 1 ? 'are' : 'is'} down` : `live, ${up}`);
   keyed(at('backends'), every, (its) => its.key,
     (its) => el('div', { class: 'backend' }, el('h3', {}, el('span', {}), ' ', el('small', {})), el('p', { class: 'warning', hidden: true }), el('ol', {})),
     (node, its) => {
       const [title, warning, list] = node.children;
       say(title.children[0], its.name);
-      const facts = [its.health === 'up' ? modelName(its.model ?? '') : its.health, its.n_ctx && its.health === 'up' ? `${number(its.n_ctx)} tokens per slot` : null, its.drain];
+      const facts = [its.health === 'up' ? modelName(its.model ?? '') : its.health, its.n_ctx && its.health === 'up' ? `${number(its.n_ctx)} tokens per slot` : null, its.drain,
+        its.outage?.ended ? `up since ${clock(its.outage.ended)}` : null];
       say(title.children[1], facts.filter(Boolean).join(' · '));
       node.classList.toggle('down', its.health !== 'up');
       const aside = its.assist && !its.assist.is_on ? `llama-server chooses the slots: ${its.assist.why}. ${its.assist.remedy ?? ''}` : '';
-      const down = its.why_down ? `${its.why_down}; requests wait or get an error until it is up` : '';
-      const told = [down, aside, ...its.warnings].filter(Boolean).join(' — ');
+      const told = [aside, ...its.warnings].filter(Boolean).join(' — ');
       warning.hidden = !told;
-      warning.classList.toggle('bad', Boolean(down));
       say(warning, told);
       keyed(list, its.slots, (slot) => slot.id, makeSlot, (row, slot) => updateSlot(row, slot, its));
     });
@@ -203,12 +214,13 @@ function flights() {
   const every = all('flight:').sort((a, b) => rank(a) - rank(b) || a.at - b.at);
   at('no-flights').hidden = every.length > 0;
   at('flights').closest('.scroll').hidden = every.length === 0;
+  at('flights').parentElement.classList.toggle('one-model', new Set(every.map((its) => its.model)).size < 2);
   keyed(at('flights'), every, (its) => its.key, makeFlight, updateFlight);
 }
 
 function makeFlight(its) {
   const cell = (label, kind) => el('td', { 'data-label': label, class: kind });
-  return el('tr', {}, cell('Elapsed', 'n'), cell('User', 'user'), cell('Stage', 'wide'), cell('Speed', 'n'), cell('Where'), cell('Model', 'cut'), cell('Client', 'cut'),
+  return el('tr', {}, cell('Elapsed', 'n'), cell('User', 'user'), cell('Stage', 'wide'), cell('Speed', 'n'), cell('Where'), cell('Model', 'cut model'), cell('Client', 'cut'),
     el('td', {}, el('button', { type: 'button', class: 'small', 'aria-label': `Cancel the request of ${person(its.user)}`, onclick: (event) => cancel(event.target.closest('tr')) }, 'Cancel')));
 }
 
@@ -233,7 +245,9 @@ setInterval(() => {
   if (stream && Date.now() - heardAt > SILENT_MS) stream.abort();
   if (document.hidden || !isTold) return;
   for (const row of at('flights').children) tick(row);
-  if (state.size) backends();
+  if (!state.size) return;
+  backends();
+  outages.draw(all('backend:'), now());
 }, 1000);
 
 async function cancel(row) {

@@ -9,6 +9,7 @@ const HEIGHT = 36;
 const LEAST = 0.25; // percent of the width; thinner ones are drawn together
 const ALIKE = 64; // tokens
 const USERS = 12; // listed by name
+const NEXT = 5; // those that are evicted first
 const PAUSE_MS = 4000;
 const SPREAD_MS = 1000; // a random delay, so that many pages do not ask at the same moment
 
@@ -36,6 +37,7 @@ async function load() {
     at('shades').hidden = told.n === 0;
     draw();
     fillers(told.snapshots);
+    next(told.snapshots, told.quota_bytes ? told.quota_bytes - told.size_bytes : null);
   } catch {
     timer = null;
   }
@@ -44,7 +46,7 @@ async function load() {
 // Make the tree of prefixes. Rows with the same beginning are neighbours; ``n_common`` is its number of tokens.
 export function treeOf(rows) {
   const root = { key: 'all', depth: 0, children: [], level: 'all' };
-  [...rows].sort((a, b) => a.value - b.value).forEach((row, i) => { row.rank = (i + 1) / rows.length; });
+  order(rows);
   for (const [model, its] of Map.groupBy(rows, (row) => row.model)) {
     const top = { key: `model ${model}`, depth: 0, children: [], level: 'model', name: its[0].model_name ? modelName(its[0].model_name) : `model ${model}`, isServed: its[0].is_served };
     const path = [top];
@@ -66,6 +68,15 @@ export function treeOf(rows) {
   }
   weigh(root);
   return root;
+}
+
+// Put snapshots into the order in which they are evicted: those of other models first, then by value. ``place`` is 1 for
+// the first, null for what stays.
+function order(rows) {
+  const stays = (row) => row.is_pinned && row.is_served;
+  const goes = rows.filter((row) => !stays(row)).sort((a, b) => a.is_served - b.is_served || a.value - b.value || a.last_used - b.last_used);
+  for (const row of rows) Object.assign(row, { place: null, rank: 1 });
+  goes.forEach((row, i) => Object.assign(row, { place: i + 1, rank: (i + 1) / rows.length }));
 }
 
 const sum = (list, of) => list.reduce((all, its) => all + of(its), 0);
@@ -91,6 +102,8 @@ function weigh(node) {
   node.children.sort((a, b) => b.bytes - a.bytes);
 }
 
+const times = (n) => (n === 0 ? 'never' : n === 1 ? 'once' : `${number(n)} times`);
+const ownerOf = (row) => (row.kind === 'trunk' ? 'shared beginning' : row.user ? person(row.user) : 'conversation');
 const ageOf = (node) => Math.max(now() - node.used, 0);
 
 function label(node) {
@@ -99,8 +112,7 @@ function label(node) {
     case 'alike': return `the same first ${number(node.depth)} tokens: ${node.n} snapshots, ${bytes(node.bytes)}`;
     case 'rest': return `${node.n} small one${node.n === 1 ? '' : 's'}, ${bytes(node.bytes)}`;
     default: {
-      const what = node.row.kind === 'trunk' ? 'shared beginning' : node.row.user ? person(node.row.user) : 'conversation';
-      return `${node.row.is_pinned ? 'pinned, ' : ''}${what}: ${number(node.row.n_tokens)} tokens, ${bytes(node.own)}${node.n > 1 ? `; with all below it ${bytes(node.bytes)}` : ''}`;
+      return `${node.row.is_pinned ? 'pinned, ' : ''}${ownerOf(node.row)}: ${number(node.row.n_tokens)} tokens, ${bytes(node.own)}${node.n > 1 ? `; with all below it ${bytes(node.bytes)}` : ''}`;
     }
   }
 }
@@ -192,7 +204,7 @@ function tell(node) {
   const facts = [
     ['Snapshot', row.id], ['User', row.kind === 'trunk' ? 'shared' : row.user ?? (row.namespace || 'not known any more')], ['Kind', row.kind === 'trunk' ? 'shared beginning of conversations' : 'conversation'],
     ['Tokens', number(row.n_tokens)], ['Size', bytes(held(row))], ['To delete it frees', bytes(row.size_bytes)], ['Saved', `${seconds(now() - row.created_at)} ago`], ['Used', `${seconds(now() - row.last_used)} ago`],
-    ['Resumed', `${number(row.n_hits)} time${row.n_hits === 1 ? '' : 's'}`], ['Saved by', row.request],
+    ['Resumed', times(row.n_hits)], ['Evicted', row.place === null ? 'never: pinned' : row.place === 1 ? 'first of all' : `after ${number(row.place - 1)} others`], ['Saved by', row.request],
   ];
   panel.replaceChildren(
     el('dl', {}, ...facts.map(([name, value]) => el('div', {}, el('dt', {}, name), el('dd', {}, value)))),
@@ -230,6 +242,16 @@ function fillers(rows) {
     return el('li', {}, el('span', { title: user }, user === ' ' ? 'shared beginnings' : user ? person(user) : 'user not known'), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, bytes(size)), el('span', { class: 'note' }, `${number(n)} snapshot${n === 1 ? '' : 's'}`));
   };
   at('fillers').replaceChildren(...(users.length ? [el('h3', {}, 'By user'), el('ol', { class: 'timeline' }, ...users.map(line))] : []));
+}
+
+// List what is evicted first. ``left``: bytes up to the quota; null without one.
+function next(rows, left) {
+  const first = rows.filter((row) => row.place !== null).sort((a, b) => a.place - b.place).slice(0, NEXT);
+  const usual = sum(rows, held) / (rows.length || 1);
+  const when = left === null ? 'when room is needed' : left > usual ? `when ${bytes(left)} more are full` : 'the disk is full: by the next saves';
+  const why = (row) => (row.is_served ? `used ${seconds(now() - row.last_used)} ago, resumed ${times(row.n_hits)}` : 'its model is not served now');
+  const line = (row) => el('li', {}, el('span', { title: row.id }, ownerOf(row)), el('span', { class: 'n' }, bytes(held(row))), el('span', { class: 'note' }, why(row)));
+  at('next').replaceChildren(...(first.length ? [el('h3', {}, 'Evicted first ', el('small', {}, when)), el('ol', {}, ...first.map(line)), el('p', { class: 'none' }, 'What saves the least time per byte goes first.')] : []));
 }
 
 export function start(clockOfServer) {

@@ -53,6 +53,9 @@ export function clock(at) {
 
 export const day = (at) => new Date(at * 1000).toLocaleDateString([], { day: 'numeric', month: 'long', year: 'numeric' });
 
+// Why a request was not served, without the advice that llamaslot's errors end with.
+export const reason = (error) => error.replace(/ \(.*\)/s, '').replace(/;[^;]*$/, '');
+
 export const OUTCOMES = {
   done: 'answered', left: 'client left', cancelled: 'cancelled', refused: 'refused', unserved: 'not served', fault: 'llamaslot failed',
 };
