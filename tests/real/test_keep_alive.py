@@ -13,7 +13,7 @@ import uvloop
 
 from llamaslot.errors import BackendDown
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.keep_alive import KeepAlivePool, NotConnected
+from llamaslot.llama.keep_alive import KeepAlivePool
 from tests.support import models
 from tests.support.real import RealServer
 from tests.support.wire import until_open
@@ -94,7 +94,7 @@ def test_on_the_loop_that_serves(tmp_path: Path) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await asking
             await server.kill()
-            with pytest.raises(NotConnected):
+            with pytest.raises(ConnectionRefusedError):
                 await status(pool)
             pool.close()
 

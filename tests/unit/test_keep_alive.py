@@ -19,7 +19,7 @@ import pytest_asyncio
 from llamaslot.errors import BackendDown
 from llamaslot.llama import connection, keep_alive
 from llamaslot.llama.connection import BadAnswer
-from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
+from llamaslot.llama.keep_alive import Answer, KeepAlivePool
 from tests.support.inprocess import PATIENCE_S, spawn
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
@@ -417,10 +417,10 @@ async def test_closing_ends_what_is_under_way(server: Server, pool: KeepAlivePoo
 
 
 async def test_a_server_that_is_not_there() -> None:
-    """Nothing was sent; somebody else may say why."""
+    """The error says why."""
     pool = KeepAlivePool.of(f"http://127.0.0.1:{free_port()}", None)
     assert pool is not None
-    with pytest.raises(NotConnected):
+    with pytest.raises(ConnectionRefusedError):
         await ask(pool)
 
 

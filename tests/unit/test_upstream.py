@@ -22,7 +22,7 @@ from llamaslot.llama.answers import (
     next_piece,
     whole,
 )
-from llamaslot.llama.connection import BadAnswer, ServerConnection
+from llamaslot.llama.connection import BadAnswer, NotReached, ServerConnection
 from llamaslot.llama.upstream import PlainServer
 from tests.support.inprocess import PATIENCE_S
 from tests.support.leftovers import nothing_left
@@ -327,7 +327,7 @@ async def test_a_whole_answer_may_be_limited(server: Server) -> None:
 
 
 async def test_what_needs_care_is_left_to_aiohttp(server: Server) -> None:
-    """Nothing was sent. Nor is it where nothing listens: aiohttp says why."""
+    """Nothing was sent."""
     plain = PlainServer.of(server.url, None)
     assert plain is not None
     assert await plain.send("PUT", "/", None, {}) is None
@@ -343,13 +343,19 @@ async def test_what_needs_care_is_left_to_aiohttp(server: Server) -> None:
         ("X\r\n", ""),
     ):
         assert await plain.send("GET", "/", None, {name: value}) is None
-    gone = PlainServer.of(f"http://127.0.0.1:{free_port()}", None)
-    assert gone is not None
-    assert await gone.send("GET", "/", None, {}, timeout_s=5.0) is None
-    unknown = PlainServer.of("http://llama.invalid", None)
-    assert unknown is not None
-    assert await unknown.send("GET", "/", None, {}) is None
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [("http://127.0.0.1:%d", ConnectionRefusedError), ("http://llama.invalid:%d", NotReached)],
+)
+async def test_where_nothing_listens_the_error_says_why(url: str, error: type[Exception]) -> None:
+    """A refused connection is told apart from a name without an address."""
+    plain = PlainServer.of(url % free_port(), None)
+    assert plain is not None
+    with pytest.raises(error):
+        await plain.send("GET", "/", None, {}, timeout_s=5.0)
 
 
 async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from llamaslot.llama.answers import (
     whole,
 )
 from llamaslot.llama.connection import NotReached
-from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
+from llamaslot.llama.keep_alive import Answer, KeepAlivePool
 from llamaslot.llama.quick_import import import_aiohttp
 from llamaslot.llama.sse import EventSplitter, data_of
 from llamaslot.llama.token_lists import packed
@@ -159,8 +159,6 @@ class LlamaServer:
         if self._kept is not None:
             try:
                 return await self._kept.ask(method, path, data, timeout_s)
-            except NotConnected:
-                pass  # try each address of the host once more below, for an error that says why none works
             except (ConnectionError, TimeoutError) as error:
                 raise self._is_down(error) from error
         headers = None if data is None else {"Content-Type": "application/json"}

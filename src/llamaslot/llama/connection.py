@@ -59,7 +59,7 @@ class PlainTarget(NamedTuple):
 
 
 class NotReached(ConnectionError):
-    """No address of the host accepts a connection."""
+    """No address of the host accepts a connection, and not because it refuses one."""
 
 
 class Dial:
@@ -74,41 +74,46 @@ class Dial:
         self._host, self._port, self._open_socket = host, port, open_socket
         self._last: tuple[int, Any] | None = None  # family and address
 
-    async def connect(self, make: Callable[[], P], within_s: float) -> P | None:
-        """Open a connection, and return its asyncio protocol, which ``make`` has made. None if the name cannot be
-        resolved or no address accepts a connection.
+    async def connect(self, make: Callable[[], P], within_s: float) -> P:
+        """Open a connection, and return its asyncio protocol, which ``make`` has made.
 
-        Raises TimeoutError if an address does not answer for ``within_s``. Canceling closes the connection.
+        Raises ConnectionRefusedError or NotReached if the name cannot be resolved or no address accepts a connection,
+        TimeoutError if an address does not answer for ``within_s``. Canceling closes the connection.
         """
-        if self._last is not None and (protocol := await self._connect_to(make, *self._last, within_s)):
-            return protocol
-        self._last = None
+        if self._last is not None:
+            try:
+                return await self._connect_to(make, *self._last, within_s)
+            except TimeoutError:
+                raise
+            except OSError:
+                self._last = None
+        fault: OSError = NotReached(f"{self._host} has no address")
         try:
             found = await asyncio.get_running_loop().getaddrinfo(
                 self._host, self._port, type=socket.SOCK_STREAM
             )
-        except OSError:
-            return None
+        except OSError as error:
+            raise NotReached(str(error)) from error
         for family, _, _, _, address in found:
-            if protocol := await self._connect_to(make, family, address, within_s):
+            try:
+                protocol = await self._connect_to(make, family, address, within_s)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                fault = error
+            else:
                 self._last = family, address
                 return protocol
-        return None
+        raise fault if isinstance(fault, ConnectionRefusedError) else NotReached(str(fault))
 
-    async def _connect_to(
-        self, make: Callable[[], P], family: int, address: Any, within_s: float
-    ) -> P | None:
-        sock = None
+    async def _connect_to(self, make: Callable[[], P], family: int, address: Any, within_s: float) -> P:
+        sock = self._open_socket(family, socket.SOCK_STREAM, 0)
         try:
-            sock = self._open_socket(family, socket.SOCK_STREAM, 0)
             sock.setblocking(False)
             await _connect_socket(sock, address, within_s)
             _, protocol = await asyncio.get_running_loop().create_connection(make, sock=sock)
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                return None
+        except BaseException:
+            sock.close()
             raise
         return protocol
 

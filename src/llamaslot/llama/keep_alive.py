@@ -51,10 +51,6 @@ class Answer:
     is_connected: Callable[[], bool] = field(default=lambda: False, compare=False)
 
 
-class NotConnected(Exception):
-    """No connection could be opened, so nothing was sent."""
-
-
 _Question = tuple[bytes, bytes]  # a request: head and body
 
 
@@ -86,9 +82,9 @@ class KeepAlivePool:
         """Send one request and return its whole answer. ``body``: JSON, or None. The request may be sent twice, see the
         module's docstring.
 
-        Raises NotConnected if no connection can be opened; TimeoutError if no answer came ``timeout_s`` after the
-        request had its connection; ConnectionError (BadAnswer for an invalid answer) or BackendDown if the connection
-        breaks. Canceling closes the connection; llama-server still handles the request.
+        Raises TimeoutError if no answer came ``timeout_s`` after the request had its connection; ConnectionError if no
+        connection can be opened; ConnectionError (BadAnswer for an invalid answer) or BackendDown if it breaks.
+        Canceling closes the connection; llama-server still handles the request.
         """
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         head = f"{method} {self._target.prefix}{path} HTTP/1.1\r\n{self._target.headers}{length}\r\n"
@@ -154,8 +150,6 @@ class KeepAlivePool:
             )
         finally:
             self._n_opening -= 1
-        if connection is None:
-            raise NotConnected
         self._busy.add(connection)
         return connection
 

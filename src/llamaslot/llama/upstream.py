@@ -88,32 +88,29 @@ class PlainServer:
         check: Check | None = None,
     ) -> ServerConnection | None:
         """Send a request, and wait for the headers of its answer. The caller must close the response. None if nothing
-        was sent, because the request is not supported here or no connection could be opened: then the caller lets
-        aiohttp send it, which may succeed or raises an error with the reason.
+        was sent, because the request is not supported here: then the caller lets aiohttp send it.
 
         ``timeout_s``: limit for the whole answer, once the request was sent. ``silence_s``, ``n_held_bytes``: as for
         ``ServerConnection``. ``check()`` is called when the connection is open, before anything is sent; an awaitable
         that it returns is awaited.
 
-        Raises what ``check`` raises, TimeoutError, SlotWedged after ``silence_s``, and ConnectionError if the
-        connection breaks (BadAnswer for an invalid answer). Canceling closes the connection.
+        Raises what ``check`` raises, TimeoutError, SlotWedged after ``silence_s``, and ConnectionError if no connection
+        can be opened or it breaks (BadAnswer for an invalid answer). Canceling closes the connection.
         """
         if (head := self._head(method, path, headers, body)) is None:
             return None
         response = ServerConnection(self._url, n_held_bytes=n_held_bytes, silence_s=silence_s)
         try:
-            if await self._dial.connect(lambda: response, REQUEST_CONNECT_S) is not None:
-                if check is not None and (asking := check()) is not None:
-                    await asking
-                until = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-                response.ask(head, body, until)
-                await response.head_arrives()
-                return response
+            await self._dial.connect(lambda: response, REQUEST_CONNECT_S)
+            if check is not None and (asking := check()) is not None:
+                await asking
+            until = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+            response.ask(head, body, until)
+            await response.head_arrives()
         except BaseException:
             response.close()
             raise
-        response.close()
-        return None
+        return response
 
 
 class Sending(contextlib.AbstractAsyncContextManager[Response]):
