@@ -32,7 +32,7 @@ function whyOf({ why_down: why, last_model: model }) {
 function effectOf(its, backends) {
   const others = backends.filter((other) => other !== its && other.model && other.model === its.last_model && other.health === 'up');
   if (others.length) return `${others.map((other) => other.name).join(' and ')} ${others.length > 1 ? 'take' : 'takes'} its requests.`;
-  return its.health === 'connecting' ? 'Requests wait for that.' : 'Requests get an error (503) until it is up, which llamaslot looks for each second.';
+  return its.health === 'connecting' ? 'Requests wait for that.' : 'Requests get an error (503) until it is up. llamaslot asks each second.';
 }
 
 function unserved(began, ended) {
