@@ -187,6 +187,19 @@ def target(url: str, **more: Any) -> Target:
     return Target(url, name="it", **{"keys": (), "model": None, "timeout_s": 5.0, **more})
 
 
+async def test_a_model_of_any_name(serve: Serve) -> None:
+    """It is quoted where the size of its context is asked for."""
+
+    async def props(request: web.Request) -> web.StreamResponse:
+        n_ctx = 4096 if request.query == {"model": "a&b=c/d#e"} else 1
+        return web.json_response({"default_generation_settings": {"n_ctx": n_ctx}})
+
+    url = await serve(v1_models=(200, {"data": [{"id": "a&b=c/d#e"}]}), props=props)
+    async with target(url) as it:
+        await it.look()
+        assert it.n_ctx == 4096
+
+
 MODELS = (200, {"data": [{"id": "m", "max_model_len": 4096}]})
 
 

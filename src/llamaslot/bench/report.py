@@ -1,6 +1,6 @@
 """The report of a benchmark: one HTML file with the table and the plots, which loads nothing from elsewhere.
 
-The plots are plotly's (the extra ``llamaslot[bench]``), written here as its JSON.
+The plots are plotly's (the extra ``bench``), written here as its JSON.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import orjson
@@ -96,7 +96,7 @@ class Target:
         entry = next((entry for entry in served if entry.get("id") == self.model), {})
         if not entry and len(names) > 1:
             raise BenchError(f"{self.base} has no model {self.model}; there are {', '.join(names[:20])}")
-        props = await self._json(f"{self.root}/props?model={self.model}") or {}
+        props = await self._json(f"{self.root}/props?model={quote(self.model, safe='')}") or {}
         settings = props.get("default_generation_settings") or {}
         sizes = (settings.get("n_ctx"), entry.get("max_model_len"), (entry.get("meta") or {}).get("n_ctx"))
         self.n_ctx = next((int(size) for size in sizes if size), None)

@@ -1,4 +1,4 @@
-"""Traces of completions by OpenTelemetry (``log.otlp_endpoint``, the extra ``llamaslot[otel]``).
+"""Traces of completions by OpenTelemetry (``log.otlp_endpoint``, the extra ``otel``).
 
 OpenTelemetry takes a third of a second to import, so it is imported only if an endpoint is configured. Without one a
 client's ``traceparent`` reaches llama-server unchanged.
