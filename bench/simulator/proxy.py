@@ -25,10 +25,10 @@ from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import count
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Request

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.scheduling.fairness import Fairness
+from llamaslot.scheduling.fairness import QueueLimits
 from tests.support.figures import Figure
 from tests.support.greedy import N_STREAMS, Rush, Scene, Waits, rest, stage
 from tests.support.speeds import SPEEDS, Kind, Speed, model_of
@@ -43,7 +43,7 @@ async def in_turn(stack: Stack, rush: Rush, figure: Figure, n_runs: int) -> list
         for n_streams in (1, N_STREAMS) if number % 2 == 0 else (N_STREAMS, 1):
             await rest(stack)
             await asyncio.sleep(
-                Fairness().return_grace_s + 1
+                QueueLimits().return_grace_s + 1
             )  # else slots are left alone for the users of the last run
             waits[n_streams] = await rush.run(stack.url, n_streams, f"{number}-{n_streams}")
         ratios.append(waits[N_STREAMS].median_s / waits[1].median_s)

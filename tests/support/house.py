@@ -27,10 +27,10 @@ from llamaslot.cache.content import NOTHING
 from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Request

@@ -11,8 +11,8 @@ from llamaslot.errors import DeadlyPrompt, UpstreamError
 from llamaslot.fleet import bad_prompts
 from llamaslot.fleet.bad_prompts import BadPrompts
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import Rules
 
 

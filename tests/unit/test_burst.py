@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import pack
 from llamaslot.cache.reuse import CacheKind
-from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Request
 from tests.support.house import RULES, House, tokens_of
 from tests.support.mainloop import Paced, long, short

@@ -16,10 +16,10 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, pack
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.fleet import dispatcher
-from llamaslot.fleet.queue import Queue, QueueLimits, Waiting
+from llamaslot.fleet.queue import Queue, Waiting
 from llamaslot.observe.journal import DecisionRecorder, Journal
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.fairness import Shares
+from llamaslot.scheduling.fairness import QueueLimits, Shares
 from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Plan, Save, Source, Wait
 from llamaslot.scheduling.request import Request, User
@@ -196,7 +196,7 @@ def test_the_order_is_the_same_as_if_all_were_sorted(seed: int) -> None:
     for one in queue:
         if not one.is_back:
             queues.setdefault(one.user, []).append(one)
-    order = shares.order(queues, queue.limits.fairness.max_overtake_s)
+    order = shares.order(queues, queue.limits.small_request_max_overtake_s)
     assert list(queue.ordered()) == [one for one in queue if one.is_back] + order
     queue.check()
     loop.close()

@@ -13,7 +13,7 @@ from llamaslot.errors import (
     BackendDown,
     QueueFull,
 )
-from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Request
 from tests.support.house import House, outcome, outcome_of, tokens_of
 from tests.support.stub import StubServer

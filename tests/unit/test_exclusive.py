@@ -11,9 +11,8 @@ import pytest
 from bench.virtual import VirtualLoop
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.errors import BackendRestarted, SlotNotEmptied
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.answers import SlotInfo
-from llamaslot.scheduling.fairness import Fairness
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Placement, Request, User
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
@@ -317,7 +316,7 @@ def talking(house: House, name: str, seconds: float) -> asyncio.Task[Any]:
 def isolated() -> Iterator[House]:
     """Three slots, for which requests wait as long as it takes. Nothing that is asked of the server takes time."""
     server = StubServer(3, pace=lambda _: 0.0)
-    house = House(VirtualLoop(), server, limits=QueueLimits(fairness=Fairness(return_grace_s=0.0)))
+    house = House(VirtualLoop(), server, limits=QueueLimits(return_grace_s=0.0))
     yield house
     house.close()
 

@@ -16,7 +16,7 @@ from llamaslot.errors import (
     LlamaslotError,
     SlotActionFailed,
 )
-from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotState
 from llamaslot.store import QuotaExceeded

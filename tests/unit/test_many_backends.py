@@ -17,8 +17,8 @@ from llamaslot.cache.ids import pack
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import TIE_S, Rules, place
 from llamaslot.scheduling.plan import Plan, Wait
 from llamaslot.scheduling.request import Request, User

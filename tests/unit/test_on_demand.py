@@ -19,8 +19,8 @@ from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.managed_models import ServedOnDemand
 from llamaslot.fleet.on_demand import OnDemand, State
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
 from llamaslot.tasks import ChangeEvent, TaskOwner

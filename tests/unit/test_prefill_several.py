@@ -12,7 +12,7 @@ import pytest
 from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import BackendRestarted
-from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Placement, Request
 from tests.support.house import outcome, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, CHUNK_S, Paced, long, short, talk

@@ -12,7 +12,7 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed
-from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Snapshot
 from tests.support.house import RULES, outcome, tokens_of

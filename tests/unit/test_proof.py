@@ -9,8 +9,8 @@ import pytest
 from llamaslot.backend.health import Presence, Proof
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.answers import Props
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import Rules
 from llamaslot.tasks import TaskOwner, outcome
 

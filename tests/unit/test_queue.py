@@ -14,9 +14,9 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.errors import QueueFull, TooManyRequests
-from llamaslot.fleet.queue import Queue, QueueLimits
+from llamaslot.fleet.queue import Queue
 from llamaslot.fleet.registry import Registry
-from llamaslot.scheduling.fairness import Charge, Fairness
+from llamaslot.scheduling.fairness import Charge, QueueLimits
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import SYSTEM_USER, Placement, Request, User
 from tests.support.house import House, outcome, tokens_of
@@ -30,8 +30,8 @@ N_SLOTS = 4
 class Desk:
     """Leases, taken and given back by hand: whose are they, and whose is the next?"""
 
-    def __init__(self, **fairness: Any) -> None:
-        limits = QueueLimits(max_waiting=8, fairness=Fairness(**{"return_grace_s": 0.0, **fairness}))
+    def __init__(self, **more: Any) -> None:
+        limits = QueueLimits(**{"max_waiting": 8, "return_grace_s": 0.0, **more})
         rules = Rules(small_prompt_tokens=100)
         self.house = House(VirtualLoop(), StubServer(N_SLOTS), limits=limits, rules=rules)
         self.held: dict[asyncio.Task[None], tuple[str, asyncio.Event]] = {}
@@ -86,8 +86,8 @@ def desk(request: pytest.FixtureRequest) -> Iterator[Desk]:
     desk.close()
 
 
-def with_(**fairness: Any) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("desk", [fairness], indirect=True)
+def with_(**limits: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("desk", [limits], indirect=True)
 
 
 def test_a_single_question_does_not_wait_for_all_that_another_user_has_asked_before(desk: Desk) -> None:
@@ -118,7 +118,7 @@ def test_so_does_who_wants_a_short_answer_to_what_is_there_already(
     assert (summary in desk.held) is is_first
 
 
-@with_(max_overtake_s=0.0)
+@with_(small_request_max_overtake_s=0.0)
 def test_no_request_is_overtaken_where_that_is_switched_off(desk: Desk) -> None:
     """They come in their order."""
     desk.come(GREEDY, 6)
@@ -144,7 +144,7 @@ def test_small_requests_do_not_pass_for_ever(desk: Desk) -> None:
     assert n_passed >= 1
 
 
-@with_(max_running=2)
+@with_(user_max_running=2)
 def test_a_user_at_its_limit_waits_though_slots_are_idle(desk: Desk) -> None:
     """And others do not wait behind it; a key's own limit counts more."""
     desk.come(GREEDY, 4)
@@ -160,7 +160,7 @@ def test_a_user_at_its_limit_waits_though_slots_are_idle(desk: Desk) -> None:
     assert desk.holds(one_at_a_time) == 1
 
 
-@pytest.mark.parametrize("desk", [{}, {"max_running": 2, "max_waiting": 2}], indirect=True)
+@pytest.mark.parametrize("desk", [{}, {"user_max_running": 2, "user_max_waiting": 2}], indirect=True)
 def test_what_a_key_says_counts_more_than_the_configuration(desk: Desk) -> None:
     """Of how many may run, and of how many may wait."""
     own = User("key:own", max_running=3, max_waiting=1)
@@ -171,7 +171,7 @@ def test_what_a_key_says_counts_more_than_the_configuration(desk: Desk) -> None:
     assert not waits.done()
 
 
-@with_(max_waiting=2)
+@with_(user_max_waiting=2)
 def test_a_user_with_too_many_waiting_is_told_so(desk: Desk) -> None:
     """429, with a time to come again; another user still may wait."""
     desk.come(GREEDY, 6)
@@ -247,7 +247,7 @@ def test_who_is_expected_back_has_a_share_too(desk: Desk) -> None:
     assert desk.deficits() == pytest.approx({"key:greedy": -2.5, "key:anna": 2.5})
 
 
-@with_(max_running=3)
+@with_(user_max_running=3)
 def test_each_of_several_answers_takes_a_slot(desk: Desk) -> None:
     """Of the limit of its user: after two and one, two more have to wait."""
     desk.come(GREEDY, n_children=1)
@@ -265,7 +265,7 @@ def test_each_of_several_answers_is_paid_for(desk: Desk) -> None:
     assert desk.deficits()["key:greedy"] == pytest.approx(-20.0)
 
 
-@with_(max_running=1)
+@with_(user_max_running=1)
 def test_a_user_at_its_limit_gets_no_turn_either(desk: Desk) -> None:
     """Also while no slot is idle, when a turn would need none of its own."""
     desk.come(GREEDY)
@@ -276,7 +276,7 @@ def test_a_user_at_its_limit_gets_no_turn_either(desk: Desk) -> None:
     assert turn in desk.held
 
 
-@with_(max_running=1)
+@with_(user_max_running=1)
 def test_who_leaves_keeps_the_slot_until_it_is_idle(desk: Desk) -> None:
     """It computes for him; afterwards his next request has its turn."""
     house = desk.house
@@ -345,8 +345,7 @@ def test_each_limit_of_the_configuration_is_in_its_place(tmp_path: Path) -> None
     settings = {"queue": {**queue, "small_request_max_overtake_s": 5, "return_grace_s": 6}}
     url = "http://127.0.0.1:9"
     registry = Registry.of(with_one_backend(tmp_path, url, None, settings))
-    fairness = Fairness(max_running=4, max_waiting=3, max_overtake_s=5.0, return_grace_s=6.0)
-    assert registry.pools[0].dispatcher.queue.limits == QueueLimits(1, 2.0, fairness)
+    assert registry.pools[0].dispatcher.queue.limits == QueueLimits(1, 2.0, 4, 3, 5.0, 6.0)
 
 
 def test_what_everybody_has_is_told(desk: Desk) -> None:
@@ -367,7 +366,7 @@ def waits_s(n_greedy: int, think_s: float, return_grace_s: float = 10.0) -> dict
     house = House(
         VirtualLoop(),
         StubServer(N_SLOTS),
-        limits=QueueLimits(fairness=Fairness(return_grace_s=return_grace_s)),
+        limits=QueueLimits(return_grace_s=return_grace_s),
         rules=Rules(small_prompt_tokens=100),
     )
     rng, waited, loop = random.Random(1), dict[str, list[float]](), house.loop
@@ -415,7 +414,7 @@ def test_twenty_streams_of_one_user_are_to_others_as_one_is(think_s: float) -> N
 def test_users_are_here_while_they_are_expected_back(grace_s: float) -> None:
     """As the times of their last requests say, also once others are forgotten and after the grace was changed."""
     rng, now, present = random.Random(3), 0.0, list[Charge]()
-    queue = Queue(QueueLimits(fairness=Fairness(return_grace_s=grace_s)))
+    queue = Queue(QueueLimits(return_grace_s=grace_s))
     for n in range(400):
         now += rng.choice((0.0, 0.5, 3.0))
         if present and rng.random() < 0.5:
@@ -427,6 +426,6 @@ def test_users_are_here_while_they_are_expected_back(grace_s: float) -> None:
             present.append(charge)
         if n == 300:
             grace_s *= 2
-            queue.limits = QueueLimits(fairness=Fairness(return_grace_s=grace_s))
+            queue.limits = QueueLimits(return_grace_s=grace_s)
         expected = {user for user, at in queue._seen_at.items() if now - at < grace_s}
         assert queue._here(now) == expected | {charge.booked.user for charge in present}

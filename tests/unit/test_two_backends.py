@@ -13,8 +13,8 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Placement, Request

@@ -29,13 +29,13 @@ from llamaslot.config.values import (
 from llamaslot.errors import ConfigError, how_to_add
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
-from llamaslot.scheduling.fairness import Fairness
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import SIMILARITY_MIN, SMALL_PROMPT_TOKENS
 from llamaslot.scheduling.prefill_policy import PrefillSharing
 from llamaslot.sizes import GIB, MIB, number
 
 _SHARING = PrefillSharing()  # the defaults of ``prefill``
-_FAIRNESS = Fairness()  # the defaults of ``queue``
+_QUEUE = QueueLimits()  # the defaults of ``queue``
 
 
 def _managed(value: object, info: ValidationInfo) -> object:
@@ -233,9 +233,9 @@ class QueueConfig(Section):
     # Most slots of one user at a time. None: as many as no other user needs. A key's own limit wins.
     user_max_running: Annotated[Count, Field(gt=0)] | None = None
     # Small requests overtake a waiting request until they have used this much slot time together. 0: never.
-    small_request_max_overtake_s: Seconds = _FAIRNESS.max_overtake_s
+    small_request_max_overtake_s: Seconds = _QUEUE.small_request_max_overtake_s
     # For this long after its last answer a user is expected back: users above their share leave a slot idle for it.
-    return_grace_s: Seconds = _FAIRNESS.return_grace_s
+    return_grace_s: Seconds = _QUEUE.return_grace_s
 
 
 class ModelConfig(Section):

@@ -24,9 +24,9 @@ from llamaslot.fleet.open_backends import OpenBackends, PoolBackends
 from llamaslot.fleet.pool_index import PoolIndex
 from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
-from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
+from llamaslot.fleet.queue import Queue, Waiting, answer_s, estimate
 from llamaslot.observe.journal import DecisionRecorder, Journal
-from llamaslot.scheduling.fairness import Charge
+from llamaslot.scheduling.fairness import Charge, QueueLimits
 from llamaslot.scheduling.placement import Rules, is_long, place
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
 from llamaslot.scheduling.request import Placement, Request

@@ -27,10 +27,11 @@ from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.fleet.model_context import ConversionChecks, ModelContext
 from llamaslot.fleet.pool_server import PoolServer
 from llamaslot.fleet.prewarm import Bodies, Prewarm
-from llamaslot.fleet.queue import QueueLimits, QueuePosition, UserLoad
+from llamaslot.fleet.queue import QueuePosition, UserLoad
 from llamaslot.llama.identity import Identity
 from llamaslot.observe.journal import Journal
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Catalog

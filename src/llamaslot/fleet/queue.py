@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,7 +15,7 @@ from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.prefix_sharing import PrefixWait
 from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import DecisionRecorder
-from llamaslot.scheduling.fairness import Ask, Charge, Fairness, Pauses, Shares, may_take_another
+from llamaslot.scheduling.fairness import Ask, Charge, Pauses, QueueLimits, Shares, may_take_another
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Placement, Request, User
@@ -28,19 +27,6 @@ _FORGET_AT_ONCE = 8  # at most so many users are forgotten at each arrival or de
 _SHORT_ANSWER = 64  # tokens: a title, a label
 
 _LITTLE = 0.1  # a prefill of this part of a usual answer's time hardly delays other requests
-
-
-class QueueLimits(Struct, frozen=True):
-    """The limits of the queue. ``max_waiting``: so many requests may wait. ``max_wait_s``: the longest wait of a
-    request in seconds; None is no limit."""
-
-    max_waiting: int = sys.maxsize
-    max_wait_s: float | None = None
-    fairness: Fairness = field(default_factory=Fairness)
-
-    @property
-    def retry_after_s(self) -> float:
-        return min(max(1.0, (self.max_wait_s or 300.0) / 10), 30.0)
 
 
 class Waiting(Ask, eq=False, kw_only=True):
@@ -136,7 +122,7 @@ class Queue:
         # For each user the time of its last request or of the end of its last answer, oldest first.
         self._seen_at: dict[str, float] = {}
         # The users in ``_seen_at`` that were seen within ``_lately_s``, the grace time for which they were found.
-        self._lately, self._lately_s = dict[str, float](), limits.fairness.return_grace_s
+        self._lately, self._lately_s = dict[str, float](), limits.return_grace_s
         self._pauses = Pauses()
         self._moment: _Moment | None = None  # until the next change
 
@@ -153,7 +139,7 @@ class Queue:
         The cost grows with the number of users once, then with the number of requests taken, unless a large request
         was overtaken. So granting a slot costs the same with 10 and with 1,000 waiting requests."""
         back = [w for w in itertools.takewhile(lambda w: w.had_a_place, self._waiting) if w.is_back]
-        max_overtake_s = self.limits.fairness.max_overtake_s
+        max_overtake_s = self.limits.small_request_max_overtake_s
         if self._n_overtaken or max_overtake_s <= 0:
             yield from back + self._shares.order(self._of_user, max_overtake_s)
             return
@@ -257,10 +243,10 @@ class Queue:
         victims[-1].granted.set_exception(error)
 
     def _max_waiting(self, user: User) -> int | None:
-        return self.limits.fairness.max_waiting if user.max_waiting is None else user.max_waiting
+        return self.limits.user_max_waiting if user.max_waiting is None else user.max_waiting
 
     def _max_running(self, user: User) -> int | None:
-        return self.limits.fairness.max_running if user.max_running is None else user.max_running
+        return self.limits.user_max_running if user.max_running is None else user.max_running
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
@@ -307,7 +293,7 @@ class Queue:
         """Return the seconds until the next of the users seen lately is no longer expected back; None if there is
         none."""
         self._moment = None  # valid at most until such a user is no longer expected
-        return_grace_s = self.limits.fairness.return_grace_s
+        return_grace_s = self.limits.return_grace_s
         left = (
             at + return_grace_s - now for user, at in self._seen_at.items() if user not in self._n_running
         )
@@ -320,7 +306,7 @@ class Queue:
 
     def _here(self, now: float) -> set[str]:
         """Return the users that wait, have a slot, or are expected back."""
-        return_grace_s = self.limits.fairness.return_grace_s
+        return_grace_s = self.limits.return_grace_s
         if return_grace_s != self._lately_s:
             self._lately_s, self._lately = return_grace_s, dict(self._seen_at)
         # The oldest come first, so of 1,000 users usually only one is looked at.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from msgspec import convert
 from msgspec.structs import replace
 
 from llamaslot.backend.backend import Backend
@@ -20,7 +21,6 @@ from llamaslot.config.sections import ModelConfig, StoreConfig
 from llamaslot.config.values import read_chat_file
 from llamaslot.errors import BackendDown, ConfigError, NotReady
 from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.fleet.router import Router
 from llamaslot.fleet.router_mode_models import RouterModeModels
 from llamaslot.formats import CHAT
@@ -30,7 +30,7 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
 from llamaslot.llama.router_mode import ModelRouter, ModelServer, RouterModel
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.fairness import Fairness
+from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.prefill_policy import PrefillSharing
 from llamaslot.scheduling.snapshot_value import SnapshotStats
@@ -411,28 +411,16 @@ def _limits(config: Config, model: ModelConfig | None = None) -> QueueLimits:
         queue = queue.model_copy(
             update={key: getattr(model.queue, key) for key in model.queue.model_fields_set}
         )
-    fairness = Fairness(
-        max_running=queue.user_max_running,
-        max_waiting=queue.user_max_waiting,
-        max_overtake_s=queue.small_request_max_overtake_s,
-        return_grace_s=queue.return_grace_s,
-    )
-    return QueueLimits(max_waiting=queue.max_waiting, max_wait_s=queue.max_wait_s, fairness=fairness)
+    return convert(queue, QueueLimits, from_attributes=True)
 
 
 def _rules(config: Config) -> Rules:
     routing, prefill = config.routing, config.prefill
-    sharing = PrefillSharing(
-        decode_share=prefill.decode_share,
-        chunk_s=prefill.chunk_s,
-        starvation_s=prefill.starvation_s,
-        max_yield_s=prefill.max_yield_s,
-    )
     return Rules(
         similarity_min=routing.similarity_min,
         small_prompt_tokens=routing.small_prompt_tokens,
         chunk_threshold_s=prefill.chunk_threshold_s,
-        sharing=sharing,
+        sharing=convert(prefill, PrefillSharing, from_attributes=True),
         is_isolated=config.cache.isolation == "per_user",
     )
 
