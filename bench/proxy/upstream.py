@@ -32,6 +32,7 @@ WORD = "abc "  # each token of an answer
 SPECIAL = {"<|im_start|>": 1, "<|im_end|>": 2, "<|endoftext|>": 3}
 #: Milliseconds that a token of a prompt and one of an answer take, as reported.
 PROMPT_MS, ANSWER_MS = 0.05, 10.0
+N_BATCH = 2_048  # tokens of a prompt between two reports of progress
 
 _SPECIALS = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
 _ORDER = re.compile(rb"@(flood|every-(\d+))")
@@ -288,9 +289,9 @@ class Answer:
         """Progress if it is asked for, and the role."""
         events = []
         if self.body.get("return_progress"):
-            n_computed = self.n_prompt - self.n_cache
-            done = (self.n_cache, 0), (self.n_prompt, round(PROMPT_MS * n_computed))
-            for n_done, ms in done:
+            batches = range(self.n_cache + N_BATCH, self.n_prompt, N_BATCH)
+            for n_done in (self.n_cache, *batches, self.n_prompt):
+                ms = round(PROMPT_MS * (n_done - self.n_cache))
                 progress = {"total": self.n_prompt, "cache": self.n_cache, "processed": n_done, "time_ms": ms}
                 events.append(
                     self.event(

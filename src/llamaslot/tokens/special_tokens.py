@@ -12,6 +12,7 @@ and S changes both alike.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
@@ -27,6 +28,8 @@ T = TypeVar("T")
 _CANDIDATE = (
     r"<[^\s<>\"'=();,]{1,64}>|\[/?[A-Z_]{2,40}\]|\[[gs]MASK\]|\[\|[^\s|\[\]]{1,40}\|\]|\]~!?b\[?\]?|\[e~\["
 )
+_LONGEST = 66  # characters of a candidate
+_SLICE = 1 << 16  # characters that are searched at once: 0.4 ms; other tasks run between two slices
 _LIKELY = re.compile("<[|\uff5c]|[|\uff5c]>|^</?s>$|^\\[|^\\]|turn")
 _ALONE = 12  # the first 12 likely candidates are checked one by one, all others in one group
 _AT_ONCE = 256  # candidates judged per text: a text full of markup must not cost hundreds of requests
@@ -150,7 +153,12 @@ class SpecialTokens:
         A string is special if it is one token with ``parse_special`` and several without. Usually a text has no new
         candidates. Otherwise two requests for each likely candidate, and two for all others together, are sent at once.
         """
-        candidates = list(dict.fromkeys(c for c in re.findall(_CANDIDATE, text) if c not in self._judged))
+        seen = dict[str, None]()
+        for begin in range(0, len(text), _SLICE):
+            if begin:
+                await asyncio.sleep(0)
+            seen |= dict.fromkeys(re.findall(_CANDIDATE, text[begin : begin + _SLICE + _LONGEST]))
+        candidates = [candidate for candidate in seen if candidate not in self._judged]
         if not candidates:
             return
         candidates.sort(key=lambda c: _LIKELY.search(c) is None)

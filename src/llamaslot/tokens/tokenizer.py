@@ -36,7 +36,7 @@ _SHOWN = (
 )  # fmt: skip
 
 _MAX_TEXTS = 1024  # in one list of prompts: for each, one request is sent to the server, one after the other
-_LONG_TEXT = 1 << 16  # characters; after reading a longer text's tokens, other requests run first
+_LONG_TEXT = 1 << 16  # characters; before a longer text is stored, other requests run first
 
 # The most tokens of the header that a template puts before an answer: the role, perhaps the beginning of its reasoning.
 _HEADER_TOKENS = 16
@@ -265,11 +265,10 @@ class Tokenizer:
         """Learn the special tokens in the new part of the text, and store the text with its tokens, for texts that
         continue it. Errors while learning are ignored: the tokens of the request are known already.
         """
-        if len(text) - split.known.begin > _LONG_TEXT:
-            # Let other requests run first: reading the tokens took milliseconds, and learning takes as long.
-            await asyncio.sleep(0)
         with contextlib.suppress(LlamaslotError):
             await split.specials.learn(text[split.known.begin :])
+        if len(text) - split.known.begin > _LONG_TEXT:
+            await asyncio.sleep(0)  # let other requests run first: what follows takes a millisecond
         if split.specials.n_version != split.n_version:
             split = model.split(text, split.whose)
         n_known = count(split.known.tokens)
