@@ -274,6 +274,22 @@ def test_the_unit_starts_what_there_is(config_path: Path) -> None:
     assert result.exit_code == 0
 
 
+def test_a_terminal_that_lacks_characters_stops_nothing() -> None:
+    """Its locale is not UTF-8: ``serve`` ended at its first lines, ``status`` with a traceback."""
+    script = (
+        "import click; from llamaslot import cli; "
+        "cli.main.command('show')(lambda: click.echo('40 s \u00b1 8 \u2026')); cli.main(['show'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"40 s \xb1 8 ?\n"
+
+
 # --- the first line of the log
 
 

@@ -6,6 +6,7 @@ of several backends; ``llamaslot snapshots`` for the snapshots on disk; ``llamas
 from __future__ import annotations
 
 import gc
+import io
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -60,6 +61,8 @@ class LateGroup(click.Group):
 @click.version_option(llamaslot.__version__, prog_name="llamaslot", message="%(prog)s %(version)s")
 def main() -> None:
     """A proxy in front of llama-server that finds the KV cache of each prompt, in a slot or on disk."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale that is not UTF-8 lacks some characters
 
 
 main.add_command(run)
