@@ -30,10 +30,11 @@ from llamaslot.errors import ConfigError, how_to_add
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
 from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import SIMILARITY_MIN, SMALL_PROMPT_TOKENS
+from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.prefill_policy import PrefillSharing
 from llamaslot.sizes import GIB, MIB, number
 
+_ROUTING = Rules()  # the defaults of ``routing``
 _SHARING = PrefillSharing()  # the defaults of ``prefill``
 _QUEUE = QueueLimits()  # the defaults of ``queue``
 
@@ -199,9 +200,9 @@ class StoreConfig(Section):
 
 class RoutingConfig(Section):
     # A request continues an occupied slot if it begins with at least this fraction of the slot's tokens.
-    similarity_min: Annotated[float, BeforeValidator(number), Field(gt=0, le=1)] = SIMILARITY_MIN
+    similarity_min: Annotated[float, BeforeValidator(number), Field(gt=0, le=1)] = _ROUTING.similarity_min
     # A prompt with fewer tokens evicts no context of at least this many tokens while an idle slot holds less.
-    small_prompt_tokens: Count = SMALL_PROMPT_TOKENS
+    small_prompt_tokens: Count = _ROUTING.small_prompt_tokens
 
 
 class CacheConfig(Section):

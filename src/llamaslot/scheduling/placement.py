@@ -30,7 +30,6 @@ from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.scheduling.slots import SlotKey, SlotState
 
 PrefillSeconds = Callable[[int, int], float]
-SIMILARITY_MIN, SMALL_PROMPT_TOKENS = 0.85, 1024  # the defaults of ``routing``
 TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
 # An extra request may cost at most this part of the prefill that it divides. It is a loss if llama-server is otherwise
 # idle. If not, other requests or the next turn save much more.
@@ -105,8 +104,8 @@ class Rules(Struct, frozen=True):
     request. None: ``long_s`` decides by costs.
     """
 
-    similarity_min: float = SIMILARITY_MIN
-    small_prompt_tokens: int = SMALL_PROMPT_TOKENS
+    similarity_min: float = 0.85
+    small_prompt_tokens: int = 1024
     chunk_threshold_s: float | None = None
     sharing: PrefillSharing = field(default_factory=PrefillSharing)
     is_isolated: bool = False  # no user may read what another user has computed
