@@ -72,7 +72,7 @@ def _chunked_prefill(options: argparse.Namespace) -> Iterator[tuple[str, Rules]]
 
 
 def _tasks(options: argparse.Namespace) -> list[_Task]:
-    hardware = Hardware().times(options.scale)
+    hardware = replace(Hardware(), save_bytes_per_s=options.save * 1e9).times(options.scale)
     recipe, name = _recipe(options)
     return [
         _Task(
@@ -128,6 +128,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"and with each of these values of one setting for them: {', '.join(SWEPT)}",
     )
     parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument(
+        "--save", type=float, default=1.0, help="GB/s of a save: 1 to a disk, 8 to a landing place in memory"
+    )
     parser.add_argument(
         "--scale",
         type=int,

@@ -25,16 +25,15 @@ def run(policy: Policy, seed: int, disk: float = QUARTER) -> Result:
 @pytest.mark.parametrize(
     ("seed", "disk", "at_most"),
     [
-        (1, QUARTER, 0.85),
-        (2, QUARTER, 0.85),
-        (3, QUARTER, 0.85),
+        (1, QUARTER / 4, 0.75),
+        (2, QUARTER / 4, 0.75),
+        (3, QUARTER / 4, 0.75),
         (1, QUARTER / 2, 0.95),
-        (2, QUARTER * 2, 0.95),
     ],
 )
 def test_keeping_what_is_worth_most_recomputes_less_than_lru(seed: int, disk: float, at_most: float) -> None:
-    """The same saves, on the same disk. With half of it the disk is too small for those who will come back; with twice
-    as much LRU hardly loses anything."""
+    """The same saves, on the same disk. On a quarter of all contexts LRU hardly loses anything, since rows are there
+    once."""
     own, lru = run(Policy.LLAMASLOT, seed, disk).n_recomputed, run(Policy.LRU, seed, disk).n_recomputed
     print(f"seed {seed}, disk {disk:g}: {own / 1e6:.2f} M recomputed, LRU {lru / 1e6:.2f} M")
     assert own <= at_most * lru

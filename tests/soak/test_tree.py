@@ -49,6 +49,21 @@ async def test_twenty_turns_of_a_thousand_tokens(
         assert n_other == 0
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+async def test_after_long_answers_no_state_is_written_in_vain(
+    kind: Callable[[Path], Path], tmp_path: Path, figure: Figure
+) -> None:
+    """The state at the end of an answer of 600 tokens stays. After one of 16 it goes at the next turn: the end of the
+    prompt is as good. Without the headers, which weigh more than a tiny recurrent model's states.
+    """
+    async with place_of(kind, tmp_path, context=22_000, seed=14) as place:
+        growth, _ = await grow(place, 20, 1000, 600)
+        headers = 4 * growth.n_tokens * 21 / 2
+        kept = growth.whole + growth.stored.state_bytes
+        figure(f"{growth}; without headers {(growth.added - headers) / kept:.3f}")
+        assert growth.added - headers <= 1.1 * kept
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_twenty_conversations_on_one_system_prompt(
     kind: Callable[[Path], Path], tmp_path: Path, figure: Figure

@@ -69,9 +69,9 @@ class Place:
             self.said.append((list(messages), reply.text))
         return reply
 
-    async def turn(self, messages: Messages, n_tokens: int) -> Reply:
+    async def turn(self, messages: Messages, n_tokens: int, n_answer: int = 16) -> Reply:
         """Ask, and append the answer and another question of ``n_tokens`` to the conversation."""
-        reply = await self.ask(messages)
+        reply = await self.ask(messages, n_answer)
         messages += [
             {"role": "assistant", "content": reply.text},
             {"role": "user", "content": words(self.rng, n_tokens)},
@@ -169,11 +169,13 @@ class Growth:
         )
 
 
-async def grow(place: Place, n_turns: int, n_tokens: int) -> tuple[Growth, Messages]:
-    """Have a conversation of ``n_turns``. After each turn another short conversation makes it leave the slot."""
+async def grow(place: Place, n_turns: int, n_tokens: int, n_answer: int = 16) -> tuple[Growth, Messages]:
+    """Have a conversation of ``n_turns`` with ``n_tokens`` each, of which ``n_answer`` are the answer. After each turn
+    another short conversation makes it leave the slot.
+    """
     messages: Messages = [{"role": "user", "content": words(place.rng, n_tokens)}]
     for _ in range(n_turns):
-        await place.turn(messages, n_tokens - 60)
+        await place.turn(messages, n_tokens - 44 - n_answer, n_answer)
         await place.forget()
     stored = await place.stored(place.stack.server.save_dir)
     added, saved = (
