@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import ssl
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.support.certificates import Made
 from tests.support.inprocess import CHAT, served
+from tests.support.wire import wire
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
 
@@ -31,3 +33,11 @@ async def test_llamaslot_serves_https(tmp_path: Path) -> None:
             await it.session.get(url + "/health")
         with pytest.raises(aiohttp.ClientError):
             await it.get("/health")
+
+
+async def test_a_client_that_begins_no_handshake_is_cut_off_in_time(tmp_path: Path) -> None:
+    """After listen.read_timeout_s, as without TLS; by default asyncio waits for a minute."""
+    made = Made.anew(tmp_path / "tls", "first")
+    listen = {"tls": {"cert": str(made.cert), "key": str(made.key)}, "read_timeout_s": 0.2}
+    async with served(tmp_path, {"listen": listen}) as it, wire(it) as client, asyncio.timeout(30):
+        assert await client.reader.read() == b""

@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llamaslot import __version__
 from llamaslot.config.load import Config
@@ -75,26 +75,26 @@ class Front:
         Raises OSError if the port cannot be used, and ConfigError if a socket of the service manager is not TCP's, or
         other machines can reach it and no keys are required.
         """
-        listen, context = self._config.listen, None
+        listen, options = self._config.listen, dict[str, Any](backlog=_BACKLOG)
         if listen.tls is not None:
             from llamaslot.config.tls import Certificate
 
-            context = Certificate(listen.tls).context
+            # A client that begins no handshake would be kept for a minute.
+            options |= {
+                "ssl": Certificate(listen.tls).context,
+                "ssl_handshake_timeout": listen.read_timeout_s,
+            }
         loop, given = asyncio.get_running_loop(), self._manager.sockets()
         for sock in given:
             if sock.family not in (socket.AF_INET, socket.AF_INET6):
                 fault = "is no TCP socket: ListenStream=HOST:PORT"
                 raise ConfigError("the socket of the service manager", [fault])
-            self._listeners.append(
-                await loop.create_server(self.connections, sock=sock, backlog=_BACKLOG, ssl=context)
-            )
+            self._listeners.append(await loop.create_server(self.connections, sock=sock, **options))
             self._check_open(self._config)
         self._is_activated = bool(given)
         if not given:
             self._listeners.append(
-                await loop.create_server(
-                    self.connections, listen.host, listen.port, backlog=_BACKLOG, ssl=context
-                )
+                await loop.create_server(self.connections, listen.host, listen.port, **options)
             )
 
     def _check_open(self, config: Config) -> None:
