@@ -154,6 +154,24 @@ async def test_two_of_them_do_not_replace_each_others_rows(
         assert history.series.ever.n == 3
 
 
+async def test_a_file_that_could_not_be_opened_once_is_used_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too many open files for a moment: a lock of its own that was left would keep it out for ever."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    path = tmp_path / "history.sqlite"
+    async with opened(path) as history:
+        history.add(ended("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "connect", fails)
+            await history.write()
+    async with opened(path) as history:
+        assert [its.id for its in history.latest] == ["a"]
+
+
 async def test_a_later_schema_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An older llamaslot does not know what it would destroy."""
     path = tmp_path / "history.sqlite"

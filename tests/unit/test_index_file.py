@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import random
 from pathlib import Path
@@ -145,6 +146,24 @@ async def test_one_that_cannot_be_written_is_tried_again_after_as_many_changes(
     held.insert("one more", pack([7]))
     await held.tasks.all_ended()
     assert caplog.text.count("cannot be written") == 2
+
+
+async def test_a_write_that_fails_leaves_no_half_of_a_file(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk it would take what little room there is until the next write."""
+
+    def is_full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    held.fill()
+    await held.tasks.all_ended()
+    before = contents(held.index)
+    monkeypatch.setattr("llamaslot.store.index_file.os.fsync", is_full)
+    held.insert("late", pack([7]))
+    await held.file._write(held.index, held.changes)
+    assert [path.name for path in held.file.path.parent.iterdir()] == ["index"]
+    assert await held.read() == before
 
 
 async def test_at_the_end_no_write_goes_on(held: Held) -> None:

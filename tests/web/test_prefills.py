@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
+from llamaslot.backend.long_prompt import Prefilling
+from llamaslot.config.sections import StreamConfig
+from llamaslot.http.client_stream import Downstream
 from tests.support.answers import Answer, untimed
 from tests.support.inprocess import (
     CHAT,
@@ -114,6 +119,25 @@ async def test_progress_comes_through_where_comments_are_switched_off(tmp_path: 
             rest = (await stream.read()).decode()
     assert '"stop":true' in rest
     assert "\n: " not in rest
+
+
+async def test_where_an_api_has_no_progress_events_comments_come_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However often the progress changes: without them a proxy would close the connection."""
+    said: list[bytes] = []
+
+    async def write(_: Downstream, data: bytes) -> None:
+        said.extend([data] if data else [])
+
+    monkeypatch.setattr(Downstream, "write", write)
+    request = make_mocked_request("POST", "/v1/messages")
+    down = Downstream(request, StreamConfig(keepalive_s=0.2), True, progress=lambda _: b"")
+    async with asyncio.timeout(5), down.waiting():
+        while not said:
+            down.say(Prefilling(100, 600, 0, 0.0))
+            await asyncio.sleep(0)
+    assert said == [b": prefill 100 of 600\n"]
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -185,19 +185,22 @@ class Downstream:
                 await asyncio.wait({ticker})
 
     async def _tick(self, has_moved: asyncio.Event, wait_s: float) -> None:
-        """Send the first comment after ``wait_s`` seconds, and then one every ``keepalive_s`` seconds. Send progress
-        events at once. Ends when the client has left.
+        """Send the first comment after ``wait_s`` seconds, and then one ``keepalive_s`` seconds after whatever was sent
+        last. Send progress events at once. Ends when the client has left.
         """
+        loop = asyncio.get_running_loop()
+        at = loop.time() + wait_s
         while True:
             try:
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout_at(at):
                     await has_moved.wait()
             except TimeoutError:
                 said = comment(str(self.state)) if self.rules.comments else b""
             else:
                 has_moved.clear()
-                said = self._progress()
-            wait_s = self.rules.keepalive_s
+                if not (said := self._progress()):
+                    continue  # the API has no such event: comments are all that it gets
+            at = loop.time() + self.rules.keepalive_s
             try:
                 await self.write(said)
             except ClientGone:

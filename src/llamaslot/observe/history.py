@@ -268,7 +268,11 @@ class _File:
 
         if self._db is None:
             self._lock()
-            db = sqlite3.connect(self._path, timeout=_BUSY_S)
+            try:
+                db = sqlite3.connect(self._path, timeout=_BUSY_S)
+            except BaseException:  # too many open files, for example
+                self._unlock()
+                raise
             try:
                 # A write costs no fsync, and a power cut loses no file.
                 db.execute("PRAGMA journal_mode = WAL")

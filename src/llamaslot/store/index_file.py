@@ -128,11 +128,17 @@ class IndexFile:
         body = [orjson.dumps(content), b"\n", *(branch.edge for branch in branches)]
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self.path.with_name(self.path.name + ".new")
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.writelines([_head(body), *body])
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(new, self.path)
+        try:
+            with open(
+                os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb"
+            ) as file:
+                file.writelines([_head(body), *body])
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(new, self.path)
+        except OSError:
+            new.unlink(missing_ok=True)  # half a file on a full disk
+            raise
 
 
 def _head(body: Iterable[bytes | memoryview]) -> bytes:
