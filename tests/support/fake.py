@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -140,8 +141,10 @@ class FakeServer:
     ) -> None:
         await self.kill()
 
-    async def start(self) -> None:
-        """Listen, with empty slots, a new ``media_marker`` and counters at zero. The port stays the same."""
+    async def start(self, listening: socket.socket | None = None) -> None:
+        """Listen, with empty slots, a new ``media_marker`` and counters at zero. The port stays the same.
+        ``listening``: a socket that listens there already.
+        """
         assert self._listener is None, "runs already"
         if self.save_dir is not None:
             self.save_dir.mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,10 @@ class FakeServer:
             logger=logging.getLogger("tests.fake"),
         )
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(self._web, "127.0.0.1", self.port)
+        if listening is None:
+            self._listener = await loop.create_server(self._web, "127.0.0.1", self.port)
+        else:
+            self._listener = await loop.create_server(self._web, sock=listening)
         self.port = self._listener.sockets[0].getsockname()[1]
         self._tasks.spawn(self.engine.run(), "fake main loop")
         self._tasks.spawn(self._watch_clients(), "fake client watch")
@@ -184,11 +190,16 @@ class FakeServer:
     stop = kill
 
     async def restart(self, model: FakeModel | None = None) -> None:
-        """Die and start again on the same port, with other weights if ``model`` is given."""
+        """Die and start again on the same port, with other weights if ``model`` is given. The port is never closed:
+        clients that connect meanwhile wait.
+        """
+        kept = None
+        if self._listener is not None:
+            kept = socket.fromfd(self._listener.sockets[0].fileno(), socket.AF_INET, socket.SOCK_STREAM)
         await self.kill()
         if model is not None:
             self.model = model
-        await self.start()
+        await self.start(kept)
 
     # ---- the main loop by hand
 
