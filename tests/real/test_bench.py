@@ -19,7 +19,7 @@ async def test_its_numbers_are_those_of_the_servers(tmp_path: Path) -> None:
     server's own counter within 2 %, and llamaslot reuses what llama-server has lost.
     Without pauses each user finds its slot overwritten."""
     model = models.dense(tmp_path)
-    sizes = ("--users", "4", "--turns", "2", "--context", "800", "--shared", "100", "--question", "40")
+    sizes = ("--users", "4", "--turns", "2", "--context", "1500", "--shared", "100", "--question", "40")
     more = ("--answer", "8", "--think", "0", "--json", "result.json", "--report", "report.html")
     async with (
         Stack(model, tmp_path / "a", slots=2, context=4096) as through,

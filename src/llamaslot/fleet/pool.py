@@ -106,7 +106,6 @@ class Pool:
         self.bad_prompts = BadPrompts(self.dispatcher.now)
         self._down_calls: dict[DownCall, None] = {}
         self._n_too_long = self._longest_refused = 0
-        self._is_checking = False  # a request asks if the processes are alive
         self._prewarming: asyncio.Task[None] | None = None
         self._prewarm = Prewarm(
             settings.prewarm, self.dispatcher, self._executor_of, self._tokenizer, self._catalog_of, self._tasks,
@@ -220,12 +219,12 @@ class Pool:
         Returns None for both if llama-server chooses slots. Raises as ``ready`` and ``parse`` do. Canceling is safe if
         canceling ``parse`` is.
 
-        Check and ``parse`` run at the same time, because together they are most of the time that llamaslot adds to a
-        follow-up. If the process turns out to be another one, ``parse`` runs again. While another request checks, or
-        if the process is known to be the same, the check comes after ``parse``, and is usually left out then.
+        If the process is known to be the same and awake, the check comes after ``parse``, and is usually left out then.
+        Otherwise it comes first: what ``parse`` asks wakes a sleeping llama-server, which would then tell that it is
+        awake, and not that its slots are empty.
         """
         context = self.context
-        if context is not None and (self._is_checking or self._use_if_proved()):
+        if context is not None and self._use_if_proved():
             try:
                 parsed = await parse(context)
             except LlamaslotError:
@@ -234,19 +233,6 @@ class Pool:
             else:
                 if self.context is context and (self._use_if_proved() or await self.ready() is context):
                     return context, parsed
-        if (context := self.context) is not None:
-            self._is_checking = True
-            try:
-                async with asyncio.TaskGroup() as group:
-                    checked = group.create_task(self.ready())
-                    parsed = await parse(context)
-                if checked.result() is context:
-                    return context, parsed
-            except ExceptionGroup as errors:
-                if self.context is context:
-                    raise errors.exceptions[0] from None
-            finally:
-                self._is_checking = False
         context = await self.ready()
         return (context, await parse(context)) if context is not None else (None, None)
 
