@@ -194,9 +194,7 @@ def spaced(marks: Iterable[TokenSpan], last: int = 0) -> list[TokenSpan]:
     return chosen
 
 
-_LIMIT_BYTES = (
-    64 << 20
-)  # 1,000 entries of 60 kB: each user's system part, and the last turns of conversations
+_LIMIT_BYTES = 64 << 20  # 1,000 entries of 60 kB: system parts, and the last turns of conversations
 _ENTRY_BYTES = 200  # bytes of an entry besides its tokens, roughly
 
 
