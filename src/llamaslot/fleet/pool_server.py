@@ -28,7 +28,10 @@ class PoolServer:
     """
 
     def __init__(self, backends: Callable[[], Sequence[Backend]], tasks: TaskOwner) -> None:
-        """``backends`` returns the backends that may be asked, at least one, the best first."""
+        """``backends`` returns the backends that can be asked about the pool's model, at least one, the best first. The
+        one that has answered last is asked before them. ``tasks`` runs the question to a second backend while the first
+        has not answered.
+        """
         self._backends, self._tasks = backends, tasks
         self._last: Backend | None = None  # the backend that has answered last
 

@@ -36,7 +36,7 @@ class ChatFormat(Format):
     messages_key = "messages"
 
     def chat_body(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """``body`` itself, as it is a chat already."""
+        """``body`` itself, as it is a chat already. Its tokens: ``Tokenizer.chat``."""
         return body
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
@@ -125,9 +125,12 @@ class ChatAssembly(OpenAIAssembly):
             whole[name] += text
 
     def _doubt_about(self, part: PartialAnswer) -> Doubt | None:
-        """Return the doubt about one answer, None if there is none. Tokens that llama-server's chat parser removes,
-        such as the end token, have no events. So a missing end of the text shows only in an answer that stopped at its
-        token limit.
+        """Return why an answer that was put together from its events may differ from the one that llama-server sends
+        without a stream; None if both are the same. In doubt the request is repeated without a stream.
+
+        ``HELD_BACK``: the end of the text may be missing. This shows only if the answer has stopped at its token limit,
+        because the tokens that llama-server's chat parser removes, such as the end token, have no events either.
+        ``UNPARSED``: the parser has left nothing of the text.
         """
         if part.is_cut and part.n_said < part.n_tokens:
             return Doubt.HELD_BACK

@@ -111,6 +111,9 @@ class App:
         await self._tasks.close()
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Add the headers that every answer has. Two kinds of answers do not come by here: those to health checks
+        (``connections``), and those of ``client_connection`` to requests that are too slow or no HTTP.
+        """
         for add in (name_itself, self._cors.allow, tell_rewrote, close_behind):
             add(request, response)
 

@@ -1,7 +1,8 @@
 """One connection of a client, as aiohttp's server handles it: buffers, timeouts, answers to invalid HTTP.
 
 A client that closes only its sending side counts as gone. One that has gone altogether looks the same until data is
-written to it, and its slot should not wait for that. aiohttp closes such a connection, and cancels the handler.
+written to it, and its slot should not wait for that. aiohttp closes such a connection, and cancels the handler. Then
+``completion`` ends the request to llama-server.
 """
 
 from __future__ import annotations

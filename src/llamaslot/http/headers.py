@@ -1,4 +1,6 @@
-"""llamaslot's own headers in an answer, and which headers of a request or an answer a proxy forwards."""
+"""llamaslot's own headers in the answer to a placed request, and which headers of a request or an answer a proxy
+forwards. What every answer has: ``App._add_headers`` in ``app``.
+"""
 
 from __future__ import annotations
 

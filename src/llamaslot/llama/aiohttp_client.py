@@ -1,4 +1,5 @@
-"""Sends those requests to llama-server that ``upstream`` cannot send (TLS, for example), with aiohttp's client.
+"""Sends those requests to llama-server that ``upstream`` cannot send (TLS, for example), with aiohttp's client. Most
+requests go through ``connection`` instead.
 ``client`` imports this module when it needs it, because importing aiohttp takes 0.15 s. aiohttp's errors are translated
 here and nowhere else.
 """
