@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import zlib
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from llamaslot.errors import BadRequest, Unpackable
 from llamaslot.http.request_body import Unpacking, Uploads
-from llamaslot.tasks import TaskOwner
+from tests.support.turns import with_turns
 
 
 def raw_deflate(data: bytes) -> bytes:
@@ -65,18 +64,8 @@ async def test_other_tasks_run_while_much_is_unpacked() -> None:
     content.feed_data(gzip.compress(bytes(8 << 20)))
     content.feed_eof()
     request = make_mocked_request("POST", "/", headers={"Content-Encoding": "gzip"}, payload=content)
-    n_turns = 0
-
-    async def count() -> None:
-        nonlocal n_turns
-        while True:
-            n_turns += 1
-            await asyncio.sleep(0)
-
-    tasks = TaskOwner()
-    tasks.spawn(count(), "count")
-    assert len(await Uploads(16 << 20, 30.0).whole(request)) == 8 << 20
-    await tasks.close()
+    body, n_turns = await with_turns(Uploads(16 << 20, 30.0).whole(request))
+    assert len(body) == 8 << 20
     assert n_turns > 30
 
 

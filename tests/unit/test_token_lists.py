@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 
 import orjson
@@ -10,7 +9,7 @@ import pytest
 
 from llamaslot.cache.ids import pack
 from llamaslot.llama.token_lists import TokenList, packed
-from llamaslot.tasks import TaskOwner
+from tests.support.turns import with_turns
 
 IDS = [random.Random(1).randrange(150_000) for _ in range(30_000)]
 
@@ -34,19 +33,8 @@ async def test_a_piece_may_end_anywhere(n_last: int) -> None:
 
 async def test_other_tasks_run_between_the_pieces_of_a_long_answer() -> None:
     """Else 60,000 tokens would hold up all streams for 3 ms."""
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    tasks = TaskOwner()
-    tasks.spawn(other(), "other")
-    await packed(answer(IDS))
-    await tasks.close()
-    assert turns > 4
+    _, n_turns = await with_turns(packed(answer(IDS)))
+    assert n_turns > 4
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,7 @@ class Leases:
         self._charges: dict[Lease, Charge] = {}  # the accounts of users for the slots that they have now
         self.on_abandoned: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
         self.pin: Callable[[str], Pin] | None = None  # pins a snapshot
-        self.is_on_demand = (
-            False  # ``changes`` is also notified when requests begin or cease to wait for slots
-        )
+        self.is_on_demand = False  # ``changes`` also tells when requests begin or cease to wait for slots
         self.is_asleep = False  # llama-server has unloaded its model by itself: any use loads it again
         self._used_at, self._worked_at = now(), -math.inf
         self._n_prefilling, self._prefilling_since, self._prefilled_s = 0, 0.0, 0.0

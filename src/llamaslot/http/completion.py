@@ -90,9 +90,8 @@ class Completions:
         unloaded = None if route.may_be_missing else self.router.unloaded_pool(body.get("model"))
         assert route.format is not None, "only completions have a format"
         format_ = FORMATS[route.format]
-        if (
-            unloaded is not None and format_.required_key not in body
-        ):  # before a model is unloaded for this one
+        # Said before a model is unloaded for this one.
+        if unloaded is not None and format_.required_key not in body:
             raise BadRequest(f"'{format_.required_key}' is required")
         pool = unloaded or await self.router.pool_for(body.get("model"), loads=True)
         if self._prompts.rewrite(request, body, format_):

@@ -268,9 +268,8 @@ def named_model(request: web.Request, raw: bytes) -> object:
     none.
     """
     named: object = None
-    if "multipart/" not in request.headers.get(
-        "Content-Type", ""
-    ):  # llama-server reads every other body as JSON
+    # llama-server reads every other body as JSON.
+    if "multipart/" not in request.headers.get("Content-Type", ""):
         with contextlib.suppress(BadRequest):
             named = parse_object(raw).get("model")
     elif (field := _FIELD.search(raw)) and (value := _VALUE.match(raw, field.end())):

@@ -202,9 +202,8 @@ class ModelSnapshots:
         self.changes.note(marked + tokens)
 
     def changed(self) -> None:
-        if (
-            self.file is not None and not self.n_unread
-        ):  # else the file would have only the first few snapshots
+        # While some are unread, the file would have only the first few snapshots.
+        if self.file is not None and not self.n_unread:
             self.file.consider(self.index, self.changes)
 
     def check(self) -> None:
