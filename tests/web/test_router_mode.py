@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llamaslot.backend.health import Health
+from llamaslot.fleet.on_demand import OnDemand, State
 from tests.support.fake import FakeModel
 from tests.support.fake_router import FakeRouter
 from tests.support.fleet import A, B, Several
@@ -211,6 +212,23 @@ async def test_the_users_of_both_at_once_are_all_served(tmp_path: Path) -> None:
     async with routed(tmp_path) as (it, _):
         asked = [spawn(it.ask(letters(n, 300), model=list(MODELS)[n % 2])) for n in range(4)]
         assert [(await one).status for one in asked] == [200] * 4
+
+
+async def test_a_request_in_the_queue_of_a_model_that_must_go_is_served_first(tmp_path: Path) -> None:
+    """It gets a slot, and must not wait until its model is loaded again: the model waits for it."""
+    async with routed(tmp_path) as (it, router):
+        await it.ask(TALK, model="a")
+        fake = router.children["a"].server
+        fake.hold()
+        asked = [spawn(it.ask(letters(n, 300), model="a")) for n in range(3)]
+        await it.until(lambda: it.pool_of("box/a").n_waiting == 1)
+        asked.append(spawn(it.ask(letters(9, 300), model="org/b:Q4")))
+        on_demand = it.named("box/a").presence.on_demand
+        assert isinstance(on_demand, OnDemand)
+        await it.until(lambda: on_demand.state("box/a") is State.LEAVING)
+        fake.go()
+        assert [(await one).status for one in asked] == [200] * 4
+        assert [child.n_loads for child in router.children.values()] == [1, 1]
 
 
 async def test_one_model_is_a_router_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

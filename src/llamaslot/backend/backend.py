@@ -138,18 +138,24 @@ class Backend:
 
     # -- for requests --------------------------------------------------------------------------------------------
 
-    async def confirm(self, table: SlotTable) -> None:
-        """Check that the llama-server process of ``table`` is still there, before anything is done in its slots.
-        Raises BackendRestarted if another process has taken its place. Raises BackendDown if llama-server is down, or
-        does not answer within 2 s; then another backend can take the request. Canceling is safe."""
+    async def confirm(self, table: SlotTable, *, is_only: bool) -> None:
+        """Check that the llama-server process of ``table`` is still there, before anything is done in its slots. The
+        caller has a lease of one of its slots.
+
+        This never waits until the model is loaded: a model that is being unloaded waits for the end of this lease.
+        Raises BackendRestarted if another process has taken its place, and BackendDown if llama-server is down. Unless
+        the backend ``is_only``, the only one that can take the request, no answer for 2 s counts as down. Canceling is
+        safe."""
+        session = self.session
+        if session is None or session.table is not table:
+            raise BackendRestarted
         try:
-            async with asyncio.timeout(SUSPECT_S):
-                session = await self.ready()
+            async with asyncio.timeout(None if is_only else SUSPECT_S):
+                if not await self._is_alive(session):
+                    raise BackendRestarted
         except TimeoutError:
             self.suspect()
             raise BackendDown(f"llama-server at {self.api.url} does not answer") from None
-        if session.table is not table:
-            raise BackendRestarted
 
     async def ready(self) -> ServerSession:
         """Return the session with llama-server, once it is connected and its process is known to be alive. Raises
@@ -162,17 +168,8 @@ class Backend:
             raise BackendDown(self.leases.why_not or "")
         await self.presence.serving()
         while (session := self.session) is not None:
-            if not session.is_assisted or self.use_if_proved():
-                return session  # when llamaslot stands aside, it assumes nothing about the slots
-            try:
-                props = await self._watch.proof.ask(self.api.props)
-            except BackendDown:
-                self._watch.look_now()
-                raise
-            if props.boot_id == session.props.boot_id:
-                self._watch.has_told(session, props)
+            if await self._is_alive(session):
                 return session
-            self.lost(session.table)
         if self.health is Health.DOWN:
             raise self._is_down()
         try:
@@ -183,6 +180,22 @@ class Backend:
         if self.session is None:  # llama-server is down, perhaps after it was up for a moment
             raise BackendRestarted if self.presence.is_replaced else self._is_down()
         return self.session
+
+    async def _is_alive(self, session: ServerSession) -> bool:
+        """True if the process of ``session`` is alive. False if another one has taken its place; then llamaslot
+        connects to that one. Raises BackendDown. Canceling is safe."""
+        if not session.is_assisted or self.use_if_proved():
+            return True  # when llamaslot stands aside, it assumes nothing about the slots
+        try:
+            props = await self._watch.proof.ask(self.api.props)
+        except BackendDown:
+            self._watch.look_now()
+            raise
+        if props.boot_id != session.props.boot_id:
+            self.lost(session.table)
+            return False
+        self._watch.has_told(session, props)
+        return True
 
     async def settled(self) -> None:
         """Wait until the backend is either connected or down. Canceling is safe."""

@@ -260,11 +260,7 @@ class Pool:
         return None if is_known else self._ask_for_process(lease)
 
     async def _ask_for_process(self, lease: Lease) -> None:
-        backend = self.backend_of(lease)
-        if len(self._members()) > 1:
-            await backend.confirm(lease.table)
-        elif (await backend.ready()).table is not lease.table:
-            raise BackendRestarted
+        await self.backend_of(lease).confirm(lease.table, is_only=len(self._members()) == 1)
 
     def may_try_elsewhere(self, backend: Backend) -> bool:
         """True if another backend can take a request that ``backend`` has failed, now or soon."""
