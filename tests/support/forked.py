@@ -121,7 +121,9 @@ def main() -> None:
     """Fork for each line of standard input, and report how children ended, until standard input ends."""
     die_with_parent()
     gc.disable()
-    import_module("llamaslot.llama.quick_import").import_aiohttp()  # as a start does, without certificates
+    import_module(
+        "llamaslot.llama.transport.quick_import"
+    ).import_aiohttp()  # as a start does, without certificates
     for name in (LLAMASLOT, "llamaslot.http.serve", "llamaslot.http.app", ENGINE, "xllamacpp"):
         import_module(name)
     gc.freeze()

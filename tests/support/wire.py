@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.llama.keep_alive import KeepAlivePool
+from llamaslot.llama.transport.kept_connections import KeptConnections
 from tests.support.inprocess import PATIENCE_S, Front
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -88,7 +88,7 @@ async def upstream(serve: Serve) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def until_open(pool: KeepAlivePool, n: int) -> None:
+async def until_open(pool: KeptConnections, n: int) -> None:
     """Wait until no more than ``n`` connections are open."""
     async with asyncio.timeout(PATIENCE_S):
         while len(pool) > n:  # noqa: ASYNC110  # no event comes for it

@@ -14,7 +14,7 @@ _TELL = """
 import os
 os.environ["SSL_CERT_DIR"] = "/here"
 before = dict(os.environ)
-from llamaslot.llama.quick_import import import_aiohttp
+from llamaslot.llama.transport.quick_import import import_aiohttp
 import_aiohttp()
 import_aiohttp()
 assert dict(os.environ) == before, os.environ
@@ -33,7 +33,7 @@ def test_aiohttp_is_imported_without_certificates() -> None:
 async def test_a_server_over_tls_is_verified(scheme: str) -> None:
     """With the certificates of the system, read when the first connection is made."""
     server = LlamaServer(f"{scheme}://localhost:1")
-    connector = server._aiohttp_client().session.connector
+    connector = server._aiohttp_fallback().session.connector
     context = getattr(connector, "_ssl")  # noqa: B009
     if scheme == "https":
         assert isinstance(context, ssl.SSLContext)

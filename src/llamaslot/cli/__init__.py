@@ -103,7 +103,7 @@ def serve(path: Path, is_check: bool, who: str | None) -> None:
 
 def _serve(path: Path, is_check: bool, who: str | None) -> None:
     from llamaslot.config.load import Config
-    from llamaslot.llama.quick_import import environment
+    from llamaslot.llama.transport.quick_import import environment
 
     try:
         if is_check:

@@ -40,7 +40,7 @@ from llamaslot.http.rewriting import SystemPrompts, marked_bytes
 from llamaslot.http.unassisted import serve_unassisted
 from llamaslot.llama.answers import Response, error_of
 from llamaslot.llama.routes import Route, origin_form
-from llamaslot.llama.upstream import Check
+from llamaslot.llama.transport.fresh_connections import Check
 from llamaslot.scheduling.request import Placement, Request
 
 _MODEL_LISTS = ("/v1/models", "/models")

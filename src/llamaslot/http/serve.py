@@ -28,7 +28,7 @@ from llamaslot.http.connections import Connections, raise_file_limit
 from llamaslot.http.reload import Reload
 from llamaslot.http.service_manager import ServiceManager
 from llamaslot.llama.managed.process import ManagedServer
-from llamaslot.llama.quick_import import import_aiohttp
+from llamaslot.llama.transport.quick_import import import_aiohttp
 from llamaslot.tasks import TaskOwner
 
 if TYPE_CHECKING:

@@ -1,6 +1,8 @@
 """A client of llama-server with a method for each route. It translates errors of connections to llamaslot's.
 
-Requests that may run twice use kept connections (``keep_alive``). Each other request opens a new one (``upstream``).
+``transport`` has the connections. Requests that may run twice, short questions above all, use kept connections
+(``kept_connections``). Each other request opens a new one (``fresh_connections``), with aiohttp if it must
+(``aiohttp_fallback``).
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from llamaslot.llama.answers import (
     next_piece,
     whole,
 )
-from llamaslot.llama.connection import NotReached
-from llamaslot.llama.keep_alive import Answer, KeepAlivePool
-from llamaslot.llama.quick_import import import_aiohttp
 from llamaslot.llama.sse import EventSplitter, data_of
 from llamaslot.llama.token_lists import packed
-from llamaslot.llama.upstream import Check, PlainServer, Sending
+from llamaslot.llama.transport.connection import NotReached
+from llamaslot.llama.transport.fresh_connections import Check, FreshConnections, Sending
+from llamaslot.llama.transport.kept_connections import Answer, KeptConnections
+from llamaslot.llama.transport.quick_import import import_aiohttp
 
 if TYPE_CHECKING:
-    from llamaslot.llama.aiohttp_client import AiohttpClient
+    from llamaslot.llama.transport.aiohttp_fallback import AiohttpFallback
 
 P = ParamSpec("P")
 
@@ -89,15 +91,18 @@ class LlamaServer:
         self.url, self.watchdog_s = url.rstrip("/"), watchdog_s
         self.name = name or self.url
         self.api_key = api_key
-        self._aiohttp: AiohttpClient | None = None
-        self._kept, self._plain = KeepAlivePool.of(self.url, api_key), PlainServer.of(self.url, api_key)
+        self._aiohttp: AiohttpFallback | None = None
+        self._kept, self._fresh = (
+            KeptConnections.of(self.url, api_key),
+            FreshConnections.of(self.url, api_key),
+        )
 
-    def _aiohttp_client(self) -> AiohttpClient:
+    def _aiohttp_fallback(self) -> AiohttpFallback:
         if self._aiohttp is None:
             import_aiohttp()
-            from llamaslot.llama.aiohttp_client import AiohttpClient
+            from llamaslot.llama.transport.aiohttp_fallback import AiohttpFallback
 
-            self._aiohttp = AiohttpClient(self.url, self.api_key)
+            self._aiohttp = AiohttpFallback(self.url, self.api_key)
         return self._aiohttp
 
     async def close(self) -> None:
@@ -123,7 +128,7 @@ class LlamaServer:
 
         ``path``: sent unchanged, with its query. ``is_watched``: raise SlotWedged if nothing arrives for
         ``watchdog_s``. ``is_relayed``: a client reads the answer, perhaps slowly, so little of it is buffered.
-        ``check``: as for ``PlainServer.send``; never called where aiohttp sends the request (TLS, a body in pieces).
+        ``check``: as for ``FreshConnections.send``; never called where ``AiohttpFallback`` sends the request.
 
         Raises BackendDown if llama-server cannot be reached or closes the connection, also where the body of the block
         reads the response.
@@ -132,16 +137,16 @@ class LlamaServer:
         n_held_bytes = RELAYED_BYTES if is_relayed else _READ_BYTES
 
         def over_aiohttp() -> contextlib.AbstractAsyncContextManager[Response]:
-            return self._aiohttp_client().request(
+            return self._aiohttp_fallback().request(
                 method, path, data, headers or {},
                 timeout_s=timeout_s, silence_s=silence_s, n_held_bytes=n_held_bytes,
             )  # fmt: skip
 
-        if self._plain is None or isinstance(data, AsyncIterator):
+        if self._fresh is None or isinstance(data, AsyncIterator):
             return Sending(None, over_aiohttp, self._is_down)
-        plain = self._plain.send
+        fresh = self._fresh.send
         return Sending(
-            lambda: plain(
+            lambda: fresh(
                 method, path, data, headers or {},
                 timeout_s=timeout_s, silence_s=silence_s, n_held_bytes=n_held_bytes, check=check,
             ),

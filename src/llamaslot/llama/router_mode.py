@@ -20,7 +20,7 @@ from msgspec import Struct, field
 from llamaslot.errors import BackendRestarted
 from llamaslot.llama.answers import Response, Take, error_of, next_piece, whole
 from llamaslot.llama.client import LlamaServer, as_known
-from llamaslot.llama.keep_alive import Answer
+from llamaslot.llama.transport.kept_connections import Answer
 
 #: The router's error text for a model that is not loaded, and for one that is being unloaded.
 _IS_NOT_LOADED = (b"model is not loaded", b"is not running")

@@ -17,9 +17,9 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.errors import BackendDown
-from llamaslot.llama import connection, keep_alive
-from llamaslot.llama.connection import BadAnswer
-from llamaslot.llama.keep_alive import Answer, KeepAlivePool
+from llamaslot.llama.transport import connection, kept_connections
+from llamaslot.llama.transport.connection import BadAnswer
+from llamaslot.llama.transport.kept_connections import Answer, KeptConnections
 from tests.support.inprocess import PATIENCE_S, spawn
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
@@ -78,25 +78,25 @@ async def server() -> AsyncIterator[Server]:
 
 
 @pytest_asyncio.fixture
-async def pool(server: Server) -> AsyncIterator[KeepAlivePool]:
-    pool = KeepAlivePool.of(server.url, "secret")
+async def pool(server: Server) -> AsyncIterator[KeptConnections]:
+    pool = KeptConnections.of(server.url, "secret")
     assert pool is not None
     yield pool
     pool.close()
 
 
-async def ask(pool: KeepAlivePool, timeout_s: float = 30.0) -> Answer:
+async def ask(pool: KeptConnections, timeout_s: float = 30.0) -> Answer:
     return await pool.ask("GET", "/props", None, timeout_s)
 
 
-async def closed_by(server: Server, pool: KeepAlivePool) -> None:
+async def closed_by(server: Server, pool: KeptConnections) -> None:
     """Let the server close all connections, and the pool notice it."""
     for writer in server.writers:
         writer.close()
     await until_open(pool, 0)
 
 
-async def test_questions_follow_each_other_on_one_connection(server: Server, pool: KeepAlivePool) -> None:
+async def test_questions_follow_each_other_on_one_connection(server: Server, pool: KeptConnections) -> None:
     """With the host, the key, and the length of a body."""
     assert [await ask(pool) for _ in range(3)] == [TOLD] * 3
     await pool.ask("POST", "/tokenize", b'{"content":"x"}', 30.0)
@@ -110,7 +110,7 @@ async def test_questions_follow_each_other_on_one_connection(server: Server, poo
 
 
 async def test_a_closed_connection_is_no_work_for_the_garbage_collector(
-    server: Server, pool: KeepAlivePool
+    server: Server, pool: KeptConnections
 ) -> None:
     """After a burst there are hundreds of them, each with a transport and a parser."""
     await ask(pool)
@@ -124,7 +124,9 @@ async def test_a_closed_connection_is_no_work_for_the_garbage_collector(
         gc.enable()
 
 
-async def test_questions_at_the_same_time_have_a_connection_each(server: Server, pool: KeepAlivePool) -> None:
+async def test_questions_at_the_same_time_have_a_connection_each(
+    server: Server, pool: KeptConnections
+) -> None:
     """One waits for no other; those that come later use the same ones."""
     for _ in range(3):
         assert await asyncio.gather(*(ask(pool) for _ in range(4))) == [TOLD] * 4
@@ -140,7 +142,7 @@ async def test_questions_at_the_same_time_have_a_connection_each(server: Server,
     ],
     ids=["chunks", "a trailer", "an interim answer"],
 )
-async def test_answers_in_other_shapes(server: Server, pool: KeepAlivePool, reply: bytes) -> None:
+async def test_answers_in_other_shapes(server: Server, pool: KeptConnections, reply: bytes) -> None:
     """The connection is used again."""
     server.replies = [reply]
     assert (await ask(pool)).body == b"abcdefg"
@@ -148,7 +150,7 @@ async def test_answers_in_other_shapes(server: Server, pool: KeepAlivePool, repl
     assert server.on == [0, 0]
 
 
-async def test_an_answer_in_single_bytes(server: Server, pool: KeepAlivePool) -> None:
+async def test_an_answer_in_single_bytes(server: Server, pool: KeptConnections) -> None:
     """However the kernel cuts it."""
     await ask(pool)
     server.is_mute = True
@@ -171,7 +173,7 @@ async def test_an_answer_in_single_bytes(server: Server, pool: KeepAlivePool) ->
     ids=["it says so", "an error", "HTTP/1.0"],
 )
 async def test_a_connection_that_will_be_closed_is_not_used_again(
-    server: Server, pool: KeepAlivePool, reply: bytes
+    server: Server, pool: KeptConnections, reply: bytes
 ) -> None:
     """As llama-server says it after an error and after 100 questions."""
     server.replies = [reply]
@@ -182,7 +184,7 @@ async def test_a_connection_that_will_be_closed_is_not_used_again(
 
 
 async def test_an_answer_without_a_length_ends_with_its_connection(
-    server: Server, pool: KeepAlivePool
+    server: Server, pool: KeptConnections
 ) -> None:
     """As HTTP/1.0 has it."""
     server.replies, server.closes = [b"HTTP/1.1 200 OK\r\n\r\nabc"], True
@@ -190,43 +192,43 @@ async def test_an_answer_without_a_length_ends_with_its_connection(
 
 
 async def test_a_slow_answer_is_the_last_on_its_connection(
-    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+    server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llama-server closes behind it, and does not say so."""
-    monkeypatch.setattr(keep_alive, "_SLOW_S", 0.0)
+    monkeypatch.setattr(kept_connections, "_SLOW_S", 0.0)
     for _ in range(3):
         await ask(pool)
     assert server.on == [0, 1, 2]
 
 
 async def test_of_a_burst_few_connections_are_kept(
-    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+    server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others are closed soon, for each has a thread of llama-server's; and the last before llama-server does it."""
-    monkeypatch.setattr(keep_alive, "_BURST_S", 0.01)
-    monkeypatch.setattr(keep_alive, "_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(kept_connections, "_BURST_S", 0.01)
+    monkeypatch.setattr(kept_connections, "_WAIT_S", PATIENCE_S)
     await asyncio.gather(*(ask(pool) for _ in range(24)))
     assert len(server.writers) == 4
     await until_open(pool, 2)
     assert len(pool) == 2
-    monkeypatch.setattr(keep_alive, "_IDLE_S", 0.02)
+    monkeypatch.setattr(kept_connections, "_IDLE_S", 0.02)
     await until_open(pool, 0)
 
 
 async def test_a_burst_waits_for_the_connections_that_are_there(
-    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+    server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as one of them becomes free now and then."""
-    monkeypatch.setattr(keep_alive, "_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(kept_connections, "_WAIT_S", PATIENCE_S)
     assert await asyncio.gather(*(ask(pool) for _ in range(200))) == [TOLD] * 200
     assert len(server.writers) == 4
 
 
 async def test_a_burst_does_not_wait_for_slow_answers(
-    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+    server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then each opens a connection, as if there were no other."""
-    monkeypatch.setattr(keep_alive, "_WAIT_S", 0.01)
+    monkeypatch.setattr(kept_connections, "_WAIT_S", 0.01)
     server.is_mute = True
     loop = asyncio.get_running_loop()
     asking = [loop.create_task(ask(pool)) for _ in range(17)]
@@ -246,10 +248,10 @@ async def test_a_burst_does_not_wait_for_slow_answers(
 
 
 async def test_one_that_waits_replaces_a_connection_that_is_closed(
-    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+    server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a hundred questions, and after one that fails."""
-    monkeypatch.setattr(keep_alive, "_WAIT_S", 300.0)
+    monkeypatch.setattr(kept_connections, "_WAIT_S", 300.0)
     server.replies = [OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")] * 20 + [None] * 4
     asking = (ask(pool) for _ in range(60))
     answers = await asyncio.gather(*asking, return_exceptions=True)
@@ -257,7 +259,7 @@ async def test_one_that_waits_replaces_a_connection_that_is_closed(
     assert len(answers) == 60
 
 
-async def test_closing_ends_those_that_wait_for_a_connection(server: Server, pool: KeepAlivePool) -> None:
+async def test_closing_ends_those_that_wait_for_a_connection(server: Server, pool: KeptConnections) -> None:
     """As those that wait for an answer."""
     server.is_mute = True
     asking = [asyncio.get_running_loop().create_task(ask(pool)) for _ in range(20)]
@@ -271,7 +273,7 @@ async def test_closing_ends_those_that_wait_for_a_connection(server: Server, poo
 
 
 async def test_one_that_leaves_as_it_gets_a_connection_gives_it_on(
-    server: Server, pool: KeepAlivePool
+    server: Server, pool: KeptConnections
 ) -> None:
     """To the next that waits, or it is idle."""
     await ask(pool)
@@ -287,7 +289,7 @@ async def test_one_that_leaves_as_it_gets_a_connection_gives_it_on(
     assert server.on == [0, 0]
 
 
-async def test_a_kept_connection_that_was_closed_is_noticed(server: Server, pool: KeepAlivePool) -> None:
+async def test_a_kept_connection_that_was_closed_is_noticed(server: Server, pool: KeptConnections) -> None:
     """The next question opens a new one. Whose answer came on it may be gone."""
     answer = await ask(pool)
     assert answer.is_connected()
@@ -300,7 +302,7 @@ async def test_a_kept_connection_that_was_closed_is_noticed(server: Server, pool
 async def test_that_it_was_closed_is_known_before_the_loop_hears_of_it() -> None:
     """The process of an answer is known to be gone in the same moment."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        pool = KeepAlivePool.of(f"http://127.0.0.1:{listening.getsockname()[1]}", None)
+        pool = KeptConnections.of(f"http://127.0.0.1:{listening.getsockname()[1]}", None)
         assert pool is not None
         asking = spawn(ask(pool))
         await asyncio.sleep(0)
@@ -314,7 +316,7 @@ async def test_that_it_was_closed_is_known_before_the_loop_hears_of_it() -> None
         pool.close()
 
 
-async def test_a_question_is_repeated_once(server: Server, pool: KeepAlivePool) -> None:
+async def test_a_question_is_repeated_once(server: Server, pool: KeptConnections) -> None:
     """On a new connection, when the kept one was closed before any byte of the answer. The other kept ones, which are
     as old, are not tried."""
     await asyncio.gather(ask(pool), ask(pool), ask(pool))
@@ -327,7 +329,7 @@ async def test_a_question_is_repeated_once(server: Server, pool: KeepAlivePool) 
     assert server.on[5:] == [3, 4]
 
 
-async def test_a_question_on_a_new_connection_is_not_repeated(server: Server, pool: KeepAlivePool) -> None:
+async def test_a_question_on_a_new_connection_is_not_repeated(server: Server, pool: KeptConnections) -> None:
     """What closes that is no old age."""
     server.replies = [None]
     with pytest.raises(ConnectionError):
@@ -336,7 +338,7 @@ async def test_a_question_on_a_new_connection_is_not_repeated(server: Server, po
 
 
 @pytest.mark.parametrize("n", [1, 20, len(OK) - 1])
-async def test_half_an_answer_is_none(server: Server, pool: KeepAlivePool, n: int) -> None:
+async def test_half_an_answer_is_none(server: Server, pool: KeptConnections, n: int) -> None:
     """And the question is not repeated: it has been answered."""
     await ask(pool)
     server.replies, server.closes = [OK[:n]], True
@@ -356,7 +358,7 @@ async def test_half_an_answer_is_none(server: Server, pool: KeepAlivePool, n: in
     ],
     ids=["another protocol", "no length", "no chunks", "an upgrade", "endless headers"],
 )
-async def test_garbage_is_no_answer(server: Server, pool: KeepAlivePool, reply: bytes) -> None:
+async def test_garbage_is_no_answer(server: Server, pool: KeptConnections, reply: bytes) -> None:
     """The connection is closed, and the question not repeated."""
     await ask(pool)
     server.replies = [reply]
@@ -367,14 +369,14 @@ async def test_garbage_is_no_answer(server: Server, pool: KeepAlivePool, reply: 
 
 
 @pytest.mark.parametrize("rest", [OK, OK[:9], b"garbage"])
-async def test_what_follows_an_answer_is_nobodys(server: Server, pool: KeepAlivePool, rest: bytes) -> None:
+async def test_what_follows_an_answer_is_nobodys(server: Server, pool: KeptConnections, rest: bytes) -> None:
     """The answer stands; what comes behind it would be taken for the next one's, so the connection is closed."""
     server.replies = [OK + rest]
     assert await ask(pool) == TOLD
     assert len(pool) == 0
 
 
-async def test_what_comes_unasked_is_nobodys(server: Server, pool: KeepAlivePool) -> None:
+async def test_what_comes_unasked_is_nobodys(server: Server, pool: KeptConnections) -> None:
     """On an idle connection."""
     await ask(pool)
     server.writers[0].write(OK)
@@ -382,7 +384,7 @@ async def test_what_comes_unasked_is_nobodys(server: Server, pool: KeepAlivePool
     assert await ask(pool) == TOLD
 
 
-async def test_a_server_that_says_nothing(server: Server, pool: KeepAlivePool) -> None:
+async def test_a_server_that_says_nothing(server: Server, pool: KeptConnections) -> None:
     """The time is for all of it; the connection is closed."""
     server.is_mute = True
     with pytest.raises(TimeoutError):
@@ -392,7 +394,7 @@ async def test_a_server_that_says_nothing(server: Server, pool: KeepAlivePool) -
         await ask(pool, 0.0)
 
 
-async def test_cancelling_closes_the_connection(server: Server, pool: KeepAlivePool) -> None:
+async def test_cancelling_closes_the_connection(server: Server, pool: KeptConnections) -> None:
     """What comes of the answer must not be taken for another one's."""
     server.is_mute = True
     asking = asyncio.get_running_loop().create_task(ask(pool))
@@ -404,7 +406,7 @@ async def test_cancelling_closes_the_connection(server: Server, pool: KeepAliveP
     assert len(pool) == 0
 
 
-async def test_closing_ends_what_is_under_way(server: Server, pool: KeepAlivePool) -> None:
+async def test_closing_ends_what_is_under_way(server: Server, pool: KeptConnections) -> None:
     """A later question opens a new connection."""
     server.is_mute = True
     asking = asyncio.get_running_loop().create_task(ask(pool))
@@ -418,7 +420,7 @@ async def test_closing_ends_what_is_under_way(server: Server, pool: KeepAlivePoo
 
 async def test_a_server_that_is_not_there() -> None:
     """The error says why."""
-    pool = KeepAlivePool.of(f"http://127.0.0.1:{free_port()}", None)
+    pool = KeptConnections.of(f"http://127.0.0.1:{free_port()}", None)
     assert pool is not None
     with pytest.raises(ConnectionRefusedError):
         await ask(pool)
@@ -426,7 +428,7 @@ async def test_a_server_that_is_not_there() -> None:
 
 async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as something listens at the address that it had."""
-    pool = KeepAlivePool.of(server.url.replace("127.0.0.1", "localhost") + "/llama/", None)
+    pool = KeptConnections.of(server.url.replace("127.0.0.1", "localhost") + "/llama/", None)
     assert pool is not None
     names = looked_up(monkeypatch)
     for _ in range(3):
@@ -449,17 +451,17 @@ async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.Monk
 )
 def test_what_is_left_to_aiohttp(url: str, key: str | None) -> None:
     """TLS, and what would need care to write."""
-    assert KeepAlivePool.of(url, key) is None
+    assert KeptConnections.of(url, key) is None
 
 
 async def test_a_connection_that_a_busy_process_saw_too_late_is_used(
-    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+    server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no sign that the server is gone. A server that is silent while this process has time is."""
     loop = asyncio.get_running_loop()
     assert await ask(pool) == TOLD  # its address is known
     pool.drop_idle()
-    monkeypatch.setattr(keep_alive, "QUESTION_CONNECT_S", 0.01)
+    monkeypatch.setattr(kept_connections, "QUESTION_CONNECT_S", 0.01)
     monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: errno.EINPROGRESS)  # as from another machine
     connect = loop.sock_connect
 
@@ -481,7 +483,7 @@ async def test_a_connection_that_a_busy_process_saw_too_late_is_used(
 
 
 async def test_an_answer_that_a_busy_process_reads_too_late_is_an_answer(
-    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+    server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had come in time."""
     monkeypatch.setattr(connection, "_LATE_S", 0.01)
@@ -492,8 +494,8 @@ async def test_an_answer_that_a_busy_process_reads_too_late_is_an_answer(
 
 async def test_waiting_for_a_connection_is_no_time_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a burst a question may wait long for its turn."""
-    monkeypatch.setattr(keep_alive, "_N_BURST", 1)
-    monkeypatch.setattr(keep_alive, "_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(kept_connections, "_N_BURST", 1)
+    monkeypatch.setattr(kept_connections, "_WAIT_S", PATIENCE_S)
     go_on, loop = asyncio.Event(), asyncio.get_running_loop()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -502,7 +504,7 @@ async def test_waiting_for_a_connection_is_no_time_of_the_server(monkeypatch: py
             writer.write(OK)
 
     async with upstream(serve) as url:
-        pool = KeepAlivePool.of(url, None)
+        pool = KeptConnections.of(url, None)
         assert pool is not None
         with contextlib.closing(pool):
             first = spawn(ask(pool))

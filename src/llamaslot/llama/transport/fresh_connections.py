@@ -1,11 +1,11 @@
-"""Sends a request to llama-server on a connection of its own.
+"""Sends a client's request, or any other that must not run twice, to llama-server on a new connection.
 
 A request must never run twice, so kept connections are not used: llama-server closes a connection after an answer of
 more than 5 seconds, without notice. Nobody knows whether it has read a request that was on its way then. A new
 connection takes 0.1 ms more.
 
-aiohttp sends the requests that cannot be sent here (``PlainServer.of`` and ``send`` return None): over TLS, with other
-methods than GET and POST, with characters outside of printable ASCII.
+``aiohttp_fallback`` sends the requests that cannot be sent here (``FreshConnections.of`` and ``send`` return None):
+over TLS, with other methods than GET and POST, with characters outside of printable ASCII.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from llamaslot.errors import BackendDown
 from llamaslot.llama.answers import RELAYED_BYTES, Response
-from llamaslot.llama.connection import REQUEST_CONNECT_S, Dial, PlainTarget, ServerConnection
+from llamaslot.llama.transport.connection import REQUEST_CONNECT_S, Dial, PlainTarget, ServerConnection
 
 # The size of the receive buffer to request from the kernel, which allocates twice as much. It limits how many bytes of
 # an answer wait in the kernel for their reader.
@@ -45,7 +45,7 @@ def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
     return sock
 
 
-class PlainServer:
+class FreshConnections:
     """Sends requests to one server over plain HTTP, each on a new connection."""
 
     def __init__(self, url: str, target: PlainTarget) -> None:
@@ -53,7 +53,7 @@ class PlainServer:
         self._dial = Dial(target.host, target.port, narrow_socket)
 
     @classmethod
-    def of(cls, url: str, api_key: str | None) -> PlainServer | None:
+    def of(cls, url: str, api_key: str | None) -> FreshConnections | None:
         """A sender to the server at a URL; None if the URL is not supported (see ``PlainTarget.of``)."""
         target = PlainTarget.of(url, api_key)
         return cls(url, target) if target is not None else None
@@ -118,24 +118,24 @@ class Sending(contextlib.AbstractAsyncContextManager[Response]):
     takes 10 us more.
     """
 
-    __slots__ = ("_is_down", "_otherwise", "_over_aiohttp", "_plain", "_response")
+    __slots__ = ("_fresh", "_is_down", "_otherwise", "_over_aiohttp", "_response")
 
     def __init__(
         self,
-        plain: Callable[[], Coroutine[Any, Any, ServerConnection | None]] | None,
+        fresh: Callable[[], Coroutine[Any, Any, ServerConnection | None]] | None,
         otherwise: Callable[[], contextlib.AbstractAsyncContextManager[Response]],
         is_down: Callable[[BaseException], BackendDown],
     ) -> None:
-        """``plain()`` sends the request, and returns None if it cannot; then ``otherwise`` sends it. ``is_down`` turns
+        """``fresh()`` sends the request, and returns None if it cannot; then ``otherwise`` sends it. ``is_down`` turns
         an error of the connection into the BackendDown to raise.
         """
-        self._plain, self._otherwise, self._is_down = plain, otherwise, is_down
+        self._fresh, self._otherwise, self._is_down = fresh, otherwise, is_down
         self._response: ServerConnection | None = None
         self._over_aiohttp: contextlib.AbstractAsyncContextManager[Response] | None = None
 
     async def __aenter__(self) -> Response:
         try:
-            if self._plain is not None and (response := await self._plain()) is not None:
+            if self._fresh is not None and (response := await self._fresh()) is not None:
                 self._response = response
                 return response
             self._over_aiohttp = self._otherwise()

@@ -13,7 +13,6 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.errors import BackendDown, SlotWedged
-from llamaslot.llama import upstream as module
 from llamaslot.llama.answers import (
     RELAYED_BYTES,
     content_type_of,
@@ -22,8 +21,9 @@ from llamaslot.llama.answers import (
     next_piece,
     whole,
 )
-from llamaslot.llama.connection import BadAnswer, NotReached, ServerConnection
-from llamaslot.llama.upstream import PlainServer
+from llamaslot.llama.transport import fresh_connections as module
+from llamaslot.llama.transport.connection import BadAnswer, NotReached, ServerConnection
+from llamaslot.llama.transport.fresh_connections import FreshConnections
 from tests.support.inprocess import PATIENCE_S
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
@@ -76,7 +76,7 @@ async def sent(
     server: Server, method: str = "POST", path: str = "/completion", body: bytes | None = b"{}", **more: Any
 ) -> AsyncIterator[ServerConnection]:
     """A request, up to the headers of its answer."""
-    plain = PlainServer.of(server.url + "/", "secret")
+    plain = FreshConnections.of(server.url + "/", "secret")
     assert plain is not None
     headers = more.pop("headers", {"Content-Type": "application/json"})
     async with asyncio.timeout(PATIENCE_S):
@@ -328,7 +328,7 @@ async def test_a_whole_answer_may_be_limited(server: Server) -> None:
 
 async def test_what_needs_care_is_left_to_aiohttp(server: Server) -> None:
     """Nothing was sent."""
-    plain = PlainServer.of(server.url, None)
+    plain = FreshConnections.of(server.url, None)
     assert plain is not None
     assert await plain.send("PUT", "/", None, {}) is None
     assert await plain.send("HEAD", "/", None, {}) is None
@@ -352,7 +352,7 @@ async def test_what_needs_care_is_left_to_aiohttp(server: Server) -> None:
 )
 async def test_where_nothing_listens_the_error_says_why(url: str, error: type[Exception]) -> None:
     """A refused connection is told apart from a name without an address."""
-    plain = PlainServer.of(url % free_port(), None)
+    plain = FreshConnections.of(url % free_port(), None)
     assert plain is not None
     with pytest.raises(error):
         await plain.send("GET", "/", None, {}, timeout_s=5.0)
@@ -361,7 +361,7 @@ async def test_where_nothing_listens_the_error_says_why(url: str, error: type[Ex
 async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as something listens at the address that it had."""
     names = looked_up(monkeypatch)
-    plain = PlainServer.of(server.url.replace("127.0.0.1", "localhost") + "/llama/", None)
+    plain = FreshConnections.of(server.url.replace("127.0.0.1", "localhost") + "/llama/", None)
     assert plain is not None
     for _ in range(3):
         response = await plain.send("GET", "/props", None, {})
@@ -383,7 +383,7 @@ async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.Monk
 )
 def test_urls_that_are_left_to_aiohttp(url: str, key: str | None) -> None:
     """TLS, and what would need care to write."""
-    assert PlainServer.of(url, key) is None
+    assert FreshConnections.of(url, key) is None
 
 
 async def test_the_kernel_decides_whether_a_connection_is_late(

@@ -13,7 +13,7 @@ import uvloop
 
 from llamaslot.errors import BackendDown
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.keep_alive import KeepAlivePool
+from llamaslot.llama.transport.kept_connections import KeptConnections
 from tests.support import models
 from tests.support.real import RealServer
 from tests.support.wire import until_open
@@ -28,18 +28,18 @@ async def real(tmp_path: Path) -> AsyncIterator[RealServer]:
 
 
 @pytest_asyncio.fixture
-async def pool(real: RealServer) -> AsyncIterator[KeepAlivePool]:
-    pool = KeepAlivePool.of(real.url, None)
+async def pool(real: RealServer) -> AsyncIterator[KeptConnections]:
+    pool = KeptConnections.of(real.url, None)
     assert pool is not None
     yield pool
     pool.close()
 
 
-async def status(pool: KeepAlivePool, path: str = "/health") -> int:
+async def status(pool: KeptConnections, path: str = "/health") -> int:
     return (await pool.ask("GET", path, None, 10.0)).status
 
 
-async def test_a_connection_lasts_for_a_hundred_questions(real: RealServer, pool: KeepAlivePool) -> None:
+async def test_a_connection_lasts_for_a_hundred_questions(real: RealServer, pool: KeptConnections) -> None:
     """llama.cpp says so in its last answer. An error is the last one, too."""
     for _ in range(99):
         assert await status(pool) == 200
@@ -50,7 +50,7 @@ async def test_a_connection_lasts_for_a_hundred_questions(real: RealServer, pool
     assert len(pool) == 0
 
 
-async def test_it_closes_what_is_idle(real: RealServer, pool: KeepAlivePool) -> None:
+async def test_it_closes_what_is_idle(real: RealServer, pool: KeptConnections) -> None:
     """After 5 s; llamaslot closes it before. The next question has a connection of its own."""
     assert await status(pool) == 200
     begun = time.monotonic()
@@ -79,7 +79,7 @@ def test_on_the_loop_that_serves(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with RealServer(models.dense(tmp_path), tmp_path / "kv", slots=1) as server:
-            pool = KeepAlivePool.of(server.url, None)
+            pool = KeptConnections.of(server.url, None)
             assert pool is not None
             for _ in range(100):
                 assert await status(pool) == 200

@@ -2,7 +2,7 @@
 
 When aiohttp is imported, it makes two TLS contexts for outgoing connections and loads all certificates into each. That
 takes 70 ms of a start, and llama-server is nearly always reached over plain HTTP. For an ``https`` address,
-``AiohttpClient`` makes its own context, so the two without certificates are never used.
+``AiohttpFallback`` makes its own context, so the two without certificates are never used.
 """
 
 from __future__ import annotations

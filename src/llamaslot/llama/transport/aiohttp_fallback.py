@@ -1,7 +1,6 @@
-"""Sends those requests to llama-server that ``upstream`` cannot send (TLS, for example), with aiohttp's client. Most
-requests go through ``connection`` instead.
-``client`` imports this module when it needs it, because importing aiohttp takes 0.15 s. aiohttp's errors are translated
-here and nowhere else.
+"""Sends those requests to llama-server with aiohttp's client that ``fresh_connections`` cannot send: over TLS, for
+example, or with a body in pieces. ``client`` imports this module when it needs it, because importing aiohttp takes
+0.15 s. aiohttp's errors are translated here and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from yarl import URL
 
 from llamaslot.errors import BackendDown, SlotWedged
 from llamaslot.llama.answers import BROKEN_OFF, RELAYED_BYTES, Response, Take
-from llamaslot.llama.connection import REQUEST_CONNECT_S, NotReached
-from llamaslot.llama.upstream import narrow_socket
+from llamaslot.llama.transport.connection import REQUEST_CONNECT_S, NotReached
+from llamaslot.llama.transport.fresh_connections import narrow_socket
 
 _PIECE_BYTES = 1 << 20
 
 
-class AiohttpClient:
+class AiohttpFallback:
     """Sends requests to the server ``url``, each on a new connection."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
@@ -56,7 +55,7 @@ class AiohttpClient:
         n_held_bytes: int,
     ) -> AsyncIterator[Response]:
         """Send a request; the context yields its response and closes it at the end. Parameters are those of
-        ``PlainServer.send``. Raises ConnectionError, TimeoutError and SlotWedged, also where the body of the block
+        ``FreshConnections.send``. Raises ConnectionError, TimeoutError and SlotWedged, also where the body of the block
         reads the response.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=REQUEST_CONNECT_S, sock_read=silence_s)
@@ -105,7 +104,7 @@ class _Response:
 
     async def pass_to(self, take: Take) -> bool:
         """As ``Response.pass_to``. If nothing comes for too long, it raises aiohttp's error, which
-        ``AiohttpClient.request`` translates to SlotWedged.
+        ``AiohttpFallback.request`` translates to SlotWedged.
         """
         while piece := await self._piece():
             if not take(piece):

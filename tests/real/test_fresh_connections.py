@@ -16,15 +16,15 @@ import uvloop
 from llamaslot.errors import BackendDown
 from llamaslot.llama.answers import media_type_of, next_piece, whole
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.connection import ServerConnection
-from llamaslot.llama.upstream import PlainServer
+from llamaslot.llama.transport.connection import ServerConnection
+from llamaslot.llama.transport.fresh_connections import FreshConnections
 from tests.support import models
 from tests.support.inprocess import PATIENCE_S
 from tests.support.real import RealServer
 
 pytestmark = pytest.mark.real
 
-Check = Callable[[RealServer, PlainServer], Awaitable[None]]
+Check = Callable[[RealServer, FreshConnections], Awaitable[None]]
 
 
 def run(tmp_path: Path, check: Check) -> None:
@@ -33,14 +33,14 @@ def run(tmp_path: Path, check: Check) -> None:
             asyncio.timeout(PATIENCE_S),
             RealServer(models.dense(tmp_path), tmp_path / "kv", slots=1) as server,
         ):
-            plain = PlainServer.of(server.url, None)
+            plain = FreshConnections.of(server.url, None)
             assert plain is not None
             await check(server, plain)
 
     uvloop.run(main())
 
 
-async def asked(plain: PlainServer, n_predict: int, **more: object) -> ServerConnection:
+async def asked(plain: FreshConnections, n_predict: int, **more: object) -> ServerConnection:
     body = orjson.dumps({"prompt": "hello", "n_predict": n_predict, "stream": True, **more})
     response = await plain.send("POST", "/completion", body, {"Content-Type": "application/json"})
     assert response is not None
@@ -50,7 +50,7 @@ async def asked(plain: PlainServer, n_predict: int, **more: object) -> ServerCon
 def test_a_stream_token_by_token(tmp_path: Path) -> None:
     """Each event as it comes, to the last; and an answer in one piece."""
 
-    async def check(server: RealServer, plain: PlainServer) -> None:
+    async def check(server: RealServer, plain: FreshConnections) -> None:
         pieces: list[bytes] = []
 
         def take(piece: bytes) -> bool:
@@ -74,7 +74,7 @@ def test_a_stream_token_by_token(tmp_path: Path) -> None:
 def test_closing_ends_a_generation(tmp_path: Path) -> None:
     """llama.cpp notices it at the next token."""
 
-    async def check(server: RealServer, plain: PlainServer) -> None:
+    async def check(server: RealServer, plain: FreshConnections) -> None:
         api = LlamaServer(server.url)
         with contextlib.closing(await asked(plain, 100_000)) as response:
             assert await next_piece(response)
@@ -89,7 +89,7 @@ def test_closing_ends_a_generation(tmp_path: Path) -> None:
 def test_a_server_that_dies_in_the_middle(tmp_path: Path) -> None:
     """What has come is given, then the error; the next request is refused."""
 
-    async def check(server: RealServer, plain: PlainServer) -> None:
+    async def check(server: RealServer, plain: FreshConnections) -> None:
         with contextlib.closing(await asked(plain, 100_000)) as response:
             assert await next_piece(response)
             await server.kill()
@@ -104,7 +104,7 @@ def test_a_server_that_dies_in_the_middle(tmp_path: Path) -> None:
 def test_an_answer_that_is_not_read_waits(tmp_path: Path) -> None:
     """In llama.cpp; then it goes on where it was."""
 
-    async def check(server: RealServer, plain: PlainServer) -> None:
+    async def check(server: RealServer, plain: FreshConnections) -> None:
         with contextlib.closing(await asked(plain, 3000)) as response:
             assert await next_piece(response)
             async with asyncio.timeout(PATIENCE_S):
