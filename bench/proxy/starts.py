@@ -18,7 +18,7 @@ import numpy as np
 from bench.proxy.scenarios import Bench, Measured, Row
 from bench.proxy.targets import Kind, Load, Process, Target, cpu_s, environment, until_healthy
 from bench.proxy.upstream import N_VOCAB, slot_file
-from llamaslot.store.sidecar import digest_of
+from llamaslot.store.snapshot import digest_of
 
 N_SNAPSHOTS = 10_000
 _KINDS: tuple[Kind, ...] = ("llamaslot", "against")

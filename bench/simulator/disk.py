@@ -20,11 +20,11 @@ from llamaslot.cache.ids import MIN_SHARED_TOKENS, head
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.scheduling.snapshot_value import ByValue
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
-from llamaslot.store.giving_out import Given, outgoing
+from llamaslot.store.deduplicate import Base
 from llamaslot.store.quota import NoRoomYet, Turnover
-from llamaslot.store.sidecar import EXT, KV, PART, Part, digest_of
+from llamaslot.store.restore_file import Given, outgoing
+from llamaslot.store.snapshot import EXT, KV, PART, Part, digest_of
 from llamaslot.store.snapshot_table import Pin, SnapshotTable
-from llamaslot.store.taking_in import Base
 
 FINGERPRINT = "simulated"
 UNLIMITED = 1 << 60
@@ -121,7 +121,7 @@ class Disk:
         self._server.files[reservation.id + KV] = self._server.files.pop(reservation.part_name)
         now, before = self._now(), self.size_bytes
         noted = replace(
-            saved.noted(reservation.id, now),
+            saved.to_sidecar(reservation.id, now),
             size_bytes=0 if parts else saved.n_written,
             parts=parts,
             row_bytes=self._server.hardware.bytes_per_token,

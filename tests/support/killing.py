@@ -12,7 +12,8 @@ from pathlib import Path
 
 from llamaslot.store import sidecar
 from llamaslot.store.extent import verify
-from llamaslot.store.giving_out import outgoing
+from llamaslot.store.restore_file import outgoing
+from llamaslot.store.snapshot import EXT
 from tests.support.jobs import clients, snapshot_files, team_of
 from tests.support.real import RealServer
 from tests.support.stack import Stack, size_of
@@ -161,7 +162,7 @@ async def try_snapshots(directory: Path, other: RealServer, figures: Killing) ->
             if order is not None:
                 order.write(directory, copy)
             for part in noted.parts:
-                if part.file.endswith(sidecar.EXT):
+                if part.file.endswith(EXT):
                     verify(directory / part.file)
             await other.post("/slots/0?action=erase", {})
             name = path.name if order is None else copy.name

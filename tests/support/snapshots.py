@@ -20,7 +20,7 @@ from llamaslot.cache.ids import pack
 from llamaslot.scheduling.snapshot_value import ByValue, Order
 from llamaslot.store import Catalog, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.quota import Limits
-from llamaslot.store.sidecar import EXT, KV, PART, own_name
+from llamaslot.store.snapshot import EXT, KV, PART, own_name
 
 MAGIC = 0x67677371
 

@@ -32,9 +32,9 @@ from llamaslot.errors import (
 from llamaslot.llama.answers import Progress, Props, SlotAction, SlotInfo
 from llamaslot.scheduling.request import Request
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
-from llamaslot.store.giving_out import Given
 from llamaslot.store.quota import NoRoomYet, Turnover
-from llamaslot.store.sidecar import digest_of
+from llamaslot.store.restore_file import Given
+from llamaslot.store.snapshot import digest_of
 from llamaslot.store.snapshot_table import Pin
 
 BYTES_PER_TOKEN = 1000
@@ -475,7 +475,7 @@ class StubCatalog:
         )
         if was_in.text != saved.namespace:
             self.server.violation(f"tokens of {was_in} are saved as those of {saved.namespace!r}")
-        noted = saved.noted(reservation.id, 0.0)
+        noted = saved.to_sidecar(reservation.id, 0.0)
         snapshot = noted.snapshot(digest_of(tokens)).with_tokens(tokens)
         self.snapshots[reservation.id] = snapshot
         return snapshot

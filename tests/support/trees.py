@@ -13,10 +13,10 @@ from typing import Any
 from bench.simulator.orders import ByUse
 from llamaslot.cache.ids import common, pack, unpack
 from llamaslot.store import Reservation, WithTokens
+from llamaslot.store.deduplicate import Base
 from llamaslot.store.extent import verify
-from llamaslot.store.sidecar import EXT
 from llamaslot.store.slot_layout import read_layout
-from llamaslot.store.taking_in import Base
+from llamaslot.store.snapshot import EXT
 from tests.support.slot_files import KINDS, Model, slot_file
 from tests.support.snapshots import Shelter
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llamaslot.store import DirectoryUnusable, QuotaExceeded, sidecar
-from llamaslot.store.sidecar_upkeep import Upkeep
+from llamaslot.store.upkeep import Upkeep
 from tests.support.snapshots import Shelter, opened, refuse, slot_file, some_tokens
 
 TOKENS = some_tokens(40)
@@ -281,7 +281,7 @@ async def test_a_drop_while_its_sidecar_is_written_again(
     """No sidecar rises from the dead."""
     entered, leave = threading.Event(), threading.Event()
 
-    def slowly(directory: Path, noted: sidecar.Noted, last_used: float) -> None:
+    def slowly(directory: Path, noted: sidecar.Sidecar, last_used: float) -> None:
         entered.set()
         assert leave.wait(10)
         sidecar.write(directory, noted, last_used)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from llamaslot.store import QuotaExceeded, Reservation, quota, sidecar, sidecar_upkeep
+from llamaslot.store import QuotaExceeded, Reservation, catalog, quota, upkeep
 from llamaslot.store.quota import Limits, beyond_disk
 from llamaslot.tasks import TaskOwner
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens, temporary_directory
@@ -282,13 +282,13 @@ async def test_many_files_are_compared_now_and_then(
     shelter: Shelter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not for each reservation, for that takes a while; what has vanished is noticed all the same."""
-    monkeypatch.setattr(sidecar_upkeep, "_MANY_FILES", 0)
+    monkeypatch.setattr(upkeep, "_MANY_FILES", 0)
     gone = await shelter.save(TOKENS)
     await shelter.save(some_tokens(40, 1))
     os.unlink(shelter.directory / gone.file_name)
     await shelter.catalog.reserve(1_000)
     assert not shelter.dropped
-    monkeypatch.setattr(sidecar_upkeep, "_SWEPT_S", 0.0)
+    monkeypatch.setattr(upkeep, "_SWEPT_S", 0.0)
     await shelter.catalog.reserve(1_000)
     assert shelter.dropped == [gone.id]
 
@@ -439,7 +439,7 @@ async def test_fewer_files_at_the_next_start(tmp_path: Path) -> None:
 async def test_opening_compares_ranks_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the files takes time, in the order of their names: what is read first is not worth more for that."""
     ids = iter(f"ls-{n:016x}" for n in (1, 3, 2))
-    monkeypatch.setattr(sidecar, "new_id", lambda: next(ids))
+    monkeypatch.setattr(catalog, "new_id", lambda: next(ids))
     shelter = await limited(tmp_path)
     saved = [await shelter.save(some_tokens(40, seed), 100) for seed in range(3)]
     shelter.max_files, shelter.seconds_per_look = 2, 100.0

@@ -16,7 +16,7 @@ from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotState
 from llamaslot.store import Snapshot
-from llamaslot.store.giving_out import Given
+from llamaslot.store.restore_file import Given
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
 

@@ -18,7 +18,7 @@ from llamaslot.cli.doctor.machine import holder, of_machine
 from llamaslot.cli.doctor.running import of_backend, of_journal
 from llamaslot.cli.running import Refused, Running
 from llamaslot.config.load import Config
-from llamaslot.store.directory import DirectoryLock
+from llamaslot.store.directory_lock import DirectoryLock
 
 SLOT = {"id": 0, "state": "free", "n_tokens": 0}
 BACKEND: dict[str, Any] = {

@@ -17,7 +17,7 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.snapshot_value import ByValue
 from llamaslot.store import Snapshot
 from llamaslot.store.eviction import Ranking
-from llamaslot.store.sidecar import Part
+from llamaslot.store.snapshot import Part
 from llamaslot.store.snapshot_table import SnapshotTable
 
 OURS, OTHERS = "model-a", "model-b"

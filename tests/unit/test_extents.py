@@ -15,6 +15,7 @@ from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import extent as extents
 from llamaslot.store.assemble import StateAt, assemble
+from llamaslot.store.deduplicate import states_to_keep
 from llamaslot.store.extent import (
     PART,
     Extent,
@@ -25,7 +26,6 @@ from llamaslot.store.extent import (
     write_extent,
 )
 from llamaslot.store.slot_layout import read_layout
-from llamaslot.store.taking_in import states_to_keep
 from tests.support.slot_files import KINDS, Model, slot_file
 
 TOKENS = [random.Random(1).randrange(1000) for _ in range(60)]

@@ -326,8 +326,8 @@ class TestWhatStays:
             second = await tree.take(A, after=first.id)
             assert await tree.given(second.id, 300) == tree.file(A[:300])
             with monkeypatch.context() as patch:
-                patch.setattr("llamaslot.store.giving_out.assemble", None)
-                patch.setattr("llamaslot.store.giving_out.copy_file", None)
+                patch.setattr("llamaslot.store.restore_file.assemble", None)
+                patch.setattr("llamaslot.store.restore_file.copy_file", None)
                 assert await tree.given(second.id) == tree.file(A)
                 assert await tree.given(second.id, 300) == tree.file(A[:300])
                 assert await tree.given(second.id, 680) == tree.file(A)  # whole, as a file of its own is

@@ -19,7 +19,7 @@ from xxhash import xxh3_128_hexdigest
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
-from llamaslot.store import Snapshot, manifest, scan, sidecar, sidecar_upkeep
+from llamaslot.store import Snapshot, manifest, scan, sidecar, upkeep
 from tests.support.opens import OPENS
 from tests.support.snapshots import Killed, Shelter, opened, slot_file, some_tokens
 
@@ -340,7 +340,7 @@ async def test_a_first_start_that_is_killed_goes_on_where_it_was(
 async def test_the_register_follows_what_changes(shelter: Shelter, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill few files are read, however long llamaslot has run."""
     await shelter.catalog.write_manifest()
-    monkeypatch.setattr(sidecar_upkeep, "_CHANGES_MAX", 3)
+    monkeypatch.setattr(upkeep, "_CHANGES_MAX", 3)
     for n in range(20, 25):
         await shelter.save(some_tokens(40, n))
         await shelter.catalog.settle()
@@ -353,7 +353,7 @@ async def test_the_register_follows_what_changes(shelter: Shelter, monkeypatch: 
 async def test_what_a_first_start_has_read_is_in_the_register(
     shelter: Shelter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sidecar_upkeep, "_CHANGES_MAX", 3)
+    monkeypatch.setattr(upkeep, "_CHANGES_MAX", 3)
     assert len((await reopened(shelter))[1]) == 2 * N
     await shelter.catalog.settle()
     assert (await reopened(shelter))[1] == []

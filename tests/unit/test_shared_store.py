@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.store import QuotaExceeded, inventory, taking_in
+from llamaslot.store import QuotaExceeded, deduplicate, inventory
 from llamaslot.store.shared_store import (
     IN_PLANS_S,
     META,
@@ -324,7 +324,7 @@ async def test_an_eviction_by_another_costs_a_save_nothing(
     await tree.catalog.settle()
     tree.time = NOW
     begun, stocked, is_over = threading.Event(), threading.Event(), threading.Event()
-    take_in, let_go, take_stock = taking_in.take_in, taking_in.let_go, inventory.take_stock
+    take_in, let_go, take_stock = deduplicate.take_in, deduplicate.let_go, inventory.take_stock
 
     def taken_in(*arguments: Any) -> Any:
         begun.set()
@@ -349,8 +349,8 @@ async def test_an_eviction_by_another_costs_a_save_nothing(
         return its
 
     with monkeypatch.context() as patch:
-        patch.setattr("llamaslot.store.acceptance.take_in", taken_in)
-        patch.setattr("llamaslot.store.acceptance.let_go", gone)
+        patch.setattr("llamaslot.store.commit.take_in", taken_in)
+        patch.setattr("llamaslot.store.commit.let_go", gone)
         patch.setattr("llamaslot.store.shared_store.try_lock", locked)
         patch.setattr(inventory, "take_stock", stock)
         saving = spawn(tree.take(A, after=base.id))

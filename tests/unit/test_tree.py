@@ -15,11 +15,11 @@ from xxhash import xxh3_64_intdigest
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
-from llamaslot.store.giving_out import is_passing
 from llamaslot.store.inventory import FileState, read_headers, remove, take_stock
+from llamaslot.store.restore_file import is_passing
 from llamaslot.store.shared_store import META, Neighbours
-from llamaslot.store.sidecar import KV
 from llamaslot.store.slot_layout import read_layout
+from llamaslot.store.snapshot import KV
 from tests.support.slot_files import KINDS, slot_file
 from tests.support.snapshots import Killed, Killer
 from tests.support.trees import Tree, words
@@ -58,7 +58,7 @@ async def test_what_is_there_is_not_written_again(kind: str, tmp_path: Path) -> 
         *((0, 400), (400, 500), (500, 650)),
     ]
     assert rows[:2] == [rows[3], rows[4]._replace(end=600)]
-    assert tree.catalog.acceptance.n_differing == 0
+    assert tree.catalog.commits.n_differing == 0
     again = Tree(tmp_path, kind)
     tree.catalog.close()
     await again.open()
@@ -286,7 +286,7 @@ async def test_rows_that_differ_are_not_trusted(tmp_path: Path, caplog: pytest.L
     first = await tree.take(A[:400])
     second = await tree.take(A, after=first.id, data=slot_file(replace(tree.model, seed=9), A))
     assert not second.parts
-    assert tree.catalog.acceptance.n_differing == 1
+    assert tree.catalog.commits.n_differing == 1
     assert "kept whole" in caplog.text
     tree.catalog.close()
 
@@ -301,7 +301,7 @@ async def test_rows_of_another_conversation_need_not_be_its_own(tmp_path: Path) 
     more = await tree.take(other, after=begun.id, data=slot_file(own, other))
     assert (begun.own_from, more.own_from) == (350, 350)
     assert len(more.parts) == 3
-    assert tree.catalog.acceptance.n_differing == 0
+    assert tree.catalog.commits.n_differing == 0
     tree.catalog.close()
 
 
@@ -611,7 +611,7 @@ async def test_what_cannot_be_copied_now_is_given_out_later(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("llamaslot.store.giving_out.assemble", refuse)
+        patch.setattr("llamaslot.store.restore_file.assemble", refuse)
         with pytest.raises(SnapshotInvalid) as refused:
             await tree.given(id_)
     assert is_passing(refused.value)

@@ -15,10 +15,10 @@ import pytest
 from llamaslot.cache.ids import pack
 from llamaslot.store import Snapshot
 from llamaslot.store.assemble import assemble
+from llamaslot.store.deduplicate import Base
 from llamaslot.store.manifest import Manifest
-from llamaslot.store.sidecar_upkeep import Upkeep
 from llamaslot.store.slot_layout import read_layout
-from llamaslot.store.taking_in import Base
+from llamaslot.store.upkeep import Upkeep
 from tests.support.trees import Tree, words
 
 A = words(700, 1)
@@ -64,7 +64,7 @@ async def test_a_cancelled_copy_leaves_no_file(tmp_path: Path, monkeypatch: pyte
         assert leave.wait(10)
         return assemble(*arguments)
 
-    monkeypatch.setattr("llamaslot.store.giving_out.assemble", slowly)
+    monkeypatch.setattr("llamaslot.store.restore_file.assemble", slowly)
     task = asyncio.get_running_loop().create_task(tree.given(snapshot.id, 350))
     await asyncio.to_thread(entered.wait, 10)
     for _ in range(2):

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from llamaslot.config.keys import editing, made_now, new_key
-from llamaslot.store.directory import DirectoryLock
+from llamaslot.store.directory_lock import DirectoryLock
 from tests.support.activated import Activated
 from tests.support.fake import FakeServer
 from tests.support.inprocess import a_session

@@ -59,7 +59,7 @@ from llamaslot.store import (
     read_slot_file,
 )
 from llamaslot.store.model_snapshots import content_of
-from llamaslot.store.sidecar import digest_of
+from llamaslot.store.snapshot import digest_of
 from llamaslot.store.snapshot_store import SnapshotStore
 
 log = logging.getLogger(__name__)

@@ -31,9 +31,9 @@ from llamaslot.observe.recurring import Recurring
 from llamaslot.scheduling.placement import prefill_stops
 from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, Source
 from llamaslot.store import Catalog, WithTokens
-from llamaslot.store.giving_out import Given, is_passing
 from llamaslot.store.landing import NoLanding
 from llamaslot.store.model_snapshots import content_of
+from llamaslot.store.restore_file import Given, is_passing
 from llamaslot.tasks import outcome
 
 log = logging.getLogger(__name__)

@@ -28,9 +28,9 @@ from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.observe.recurring import Recurring
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, QuotaExceeded, Reservation, SavedSlot, WithTokens
+from llamaslot.store.deduplicate import Base
 from llamaslot.store.landing import NoLanding
 from llamaslot.store.model_snapshots import PendingSave, content_of, supersedes
-from llamaslot.store.taking_in import Base
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from llamaslot.config.faults import read_yaml
 from llamaslot.config.load import Config
 from llamaslot.config.sections import ManagedModelsConfig
 from llamaslot.errors import ConfigError
-from llamaslot.store.directory import HITS_NAME, LOCK_NAME
+from llamaslot.store.directory_lock import LOCK_NAME
+from llamaslot.store.learned import HITS_NAME
 from llamaslot.store.quota import beyond_disk
 from llamaslot.store.scan import list_own, size_bytes
 

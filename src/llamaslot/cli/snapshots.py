@@ -29,7 +29,7 @@ from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.snapshot_value import ByValue, HitRateModel, SnapshotStats
 from llamaslot.sizes import readable_size
-from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
+from llamaslot.store.directory_lock import DirectoryLock, DirectoryUnusable
 from llamaslot.store.inventory import FileState, Item, Stock, read_headers, remove, take_stock
 from llamaslot.store.quota import Limits, free_bytes_of
 from llamaslot.store.snapshot_table import SnapshotTable

@@ -106,8 +106,8 @@ class Status:
         stores = self._registry.stores.values()
         metrics.bytes_stored.set(self._registry.size_bytes)
         metrics.quota_bytes.set(self._registry.quota_bytes)
-        metrics.bytes_added.set(sum(store.catalog.acceptance.added_bytes for store in stores))
-        metrics.saves_differing.set(sum(store.catalog.acceptance.n_differing for store in stores))
+        metrics.bytes_added.set(sum(store.catalog.commits.added_bytes for store in stores))
+        metrics.saves_differing.set(sum(store.catalog.commits.n_differing for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
 

@@ -23,7 +23,7 @@ from llamaslot.http.in_flight import Requests
 from llamaslot.http.page_state import PageState
 from llamaslot.observe.history import KEPT
 from llamaslot.observe.series import SPANS
-from llamaslot.store.listing import MOST, Listing
+from llamaslot.store.page_listing import MOST, Listing
 from llamaslot.store.snapshot_store import SnapshotStore
 from llamaslot.tasks import TaskOwner, in_slices
 

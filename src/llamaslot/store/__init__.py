@@ -1,11 +1,12 @@
 """Snapshots on disk: writing, finding, reading, evicting and repairing them."""
 
-from llamaslot.store.acceptance import Reservation, SavedSlot
 from llamaslot.store.catalog import Catalog
-from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
+from llamaslot.store.commit import Reservation, SavedSlot
+from llamaslot.store.directory_check import NotShared, prove_shared
+from llamaslot.store.directory_lock import DirectoryUnusable
 from llamaslot.store.quota import QuotaExceeded
-from llamaslot.store.sidecar import Snapshot, WithTokens
 from llamaslot.store.slot_file import SlotFile, read_slot_file
+from llamaslot.store.snapshot import Snapshot, WithTokens
 
 __all__ = [
     "Catalog",

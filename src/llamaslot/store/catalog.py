@@ -20,16 +20,17 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.scheduling.snapshot_value import Order
 from llamaslot.sizes import readable_size
-from llamaslot.store import scan, sidecar
-from llamaslot.store.acceptance import Acceptance, Reservation, ReservationState, SavedSlot
-from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
-from llamaslot.store.giving_out import Copies, is_passing
+from llamaslot.store import scan
+from llamaslot.store.commit import Commits, Reservation, ReservationState, SavedSlot
+from llamaslot.store.directory_lock import DirectoryLock, DirectoryUnusable
 from llamaslot.store.landing import Landing
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota, Turnover
-from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens
-from llamaslot.store.sidecar_upkeep import Sweep, Upkeep
+from llamaslot.store.restore_file import Copies, is_passing
+from llamaslot.store.sidecar import Sidecar
+from llamaslot.store.snapshot import KV, PART, Snapshot, WithTokens, new_id
 from llamaslot.store.snapshot_table import Pin, SnapshotTable
+from llamaslot.store.upkeep import Sweep, Upkeep
 from llamaslot.tasks import TaskOwner, in_thread, outcome
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Catalog:
         self._served: dict[str, str] = {}  # fingerprints by backend
         self._upkeep = Upkeep(directory, self._table, self._manifest, self._tasks, self._drop)
         self._sweep = Sweep(directory, self._table, self._quota, self._reservations.keys(), self._drop)
-        self.acceptance = Acceptance(
+        self.commits = Commits(
             directory, self._table, self._quota, self._manifest, self._evict, self.pin, self._drop,
             self.landing,
         )  # fmt: skip
@@ -157,7 +158,9 @@ class Catalog:
             await self._quota.next_removal()
         self._upkeep.changed(found.n_read)
         for id_ in self.snapshots.keys() - found.durable:
-            self._upkeep.sync(Noted.of(self.snapshots[id_]))  # an earlier llamaslot was killed before it did
+            self._upkeep.sync(
+                Sidecar.of(self.snapshots[id_])
+            )  # an earlier llamaslot was killed before it did
         log.info(
             "snapshots: %d in %s, %s used of the quota of %s; removed %d unfinished and %d broken ones, evicted %d,"
             " left %d unknown files alone",
@@ -228,7 +231,7 @@ class Catalog:
     async def _reserve(
         self, size_bytes: int, kept: frozenset[str], spare: frozenset[str], new_bytes: int | None
     ) -> Reservation:
-        id_ = sidecar.new_id()
+        id_ = new_id()
         has_landed = await self.landing.book(id_, size_bytes)
         booked = size_bytes if new_bytes is None or not has_landed else min(new_bytes, size_bytes)
         self._table.eviction.tend(self._now())
@@ -264,17 +267,17 @@ class Catalog:
         state = self._reservations.get(reservation.id)
         if state is None or state.commit is not None:
             raise SnapshotInvalid(f"{reservation.id}: its reservation has ended")
-        commit = partial(self._commit, state, saved.noted(reservation.id, self._now()), saved)
+        commit = partial(self._commit, state, saved.to_sidecar(reservation.id, self._now()), saved)
         state.commit = self._tasks.spawn(outcome(commit, LlamaslotError), f"commit {reservation.id}")
         result = await asyncio.shield(state.commit)
         if isinstance(result, LlamaslotError):
             raise result
         return result
 
-    async def _commit(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
+    async def _commit(self, state: ReservationState, noted: Sidecar, saved: SavedSlot) -> WithTokens:
         """The work of ``commit``, in a task of its own."""
         try:
-            snapshot = await self.acceptance.accept(state, noted, saved)
+            snapshot = await self.commits.accept(state, noted, saved)
         except Exception:
             state.unpin()
             await self._end_reservation(noted.id)
@@ -286,7 +289,7 @@ class Catalog:
         state.unpin()
         self._turnover.ended()
         if snapshot.id not in self._manifest.durable:
-            self._upkeep.sync(Noted.of(snapshot))
+            self._upkeep.sync(Sidecar.of(snapshot))
         elif saved.idle_s:  # its sidecar is dated as if used now: the manifest would leave the snapshot out
             self._upkeep.date(noted.id)
         else:

@@ -23,9 +23,9 @@ from itertools import islice
 from typing import Any
 
 from llamaslot.scheduling.snapshot_value import ByValue, Order, SnapshotStats
+from llamaslot.store.file_references import Departure, FileReferences
 from llamaslot.store.quota import Deficit, Quota
-from llamaslot.store.shared_files import Departure, SharedFiles
-from llamaslot.store.sidecar import Snapshot
+from llamaslot.store.snapshot import Snapshot
 
 Rank = tuple[Any, ...]
 
@@ -42,7 +42,7 @@ class Eviction:
         self,
         snapshots: Mapping[str, Snapshot],
         stats: Mapping[str, SnapshotStats],
-        files: SharedFiles,
+        files: FileReferences,
         pins: Mapping[str, int],
         order: Order | None,
     ) -> None:

@@ -18,12 +18,13 @@ from msgspec.structs import replace
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import scan, sidecar
-from llamaslot.store.directory import DirectoryUnusable
+from llamaslot.store.directory_lock import DirectoryUnusable
 from llamaslot.store.extent import Source, check_file, verify
+from llamaslot.store.file_references import FileReferences
 from llamaslot.store.learned import HitLog
-from llamaslot.store.shared_files import SharedFiles
-from llamaslot.store.sidecar import EXT, JSON, KV, Noted
+from llamaslot.store.sidecar import Sidecar
 from llamaslot.store.slot_file import read_slot_file
+from llamaslot.store.snapshot import EXT, JSON, KV
 
 _AT_ONCE = 8  # headers read at the same time
 
@@ -48,7 +49,7 @@ class Item(Struct, frozen=True):
     bad_files: tuple[str, ...] = ()
     state: FileState = FileState.WHOLE
     why: str = ""
-    noted: Noted | None = None
+    noted: Sidecar | None = None
     n_hits: int = 0
 
 
@@ -59,7 +60,7 @@ class Stock(Struct, frozen=True):
 
     items: dict[str, Item]
     n_foreign: int
-    files: SharedFiles
+    files: FileReferences
     unreadable: frozenset[str]
 
     @property
@@ -79,7 +80,7 @@ def take_stock(directory: Path) -> Stock:
     except OSError as error:
         raise DirectoryUnusable(f"{directory} cannot be read: {error.strerror or error}") from error
     hits = HitLog(directory).load()
-    items, files = dict[str, Item](), SharedFiles()
+    items, files = dict[str, Item](), FileReferences()
     for id_, suffixes in sorted(listing.suffixes.items()):
         items[id_] = item = _item(directory, id_, suffixes, hits.get(id_, 0))
         if item.noted is not None:

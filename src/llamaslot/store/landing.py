@@ -22,10 +22,10 @@ from msgspec import Struct
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan
 from llamaslot.store.copying import Copier
-from llamaslot.store.directory import LOCK_NAME, DirectoryLock, DirectoryUnusable
+from llamaslot.store.directory_lock import LOCK_NAME, DirectoryLock, DirectoryUnusable
 from llamaslot.store.extent import Source
 from llamaslot.store.quota import QuotaExceeded
-from llamaslot.store.sidecar import PART, PROBE
+from llamaslot.store.snapshot import PART, PROBE
 from llamaslot.tasks import TaskOwner, in_thread
 
 log = logging.getLogger(__name__)

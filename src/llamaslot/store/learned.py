@@ -19,7 +19,6 @@ import aiofiles
 import orjson
 
 from llamaslot.observe.recurring import Recurring
-from llamaslot.store.directory import HITS_NAME
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +57,7 @@ class LearnedFile:
             partial.replace(self.path)
 
 
+HITS_NAME = ".llamaslot.hits"  # in the snapshot directory
 _MODE = 0o660
 _SPARE_LINES = 1_000  # the file is rewritten when it has more outdated lines than this
 

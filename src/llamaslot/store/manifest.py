@@ -28,7 +28,7 @@ from xxhash import xxh3_128_hexdigest
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.file_id import FileId
-from llamaslot.store.sidecar import JSON, Part, Snapshot
+from llamaslot.store.snapshot import JSON, Part, Snapshot
 from llamaslot.tasks import in_slices
 
 log = logging.getLogger(__name__)

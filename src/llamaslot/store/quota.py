@@ -25,9 +25,9 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.observe.recurring import Recurring
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan
-from llamaslot.store.shared_files import SharedFiles
+from llamaslot.store.file_references import FileReferences
 from llamaslot.store.shared_store import Neighbours
-from llamaslot.store.sidecar import JSON
+from llamaslot.store.snapshot import JSON
 from llamaslot.tasks import ChangeEvent, TaskOwner, in_thread
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,12 @@ class Quota:
     """
 
     def __init__(
-        self, directory: Path, limits: Limits, files: SharedFiles, n_held: Callable[[], int], tasks: TaskOwner
+        self,
+        directory: Path,
+        limits: Limits,
+        files: FileReferences,
+        n_held: Callable[[], int],
+        tasks: TaskOwner,
     ) -> None:
         """``files``: the files of the snapshots. ``n_held()``: the number of snapshots and reservations."""
         self.directory, self.limits = directory, limits

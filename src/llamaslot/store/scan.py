@@ -24,10 +24,25 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
-from llamaslot.store.directory import HITS_NAME, LOCK_NAME
+from llamaslot.store.directory_lock import LOCK_NAME
+from llamaslot.store.learned import HITS_NAME
 from llamaslot.store.manifest import Known, Mark
-from llamaslot.store.sidecar import EXT, JSON, KV, NEW, PART, PROBE, Noted, Part, Snapshot, WithTokens
+from llamaslot.store.sidecar import Sidecar
 from llamaslot.store.slot_file import SlotFile, read_slot_file_now, slot_file_head
+from llamaslot.store.snapshot import (
+    EXT,
+    JSON,
+    KV,
+    NEW,
+    PART,
+    PROBE,
+    Part,
+    Snapshot,
+    WithTokens,
+    digest_of,
+    new_id,
+    own_name,
+)
 
 _AT_ONCE = 64  # snapshots read by one call of a thread, which costs as much as reading one of them
 _SOME = 32 * _AT_ONCE
@@ -104,7 +119,7 @@ def _listing(entries: Iterable[os.DirEntry[str]]) -> Listing:
             has_lock = True
         elif entry.name in (HITS_NAME, HITS_NAME + ".new"):
             continue
-        elif (own := sidecar.own_name(entry.name)) is not None and entry.is_file(follow_symlinks=False):
+        elif (own := own_name(entry.name)) is not None and entry.is_file(follow_symlinks=False):
             suffixes.setdefault(own[0], set()).add(own[1])
         else:
             # A directory or symbolic link with such a name is not ours.
@@ -149,7 +164,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def agree(noted: Noted, file: SlotFile) -> None:
+def agree(noted: Sidecar, file: SlotFile) -> None:
     """Raise SnapshotInvalid unless the slot file has the size and tokens of the sidecar ``noted``, and no media."""
     name = noted.id + KV
     if file.size_bytes != noted.size_bytes:
@@ -158,7 +173,7 @@ def agree(noted: Noted, file: SlotFile) -> None:
         raise SnapshotInvalid(f"{name}: holds media, which tokens alone do not identify")
     if file.n_tokens != noted.n_tokens:
         raise SnapshotInvalid(f"{name}: holds {file.n_tokens} tokens, {noted.n_tokens} were saved")
-    if noted.digest and noted.digest != sidecar.digest_of(file.tokens):
+    if noted.digest and noted.digest != digest_of(file.tokens):
         raise SnapshotInvalid(f"{name}: holds other tokens than when it was saved")
 
 
@@ -182,7 +197,7 @@ def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
         raise SnapshotInvalid(
             f"{snapshot.id}: has {file.size_bytes} bytes, {snapshot.size_bytes} were written"
         )
-    if sidecar.digest_of(file.tokens) != snapshot.digest:
+    if digest_of(file.tokens) != snapshot.digest:
         raise SnapshotInvalid(f"{snapshot.id}: holds other tokens than when it was saved")
     if bad := bad_files(directory, snapshot):
         raise SnapshotInvalid(f"{snapshot.id}: {', '.join(sorted(bad))} is missing or has another size")
@@ -307,7 +322,7 @@ def _bad_files(parts: Iterable[Part], size_of: Callable[[str], int | None]) -> s
     return {part.file for part in parts if size_of(part.file) != part.size_bytes}
 
 
-def bad_files(directory: Path, of: Snapshot | Noted) -> set[str]:
+def bad_files(directory: Path, of: Snapshot | Sidecar) -> set[str]:
     """The files of a snapshot's parts that are missing or have another size. Blocking."""
     return _bad_files(of.parts, lambda name: _size(directory / name))
 
@@ -351,11 +366,11 @@ def _load(directory: Path, id_: str) -> Loaded:
     if bad := bad_files(directory, noted):
         fault = f"{id_}: {', '.join(sorted(bad))} is missing or has another size"
         return _shortened(directory, noted, file.tokens, bad, dated, fault)
-    return Loaded(noted.snapshot(sidecar.digest_of(file.tokens)), dated, file_id, noted.boot is None)
+    return Loaded(noted.snapshot(digest_of(file.tokens)), dated, file_id, noted.boot is None)
 
 
 def _shortened(
-    directory: Path, noted: Noted, tokens: bytes, bad: set[str], last_used: float, fault: str
+    directory: Path, noted: Sidecar, tokens: bytes, bad: set[str], last_used: float, fault: str
 ) -> Loaded:
     """Write a new snapshot of the longest beginning that does not need the ``bad`` files. Raises SnapshotInvalid with
     the text ``fault`` if there is no such beginning, or if it cannot be written.
@@ -372,7 +387,7 @@ def _shortened(
     data = slot_file_head(head(tokens, n_tokens))
     noted = replace(
         noted,
-        id=sidecar.new_id(),
+        id=new_id(),
         n_tokens=n_tokens,
         size_bytes=len(data),
         parts=(*kept, *states),
@@ -381,7 +396,7 @@ def _shortened(
         is_pinned=False,
         is_prewarmed=False,
         kind=SnapshotKind.LEAF,
-        digest=sidecar.digest_of(head(tokens, n_tokens)),
+        digest=digest_of(head(tokens, n_tokens)),
     )
     kv = directory / (noted.id + KV)
     try:

@@ -1,6 +1,6 @@
 """A directory that several llamaslot processes share, one for each model: each has a *part*, and one quota holds for
 all. **A process evicts snapshots from the parts of other processes too** (``Neighbours.remove``), and others evict its
-own: ``sidecar_upkeep.Sweep`` finds those missing and drops them from the table.
+own: ``upkeep.Sweep`` finds those missing and drops them from the table.
 
 ``<root>/<part>/`` has slot files, ``<root>/.meta/<part>/`` llamaslot's own files. A process claims a part by an flock
 on a file in the latter directory. The kernel releases that lock when the process ends.
@@ -17,7 +17,7 @@ How a process makes room, called by ``Quota.make_available``:
    the last minute either: a plan of that process may need it.
 
 A new snapshot may need files of an older one. After writing its sidecar, which names those files, its process checks
-within a turn that they still exist (``taking_in.let_go``). A process that evicts later reads in the sidecar that they
+within a turn that they still exist (``deduplicate.let_go``). A process that evicts later reads in the sidecar that they
 are needed.
 """
 
@@ -39,9 +39,9 @@ from msgspec.structs import replace
 
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.store import inventory, sidecar
-from llamaslot.store.directory import DirectoryUnusable
-from llamaslot.store.shared_files import Departure, SharedFiles
-from llamaslot.store.sidecar import EXT, JSON, KV, PART, Part, Snapshot
+from llamaslot.store.directory_lock import DirectoryUnusable
+from llamaslot.store.file_references import Departure, FileReferences
+from llamaslot.store.snapshot import EXT, JSON, KV, PART, Part, Snapshot, own_name
 from llamaslot.tasks import in_thread
 
 META = ".meta"
@@ -267,7 +267,7 @@ class Neighbours:
         sizes, used, n_parts = dict[str, int](), dict[str, float](), 0
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
-                if (own := sidecar.own_name(entry.name)) is None:
+                if (own := own_name(entry.name)) is None:
                     continue
                 with contextlib.suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
@@ -277,7 +277,7 @@ class Neighbours:
                         used[own[0]] = status.st_mtime
                     elif own[1] == PART and with_parts:
                         n_parts += status.st_size
-        files = SharedFiles()
+        files = FileReferences()
         whole = sorted((last_used, id_) for id_, last_used in used.items() if id_ + KV in sizes)
         has_parts = any(name.endswith(EXT) for name in sizes)
         snapshots = [self._snapshot(directory, id_, sizes[id_ + KV], has_parts) for _, id_ in whole]

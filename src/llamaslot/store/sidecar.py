@@ -1,10 +1,5 @@
-"""The types and file names of the store, and the *sidecar*, the JSON file that makes a slot file a snapshot.
-
-A snapshot is ``<id>.kv`` and its sidecar ``<id>.json``, which llamaslot writes last. The .kv file is either a whole
-slot file, as llama-server wrote it, or only the header of one. Then the sidecar names the *parts* of its content: rows
-and states in files that other snapshots may need too (``<id>.ext``, or the .kv file of another snapshot). A file that
-no sidecar names belongs to no snapshot, and the next scan removes it. The tokens are in the header of the .kv file, not
-in the sidecar. The modification time of a sidecar is the time of the last use.
+"""The *sidecar*, the JSON file that makes a slot file a snapshot: its content, and reading and writing it. The
+modification time of a sidecar is the time of the snapshot's last use.
 
 llamaslot renames a .kv file of a gigabyte before the kernel has written it to disk. If llamaslot is killed, nothing is
 lost. After a power cut, zeros may follow a valid header, and would be restored as a user's context. So a sidecar first
@@ -17,150 +12,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
-import secrets
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from msgspec import Struct
 from msgspec.structs import asdict, replace
-from xxhash import xxh3_128_hexdigest
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.sizes import readable_size
+from llamaslot.store.snapshot import EXT, JSON, KV, NEW, Part, Snapshot, own_name
 
 # A sidecar with parts has version 3, one with a namespace version 2: a llamaslot that knows only version 1 would offer
 # that snapshot to every user. All others have version 1.
 VERSION = 3
 _VERSIONS = (1, 2, VERSION)
-KV, EXT, JSON, PART, NEW, PROBE = ".kv", ".ext", ".json", ".part", ".json.new", ".probe"
-_OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.ext|\.json|\.part|\.json\.new|\.probe)")
-N_STATES = 2  # so many states are put into a slot file for a restore: the latest ones
 _PART_TYPES = [str, int, int, int], [str, int, int, int, int]
 _MODE = 0o660  # llama-server and llamaslot may run as two users of one group; the umask restricts the mode
 
 
-class Part(NamedTuple):
-    """A part of a snapshot: the rows of the tokens [start, end) in ``file``, or, if both are equal, the state of the
-    model after so many tokens. ``size_bytes``: of the whole file, which may have more than this part. ``checksum``: the
-    xxh3_64 of the whole file if it is a slot file, which has no checksum inside. None for an extent, and in sidecars of
-    earlier versions of llamaslot.
-    """
-
-    file: str
-    start: int
-    end: int
-    size_bytes: int
-    checksum: int | None = None
-
-    @property
-    def is_state(self) -> bool:
-        return self.start == self.end
-
-
-class Snapshot(Struct, frozen=True):
-    """A saved slot on disk, without its tokens, which are in the header of its .kv file and in the index.
-
-    ``digest``: a hash of the tokens. ``size_bytes``: of its .kv file. ``created_at``: seconds since the epoch.
-    ``checkpoints``: token counts to which a model that cannot rewind freely can return. ``source``: the request that it
-    was saved for. ``is_pinned``: it is neither evicted nor superseded. ``is_prewarmed``: it was pinned because the
-    configuration's ``prewarm`` names it, and is unpinned when ``prewarm`` no longer does. ``namespace``: whose requests
-    may resume from it (``Namespace.text``); "" is the shared one.
-
-    ``parts``: where its content is: rows from the first token to the last, then states by position; empty for a whole
-    slot file. ``row_bytes``: bytes of the rows of each token. ``own_from``: rows before this token come from another
-    conversation's snapshot; its own slot may have computed them with other rounding.
-    """
-
-    id: str
-    n_tokens: int
-    digest: str
-    size_bytes: int
-    fingerprint: str
-    created_at: float
-    checkpoints: tuple[int, ...]
-    source: str
-    kind: SnapshotKind = SnapshotKind.LEAF
-    is_pinned: bool = False
-    is_prewarmed: bool = False
-    namespace: str = ""
-    parts: tuple[Part, ...] = ()
-    row_bytes: int = 0
-    own_from: int = 0
-
-    @property
-    def files(self) -> dict[str, int]:
-        """All files that the snapshot needs, except its sidecar, with their bytes. Others may need them too."""
-        return {self.id + KV: self.size_bytes, **{part.file: part.size_bytes for part in self.parts}}
-
-    def restored_bytes(self, n_tokens: int | None = None) -> int:
-        """About how many bytes llama-server reads to restore the snapshot, or its first ``n_tokens``."""
-        n = self.n_tokens if n_tokens is None else n_tokens
-        if not self.parts:
-            return self.size_bytes if n >= self.n_tokens else self.size_bytes * n // self.n_tokens
-        states = sorted((part.end, part.size_bytes) for part in self.parts if part.is_state and part.end <= n)
-        return n * (self.row_bytes + WIDTH) + sum(size for _, size in states[-N_STATES:]) * 2
-
-    @property
-    def read_size(self) -> tuple[int, int]:
-        """The snapshot's number of tokens, and about how many bytes a slot file with these has."""
-        return self.n_tokens, self.restored_bytes()
-
-    def with_tokens(self, tokens: bytes) -> WithTokens:
-        """The same snapshot with ``tokens``, which must be those of the snapshot."""
-        return WithTokens(**{**asdict(self), "tokens": tokens})
-
-    @property
-    def file_name(self) -> str:
-        """The name of the snapshot's .kv file."""
-        return self.id + KV
-
-    def __repr__(self) -> str:
-        kind = "" if self.kind is SnapshotKind.LEAF else f" {self.kind}"
-        kind += " pinned" if self.is_pinned else ""
-        return (
-            f"<Snapshot {self.id} {self.n_tokens} tok {readable_size(self.size_bytes)} {self.source}{kind}>"
-        )
-
-
-class WithTokens(Snapshot, frozen=True):
-    """A snapshot with its ``tokens``: little-endian int32 bytes. Do not keep such objects: the tokens of ten thousand
-    snapshots do not fit into memory; an index stores what they have in common once.
-    """
-
-    tokens: bytes = b""
-
-    @classmethod
-    def of(cls, tokens: bytes, **fields: Any) -> WithTokens:
-        """A snapshot with these tokens, its number of tokens and digest; ``fields`` are the other fields."""
-        return cls(tokens=tokens, n_tokens=len(tokens) // WIDTH, digest=digest_of(tokens), **fields)
-
-    def cut(self, n_tokens: int) -> WithTokens:
-        """The snapshot's first ``n_tokens``, as a snapshot with the same id. Changes no file."""
-        if n_tokens == self.n_tokens:
-            return self
-        checkpoints = tuple(at for at in self.checkpoints if at <= n_tokens)
-        return replace(
-            self, n_tokens=n_tokens, tokens=self.tokens[: n_tokens * WIDTH], checkpoints=checkpoints
-        )
-
-    @property
-    def listed(self) -> Snapshot:
-        """The same snapshot without tokens."""
-        fields = asdict(self)
-        del fields["tokens"]
-        return Snapshot(**fields)
-
-
-def digest_of(tokens: bytes) -> str:
-    """A hash of the tokens: 32 hexadecimal digits."""
-    return xxh3_128_hexdigest(tokens)
-
-
-class Noted(Struct, frozen=True):
+class Sidecar(Struct, frozen=True):
     """The content of a sidecar: the fields of ``Snapshot``, and ``boot``. ``digest``: a hash of the tokens; "" in a
     sidecar of an older version, and before the saved file has been read.
     """
@@ -183,7 +54,7 @@ class Noted(Struct, frozen=True):
     digest: str = ""
 
     @classmethod
-    def of(cls, snapshot: Snapshot) -> Noted:
+    def of(cls, snapshot: Snapshot) -> Sidecar:
         """The sidecar of a snapshot that was saved during this boot and whose data may not be synced yet."""
         names = set(cls.__struct_fields__) - {"boot"}
         return cls(**{name: getattr(snapshot, name) for name in names}, boot=boot_id())
@@ -194,18 +65,7 @@ class Noted(Struct, frozen=True):
         return Snapshot(**{**fields, "digest": digest})
 
 
-def new_id() -> str:
-    """A unique id for a snapshot: ``ls-`` and 16 hexadecimal digits."""
-    return "ls-" + secrets.token_hex(8)
-
-
-def own_name(name: str) -> tuple[str, str] | None:
-    """The id and suffix of a file whose name is one of llamaslot's; None for other files."""
-    match = _OURS.fullmatch(name)
-    return (match[1], match[2]) if match else None
-
-
-def parse(name: str, data: bytes) -> Noted:
+def parse(name: str, data: bytes) -> Sidecar:
     """Parse a sidecar. Raises SnapshotInvalid for any fault or an unknown version."""
     try:
         fields = orjson.loads(data)
@@ -216,7 +76,7 @@ def parse(name: str, data: bytes) -> Noted:
     checkpoints = _field(name, fields, "checkpoints", list)
     if not all(type(at) is int for at in checkpoints):
         raise SnapshotInvalid(f"{name}: 'checkpoints' is no list of token counts")
-    noted = Noted(
+    noted = Sidecar(
         id=_field(name, fields, "id", str),
         n_tokens=_field(name, fields, "n_tokens", int),
         size_bytes=_field(name, fields, "size_bytes", int),
@@ -284,7 +144,7 @@ def boot_id() -> str:
         return ""
 
 
-def write(directory: Path, noted: Noted, last_used: float) -> None:
+def write(directory: Path, noted: Sidecar, last_used: float) -> None:
     """Write a sidecar under another name, sync it, set its modification time to ``last_used``, and rename it. Blocking;
     raises OSError. The directory is not synced: if a power cut loses the name, the snapshot is lost with it.
     """
@@ -323,14 +183,14 @@ def sync_data(path: Path) -> None:
         os.close(fd)
 
 
-def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
+def make_durable(directory: Path, noted: Sidecar, last_used: float) -> None:
     """Sync all files of a snapshot, and rewrite its sidecar without the boot. Blocking, for seconds. Raises OSError."""
     for name in dict.fromkeys([*(part.file for part in noted.parts), noted.id + KV]):
         sync_data(directory / name)
     write(directory, replace(noted, boot=None), last_used)
 
 
-def marked(noted: Noted, snapshot: Snapshot) -> Noted:
+def marked(noted: Sidecar, snapshot: Snapshot) -> Sidecar:
     """A copy of ``noted`` with the kind and the pin of ``snapshot``."""
     return replace(
         noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned, is_prewarmed=snapshot.is_prewarmed

@@ -13,7 +13,7 @@ from llamaslot.store.catalog import Catalog
 from llamaslot.store.learned import LearnedFile
 from llamaslot.store.model_snapshots import Libraries
 from llamaslot.store.quota import Limits, beyond_disk
-from llamaslot.store.sidecar import Snapshot
+from llamaslot.store.snapshot import Snapshot
 from llamaslot.tasks import TaskOwner
 
 

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.snapshot_value import Order, SnapshotStats
 from llamaslot.store.eviction import Eviction
-from llamaslot.store.shared_files import SharedFiles
-from llamaslot.store.sidecar import EXT, KV, Snapshot
+from llamaslot.store.file_references import FileReferences
+from llamaslot.store.snapshot import EXT, KV, Snapshot
 
 
 class Pin(AbstractContextManager[Snapshot]):
@@ -53,7 +53,7 @@ class SnapshotTable:
         self.snapshots: dict[str, Snapshot] = {}
         self.stats: dict[str, SnapshotStats] = {}
         self.pending_delete: dict[str, Snapshot] = {}
-        self.files = SharedFiles()
+        self.files = FileReferences()
         self._pins: Counter[str] = Counter()
         self.eviction = Eviction(self.snapshots, self.stats, self.files, self._pins, order)
 
@@ -181,7 +181,7 @@ class SnapshotTable:
         assert len(self.eviction) == len(self.snapshots), "not everything is ranked"
         assert self.pending_delete.keys() <= self._pins.keys(), "pending deletion without a pin"
         assert not self.snapshots.keys() & self.pending_delete.keys(), "listed and pending deletion"
-        needed = SharedFiles()
+        needed = FileReferences()
         for snapshot in (*self.snapshots.values(), *self.pending_delete.values()):
             needed.add(snapshot)
         assert needed.users == self.files.users, "files are those of the snapshots"

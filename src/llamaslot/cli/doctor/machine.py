@@ -12,9 +12,9 @@ from pathlib import Path
 from llamaslot.cli.check import Checked
 from llamaslot.cli.doctor.findings import Finding
 from llamaslot.config.load import Config
-from llamaslot.store.directory import LOCK_NAME
+from llamaslot.store.directory_lock import LOCK_NAME
 from llamaslot.store.scan import list_own
-from llamaslot.store.sidecar import JSON, PROBE, new_id
+from llamaslot.store.snapshot import JSON, PROBE, new_id
 
 _FEW_FILES = 4096
 _CLOCK_S = 2.0  # a file system that is ahead or behind by more

@@ -13,7 +13,7 @@ from llamaslot.errors import LlamaslotError, SlotActionFailed
 from llamaslot.llama.answers import SlotInfo
 from llamaslot.llama.client import LlamaServer
 from llamaslot.store import QuotaExceeded, Reservation
-from llamaslot.store.sidecar import PROBE, new_id
+from llamaslot.store.snapshot import PROBE, new_id
 
 _POLLS, _POLL_S = 40, 1.5  # asked more often, llama-server does not notice that its client has left
 _ROOM = 1.2  # of the bytes that a probe is expected to need

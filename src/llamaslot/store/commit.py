@@ -1,4 +1,4 @@
-"""Accepts a slot file that llama-server has written: checks its content, and writes the files of its snapshot."""
+"""Turns slot files that llama-server has written into snapshots: checks their content, and writes the files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
+from llamaslot.store.deduplicate import Base, DataLost, Intake, RowsDiffer, let_go, look, take_in
 from llamaslot.store.landing import Landing, copy_file
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Quota, QuotaExceeded
-from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
+from llamaslot.store.sidecar import Sidecar
 from llamaslot.store.slot_file import read_slot_file
 from llamaslot.store.slot_layout import LayoutUnknown
+from llamaslot.store.snapshot import EXT, KV, PART, WithTokens, digest_of, new_id
 from llamaslot.store.snapshot_table import Pin, SnapshotTable
-from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, let_go, look, take_in
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +71,9 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     on_checked: Callable[[bytes], None] = lambda tokens: None
     turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
 
-    def noted(self, id_: str, created_at: float) -> Noted:
+    def to_sidecar(self, id_: str, created_at: float) -> Sidecar:
         """The content of the new snapshot's sidecar, without what only reading the file tells (``digest``)."""
-        return Noted(
+        return Sidecar(
             id=id_,
             n_tokens=self.n_saved,
             size_bytes=self.n_written,
@@ -111,9 +112,10 @@ class ReservationState(Struct):
             self.base.release()
 
 
-class Acceptance:
-    """Accepts slot files in one directory. ``evict(short, keep)`` evicts snapshots outside ``keep`` that free at least
-    ``short``, or none and returns False. ``lost(id)`` is called if the disk has lost data of that snapshot.
+class Commits:
+    """Turns slot files in one directory into snapshots. ``evict(short, keep)`` evicts snapshots outside ``keep`` that
+    free at least ``short``, or none and returns False. ``lost(id)`` is called if the disk has lost data of that
+    snapshot.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class Acceptance:
         self.n_differing = 0  # saves whose rows were not those that the slot was restored from or saved with
         self.added_bytes = 0  # bytes that all saves have added to the store
 
-    async def accept(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
+    async def accept(self, state: ReservationState, noted: Sidecar, saved: SavedSlot) -> WithTokens:
         """Check the part file of a reservation, and write the files and the sidecar of its snapshot, which is returned;
         the caller lists it. Raises SnapshotInvalid (OtherConversation if it holds other tokens) and QuotaExceeded.
         """
@@ -149,7 +151,7 @@ class Acceptance:
         if not file.tokens.startswith(saved.tokens_expected):
             raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
         saved.on_checked(file.tokens)
-        noted = replace(noted, digest=sidecar.digest_of(file.tokens))
+        noted = replace(noted, digest=digest_of(file.tokens))
         async with saved.turn:
             taken = await self._take_in(state, part, noted, saved, file.tokens)
             if taken is None:
@@ -178,7 +180,7 @@ class Acceptance:
             await self._quota.make_available(more, lambda short: self._evict(short, keep), n_files=0)
             self._book(state, more)
 
-    async def _keep_whole(self, state: ReservationState, part: Path, noted: Noted) -> Noted:
+    async def _keep_whole(self, state: ReservationState, part: Path, noted: Sidecar) -> Sidecar:
         if state.has_landed:
             await self._make_room(state, noted.size_bytes, state.keep)
         try:
@@ -191,15 +193,15 @@ class Acceptance:
         self.added_bytes += noted.size_bytes
         return noted
 
-    def _publish(self, part: Path, noted: Noted) -> FileId:
+    def _publish(self, part: Path, noted: Sidecar) -> FileId:
         """Rename the slot file, then write its sidecar: until then a scan takes the .kv file for unfinished."""
         os.rename(part, kv := self._directory / (noted.id + KV))
         sidecar.write(self._directory, noted, noted.created_at)
         return FileId.of(os.lstat(kv))
 
     async def _take_in(
-        self, state: ReservationState, part: Path, noted: Noted, saved: SavedSlot, tokens: bytes
-    ) -> Noted | None:
+        self, state: ReservationState, part: Path, noted: Sidecar, saved: SavedSlot, tokens: bytes
+    ) -> Sidecar | None:
         """Write only those rows and states of the slot file that the store does not have yet. None if the whole file
         must be kept: nothing can be shared, or an error came up, which is logged.
         """
@@ -230,8 +232,8 @@ class Acceptance:
             self._quota.writing.difference_update(new)
 
     async def _write(
-        self, state: ReservationState, part: Path, noted: Noted, intake: Intake, new: list[str]
-    ) -> Noted:
+        self, state: ReservationState, part: Path, noted: Sidecar, intake: Intake, new: list[str]
+    ) -> Sidecar:
         """Write the new extents, then header and sidecar of the snapshot, and remove llama-server's file. Puts the ids
         of the extents into ``new``. Raises SnapshotInvalid, OSError and QuotaExceeded; then files of these ids may be
         left.
@@ -240,7 +242,7 @@ class Acceptance:
         await self._make_room(state, there + intake.size_bytes, state.keep | state.spare)
 
         def new_file() -> str:
-            new.append(id_ := sidecar.new_id())
+            new.append(id_ := new_id())
             self._quota.writing.add(id_)  # else a sweep would remove it
             return id_
 
@@ -257,7 +259,7 @@ class Acceptance:
         self._failures.succeeded()
         return noted
 
-    def _say(self, noted: Noted, error: Exception) -> None:
+    def _say(self, noted: Sidecar, error: Exception) -> None:
         """Log why a slot file is kept whole. A layout that llamaslot does not know is logged once for each reason: all
         files of that server have it.
         """

@@ -10,7 +10,7 @@ from typing import Any
 from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 
 from llamaslot.cache.ids import WIDTH
-from llamaslot.store.sidecar import Snapshot
+from llamaslot.store.snapshot import Snapshot
 from llamaslot.store.snapshot_store import SnapshotStore
 from llamaslot.tasks import in_slices
 

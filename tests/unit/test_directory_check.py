@@ -13,7 +13,7 @@ import pytest
 
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid
 from llamaslot.store import DirectoryUnusable, NotShared, prove_shared
-from llamaslot.store.sidecar import own_name
+from llamaslot.store.snapshot import own_name
 from tests.support.snapshots import slot_file
 
 GROUP = r"chgrp GROUP .*, chmod 2770 .* \(setgid.*umask 0007"  # the fix that is always the same

@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.store.sidecar import KV, Snapshot
+from llamaslot.store.snapshot import KV, Snapshot
 
 
-class SharedFiles:
+class FileReferences:
     """The files of all snapshots. ``sizes``: bytes by file name; ``size_bytes``: their sum; ``users``: by file name the
     snapshots that need the file, as a dict from id to the last token for which the snapshot needs it.
     """
@@ -102,7 +102,7 @@ class SharedFiles:
 class Departure:
     """Computes how many bytes would be freed by dropping snapshots one after the other. Drops none itself."""
 
-    def __init__(self, files: SharedFiles) -> None:
+    def __init__(self, files: FileReferences) -> None:
         self._files = files
         self._n_gone: dict[str, int] = {}
 

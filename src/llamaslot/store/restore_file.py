@@ -17,13 +17,13 @@ from msgspec.structs import replace
 
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid
-from llamaslot.store.acceptance import Reservation
 from llamaslot.store.assemble import DoesNotFit, StateAt, assemble
+from llamaslot.store.commit import Reservation
 from llamaslot.store.extent import Piece, Source, check_file
 from llamaslot.store.landing import Landing, NoLanding, copy_file
 from llamaslot.store.quota import QuotaExceeded
-from llamaslot.store.sidecar import KV, N_STATES, PART, Part, Snapshot, new_id
 from llamaslot.store.slot_file import ROW_HEAD
+from llamaslot.store.snapshot import KV, N_STATES, PART, Part, Snapshot, new_id
 from llamaslot.tasks import in_thread
 
 _CUT_SHARE = 0.9  # if a larger share of a whole slot file is needed, it is given as it is

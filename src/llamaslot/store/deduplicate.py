@@ -27,9 +27,10 @@ from llamaslot.store import sidecar
 from llamaslot.store.copying import sync_directory
 from llamaslot.store.extent import Piece, Source, checksum_of_file, differing_tokens, write_extent
 from llamaslot.store.scan import bad_files
-from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
+from llamaslot.store.sidecar import Sidecar
 from llamaslot.store.slot_file import slot_file_head
 from llamaslot.store.slot_layout import LayoutUnknown, SlotLayout, read_layout
+from llamaslot.store.snapshot import EXT, KV, Part, Snapshot
 
 # Of the 32 tokens that are compared, one may have other rows: llama-server computes a token again where it goes back to
 # a checkpoint.
@@ -165,8 +166,8 @@ def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list
 
 
 def take_in(
-    directory: Path, landing: Path, intake: Intake, noted: Noted, new_file: Callable[[], str]
-) -> Noted:
+    directory: Path, landing: Path, intake: Intake, noted: Sidecar, new_file: Callable[[], str]
+) -> Sidecar:
     """Write the new rows and states of ``landing`` as extents, then the header and the sidecar of the snapshot. Returns
     the content of the sidecar, with all parts. All files are synced. Call ``let_go`` then.
 
@@ -213,7 +214,7 @@ def take_in(
     return noted
 
 
-def let_go(directory: Path, landing: Path | None, noted: Noted) -> FileId:
+def let_go(directory: Path, landing: Path | None, noted: Sidecar) -> FileId:
     """Check that all files of the new snapshot ``noted`` exist, and remove ``landing``, if given: llama-server's file,
     from which it was made. Returns the FileId of the snapshot's .kv file. Raises SnapshotInvalid and OSError; then
     ``landing`` is still there.

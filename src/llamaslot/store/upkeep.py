@@ -21,11 +21,12 @@ from pathlib import Path
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.observe.recurring import Recurring
 from llamaslot.store import scan, sidecar
-from llamaslot.store.directory import LOCK_NAME
+from llamaslot.store.directory_lock import LOCK_NAME
 from llamaslot.store.learned import HitLog
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Quota
-from llamaslot.store.sidecar import EXT, JSON, KV, Noted, Snapshot
+from llamaslot.store.sidecar import Sidecar
+from llamaslot.store.snapshot import EXT, JSON, KV, Snapshot, own_name
 from llamaslot.store.snapshot_table import SnapshotTable
 from llamaslot.tasks import TaskOwner
 
@@ -118,7 +119,7 @@ class Upkeep:
         known = {id_: self._table.stats.get(id_) for id_ in ids}
         return {id_: of.n_hits for id_, of in known.items() if of is not None}
 
-    def sync(self, noted: Noted) -> None:
+    def sync(self, noted: Sidecar) -> None:
         """Sync a committed snapshot's files (fsync) in the background, then record that in its sidecar."""
         self._tasks.spawn(self._sync(noted), f"sync {noted.id}")
 
@@ -138,7 +139,7 @@ class Upkeep:
                     snapshot.id, error,
                 )  # fmt: skip
 
-    async def _sync(self, noted: Noted) -> None:
+    async def _sync(self, noted: Sidecar) -> None:
         dated = noted.created_at
         async with self._syncing:  # one at a time: llama-server's next save needs the disk too
             if noted.id not in self._table.snapshots:
@@ -262,7 +263,7 @@ def _compare(directory: Path, known: set[str]) -> tuple[set[str], list[str]] | N
                 has_lock = True
             elif name.endswith(JSON) and name[: -len(JSON)] + KV in known:
                 continue
-            elif (own := sidecar.own_name(name)) is not None and entry.is_file(follow_symlinks=False):
+            elif (own := own_name(name)) is not None and entry.is_file(follow_symlinks=False):
                 unknown.setdefault(own[0], set()).add(own[1])
     if not has_lock:
         return None

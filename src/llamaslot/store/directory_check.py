@@ -1,12 +1,11 @@
-"""The directory that llama-server and llamaslot share: a lock that keeps other llamaslots out, and a check that
-llama-server really saves there.
+"""Checks that llama-server and llamaslot share a directory: a slot that llama-server saves must appear in it, and
+llamaslot must be able to read, rename and unlink it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,72 +14,20 @@ import aiofiles.os
 import aiofiles.ospath
 
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
-from llamaslot.store.sidecar import PROBE, new_id
+from llamaslot.store.directory_lock import DirectoryUnusable
 from llamaslot.store.slot_file import read_slot_file
+from llamaslot.store.snapshot import PROBE, new_id
 
-LOCK_NAME = ".llamaslot.lock"
-HITS_NAME = ".llamaslot.hits"  # see learned.py
 _GROUP = (
     "let llama-server and llamaslot share a group: chgrp GROUP {directory}, chmod 2770 {directory} (setgid: files "
     "inherit the group), and run llama-server with umask 0007 (UMask=0007 in its systemd unit)"
 )
 
 
-class DirectoryUnusable(LlamaslotError):
-    """The snapshot directory is missing, locked by another llamaslot, or not accessible."""
-
-
 class NotShared(LlamaslotError):
     """A file that llama-server saves does not appear in llamaslot's directory, or llamaslot may not read, rename or
     unlink it.
     """
-
-
-class DirectoryLock:
-    """An flock on ``.llamaslot.lock`` in a directory. It keeps a second llamaslot out, because each would delete the
-    other's files. The kernel releases the lock when the process ends; the file stays.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / LOCK_NAME
-        self._fd: int | None = None
-
-    def acquire(self) -> None:
-        """Take the lock without waiting for it. Blocking file access. Raises DirectoryUnusable if the directory cannot
-        be used, or if another llamaslot has the lock; then the error names its process id.
-        """
-        directory = self._path.parent
-        try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
-        except FileNotFoundError:
-            raise DirectoryUnusable(f"{directory} does not exist: create it, or mount it here") from None
-        except OSError as error:
-            raise DirectoryUnusable(
-                f"{directory} is not usable for snapshots: {error.strerror or error}"
-            ) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(fd)
-            if not isinstance(error, BlockingIOError):
-                raise DirectoryUnusable(
-                    f"{self._path} cannot be locked: {error.strerror or error}"
-                ) from error
-            raise DirectoryUnusable(
-                f"{directory} is in use by another llamaslot (pid {holder}): stop it, or give each its own directory"
-            ) from None
-        self._fd = fd
-        # On a full disk the lock works all the same; only the holder's pid is missing.
-        with contextlib.suppress(OSError):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        """Release the lock. Idempotent."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
 
 
 async def prove_shared(
