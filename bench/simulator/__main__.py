@@ -17,14 +17,13 @@ from bench.simulator.machine import Hardware
 from bench.simulator.result import Result, table
 from bench.simulator.run import LEFT, Policy, Setting, simulate
 from bench.simulator.trace import Trace
-from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.scheduling.settings import PrefillSettings, SchedulingSettings
 
 QUARTER = 0.25  # of all contexts: what ``--disk 1`` means
 
 
 SHARED, LEFT_ALONE = "shared", "left"
-SWEPT = ("chunk_threshold_s", *PrefillSharing.__struct_fields__)
+SWEPT = ("chunk_threshold_s", *PrefillSettings.__struct_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +57,21 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     return scaled(options.scale, recipe), name if options.scale == 1 else f"{name} x {options.scale}"
 
 
-def _chunked_prefill(options: argparse.Namespace) -> Iterator[tuple[str, Rules]]:
-    """The rules for long prompts that are compared, by their names."""
+def _chunked_prefill(options: argparse.Namespace) -> Iterator[tuple[str, SchedulingSettings]]:
+    """The settings for long prompts that are compared, by their names."""
     for name in options.prefill:
-        yield name, Rules() if name == SHARED else LEFT
+        yield name, SchedulingSettings() if name == SHARED else LEFT
     if options.sweep:
         setting, *values = options.sweep
         for value in map(float, values):
             changed = {setting: value}
             is_own = setting == "chunk_threshold_s"
-            rules = Rules(chunk_threshold_s=value) if is_own else Rules(sharing=PrefillSharing(**changed))
-            yield f"{setting} {value:g}", rules
+            settings = (
+                SchedulingSettings(chunk_threshold_s=value)
+                if is_own
+                else SchedulingSettings(prefill=PrefillSettings(**changed))
+            )
+            yield f"{setting} {value:g}", settings
 
 
 def _tasks(options: argparse.Namespace) -> list[_Task]:
@@ -84,14 +87,16 @@ def _tasks(options: argparse.Namespace) -> list[_Task]:
                 disk * QUARTER if disk else None,
                 options.slots * options.scale,
                 hardware,
-                rules,
+                settings,
                 prefill,
             ),
         )
         for seed in ([0] if options.trace else options.seeds)
         for disk in options.disk
         for policy in options.policies
-        for prefill, rules in ([("-", Rules())] if policy is Policy.ORIGINAL else _chunked_prefill(options))
+        for prefill, settings in (
+            [("-", SchedulingSettings())] if policy is Policy.ORIGINAL else _chunked_prefill(options)
+        )
     ]
 
 

@@ -28,10 +28,9 @@ from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 
@@ -75,18 +74,18 @@ class Proxy:
         server: SimulatedServer,
         disk: Disk,
         *,
-        rules: Rules | None = None,
+        settings: SchedulingSettings | None = None,
         saves_each: bool = False,
         first: Proxy | None = None,
-        dispatcher: Callable[[Rules, QueueLimits, Callable[[], float]], Dispatcher] = Dispatcher,
+        dispatcher: Callable[[SchedulingSettings, QueueLimits, Callable[[], float]], Dispatcher] = Dispatcher,
     ) -> None:
         self.server, self.disk, self.saves_each = server, disk, saves_each
         self.beside = Beside(server.machine)
         self._metrics: Metrics = first._metrics if first is not None else Metrics()
         self.rates, self.metrics, self.tasks = Rates(), self._metrics.of_backend(server.url), TaskOwner()
-        rules = rules or Rules()
+        settings = settings or SchedulingSettings()
         self.dispatcher: Dispatcher = (
-            first.dispatcher if first is not None else dispatcher(rules, PATIENT, loop.time)
+            first.dispatcher if first is not None else dispatcher(settings, PATIENT, loop.time)
         )
         self.pool: dict[str, Proxy] = first.pool if first is not None else {}
         self.pool[server.url] = self
@@ -96,7 +95,7 @@ class Proxy:
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
         self.executor = PlanExecutor(Saving(api, catalog, self.rates, self.metrics, self.tasks, self.leases))
         self.idle_save = IdleSave(self.leases, self.executor, IDLE_SAVE_S)
-        self.table = SlotTable(server.url, server.n_slots, N_CTX, rules=rules, rates=self.rates)
+        self.table = SlotTable(server.url, server.n_slots, N_CTX, settings=settings, rates=self.rates)
         self.table.fingerprint, self.table.boot_id = FINGERPRINT, "simulated"
         self.table.can_save = self.table.can_erase = True
         if first is not None:

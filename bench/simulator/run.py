@@ -19,7 +19,7 @@ from bench.simulator.server import SimulatedServer
 from bench.simulator.trace import Trace
 from bench.simulator.users import Foresight, Users
 from bench.virtual import VirtualLoop
-from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.snapshot_value import ByValue, Order, SnapshotStats
 from llamaslot.store.snapshot_table import SnapshotTable
 from llamaslot.tasks import TaskOwner
@@ -40,13 +40,13 @@ class Policy(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class Setting:
     """``disk`` is the share of all contexts that there is room for; None for as much as is wanted. ``prefill`` names
-    the ``rules``."""
+    the ``settings``."""
 
     policy: Policy
     disk: float | None = 0.25
     n_slots: int = 4
     hardware: Hardware = field(default_factory=Hardware)
-    rules: Rules = field(default_factory=Rules)
+    settings: SchedulingSettings = field(default_factory=SchedulingSettings)
     prefill: str = "shared"
 
     def quota_bytes(self, trace: Trace) -> int:
@@ -55,7 +55,7 @@ class Setting:
         return int(self.disk * trace.n_final * self.hardware.bytes_per_token)
 
 
-LEFT = replace(Rules(), chunk_threshold_s=math.inf)
+LEFT = replace(SchedulingSettings(), chunk_threshold_s=math.inf)
 """All prefill is left to llama-server, and no request yields to another."""
 
 
@@ -92,7 +92,7 @@ class _Run:
         self.served_by: Proxy | Original = (
             Original(loop, self.server, self.disk)
             if setting.policy is Policy.ORIGINAL
-            else Proxy(loop, self.server, self.disk, rules=setting.rules, saves_each=is_always)
+            else Proxy(loop, self.server, self.disk, settings=setting.settings, saves_each=is_always)
         )
         if isinstance(order, ByValue) and isinstance(self.served_by, Proxy):
             order.saves_s = self.served_by.table.saves_s

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.scheduling.fairness import QueueLimits
+from llamaslot.scheduling.settings import QueueLimits
 from tests.support.figures import Figure
 from tests.support.greedy import N_STREAMS, Rush, Scene, Waits, rest, stage
 from tests.support.speeds import SPEEDS, Kind, Speed, model_of

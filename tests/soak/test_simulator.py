@@ -10,7 +10,7 @@ import pytest
 from bench.simulator.generate import crew, generate
 from bench.simulator.result import Result
 from bench.simulator.run import LEFT, Policy, Setting, simulate
-from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.settings import SchedulingSettings
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
@@ -49,7 +49,7 @@ def test_saving_what_is_worth_it_beats_saving_each_answer() -> None:
 
 
 def test_the_prototype_is_left_behind() -> None:
-    """Its rules, on the same server and disk: each figure is worse."""
+    """Its settings, on the same server and disk: each figure is worse."""
     own, original = run(Policy.LLAMASLOT, 1), run(Policy.ORIGINAL, 1)
     assert own.n_recomputed < 0.5 * original.n_recomputed
     assert own.bytes_saved < 0.6 * original.bytes_saved
@@ -57,17 +57,17 @@ def test_the_prototype_is_left_behind() -> None:
 
 
 @functools.cache
-def together(rules: Rules, seed: int) -> Result:
+def together(settings: SchedulingSettings, seed: int) -> Result:
     """Sixteen people on eight slots for two hours: they wait for prompts more than for slots."""
     recipe = replace(crew(16, 2.0), p_together=0.01)
-    return simulate(generate(seed, recipe), Setting(Policy.LLAMASLOT, QUARTER, 8, rules=rules))
+    return simulate(generate(seed, recipe), Setting(Policy.LLAMASLOT, QUARTER, 8, settings=settings))
 
 
 def test_long_prompts_in_chunks_let_others_pass() -> None:
     """What needs little waits less than half as long, and streams get three times as much beside long prompts. All in
     all people wait less, and the day takes as long."""
     for seed in (1, 2, 3):
-        shared, left = together(Rules(), seed), together(LEFT, seed)
+        shared, left = together(SchedulingSettings(), seed), together(LEFT, seed)
         print(
             f"seed {seed}: little {shared.little} s, {left.little} s; all {_mean(shared):.2f} s, {_mean(left):.2f} s"
         )
@@ -75,7 +75,10 @@ def test_long_prompts_in_chunks_let_others_pass() -> None:
         assert shared.little.p99 < 0.5 * left.little.p99
         assert (shared.prefills.stream_share or 0.0) > 2.5 * (left.prefills.stream_share or 1.0)
         assert shared.took_s < 1.02 * left.took_s
-    means = [sum(_mean(together(rules, seed)) for seed in (1, 2, 3)) for rules in (Rules(), LEFT)]
+    means = [
+        sum(_mean(together(settings, seed)) for seed in (1, 2, 3))
+        for settings in (SchedulingSettings(), LEFT)
+    ]
     assert means[0] < means[1]
 
 
@@ -89,7 +92,8 @@ def test_when_all_slots_are_taken_giving_way_costs_little() -> None:
     """Sixty people on four: everybody waits for a slot, and who has one gains what others lose."""
     recipe = crew(60, 1.0)
     shared, left = (
-        simulate(generate(1, recipe), Setting(Policy.LLAMASLOT, rules=r)) for r in (Rules(), LEFT)
+        simulate(generate(1, recipe), Setting(Policy.LLAMASLOT, settings=r))
+        for r in (SchedulingSettings(), LEFT)
     )
     print(f"{shared.took_s / 3600:.2f} h, left to llama-server {left.took_s / 3600:.2f} h")
     assert shared.took_s < 1.05 * left.took_s

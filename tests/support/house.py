@@ -30,10 +30,9 @@ from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent, SlotState
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -57,7 +56,7 @@ def outcome_of(task: asyncio.Task[Any]) -> Any:
     return task.result()
 
 
-RULES = Rules(similarity_min=0.85, small_prompt_tokens=50, chunk_threshold_s=0.2)
+SETTINGS = SchedulingSettings(similarity_min=0.85, small_prompt_tokens=50, chunk_threshold_s=0.2)
 
 
 class _Misplaced(Exception):
@@ -77,13 +76,13 @@ class House:
         server: StubServer,
         *,
         room: int = 1000,
-        rules: Rules = RULES,
+        settings: SchedulingSettings = SETTINGS,
         limits: QueueLimits | None = None,
     ) -> None:
-        self.loop, self.server, self.rules = loop, server, rules
+        self.loop, self.server, self.settings = loop, server, settings
         self.catalog = StubCatalog(server, room, on_drop=self._dropped)
         self.rates, self.metrics, self.tasks = Rates(), Metrics().of_backend("stub"), TaskOwner()
-        self.dispatcher = Dispatcher(rules, limits or QueueLimits(), loop.time)
+        self.dispatcher = Dispatcher(settings, limits or QueueLimits(), loop.time)
         self.leases = self.dispatcher.add("stub")
         api, catalog = cast(LlamaServer, server), cast(Catalog, self.catalog)
         self.executor = PlanExecutor(Saving(api, catalog, self.rates, self.metrics, self.tasks, self.leases))
@@ -121,7 +120,7 @@ class House:
     async def meet(self) -> None:
         """Connect: an idle slot is emptied, a slot at work is abandoned, and snapshots are offered."""
         n = len(self.server.slots_)
-        table = SlotTable("stub", n, 10_000, rules=self.rules, rates=self.rates)
+        table = SlotTable("stub", n, 10_000, settings=self.settings, rates=self.rates)
         table.can_save = table.can_erase = True
         table.cache_kind, table.rewind_model.window = self.cache_kind, self.server.window
         table.fingerprint, table.boot_id = MODEL, (await self.server.props()).boot_id

@@ -15,15 +15,15 @@ from bench.virtual import VirtualLoop
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import BackendDown, UpstreamError
-from llamaslot.scheduling.prefill_policy import PrefillSharing
 from llamaslot.scheduling.request import Request
-from tests.support.house import RULES, House, tokens_of
+from llamaslot.scheduling.settings import PrefillSettings
+from tests.support.house import SETTINGS, House, tokens_of
 from tests.support.stub import Op, StubServer
 
 TOKEN_S, BATCH = 0.001, 128
 BATCH_S = TOKEN_S * BATCH
 ACTION_S, DISK_S, SEND_S = 0.01, 0.005, 0.001
-CHUNK_S = PrefillSharing().chunk_s
+CHUNK_S = PrefillSettings().chunk_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,9 @@ class Paced(House):
         loop, server = VirtualLoop(), StubServer(n_slots, batch=batch, token_s=TOKEN_S, cache_kind=cache_kind)
         self.main = MainLoop(loop, server, answer_s)
         self.asked_at: dict[str, float] = {}
-        super().__init__(loop, server, room=room, rules=replace(RULES, sharing=PrefillSharing(**sharing)))
+        super().__init__(
+            loop, server, room=room, settings=replace(SETTINGS, prefill=PrefillSettings(**sharing))
+        )
 
     @property
     def table(self) -> SlotTable:

@@ -12,8 +12,7 @@ from llamaslot.fleet import bad_prompts
 from llamaslot.fleet.bad_prompts import BadPrompts
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 
 
 class Clock:
@@ -67,9 +66,9 @@ def test_few_are_kept(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def leases(clock: Clock) -> Leases:
-    rules = Rules()
-    leases = Dispatcher(rules, QueueLimits(), clock).add("gpu0")
-    leases.attach(SlotTable("gpu0", 1, 1024, rules=rules, rates=Rates()))
+    settings = SchedulingSettings()
+    leases = Dispatcher(settings, QueueLimits(), clock).add("gpu0")
+    leases.attach(SlotTable("gpu0", 1, 1024, settings=settings, rates=Rates()))
     return leases
 
 

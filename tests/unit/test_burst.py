@@ -12,9 +12,9 @@ from msgspec.structs import replace
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import pack
 from llamaslot.cache.reuse import CacheKind
-from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Request
-from tests.support.house import RULES, House, tokens_of
+from llamaslot.scheduling.settings import QueueLimits
+from tests.support.house import SETTINGS, House, tokens_of
 from tests.support.mainloop import Paced, long, short
 from tests.support.stub import Op, StubServer
 
@@ -29,8 +29,8 @@ def pace(op: Op) -> float:
 
 @pytest.fixture
 def house() -> Iterator[House]:
-    rules = replace(RULES, small_prompt_tokens=1024)
-    house = House(VirtualLoop(), StubServer(N_SLOTS, pace=pace), rules=rules, limits=QueueLimits())
+    settings = replace(SETTINGS, small_prompt_tokens=1024)
+    house = House(VirtualLoop(), StubServer(N_SLOTS, pace=pace), settings=settings, limits=QueueLimits())
     for _ in range(20):  # answers of 15 tokens, 30 a second
         house.rates.answer.observe(15, ANSWER_S)
         house.rates.save.observe(N_CONTEXT * 1000, SAVE_S)

@@ -19,10 +19,11 @@ from llamaslot.fleet import dispatcher
 from llamaslot.fleet.queue import Queue, Waiting
 from llamaslot.observe.journal import DecisionRecorder, Journal
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.fairness import QueueLimits, Shares
-from llamaslot.scheduling.placement import Rules, place
+from llamaslot.scheduling.fairness import Shares
+from llamaslot.scheduling.placement import place
 from llamaslot.scheduling.plan import Plan, Save, Source, Wait
 from llamaslot.scheduling.request import Request, User
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent
 from tests.support.house import House, tokens_of
 from tests.support.snapshots import listed
@@ -87,7 +88,7 @@ def test_few_slots_are_valued_again_for_each_request(monkeypatch: pytest.MonkeyP
         n_valued[0] += 1
         return compute(self, slot)  # type: ignore[arg-type]
 
-    table = SlotTable("gpu0", 256, 65_536, rules=Rules(), rates=Rates())
+    table = SlotTable("gpu0", 256, 65_536, settings=SchedulingSettings(), rates=Rates())
     table.can_save = table.can_erase = True
     for slot in table.slots:
         owner = Request("owner", tokens_of(10_000 * slot.id, 200))
@@ -96,7 +97,7 @@ def test_few_slots_are_valued_again_for_each_request(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SlotWorth, "_compute", counting)
     for number in range(20):
         request = Request(f"short {number}", tokens_of(9_000_000 + 100 * number, 40))
-        plan = place(request, [table.view(request, 1.0, {})], table.rules)
+        plan = place(request, [table.view(request, 1.0, {})], table.settings)
         n_valued[0] = 0 if number == 0 else n_valued[0]
         assert isinstance(plan, Plan)
         table.take(table.slots[plan.slot.id], request, 1.0, plan)
@@ -112,7 +113,7 @@ def test_what_is_kept_of_a_slot_is_what_would_be_computed(seed: int) -> None:
     """Slots that hold parts of each other come and go, and their snapshots. Less than 64 tokens do not count."""
     rng = random.Random(seed)
     stems = [[rng.randrange(1000) for _ in range(300)] for _ in range(3)]
-    table = SlotTable("gpu0", 12, 65_536, rules=Rules(), rates=Rates())
+    table = SlotTable("gpu0", 12, 65_536, settings=SchedulingSettings(), rates=Rates())
     table.can_save = True
     for step in range(40):
         slot = rng.choice(table.slots)

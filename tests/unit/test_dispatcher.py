@@ -13,8 +13,8 @@ from llamaslot.errors import (
     BackendDown,
     QueueFull,
 )
-from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import QueueLimits
 from tests.support.house import House, outcome, outcome_of, tokens_of
 from tests.support.stub import StubServer
 

@@ -12,8 +12,8 @@ from bench.virtual import VirtualLoop
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.errors import BackendRestarted, SlotNotEmptied
 from llamaslot.llama.answers import SlotInfo
-from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Placement, Request, User
+from llamaslot.scheduling.settings import QueueLimits
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
 

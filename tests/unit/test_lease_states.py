@@ -17,9 +17,9 @@ from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendRestarted
 from llamaslot.observe.journal import DecisionRecorder, Journal
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Cost, Plan, PrefillTo, Source
 from llamaslot.scheduling.request import Placement, Request
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import IllegalTransition, SlotKey, SlotState
 from tests.support.inprocess import spawn
 from tests.support.source import MODULES, SOURCE, SOURCE_GROUP, parsed
@@ -86,7 +86,9 @@ class Desk:
     """One slot that is leased, with what its lease needs."""
 
     def __init__(self, *, prefill_s: float = 0.0, has_slot: bool = True) -> None:
-        self.table = SlotTable("stub", 1, 10_000, rules=Rules(chunk_threshold_s=0.2), rates=Rates())
+        self.table = SlotTable(
+            "stub", 1, 10_000, settings=SchedulingSettings(chunk_threshold_s=0.2), rates=Rates()
+        )
         self.owner, self.now = Owner(), 0.0
         steps = (PrefillTo(SlotKey("stub", 0), 999),) if prefill_s else ()
         plan = (

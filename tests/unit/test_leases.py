@@ -16,8 +16,8 @@ from llamaslot.errors import (
     LlamaslotError,
     SlotActionFailed,
 )
-from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import QueueLimits
 from llamaslot.scheduling.slots import SlotState
 from llamaslot.store import QuotaExceeded
 from tests.support.house import House, outcome, outcome_of, tokens_of

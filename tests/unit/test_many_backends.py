@@ -18,16 +18,16 @@ from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import TIE_S, Rules, place
+from llamaslot.scheduling.placement import TIE_S, place
 from llamaslot.scheduling.plan import Plan, Wait
 from llamaslot.scheduling.request import Request, User
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support.snapshots import listed
 
 N = 40
-RULES = Rules()
+SETTINGS = SchedulingSettings()
 
 
 def tables(n_ctx: int = 16_384) -> list[SlotTable]:
@@ -36,7 +36,7 @@ def tables(n_ctx: int = 16_384) -> list[SlotTable]:
     for number in range(N):
         rates = Rates()
         rates.prefill.observe(0, 1000, 1.0)
-        table = SlotTable(f"gpu{number}", 1, n_ctx, rules=RULES, rates=rates)
+        table = SlotTable(f"gpu{number}", 1, n_ctx, settings=SETTINGS, rates=rates)
         holds(table, own(number), used_at=100.0 - number)
         found.append(table)
     return found
@@ -54,7 +54,7 @@ def holds(table: SlotTable, tokens: bytes, used_at: float) -> None:
 
 
 def pool_of(every: list[SlotTable]) -> Dispatcher:
-    dispatcher = Dispatcher(RULES, QueueLimits(), lambda: 200.0)
+    dispatcher = Dispatcher(SETTINGS, QueueLimits(), lambda: 200.0)
     for table in every:
         dispatcher.add(table.backend)
         dispatcher.attach(table)
@@ -120,7 +120,7 @@ async def test_a_small_prompt_takes_no_large_context() -> None:
     looked = await looked_at(every, prompt)
     assert "gpu7" in looked
     views = [table.view(Request("r", prompt), 200.0, {}) for table in every]
-    assert place(Request("r", prompt), views, RULES).slot == SlotKey("gpu7", 0)
+    assert place(Request("r", prompt), views, SETTINGS).slot == SlotKey("gpu7", 0)
 
 
 async def test_slots_that_are_too_small_are_left_out() -> None:
@@ -145,7 +145,7 @@ class Many:
         is_shared: bool = True,
     ) -> None:
         self.rng, self.now = random.Random(seed), 0.0
-        self.dispatcher = Dispatcher(RULES, QueueLimits(), lambda: self.now)
+        self.dispatcher = Dispatcher(SETTINGS, QueueLimits(), lambda: self.now)
         self.library = ModelSnapshots()
         self.stems = [self.some(n) for n in (20, 300, 2000)]
         self.shared: tuple[int, ...] = (0, 5, 40, 2000)
@@ -160,7 +160,11 @@ class Many:
             noise = self.rng.uniform(0.97, 1.03) if len(speeds) > 1 else 1.0
             rates.prefill.observe(0, 1000, self.rng.choice(speeds) * noise)
             table = SlotTable(
-                f"gpu{number}", n_slots or self.rng.choice([2, 3, 4]), 16_384, rules=RULES, rates=rates
+                f"gpu{number}",
+                n_slots or self.rng.choice([2, 3, 4]),
+                16_384,
+                settings=SETTINGS,
+                rates=rates,
             )
             table.can_save = table.can_erase = True
             table.use_snapshots(self.library if is_shared else ModelSnapshots())
@@ -210,7 +214,7 @@ def among_few_and_all(many: Many, request: Request) -> tuple[Plan | Wait, Plan |
     few = dispatcher._index.worth_a_look(dispatcher.backends.open, request, many.now)
     assert len(few) < 8
     chosen, best = (
-        place(request, [table.view(request, many.now, {}) for table in some], RULES)
+        place(request, [table.view(request, many.now, {}) for table in some], SETTINGS)
         for some in (few, dispatcher.tables)
     )
     return chosen, best
@@ -235,7 +239,7 @@ async def test_the_choice_is_as_good_as_among_all(seed: int) -> None:
             assert table is not None
             dispatcher.detach(name)
             dispatcher._index.check()
-            fresh = SlotTable(name, len(table.slots), 16_384, rules=RULES, rates=table.rates)
+            fresh = SlotTable(name, len(table.slots), 16_384, settings=SETTINGS, rates=table.rates)
             fresh.can_save = fresh.can_erase = True
             fresh.use_snapshots(many.library)
             dispatcher.attach(fresh)
@@ -311,7 +315,7 @@ async def test_what_another_namespace_holds_is_not_near() -> None:
 def test_what_many_others_are_about_to_save_hides_no_snapshot() -> None:
     """Requests wait for a shared prefix only on the backend that computes it; those of others are not for it."""
     library, system = ModelSnapshots(), pack(range(2000))
-    table = SlotTable("gpu0", 1, 16_384, rules=RULES, rates=Rates())
+    table = SlotTable("gpu0", 1, 16_384, settings=SETTINGS, rates=Rates())
     table.can_save = True
     table.use_snapshots(library)
     table.add_snapshot(listed("saved", system + pack(range(5000, 5100)), 1000))

@@ -12,9 +12,10 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.ids import common, count, pack
 from llamaslot.cache.namespaces import Namespace, marker
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.placement import Rules, place
+from llamaslot.scheduling.placement import place
 from llamaslot.scheduling.plan import Plan, Wait
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent
 from tests.support.snapshots import listed
 
@@ -31,7 +32,7 @@ def tokens(rng: random.Random, stems: list[list[int]]) -> list[int]:
 
 def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
     """Slots that are free, hold something, or are at work; some of it is on disk."""
-    table = SlotTable("gpu0", N_SLOTS, 20_000, rules=Rules(), rates=Rates())
+    table = SlotTable("gpu0", N_SLOTS, 20_000, settings=SchedulingSettings(), rates=Rates())
     table.can_save = table.can_erase = True
     for _ in range(8):
         n = rng.randrange(500, 4000)
@@ -50,7 +51,7 @@ def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
         table.give_back(slot, SlotEvent.KEEP, content, now)
         if rng.random() < 0.3:
             job = Request(f"busy{slot.id}", pack(tokens(rng, stems)), namespace=namespace)
-            plan = place(job, [table.view(job, 3000.0, {})], table.rules)
+            plan = place(job, [table.view(job, 3000.0, {})], table.settings)
             if isinstance(plan, Plan):
                 table.take(table.slots[plan.slot.id], job, 3000.0, plan)
     return table
@@ -86,7 +87,7 @@ def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert len(few.slots) < len(every.slots)
         assert few.snapshots == every.snapshots
         assert set(few.slots) <= set(every.slots)
-        chosen, best = (place(job, [view], table.rules) for view in (few, every))
+        chosen, best = (place(job, [view], table.settings) for view in (few, every))
         assert cost(chosen)[0] is cost(best)[0]
         assert cost(chosen)[1] == pytest.approx(cost(best)[1], abs=0.0021)
         if isinstance(chosen, Plan) and isinstance(best, Plan):

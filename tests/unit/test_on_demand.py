@@ -20,9 +20,8 @@ from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.managed_models import ServedOnDemand
 from llamaslot.fleet.on_demand import OnDemand, State
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.tasks import ChangeEvent, TaskOwner
 from tests.support.inprocess import spawn
 
@@ -301,14 +300,14 @@ class Queued(ServedOnDemand):
     is_loaded = None
 
     def __init__(self) -> None:
-        self.dispatcher = Dispatcher(Rules(), QueueLimits(), asyncio.get_running_loop().time)
+        self.dispatcher = Dispatcher(SchedulingSettings(), QueueLimits(), asyncio.get_running_loop().time)
         self.leases = self.dispatcher.add("a")
         its = SimpleNamespace(name="a", leases=self.leases, last_session=object())
         super().__init__(cast(Backend, its), 1.0)
 
     async def load(self) -> None:
         await asyncio.sleep(1.0)
-        self.dispatcher.attach(SlotTable("a", 1, 4096, rules=Rules(), rates=Rates()))
+        self.dispatcher.attach(SlotTable("a", 1, 4096, settings=SchedulingSettings(), rates=Rates()))
         self.leases.dispatch()
 
     async def unload(self) -> None:

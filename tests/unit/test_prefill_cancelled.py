@@ -11,8 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from llamaslot.cache.reuse import CacheKind
-from llamaslot.scheduling.prefill_policy import PrefillSharing
 from llamaslot.scheduling.request import Placement, Request
+from llamaslot.scheduling.settings import PrefillSettings
 from tests.support.cancelled import CancelledAt
 from tests.support.house import tokens_of
 from tests.support.mainloop import Paced, long, short
@@ -80,7 +80,7 @@ def is_misplaced(house: Paced) -> Asks:
 def makes_room(house: Paced) -> Asks:
     """For a request that chooses its slot, and comes back."""
     house.server.batch = 4096
-    house.table.rules = replace(house.table.rules, sharing=PrefillSharing(chunk_s=4.0))
+    house.table.settings = replace(house.table.settings, prefill=PrefillSettings(chunk_s=4.0))
     asks = house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(70_000, 70))
     house.start(later(0.5, asks), "turn")
     return house.ask(long("leaves", 16_000, 1))

@@ -12,16 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamaslot.scheduling.cost import Delay, Rates
-from llamaslot.scheduling.prefill_policy import (
-    GRAIN,
-    Pending,
-    PrefillSharing,
-    chunk_end,
-    next_up,
-    pause_s,
-    rank,
-)
+from llamaslot.scheduling.prefill_policy import GRAIN, Pending, chunk_end, next_up, pause_s, rank
 from llamaslot.scheduling.prefill_rate import PrefillRate
+from llamaslot.scheduling.settings import PrefillSettings
 
 MAX_S, SWITCH_S, CHUNK_S = 120.0, 0.1, 0.5
 
@@ -268,7 +261,7 @@ def test_streams_get_their_share_of_the_time(computed_s: float, n_streams: int, 
 
 def test_the_usual_settings() -> None:
     """A tenth of the time for streams: a pause of 56 ms after half a second."""
-    usual = PrefillSharing()
+    usual = PrefillSettings()
     assert pause_s(usual.chunk_s, 1, usual.decode_share) == pytest.approx(0.0556, abs=1e-4)
 
 

@@ -12,8 +12,8 @@ import pytest
 from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import BackendRestarted
-from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Placement, Request
+from llamaslot.scheduling.settings import QueueLimits
 from tests.support.house import outcome, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, CHUNK_S, Paced, long, short, talk
 

@@ -12,10 +12,10 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed
-from llamaslot.scheduling.fairness import QueueLimits
 from llamaslot.scheduling.request import Request, User
+from llamaslot.scheduling.settings import QueueLimits
 from llamaslot.store import Snapshot
-from tests.support.house import RULES, outcome, tokens_of
+from tests.support.house import SETTINGS, outcome, tokens_of
 from tests.support.mainloop import BATCH, Paced, long
 from tests.support.stub import BYTES_PER_TOKEN, Op
 
@@ -380,10 +380,12 @@ def test_nor_does_another_group_that_is_computed_first(cache_kind: CacheKind, n_
 def test_the_first_long_prompt_of_all_is_shared(cache_kind: CacheKind) -> None:
     """Of the speed only probes tell, by which it is no long one."""
     with house_of(cache_kind) as house:
-        house.dispatcher.rules = house.table.rules = replace(RULES, chunk_threshold_s=None)
+        house.dispatcher.settings = house.table.settings = replace(SETTINGS, chunk_threshold_s=None)
         house.rates.prefill.observe(10, 50, 0.001)
         house.rates.size.observe(50, 50 * BYTES_PER_TOKEN)
-        assert house.rates.prefill.seconds(0, N + OWN) < house.table.rules.long_s(house.rates.request.seconds)
+        assert house.rates.prefill.seconds(0, N + OWN) < house.table.settings.long_s(
+            house.rates.request.seconds
+        )
         reused = served(house, [house.come(opening(user, is_told=True)) for user in (1, 2, 3)])
         assert min(reused[1:]) >= N - AGAIN
         assert house.server.n_computed <= N + 3 * (OWN + AGAIN)

@@ -10,8 +10,7 @@ from llamaslot.backend.health import Presence, Proof
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.llama.answers import Props
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.tasks import TaskOwner, outcome
 
 
@@ -35,7 +34,7 @@ class Asked:
 
 @pytest.fixture
 def proof() -> Proof:
-    dispatcher = Dispatcher(Rules(), QueueLimits(), lambda: 0.0)
+    dispatcher = Dispatcher(SchedulingSettings(), QueueLimits(), lambda: 0.0)
     return Proof(Presence("gpu0"), dispatcher.add("gpu0"))
 
 

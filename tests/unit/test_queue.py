@@ -16,9 +16,9 @@ from bench.virtual import VirtualLoop
 from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.queue import Queue
 from llamaslot.fleet.registry import Registry
-from llamaslot.scheduling.fairness import Charge, QueueLimits
-from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.request import SYSTEM_USER, Placement, Request, User
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from tests.support.house import House, outcome, tokens_of
 from tests.support.inprocess import with_one_backend
 from tests.support.stub import StubServer
@@ -32,8 +32,8 @@ class Desk:
 
     def __init__(self, **more: Any) -> None:
         limits = QueueLimits(**{"max_waiting": 8, "return_grace_s": 0.0, **more})
-        rules = Rules(small_prompt_tokens=100)
-        self.house = House(VirtualLoop(), StubServer(N_SLOTS), limits=limits, rules=rules)
+        scheduling = SchedulingSettings(small_prompt_tokens=100)
+        self.house = House(VirtualLoop(), StubServer(N_SLOTS), limits=limits, settings=scheduling)
         self.held: dict[asyncio.Task[None], tuple[str, asyncio.Event]] = {}
         self.order: list[str] = []
         self._n = 0
@@ -367,7 +367,7 @@ def waits_s(n_greedy: int, think_s: float, return_grace_s: float = 10.0) -> dict
         VirtualLoop(),
         StubServer(N_SLOTS),
         limits=QueueLimits(return_grace_s=return_grace_s),
-        rules=Rules(small_prompt_tokens=100),
+        settings=SchedulingSettings(small_prompt_tokens=100),
     )
     rng, waited, loop = random.Random(1), dict[str, list[float]](), house.loop
     serial = itertools.count(1)

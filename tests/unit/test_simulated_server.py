@@ -20,7 +20,7 @@ from bench.simulator.users import SentRequest, Served
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count
 from llamaslot.llama.answers import Progress
-from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.store.snapshot_table import SnapshotTable
 
 # A batch takes half a second at any depth; to send a request takes 0.1 s and no more for a longer one.
@@ -136,7 +136,12 @@ class Stage:
     """The engine around a simulated server, and people who ask."""
 
     def __init__(
-        self, loop: VirtualLoop, *, n_slots: int = 2, rules: Rules | None = None, hardware: Hardware = QUICK
+        self,
+        loop: VirtualLoop,
+        *,
+        n_slots: int = 2,
+        settings: SchedulingSettings | None = None,
+        hardware: Hardware = QUICK,
     ) -> None:
         self.loop, self.server = loop, SimulatedServer(loop, n_slots, hardware)
         self.disk = Disk(
@@ -146,7 +151,7 @@ class Stage:
             now=loop.time,
             on_drop=lambda snapshot: self.proxy.dropped(snapshot),
         )
-        self.proxy = Proxy(loop, self.server, self.disk, rules=rules)
+        self.proxy = Proxy(loop, self.server, self.disk, settings=settings)
 
     async def ask(self, prompt: bytes, n_answer: int = 5, after_s: float = 0.0, key: int = 0) -> Served:
         await asyncio.sleep(after_s)
@@ -167,9 +172,9 @@ class Stage:
         return found
 
 
-def rush(loop: VirtualLoop, rules: Rules | None) -> tuple[Served, Served]:
+def rush(loop: VirtualLoop, settings: SchedulingSettings | None) -> tuple[Served, Served]:
     """A short question a second after a long prompt that has the lower slot."""
-    stage = Stage(loop, rules=rules)
+    stage = Stage(loop, settings=settings)
     long, short = stage.run(stage.ask(text(1, 20_000), key=1), stage.ask(text(2, 100), after_s=1.0, key=2))
     return long, short
 
@@ -211,7 +216,7 @@ def test_what_is_held_nowhere_is_computed_once(loop: VirtualLoop) -> None:
 
 def test_a_request_costs_a_handful_of_events(loop: VirtualLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long its prompt and its answer are, unless somebody wants to hear of each batch."""
-    stage, n_timers = Stage(loop, rules=LEFT, hardware=Hardware()), 0
+    stage, n_timers = Stage(loop, settings=LEFT, hardware=Hardware()), 0
     call_at: Callable[..., asyncio.TimerHandle] = loop.call_at
 
     def counted(*args: object, **kwargs: object) -> asyncio.TimerHandle:

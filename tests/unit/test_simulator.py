@@ -18,8 +18,7 @@ from bench.simulator.run import LEFT, Policy, Setting, simulate
 from bench.simulator.trace import Text, Trace, TraceRequest, Turn
 from llamaslot.cache.ids import count, head
 from llamaslot.cache.prefix_index import PrefixIndex
-from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.scheduling.settings import PrefillSettings, SchedulingSettings
 
 SMALL = Recipe(n_users=6, day_s=400.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
 FEW_SLOTS = 2
@@ -161,12 +160,12 @@ def test_a_setting_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[st
 
 
 @functools.cache
-def with_rules(rules: Rules) -> Result:
+def with_settings(scheduling: SchedulingSettings) -> Result:
     """Few people, so that they wait for prompts and not for slots."""
     recipe = Recipe(
         n_users=6, day_s=1500.0, arrival_s=60.0, p_pause=0.0, usual_answer_s=30.0, p_together=0.05
     )
-    return simulate(generate(1, recipe, "few"), Setting(Policy.LLAMASLOT, None, 6, rules=rules))
+    return simulate(generate(1, recipe, "few"), Setting(Policy.LLAMASLOT, None, 6, settings=scheduling))
 
 
 def beside(result: Result) -> float:
@@ -177,7 +176,7 @@ def beside(result: Result) -> float:
 
 def test_with_the_scheduler_what_needs_little_waits_less() -> None:
     """And streams go on beside long prompts; these take longer for it, and the day does not."""
-    shared, left = with_rules(Rules()), with_rules(LEFT)
+    shared, left = with_settings(SchedulingSettings()), with_settings(LEFT)
     assert shared.little.p90 < 0.75 * left.little.p90
     assert beside(shared) > 2 * beside(left)
     assert shared.slowed.mean < 1.5 * left.slowed.mean
@@ -186,7 +185,10 @@ def test_with_the_scheduler_what_needs_little_waits_less() -> None:
 
 def test_the_share_of_streams_is_what_the_setting_says_and_a_token_per_batch() -> None:
     """More of it, more for them."""
-    shares = [beside(with_rules(Rules(sharing=PrefillSharing(decode_share=share)))) for share in (0.1, 0.4)]
+    shares = [
+        beside(with_settings(SchedulingSettings(prefill=PrefillSettings(decode_share=share))))
+        for share in (0.1, 0.4)
+    ]
     assert shares[0] >= 0.1
     assert shares[1] >= 0.4
 

@@ -13,9 +13,10 @@ from llamaslot.cache.ids import head, pack
 from llamaslot.cache.namespaces import SHARED, Namespace
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.placement import Rules, place
+from llamaslot.scheduling.placement import place
 from llamaslot.scheduling.plan import Cost, Plan, Save, Source, Wait
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots, supersedes
@@ -29,7 +30,7 @@ def make(n_slots: int = 2, *, can_save: bool = True, cache_kind: CacheKind = Cac
     rates = Rates()
     for n in (1000, 2000):
         rates.size.observe(n, n * 100)
-    table = SlotTable("gpu0", n_slots, 16_384, rules=Rules(), rates=rates)
+    table = SlotTable("gpu0", n_slots, 16_384, settings=SchedulingSettings(), rates=rates)
     table.can_save = table.can_erase = can_save
     table.cache_kind = cache_kind
     return table
@@ -90,7 +91,7 @@ def test_a_slot_leased_for_a_save_still_holds_what_is_saved() -> None:
     decision = place(
         Request("owner", A + pack([1])),
         [table.view(Request("owner", A + pack([1])), 10.0, SYSTEM_USER)],
-        table.rules,
+        table.settings,
     )
     assert isinstance(decision, Wait)
     assert decision.slot == key(0)
@@ -159,7 +160,7 @@ def test_what_a_plan_saves_is_leaving_in_the_same_breath() -> None:
     seen = table.view(owner, 10.0, SYSTEM_USER)
     assert [view.n_usable for view in seen.snapshots] == [2000]
     assert seen.snapshots[0].wait_s > 0
-    decision = place(owner, [seen], table.rules)
+    decision = place(owner, [seen], table.settings)
     assert isinstance(decision, Wait)
     assert decision.slot is None
 
@@ -429,12 +430,12 @@ def test_a_slot_that_has_just_answered_is_gone_on_from_by_its_follow_up() -> Non
     table.add_snapshot(snapshot("older", older))
     hold(table, 0, A[: 4 * 1460], n_more=45)
     follow_up = Request("follow-up", A[: 4 * 1520])
-    plan = place(follow_up, [table.view(follow_up, 1.0, SYSTEM_USER)], table.rules)
+    plan = place(follow_up, [table.view(follow_up, 1.0, SYSTEM_USER)], table.settings)
     assert isinstance(plan, Plan)
     assert (plan.slot, plan.source, plan.n_reused) == (key(0), Source.RESIDENT, 1505)
     for _ in range(3):
         table.rewind_model.returned.answered(45, 0)  # the template drops it
-    plan = place(follow_up, [table.view(follow_up, 1.0, SYSTEM_USER)], table.rules)
+    plan = place(follow_up, [table.view(follow_up, 1.0, SYSTEM_USER)], table.settings)
     assert isinstance(plan, Plan)
     assert (plan.source, plan.snapshot) == (Source.SNAPSHOT, "older")
 

@@ -14,15 +14,14 @@ from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Placement, Request
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support.inprocess import spawn
 
-RULES = Rules(small_prompt_tokens=100)
+SETTINGS = SchedulingSettings(small_prompt_tokens=100)
 OWN = pack(range(1000, 3000))
 
 
@@ -31,12 +30,12 @@ class Two:
 
     def __init__(self, *, slots: int = 1, seconds_per_1000: dict[str, float] | None = None) -> None:
         self.now = 0.0
-        self.dispatcher = Dispatcher(RULES, QueueLimits(), lambda: self.now)
+        self.dispatcher = Dispatcher(SETTINGS, QueueLimits(), lambda: self.now)
         self.tables: dict[str, SlotTable] = {}
         for name in ("a", "b"):
             rates = Rates()
             rates.prefill.observe(0, 1000, (seconds_per_1000 or {}).get(name, 1.0))
-            self.tables[name] = SlotTable(name, slots, 16_384, rules=RULES, rates=rates)
+            self.tables[name] = SlotTable(name, slots, 16_384, settings=SETTINGS, rates=rates)
             self.dispatcher.add(name)
             self.dispatcher.attach(self.tables[name])
 
@@ -148,7 +147,7 @@ async def test_a_backend_that_is_down_is_not_waited_for() -> None:
     with pytest.raises(BackendDown):
         await two.lease("late", OWN)
     lease.release()
-    two.dispatcher.attach(SlotTable("b", 1, 16_384, rules=RULES, rates=Rates()))
+    two.dispatcher.attach(SlotTable("b", 1, 16_384, settings=SETTINGS, rates=Rates()))
     lease = await two.lease("again", OWN)
     assert lease.slot_key.backend == "b"
     two.end(lease)

@@ -27,8 +27,8 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import DryRuns, RouteAvailability
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent
 from llamaslot.store.learned import LearnedFile
 from llamaslot.store.snapshot_store import SnapshotStore
@@ -83,7 +83,7 @@ class Backend:
         leases: Leases,
         members: Members,
         *,
-        rules: Rules,
+        settings: SchedulingSettings,
         metrics: BackendMetrics,
         rates_file: Path,
         idle_save_s: float,
@@ -92,7 +92,7 @@ class Backend:
         """``store``: the snapshots in the directory that llama-server shares with llamaslot; None without one."""
         self.name, self.api, self.leases, self.metrics = name, api, leases, metrics
         self.now = time.monotonic
-        self._members, self._rules = members, rules
+        self._members, self._settings = members, settings
         self.store = store
         self._catalog = catalog = store.catalog if store is not None else None
         self.tasks = TaskOwner()
@@ -320,7 +320,7 @@ class Backend:
     async def _connect(self, *, is_retry: bool) -> ServerSession | RouterMode:
         """Identify the model and probe what llama-server can do. Raises BackendDown and BackendRestarted."""
         check = partial(self._members.check_process, self)
-        handshake = Handshake(self.name, self.api, self.store, self.rates, self._rules, check)
+        handshake = Handshake(self.name, self.api, self.store, self.rates, self._settings, check)
         try:
             return await handshake.run(self.now(), is_retry=is_retry)
         except (BackendDown, BackendRestarted):

@@ -47,8 +47,8 @@ from llamaslot.llama.answers import Props, SlotAction, SlotInfo
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot, SlotEvent
 from llamaslot.store import (
     QuotaExceeded,
@@ -123,12 +123,12 @@ class Handshake:
         api: LlamaServer,
         store: SnapshotStore | None,
         rates: Rates,
-        rules: Rules,
+        settings: SchedulingSettings,
         check_process: Callable[[Props], None],
     ) -> None:
         """``store``: the snapshot directory; None without one. ``check_process`` is called with the first properties;
         it raises NotReady if another backend has the same process."""
-        self.name, self.api, self.store, self.rates, self.rules = name, api, store, rates, rules
+        self.name, self.api, self.store, self.rates, self.settings = name, api, store, rates, settings
         self.catalog = store.catalog if store is not None else None
         self.check_process = check_process
         self.probes = Probes(api, self.catalog, rates)
@@ -182,10 +182,12 @@ class Handshake:
     def _stand_aside(self, reason: StandingAside, props: Props | None) -> ServerSession:
         """Return a session in which llamaslot stands aside for ``reason``: it has no usable slots, and only what the
         server reports. Raises NotReady if users are isolated."""
-        if self.rules.is_isolated:
+        if self.settings.is_isolated:
             raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
         props = props or Props(None, 0, "", "")
-        table = UnassistedSlots(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
+        table = UnassistedSlots(
+            self.name, props.n_slots, props.n_ctx, settings=self.settings, rates=self.rates
+        )
         return ServerSession(
             table, props, _name(self._model), names=_names(self._model), entry=self._model, aside=reason
         )
@@ -201,7 +203,7 @@ class Handshake:
         idle = sorted((info for info in infos if not info.is_processing), key=lambda info: info.n_tokens or 0)
         if not idle:
             return self._stand_aside(all_at_work(), props)
-        table = SlotTable(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
+        table = SlotTable(self.name, len(infos), props.n_ctx, settings=self.settings, rates=self.rates)
         table.boot_id = props.boot_id
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
@@ -209,13 +211,13 @@ class Handshake:
             await self._erased(first.id)
             first = replace(first, n_tokens=0)
         can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
-        if self.rules.is_isolated and not self.probes.can_erase:
+        if self.settings.is_isolated and not self.probes.can_erase:
             raise NotReady(_NO_ISOLATION)
         if not can_save and await self.probes.has_ram_cache():
             return self._stand_aside(has_better_memory(n_slots, self.probes.warnings[-1]), props)
         lora = await self.api.lora_adapters()
         # Which LoRA scales and which user a context belongs to is recorded nowhere.
-        can_adopt = can_save and not (lora or self.rules.is_isolated)
+        can_adopt = can_save and not (lora or self.settings.is_isolated)
         written = await self._written(first) if first.n_tokens and can_adopt else None
         streams_differ = await self.probes.moves_reasoning(first.id)
         table.cache_kind = await self.probes.cache_kind(first.id, props)
@@ -245,7 +247,7 @@ class Handshake:
             if info.n_tokens:
                 adopted = can_adopt and can_save and await self._adopt(table, info, now)
                 if not adopted:
-                    await self._empty(table, info.id, now, is_shared=not (lora or self.rules.is_isolated))
+                    await self._empty(table, info.id, now, is_shared=not (lora or self.settings.is_isolated))
         for warning in self.probes.warnings:
             log.warning("%s: llamaslot can do less with this llama-server: %s", self.name, warning)
         busy = tuple(table.slots[info.id] for info in infos if info.is_processing)

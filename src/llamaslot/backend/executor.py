@@ -105,7 +105,7 @@ class PlanExecutor:
         n_reused = lease.forecast.n_likely
         if n_reused != plan.n_reused:
             view = lease.table.view(lease.request, self.now(), {})
-            stops = prefill_stops(lease.request, n_reused, view, lease.table.rules)
+            stops = prefill_stops(lease.request, n_reused, view, lease.table.settings)
         if not stops:
             lease.plan_prefill(is_long=False)
             return None
@@ -378,7 +378,7 @@ def _record_hit(catalog: Catalog, lease: Lease) -> None:
     snapshot = lease.table.model_snapshots.snapshots.get(content.snapshot)
     if plan.source is not Source.RESIDENT or snapshot is None:
         return
-    if plan.n_reused >= lease.table.rules.similarity_min * snapshot.n_tokens:
+    if plan.n_reused >= lease.table.settings.similarity_min * snapshot.n_tokens:
         catalog.touch(snapshot.id)
 
 

@@ -36,15 +36,8 @@ from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats
-from llamaslot.scheduling.prefill_policy import (
-    GRAIN,
-    Pending,
-    PrefillSharing,
-    ServerTime,
-    chunk_end,
-    next_up,
-    pause_s,
-)
+from llamaslot.scheduling.prefill_policy import GRAIN, Pending, ServerTime, chunk_end, next_up, pause_s
+from llamaslot.scheduling.settings import PrefillSettings
 from llamaslot.tasks import ChangeEvent
 
 KeepTrunk = Callable[[Lease, int], Awaitable[None]]
@@ -162,10 +155,10 @@ class ChunkedPrefill:
         may go on."""
         if self._current is not None or self._next() is not long:
             return _Why.OTHER_PREFILL, None
-        now, sharing = self.now(), _sharing(long)
+        now, settings = self.now(), _settings(long)
         # At most the time of this prefill itself: a prefill of a tenth of a second is not delayed by two seconds.
         whole_s = long.seconds + self.rates.prefill.seconds(long.at, long.last)
-        held_s = max(self._stopped_at, long.came_at) + min(sharing.max_yield_s, whole_s) - now
+        held_s = max(self._stopped_at, long.came_at) + min(settings.max_yield_s, whole_s) - now
         if held_s > 0 and self._users_ahead(long):
             return _Why.SHORT_PREFILL, min(held_s, _LOOK_AGAIN_S)
         pause_s = self._stopped_at + self._pause_s - now
@@ -178,14 +171,14 @@ class ChunkedPrefill:
         longs = [long for long in self._longs if not long.is_keeping]
         last = self._current or self._last
         current = longs.index(last) if last in longs else None
-        pendings, sharing = [self._pending(long, now) for long in longs], _sharing(longs[0])
+        pendings, settings = [self._pending(long, now) for long in longs], _settings(longs[0])
         # The seconds that a user has received above its share count as work that is left before its prefill.
         owed_s = [self._owed_s(long) for long in longs]
         pendings = [
             replace(one, left_s=one.left_s + max(owed_s) - own_s)
             for one, own_s in zip(pendings, owed_s, strict=True)
         ]
-        return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.starvation_s)]
+        return longs[next_up(pendings, current, self.rates.interruption.seconds, settings.starvation_s)]
 
     def _owed_s(self, long: LongPrompt) -> float:
         """Return by how many seconds the prefill's user is behind its share. Users that wait for a shared prefix from
@@ -207,7 +200,7 @@ class ChunkedPrefill:
 
     def _users_ahead(self, long: LongPrompt) -> list[str]:
         """Return the users of requests with a short prefill that may delay ``long`` now."""
-        may, grace_s = self._time.may_hold_back, _sharing(long).chunk_s
+        may, grace_s = self._time.may_hold_back, _settings(long).chunk_s
         users = {lease.request.user.id for lease in self._others(long) if lease.is_latency_sensitive}
         return sorted(user for user in users if may(user, long.user, grace_s))
 
@@ -224,7 +217,7 @@ class ChunkedPrefill:
     def _make_room(self, long: LongPrompt) -> None:
         """Raise RetryPlacement if an exclusive request waits, and this prefill has run long enough with more to go."""
         left_s = self.rates.prefill.seconds(long.at, long.last)
-        is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_yield_s
+        is_long_enough = long.seconds >= _SURELY_S and left_s > _settings(long).max_yield_s
         if is_long_enough and self.leases.is_exclusive_waiting(long.lease):
             raise RetryPlacement(long.prefill_stats)
 
@@ -268,7 +261,7 @@ class ChunkedPrefill:
         if self._time.took([long.user], took_s, self._users_waiting()):
             long.counted_s += took_s
         self._stopped_at = self.now()
-        self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
+        self._pause_s = pause_s(took_s, self._n_streams(long), _settings(long).decode_share)
         self._changes.notify()
 
     def _next_chunk(self, long: LongPrompt) -> Chunk:
@@ -287,7 +280,7 @@ class ChunkedPrefill:
             return True
         n_batch, end = lease.table.n_batch, long.target
         batches_s = 2 * self.rates.prefill.seconds(max(end - n_batch, 0), end)
-        return not n_batch or batches_s > _sharing(long).chunk_s
+        return not n_batch or batches_s > _settings(long).chunk_s
 
     def _cut_end(self, long: LongPrompt) -> int:
         """Return the token up to which a part of the prompt is sent as the next chunk."""
@@ -295,7 +288,7 @@ class ChunkedPrefill:
         if not long.has_begun and long.lease.forecast.n_whole is not None:
             # If a chunk ended within the answer in the slot, llama-server would cut the answer off there.
             begin = max(begin, long.lease.forecast.n_whole)
-        reached = rate.reached(begin, _sharing(long).chunk_s) if rate.known else begin + GRAIN
+        reached = rate.reached(begin, _settings(long).chunk_s) if rate.known else begin + GRAIN
         return chunk_end(begin, long.target, reached)
 
     async def _compute(self, long: LongPrompt, chunk: Chunk) -> bool:
@@ -381,13 +374,13 @@ class ChunkedPrefill:
     def _must_stop_at(self, long: LongPrompt, chunk: Chunk) -> float | None:
         """Return the time at which the running ``chunk`` must be interrupted; None if never, or if it ends by itself
         as soon."""
-        sharing, now, n_done = _sharing(long), self.now(), long.lease.n_done
+        settings, now, n_done = _settings(long), self.now(), long.lease.n_done
         is_nearly_through = self.rates.prefill.seconds(n_done, chunk.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
             return None
         # A chunk that ends by itself is interrupted only if it takes twice as long as it should.
-        soonest = chunk.since + (2 * sharing.chunk_s if chunk.is_cut else 0.0)
-        by_right = chunk.since + sharing.chunk_s if chunk.is_by_right else soonest
+        soonest = chunk.since + (2 * settings.chunk_s if chunk.is_cut else 0.0)
+        by_right = chunk.since + settings.chunk_s if chunk.is_by_right else soonest
         if long.lease.is_preempted:
             return max(now, soonest)
         if self._users_ahead(long):
@@ -396,11 +389,11 @@ class ChunkedPrefill:
             return max(now, soonest)
         if (
             self.leases.is_exclusive_waiting(long.lease)
-            and self.rates.prefill.seconds(n_done, long.last) > sharing.max_yield_s
+            and self.rates.prefill.seconds(n_done, long.last) > settings.max_yield_s
         ):
             return max(chunk.since + max(_SURELY_S - long.seconds, 0.0), soonest)
-        if self._n_streams(long) and sharing.decode_share > 0:
-            return max(chunk.since + sharing.chunk_s, soonest)
+        if self._n_streams(long) and settings.decode_share > 0:
+            return max(chunk.since + settings.chunk_s, soonest)
         return None
 
     @staticmethod
@@ -444,5 +437,5 @@ class ChunkedPrefill:
         )
 
 
-def _sharing(long: LongPrompt) -> PrefillSharing:
-    return long.lease.table.rules.sharing
+def _settings(long: LongPrompt) -> PrefillSettings:
+    return long.lease.table.settings.prefill

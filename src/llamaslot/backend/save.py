@@ -132,7 +132,7 @@ class Saving:
         self._mark(lease, content, snapshot)
         if snapshot is None or old is None or self.catalog is None:
             return
-        if supersedes(snapshot, old, table.rules.similarity_min):
+        if supersedes(snapshot, old, table.settings.similarity_min):
             self.catalog.inherit(snapshot.id, old.id)
             self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
 
@@ -154,7 +154,7 @@ class Saving:
         elif (
             snapshot is not None
             and held.snapshot == content.snapshot
-            and goes_on(held, snapshot, holder, table.rules.similarity_min)
+            and goes_on(held, snapshot, holder, table.settings.similarity_min)
         ):
             after = replace(held, snapshot=snapshot.id)
         else:

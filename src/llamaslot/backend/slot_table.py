@@ -22,15 +22,10 @@ from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
 from llamaslot.scheduling.cost import AnswerLength, Rates
-from llamaslot.scheduling.placement import (
-    BackendView,
-    Rules,
-    SlotView,
-    is_other_conversation,
-    return_likelihood,
-)
+from llamaslot.scheduling.placement import BackendView, SlotView, is_other_conversation, return_likelihood
 from llamaslot.scheduling.plan import Plan, PrefillTo, Save
 from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.scheduling.snapshot_value import SnapshotStats
 from llamaslot.store import Snapshot, WithTokens
@@ -63,8 +58,10 @@ class SlotTable:
 
     is_assisted = True  # llamaslot chooses slots
 
-    def __init__(self, backend: str, n_slots: int, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
-        self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
+    def __init__(
+        self, backend: str, n_slots: int, n_ctx: int, *, settings: SchedulingSettings, rates: Rates
+    ) -> None:
+        self.backend, self.n_ctx, self.settings, self.rates = backend, n_ctx, settings, rates
         self.fingerprint = self.boot_id = ""  # of its model, and of its process
         self.can_erase = False
         self.rewind_model = RewindModel(returned=rates.returned)
@@ -76,7 +73,7 @@ class SlotTable:
         self.n_batch = 0  # prompt tokens that llama-server computes at once; 0 until a prefill has shown it
         self._index: PrefixIndex[int] = PrefixIndex()
         self.residents = InNamespaces(self._index, self.namespace_of)
-        self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
+        self.worth = SlotWorth(self.slots, settings, rates, self.rewind_model)
         self.use_snapshots(ModelSnapshots())
         self._busy: dict[int, SlotForecast] = {}
         # Called with the tokens that a slot holds or will hold, behind the mark of their namespace.
@@ -112,7 +109,7 @@ class SlotTable:
     def long_s(self) -> float:
         """The seconds of prefill above which a prompt is long: it is computed ahead of its request, in turns with
         others."""
-        return self.rules.long_s(self.rates.request_s)
+        return self.settings.long_s(self.rates.request_s)
 
     def view(
         self, request: Request, now: float, reserved: Mapping[SlotKey, float], *, is_patient: bool = True
@@ -120,7 +117,7 @@ class SlotTable:
         """Return this backend as ``request`` sees it. Changes nothing. If not ``is_patient``, shared prefixes that are
         still being computed are left out. Of many slots, those that ``place`` would never choose are left out."""
         least = min(request.n_system or NEGLIGIBLE_TOKENS, NEGLIGIBLE_TOKENS)
-        near = self.residents.near(request.tokens, request.reads, least, self.rules.similarity_min)
+        near = self.residents.near(request.tokens, request.reads, least, self.settings.similarity_min)
         found = self._candidates.found(request, now) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
@@ -133,7 +130,7 @@ class SlotTable:
         for slot in looked_at:
             n_shared, busy = near.n_shared(slot.id), self._busy.get(slot.id)
             # ``place`` chooses a busy slot only to continue it.
-            if busy is None or 0 < n_shared >= self.rules.similarity_min * count(busy.will_hold):
+            if busy is None or 0 < n_shared >= self.settings.similarity_min * count(busy.will_hold):
                 slots.append(self._slot_view(slot, n_shared, request, now))
         return BackendView(
             slots=tuple(

@@ -35,7 +35,8 @@ from llamaslot.cache.namespaces import InNamespaces, marker
 from llamaslot.cache.prefix_index import Near, PrefixIndex
 from llamaslot.cache.reuse import RewindModel
 from llamaslot.scheduling.cost import Rates, are_close
-from llamaslot.scheduling.placement import TIE_S, Ranked, Rules, ranked, return_likelihood, worth_a_look
+from llamaslot.scheduling.placement import TIE_S, Ranked, ranked, return_likelihood, worth_a_look
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 
@@ -67,8 +68,10 @@ class SlotWorth:
     placement reads a few numbers for each slot, which takes 0.1 ms for 256 slots. Computing all values takes 2 ms.
     """
 
-    def __init__(self, slots: list[Slot], rules: Rules, rates: Rates, rewind_model: RewindModel) -> None:
-        self.slots, self.rules, self.rates, self.rewind_model = slots, rules, rates, rewind_model
+    def __init__(
+        self, slots: list[Slot], settings: SchedulingSettings, rates: Rates, rewind_model: RewindModel
+    ) -> None:
+        self.slots, self.settings, self.rates, self.rewind_model = slots, settings, rates, rewind_model
         self.can_save = False
         self.on_change: list[Callable[[], None]] = []  # called when a slot becomes idle or is taken
         self._worths: dict[int, Worth] = {}  # of idle slots, as last computed
@@ -125,7 +128,7 @@ class SlotWorth:
         self._refresh()
         if len(self.slots) <= _FEW_SLOTS or not self.rewind_model.is_rewindable:
             return self.slots
-        similarity_min, hits = self.rules.similarity_min, match.hits
+        similarity_min, hits = self.settings.similarity_min, match.hits
         near = {slot for slot, n_shared, n_tokens in hits if n_shared >= similarity_min * n_tokens}
         near.update(hit.holder for hit in hits[:1])
         besides = near.union(key.id for key in reserved if key.backend == self.slots[0].backend)
@@ -219,11 +222,11 @@ class SlotWorth:
 
     def _compute(self, slot: Slot) -> Worth:
         content, delay_s = slot.content, self.rates.save_delay.seconds
-        is_small = content.n_tokens < self.rules.small_prompt_tokens
+        is_small = content.n_tokens < self.settings.small_prompt_tokens
         is_worth = self.is_worth_saving(slot, delay_s * (_SMALL_DELAYS if is_small else 1 / len(self.slots)))
         save_s = self.rates.save_s(content.n_held) + delay_s if is_worth else 0.0
         cost_s = self.eviction_cost_s(slot, is_worth)
-        is_large = cost_s > 0 and content.n_tokens >= self.rules.small_prompt_tokens
+        is_large = cost_s > 0 and content.n_tokens >= self.settings.small_prompt_tokens
         return Worth(content, is_worth, save_s, cost_s, is_large)
 
     def covered(self, slot: Slot) -> int:

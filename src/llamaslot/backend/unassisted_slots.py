@@ -6,7 +6,7 @@ from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot
 
 _UNBOUNDED = 1 << 20
@@ -25,8 +25,10 @@ class UnassistedSlots(SlotTable):
 
     is_assisted = False
 
-    def __init__(self, backend: str, n_slots: int | None, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
-        super().__init__(backend, n_slots or 0, n_ctx, rules=rules, rates=rates)
+    def __init__(
+        self, backend: str, n_slots: int | None, n_ctx: int, *, settings: SchedulingSettings, rates: Rates
+    ) -> None:
+        super().__init__(backend, n_slots or 0, n_ctx, settings=settings, rates=rates)
         self._is_bounded = n_slots is not None
 
     @property

@@ -29,13 +29,11 @@ from llamaslot.config.values import (
 from llamaslot.errors import ConfigError, how_to_add
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.scheduling.settings import PrefillSettings, QueueLimits, SchedulingSettings
 from llamaslot.sizes import GIB, MIB, number
 
-_ROUTING = Rules()  # the defaults of ``routing``
-_SHARING = PrefillSharing()  # the defaults of ``prefill``
+_ROUTING = SchedulingSettings()  # the defaults of ``routing``
+_PREFILL = PrefillSettings()  # the defaults of ``prefill``
 _QUEUE = QueueLimits()  # the defaults of ``queue``
 
 
@@ -215,13 +213,13 @@ class PrefillConfig(Section):
     # costs this server, at most 1 s.
     chunk_threshold_s: Seconds | None = None
     # While a long prompt is computed, running streams get this fraction of the time.
-    decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = _SHARING.decode_share
+    decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = _PREFILL.decode_share
     # Duration of a chunk. Other requests wait about as long for their turn.
-    chunk_s: Annotated[Seconds, Field(gt=0)] = _SHARING.chunk_s
+    chunk_s: Annotated[Seconds, Field(gt=0)] = _PREFILL.chunk_s
     # Longest time for which requests with a short prefill delay the next chunk of a long prompt.
-    max_yield_s: Seconds = _SHARING.max_yield_s
+    max_yield_s: Seconds = _PREFILL.max_yield_s
     # A long prompt that has waited this long is overtaken by no later one.
-    starvation_s: Seconds = _SHARING.starvation_s
+    starvation_s: Seconds = _PREFILL.starvation_s
 
 
 class QueueConfig(Section):

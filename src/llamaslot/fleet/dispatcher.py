@@ -26,10 +26,11 @@ from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Queue, Waiting, answer_s, estimate
 from llamaslot.observe.journal import DecisionRecorder, Journal
-from llamaslot.scheduling.fairness import Charge, QueueLimits
-from llamaslot.scheduling.placement import Rules, is_long, place
+from llamaslot.scheduling.fairness import Charge
+from llamaslot.scheduling.placement import is_long, place
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
 from llamaslot.scheduling.request import Placement, Request
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotKey
 
 log = logging.getLogger(__name__)
@@ -53,11 +54,9 @@ class _Pass(Struct):
 class Dispatcher:
     """Leases the slots of a pool's backends to requests, so that all users get their share."""
 
-    def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
-        self.rules, self.now = rules, now
-        self.queue = Queue(limits)
-        self.journal = Journal()
-        self.backends = PoolBackends()
+    def __init__(self, settings: SchedulingSettings, limits: QueueLimits, now: Callable[[], float]) -> None:
+        self.settings, self.now = settings, now
+        self.queue, self.journal, self.backends = Queue(limits), Journal(), PoolBackends()
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
@@ -176,7 +175,7 @@ class Dispatcher:
     def _newcomer(self, request: Request, is_back: bool, preempted: Preempted | None) -> Waiting:
         granted, now = asyncio.get_running_loop().create_future(), self.now()
         tables = self._index.worth_a_look(self.backends.connected, request, now)
-        cost_s, is_small = estimate(tables, request, self.rules)
+        cost_s, is_small = estimate(tables, request, self.settings)
         waiting = Waiting(
             request.user.id, cost_s, is_small, request=request, granted=granted, recorder=self.recorder(request),
             came_at=now, is_back=is_back,
@@ -198,7 +197,7 @@ class Dispatcher:
         if any(self.backends[table.backend].long for table in tables):
             return None
         views = [table.view(request, now, {}) for table in tables]
-        plan = place(request, views, self.rules)
+        plan = place(request, views, self.settings)
         if isinstance(plan, Wait):
             return None
         leases, recorder = self.backends[plan.slot.backend], self.recorder(request)
@@ -358,7 +357,7 @@ class Dispatcher:
         """Return the time from which the waiting request takes any slot. From then on no shorter prompt is computed
         before it."""
         max_wait_s = self.queue.limits.max_wait_s or math.inf
-        return waiting.came_at + min(self.rules.sharing.starvation_s, max_wait_s / 2)
+        return waiting.came_at + min(self.settings.prefill.starvation_s, max_wait_s / 2)
 
     def _place(self, table: SlotTable, waiting: Waiting, plan: Plan, pass_: _Pass) -> None:
         try:
@@ -404,7 +403,7 @@ class Dispatcher:
         if is_patient and ask_for_trunk(request, views, makers, now):
             self.backends.note_changes(*views)
             views = {table.backend: table.view(request, now, reserved) for table in tables}
-        decision = place(request, views.values(), self.rules)
+        decision = place(request, views.values(), self.settings)
         if isinstance(decision, Wait) and (place_ := decision.place) is not None:
             leases = self.backends[place_.slot.backend]
             trunk = leases.table.expected_trunk(place_.snapshot) if leases.table is not None else None

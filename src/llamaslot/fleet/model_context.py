@@ -16,8 +16,8 @@ from llamaslot.errors import Reason
 from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.observe.metrics import UntokenizedRequests
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import User
+from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 
 _SLACK_TOKENS = 8  # so many tokens before a medium may differ, because the text continues behind it
@@ -103,7 +103,7 @@ class ModelContext(Struct, eq=False):
     name: str
     n_ctx: int
     n_slots: int
-    rules: Rules
+    settings: SchedulingSettings
     rewind_model: RewindModel
     tokenizer: Tokenizer
     conversions: ConversionChecks
@@ -121,7 +121,7 @@ class ModelContext(Struct, eq=False):
 
     def namespace(self, user: User, lora: str = "") -> Namespace:
         """Return the namespace of a request of ``user`` with the LoRA scales ``lora``."""
-        return self.rules.namespace(user, lora)
+        return self.settings.namespace(user, lora)
 
     def reads_media(self, kinds: set[str]) -> bool:
         """True if the model reads media of all these kinds (``vision``, ``audio``), or llama-server does not tell."""

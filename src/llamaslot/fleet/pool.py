@@ -31,9 +31,8 @@ from llamaslot.fleet.queue import QueuePosition, UserLoad
 from llamaslot.llama.identity import Identity
 from llamaslot.observe.journal import Journal
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.store import Catalog
 from llamaslot.tasks import TaskOwner, outcome
 from llamaslot.tokens.tokenizer import Tokenizer
@@ -48,7 +47,7 @@ class PoolSettings(Struct, frozen=True):
     """
 
     idle_save_s: float
-    rules: Rules = field(default_factory=Rules)
+    scheduling: SchedulingSettings = field(default_factory=SchedulingSettings)
     limits: QueueLimits = field(default_factory=QueueLimits)
     prewarm: Bodies = ()
 
@@ -101,7 +100,7 @@ class Pool:
         self.model: PoolModel | None = None
         self.backends: dict[str, Backend] = {}
         self.context: ModelContext | None = None  # None while no assisted backend is up
-        self.dispatcher = Dispatcher(settings.rules, settings.limits, time.monotonic)
+        self.dispatcher = Dispatcher(settings.scheduling, settings.limits, time.monotonic)
         self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
         self.bad_prompts = BadPrompts(self.dispatcher.now)
         self._down_calls: dict[DownCall, None] = {}
@@ -321,7 +320,7 @@ class Pool:
 
     def namespace(self, user: User) -> Namespace:
         """Return the namespace of a request of ``user``."""
-        return self._settings.rules.namespace(user)
+        return self._settings.scheduling.namespace(user)
 
     # -- for those who operate it --------------------------------------------------------------------------------
 
@@ -378,7 +377,7 @@ class Pool:
             session.model_name,
             session.table.n_ctx,
             len(session.table.slots),
-            self._settings.rules,
+            self._settings.scheduling,
             session.table.rewind_model,
             Tokenizer(server),
             ConversionChecks(server.ask),

@@ -186,7 +186,7 @@ class PoolIndex:
 
         def cost(name: str) -> tuple[bool, int, float, str]:
             cheapest, table = self._ranks[name].cheapest, here[name]
-            is_small = n_tokens < table.rules.small_prompt_tokens
+            is_small = n_tokens < table.settings.small_prompt_tokens
             loss_s, used_at, _ = cheapest[False] if is_small and False in cheapest else min(cheapest.values())
             seconds = loss_s + table.rates.prefill.seconds(0, n_tokens)
             return is_small and False not in cheapest, round(seconds / TIE_S), used_at, name

@@ -140,7 +140,7 @@ def _may_stop(lease: Lease, now: float) -> bool:
     """True if a lease may be stopped. False if it was preempted often, or its request has waited so long that it must
     be served now.
     """
-    is_late = now - lease.came_at >= lease.table.rules.sharing.starvation_s
+    is_late = now - lease.came_at >= lease.table.settings.prefill.starvation_s
     return lease.n_preempted < MOST_TIMES and not (is_late or lease.is_released)
 
 

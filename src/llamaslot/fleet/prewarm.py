@@ -142,7 +142,7 @@ class Prewarm:
         for snapshot in table.prewarmed():
             if not any(
                 one is not None
-                and table.model_snapshots.snapshot_at(one.trunk, table.rules.public) == snapshot
+                and table.model_snapshots.snapshot_at(one.trunk, table.settings.public) == snapshot
                 for one in targets
             ):
                 await self._set_pinned(table, snapshot, is_pinned=False)
@@ -166,7 +166,7 @@ class Prewarm:
         up.
         """
         one = left[0]
-        if (there := table.model_snapshots.snapshot_at(one.trunk, table.rules.public)) is not None:
+        if (there := table.model_snapshots.snapshot_at(one.trunk, table.settings.public)) is not None:
             if not there.is_pinned:
                 await self._set_pinned(table, there, is_pinned=True)
             log.info(
@@ -199,7 +199,7 @@ class Prewarm:
             head(one.tokens, one.n_tokens + 1),  # the last token of a prompt is never computed ahead
             n_system=one.n_tokens,
             is_prewarm=True,
-            namespace=self._dispatcher.rules.public,
+            namespace=self._dispatcher.settings.public,
             avoids=frozenset(elsewhere),
         )
         working = self._tasks.spawn(self._compute_in_a_slot(request), request.id)

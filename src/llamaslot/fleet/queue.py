@@ -15,10 +15,10 @@ from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.prefix_sharing import PrefixWait
 from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import DecisionRecorder
-from llamaslot.scheduling.fairness import Ask, Charge, Pauses, QueueLimits, Shares, may_take_another
-from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.fairness import Ask, Charge, Pauses, Shares, may_take_another
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Placement, Request, User
+from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 
 _REMEMBER_S = 60.0  # a user is forgotten after so many seconds of absence, and with it a negative deficit
 
@@ -397,7 +397,9 @@ def answer_s(table: SlotTable, request: Request, running_s: float = 0.0) -> floa
     return table.rates.answer.seconds_left(running_s, request.max_tokens)
 
 
-def estimate(tables: Sequence[SlotTable], request: Request, rules: Rules) -> tuple[float, bool]:
+def estimate(
+    tables: Sequence[SlotTable], request: Request, settings: SchedulingSettings
+) -> tuple[float, bool]:
     """Return the seconds for which the request needs a slot, on the backend that has most of its prompt, and True if
     the request is small. It is small if its prompt is, or if its answer and its prefill are short. Without ``tables``
     the seconds are 0, because no speeds are known."""
@@ -406,6 +408,6 @@ def estimate(tables: Sequence[SlotTable], request: Request, rules: Rules) -> tup
         table = min(tables, key=lambda table: table.missing_s(request)) if len(tables) > 1 else tables[0]
         prefill_s, its_answer_s = table.missing_s(request), answer_s(table, request)
         little_s = max(table.long_s, _LITTLE * table.rates.answer.seconds_left(0.0))
-    has_small_prompt = 0 < request.n_tokens < rules.small_prompt_tokens
+    has_small_prompt = 0 < request.n_tokens < settings.small_prompt_tokens
     is_short = request.max_tokens is not None and request.max_tokens <= _SHORT_ANSWER
     return prefill_s + its_answer_s, has_small_prompt or (is_short and prefill_s <= little_s)

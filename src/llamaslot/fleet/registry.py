@@ -30,9 +30,7 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
 from llamaslot.llama.router_mode import ModelRouter, ModelServer, RouterModel
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.fairness import QueueLimits
-from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.scheduling.settings import PrefillSettings, QueueLimits, SchedulingSettings
 from llamaslot.scheduling.snapshot_value import SnapshotStats
 from llamaslot.store import Snapshot
 from llamaslot.store.quota import Limits
@@ -105,7 +103,7 @@ class Registry:
             api,
             pool.dispatcher.add(name),
             self,
-            rules=self._settings.rules,
+            settings=self._settings.scheduling,
             metrics=self.metrics.of_backend(name),
             rates_file=rates_file,
             idle_save_s=self._settings.idle_save_s,
@@ -394,7 +392,7 @@ def _pool_settings(config: Config, model: ModelConfig | None = None) -> PoolSett
     own = None if model is None else model.prewarm
     return PoolSettings(
         config.store.idle_save_s,
-        rules=_rules(config),
+        scheduling=_scheduling(config),
         limits=_limits(config, model),
         prewarm=_chat_bodies(config, config.prewarm if own is None else own),
     )
@@ -414,13 +412,13 @@ def _limits(config: Config, model: ModelConfig | None = None) -> QueueLimits:
     return convert(queue, QueueLimits, from_attributes=True)
 
 
-def _rules(config: Config) -> Rules:
+def _scheduling(config: Config) -> SchedulingSettings:
     routing, prefill = config.routing, config.prefill
-    return Rules(
+    return SchedulingSettings(
         similarity_min=routing.similarity_min,
         small_prompt_tokens=routing.small_prompt_tokens,
         chunk_threshold_s=prefill.chunk_threshold_s,
-        sharing=convert(prefill, PrefillSharing, from_attributes=True),
+        prefill=convert(prefill, PrefillSettings, from_attributes=True),
         is_isolated=config.cache.isolation == "per_user",
     )
 

@@ -74,7 +74,7 @@ class Downstream:
     """
 
     request: web.Request
-    rules: StreamConfig
+    config: StreamConfig
     is_streaming: bool
     headers: dict[str, str] = field(default_factory=dict)
     progress: Callable[[Prefilling], bytes] | None = None
@@ -117,7 +117,7 @@ class Downstream:
         if not self.has_begun:
             self.headers.update(headers)
             return b""
-        if not self.rules.comments:
+        if not self.config.comments:
             return b""
         return b"".join(comment(f"{name}: {value}") for name, value in headers.items())
 
@@ -153,7 +153,7 @@ class Downstream:
         """A context manager. Within its block a streaming client gets headers and a comment every ``keepalive_s``
         seconds, and the progress events that it has requested. A client that does not stream gets nothing.
         """
-        if not (self.is_streaming and (self.rules.comments or self.progress is not None)):
+        if not (self.is_streaming and (self.config.comments or self.progress is not None)):
             return _NOTHING_TO_SAY
         return self._commented()
 
@@ -168,7 +168,7 @@ class Downstream:
             ticker = TaskOwner().spawn(self._tick(self._has_moved, wait_s), "comments")
 
         # A request that waits for less than the interval, as most do, needs no task.
-        keepalive_s = self.rules.keepalive_s
+        keepalive_s = self.config.keepalive_s
         timer = None
         if self.progress is None:
             timer = asyncio.get_running_loop().call_later(keepalive_s, begin, 0.0)
@@ -195,12 +195,12 @@ class Downstream:
                 async with asyncio.timeout_at(at):
                     await has_moved.wait()
             except TimeoutError:
-                said = comment(str(self.state)) if self.rules.comments else b""
+                said = comment(str(self.state)) if self.config.comments else b""
             else:
                 has_moved.clear()
                 if not (said := self._progress()):
                     continue  # the API has no such event: comments are all that it gets
-            at = loop.time() + self.rules.keepalive_s
+            at = loop.time() + self.config.keepalive_s
             try:
                 await self.write(said)
             except ClientGone:

@@ -25,7 +25,7 @@ class PromptPart(Downstream):
     """
 
     def __init__(self, whole: Downstream, first: int, *, is_last: bool) -> None:
-        super().__init__(whole.request, whole.rules, whole.is_streaming, whole.headers)
+        super().__init__(whole.request, whole.config, whole.is_streaming, whole.headers)
         self._whole, self._first, self._is_last = whole, first, is_last
         self._splitter = EventSplitter()
         self.has_failed = False

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import sys
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -24,28 +23,6 @@ _AT_ONCE_S = 1e-3
 _LIMIT_S = 300.0
 # No slot is left free for returning users if all of them together are expected to wait less than this.
 _HARDLY_A_WAIT_S = 0.15
-
-
-class QueueLimits(Struct, frozen=True):
-    """The settings ``queue`` of the configuration. None is no limit.
-
-    ``max_waiting``: so many requests may wait. ``max_wait_s``: the longest wait of a request in seconds.
-    ``user_max_running`` and ``user_max_waiting``: the requests of each user that may have slots, and that may wait; an
-    API key may set other limits. ``small_request_max_overtake_s``: the seconds of slot time by which small requests may
-    overtake a waiting request. ``return_grace_s``: for so many seconds after its last request or answer a user is
-    expected back, and users above their share leave a slot free for it.
-    """
-
-    max_waiting: int = sys.maxsize
-    max_wait_s: float | None = None
-    user_max_running: int | None = None
-    user_max_waiting: int | None = None
-    small_request_max_overtake_s: float = 10.0
-    return_grace_s: float = 10.0
-
-    @property
-    def retry_after_s(self) -> float:
-        return min(max(1.0, (self.max_wait_s or 300.0) / 10), 30.0)
 
 
 class Ask(Struct, eq=False):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from msgspec import Struct, field
 
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
-from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
 from llamaslot.cache.prefix_index import Shared
 from llamaslot.scheduling.plan import (
     Cost,
@@ -25,17 +24,12 @@ from llamaslot.scheduling.plan import (
     Step,
     Wait,
 )
-from llamaslot.scheduling.prefill_policy import PrefillSharing
-from llamaslot.scheduling.request import Placement, Request, User
+from llamaslot.scheduling.request import Placement, Request
+from llamaslot.scheduling.settings import SchedulingSettings, worth_one_request_s
 from llamaslot.scheduling.slots import SlotKey, SlotState
 
 PrefillSeconds = Callable[[int, int], float]
 TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
-# An extra request may cost at most this part of the prefill that it divides. It is a loss if llama-server is otherwise
-# idle. If not, other requests or the next turn save much more.
-_PRICE = 0.05
-# A prefill of more seconds is always long, so no other request must wait for all of it.
-_LONG_AT_LAST_S = 1.0
 _FORGET_S = 1800.0  # after half an hour without use the chance of a hit is halved
 
 
@@ -97,36 +91,6 @@ class BackendView(Struct, frozen=True):
     branch: int = 0
 
 
-class Rules(Struct, frozen=True):
-    """The settings of placement; see ``routing``, ``prefill`` and ``cache`` in the configuration.
-
-    ``chunk_threshold_s``: a prefill of more seconds is long: llamaslot computes it ahead, before it sends the client's
-    request. None: ``long_s`` decides by costs.
-    """
-
-    similarity_min: float = 0.85
-    small_prompt_tokens: int = 1024
-    chunk_threshold_s: float | None = None
-    sharing: PrefillSharing = field(default_factory=PrefillSharing)
-    is_isolated: bool = False  # no user may read what another user has computed
-
-    def namespace(self, user: User, lora: str = "") -> Namespace:
-        """Return the namespace of a request of ``user`` with the LoRA scales ``lora``."""
-        return Namespace(user.id if self.is_isolated else "", lora)
-
-    def long_s(self, request_s: float) -> float:
-        """Return the seconds above which a prefill is long. llamaslot computes a long prefill ahead in requests of its
-        own, which can be interrupted, share their prefix, and make room for other requests. Each of these requests
-        costs ``request_s``.
-        """
-        return _worth_s(request_s) if self.chunk_threshold_s is None else self.chunk_threshold_s
-
-    @property
-    def public(self) -> Namespace:
-        """The namespace of content that the operator has prewarmed, and that all users may reuse."""
-        return PUBLIC if self.is_isolated else SHARED
-
-
 class _Choice(NamedTuple):
     """A slot and a source of tokens, compared by ``place`` with all other choices. A named tuple is made in a quarter
     of the time of a dataclass, and each placement makes dozens.
@@ -143,7 +107,7 @@ class _Choice(NamedTuple):
     snapshot: SnapshotView | None = None
 
 
-def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
+def place(request: Request, views: Iterable[BackendView], settings: SchedulingSettings) -> Plan | Wait:
     """Return the cheapest place for ``request`` among all slots in ``views``, as a plan, or what the request waits
     for. Each backend has its own speeds.
 
@@ -156,12 +120,12 @@ def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan 
     Without any slot to choose from, the request waits too. A small prompt prefers idle slots whose loss costs no user
     a large context.
     """
-    choices = [choice for view in views for choice in _choices(request, view, rules)]
+    choices = [choice for view in views for choice in _choices(request, view, settings)]
     if not choices:
         return Wait()
     best = min(choices, key=_sort_key)
     key: Callable[[_Choice], tuple[float, ...]] = _sort_key
-    if request.n_tokens < rules.small_prompt_tokens and best.wait_s == 0:
+    if request.n_tokens < settings.small_prompt_tokens and best.wait_s == 0:
         # Only among places that are available now: the costs above have already decided against waiting.
         choices = [choice for choice in choices if choice.wait_s == 0]
         key = _no_loss_first
@@ -181,7 +145,7 @@ def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan 
     second = min(others, key=key, default=None)
     return Plan(
         slot=best.slot.key,
-        steps=tuple(_steps(request, best, rules)),
+        steps=tuple(_steps(request, best, settings)),
         source=best.source,
         n_reused=best.n_reused,
         cost=chosen.cost,
@@ -207,7 +171,7 @@ def _place(choice: _Choice, request: Request) -> Place:
     return Place(slot.key, choice.source, choice.n_reused, cost, snapshot.id if snapshot else None)
 
 
-def is_similar(slot: SlotView, rules: Rules) -> bool:
+def is_similar(slot: SlotView, settings: SchedulingSettings) -> bool:
     """True if the prompt contains at least the part ``routing.similarity_min`` of the slot's tokens, so that the
     request continues the slot's content and no content is lost. False if the slot holds another conversation, however
     long the common system prompt is.
@@ -215,7 +179,7 @@ def is_similar(slot: SlotView, rules: Rules) -> bool:
     return (
         not slot.is_other_conversation
         and slot.n_tokens > 0
-        and slot.n_shared >= rules.similarity_min * slot.n_tokens
+        and slot.n_shared >= settings.similarity_min * slot.n_tokens
     )
 
 
@@ -280,17 +244,17 @@ def return_likelihood(idle_s: float) -> float:
 _TAKEABLE = (SlotState.FREE, SlotState.HOT, SlotState.SUSPECT)
 
 
-def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Choice]:
+def _choices(request: Request, view: BackendView, settings: SchedulingSettings) -> Iterator[_Choice]:
     n = request.n_tokens
     for slot in view.slots:
         is_takeable = slot.state in _TAKEABLE and slot.key not in view.reserved
-        is_match = is_similar(slot, rules) and slot.n_usable > 0 and not request.no_cache
+        is_match = is_similar(slot, settings) and slot.n_usable > 0 and not request.no_cache
         if not is_takeable:
             if is_match:
                 rest_s = view.prefill_s(slot.n_usable, n)
                 # The request in the slot saves the common prefix as soon as it is computed, so the requests that wait
                 # for this slot need not wait for each other.
-                is_shared = rest_s > rules.long_s(view.request_s)
+                is_shared = rest_s > settings.long_s(view.request_s)
                 behind_s = 0.0 if is_shared else view.reserved.get(slot.key, 0.0)
                 wait = max(slot.wait_s + behind_s, TIE_S)
                 cost = wait + rest_s
@@ -304,7 +268,7 @@ def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Cho
                 view, slot, Source.RESIDENT, slot.n_usable, rest_s, 0.0, is_loss=False, is_match=True
             )
         loss_s = slot.save_s + slot.eviction_cost_s
-        is_loss = slot.eviction_cost_s > 0 and slot.n_tokens >= rules.small_prompt_tokens
+        is_loss = slot.eviction_cost_s > 0 and slot.n_tokens >= settings.small_prompt_tokens
         kept = (
             0
             if request.no_cache or slot.is_other_namespace or slot.state is SlotState.SUSPECT
@@ -338,9 +302,9 @@ def _no_loss_first(choice: _Choice) -> tuple[bool, int, float]:
     return choice.is_loss, *_sort_key(choice)
 
 
-def _steps(request: Request, choice: _Choice, rules: Rules) -> Iterator[Step]:
+def _steps(request: Request, choice: _Choice, settings: SchedulingSettings) -> Iterator[Step]:
     slot, view = choice.slot, choice.view
-    is_kept = choice.source is Source.RESIDENT and is_similar(slot, rules)
+    is_kept = choice.source is Source.RESIDENT and is_similar(slot, settings)
     if slot.is_worth_saving and not is_kept:
         yield Save(slot.key)
     if choice.snapshot is not None:
@@ -349,11 +313,13 @@ def _steps(request: Request, choice: _Choice, rules: Rules) -> Iterator[Step]:
     elif view.can_erase and (slot.state is SlotState.SUSPECT or request.no_cache or slot.is_other_namespace):
         yield Erase(slot.key)
     if view.can_erase or not (request.no_cache or slot.is_other_namespace):
-        for stop in prefill_stops(request, choice.n_reused, view, rules):
+        for stop in prefill_stops(request, choice.n_reused, view, settings):
             yield PrefillTo(slot.key, stop)
 
 
-def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rules) -> list[int]:
+def prefill_stops(
+    request: Request, n_reused: int, view: BackendView, settings: SchedulingSettings
+) -> list[int]:
     """Return the token counts at which llamaslot's own prefill stops: some of the request's boundaries, then the last
     token but one. The list is empty for a short prefill, which the client's own request computes.
 
@@ -366,19 +332,14 @@ def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rul
     because llama-server then chooses the slot that shares most tokens, and a prewarm, because its snapshot is saved
     there.
     """
-    last, long_s = request.n_tokens - 1, rules.long_s(view.request_s)
+    last, long_s = request.n_tokens - 1, settings.long_s(view.request_s)
     is_prepared = request.placement is Placement.STEERED or request.is_prewarm
     if last <= 0 or not (is_prepared or view.prefill_s(n_reused, last) > long_s):
         return []
-    stops, begin, worth_s = list[int](), n_reused, _worth_s(view.request_s)
+    stops, begin, worth_s = list[int](), n_reused, worth_one_request_s(view.request_s)
     for at in request.boundaries:
         if begin + NEGLIGIBLE_TOKENS <= at < last and view.prefill_s(begin, at) > worth_s:
             stops.append(at)
             begin = at
     is_end = is_prepared or not stops or view.prefill_s(begin, last) > long_s
     return [*stops, last] if is_end else stops
-
-
-def _worth_s(request_s: float) -> float:
-    """Return the seconds of computing that must be at stake to justify one more request, which costs ``request_s``."""
-    return min(request_s / _PRICE, _LONG_AT_LAST_S)

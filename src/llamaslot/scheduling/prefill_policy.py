@@ -13,21 +13,6 @@ from msgspec import Struct
 from llamaslot.scheduling.fairness import Shares
 
 
-class PrefillSharing(Struct, frozen=True):
-    """The settings of long prefills; see ``prefill`` in the configuration.
-
-    ``decode_share``: the share of the time that goes to streams while any answer is decoded. ``chunk_s``: the seconds
-    of a chunk, after which another prefill may be next. ``starvation_s``: once a prefill has waited for so many
-    seconds, no later prefill overtakes it. ``max_yield_s``: the seconds for which requests with a short prefill may
-    delay the next chunk.
-    """
-
-    decode_share: float = 0.1
-    chunk_s: float = 0.5
-    starvation_s: float = 120.0
-    max_yield_s: float = 2.0
-
-
 class Pending(Struct, frozen=True):
     """A long prefill that is being computed or waits for its turn.
 
