@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from llamaslot.http.client_connection import Connection
+from llamaslot.http.aiohttp_connection import Connection
 from llamaslot.llama.transport.connection import ServerConnection
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, Served, letters, served, spawn
 from tests.support.wire import request, upstream, wire

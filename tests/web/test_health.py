@@ -13,7 +13,7 @@ import pytest
 
 from llamaslot.backend.health import Health
 from llamaslot.http import connections
-from llamaslot.http.client_connection import Connection
+from llamaslot.http.aiohttp_connection import Connection
 from llamaslot.http.serve import Front as ServeFront
 from llamaslot.http.serve import listening
 from tests.support.inprocess import PATIENCE_S, Front, served

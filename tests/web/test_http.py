@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import pytest
 
-from llamaslot.http.client_connection import Connection
+from llamaslot.http.aiohttp_connection import Connection
 from llamaslot.http.connections import raise_file_limit
 from llamaslot.http.request_body import Unpacking
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, letters, right, served

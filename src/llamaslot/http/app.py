@@ -18,11 +18,11 @@ from llamaslot.errors import (
 )
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status, check_method
+from llamaslot.http.aiohttp_connection import Connection
 from llamaslot.http.auth import USER, Authenticator, Cors, is_own_page, refuse_foreign_page
-from llamaslot.http.client_connection import Connection
 from llamaslot.http.client_stream import MISTAKE, error_instead, error_response, name_itself
 from llamaslot.http.completion import Completions
-from llamaslot.http.connections import health_of
+from llamaslot.http.health_check import health_of
 from llamaslot.http.in_flight import CLIENT_GONE, Requests, by_operator, note_error
 from llamaslot.http.page import is_page_file, page_file
 from llamaslot.http.page_api import PageApi
@@ -112,7 +112,7 @@ class App:
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """Add the headers that every answer has. Two kinds of answers do not come by here: those to health checks
-        (``connections``), and those of ``client_connection`` to requests that are too slow or no HTTP.
+        (``health_check``), and those of ``aiohttp_connection`` to requests that are too slow or no HTTP.
         """
         for add in (name_itself, self._cors.allow, tell_rewrote, close_behind):
             add(request, response)

@@ -5,7 +5,7 @@ pages need an admin key.
 
 Web pages of other origins may not use llamaslot from a browser, unless ``listen.cors`` names them, and never its own
 pages below ``/llamaslot/``. llama-server allows every page, so its ``Access-Control-*`` headers are removed
-(``http.headers.to_client``). Keys travel in headers, so no answer allows credentials (cookies).
+(``http.forwarded_headers.to_client``). Keys travel in headers, so no answer allows credentials (cookies).
 https://fetch.spec.whatwg.org/#http-cors-protocol
 """
 

@@ -20,8 +20,8 @@ from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorize
 from llamaslot.formats import format_named
 from llamaslot.formats.base import ErrorEvents
 from llamaslot.formats.comments import Comment
-from llamaslot.http.connections import NAME
 from llamaslot.http.in_flight import note_error
+from llamaslot.http.response_headers import NAME
 from llamaslot.llama.routes import classify
 from llamaslot.llama.sse import comment
 from llamaslot.tasks import TaskOwner

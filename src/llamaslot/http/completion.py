@@ -42,12 +42,13 @@ from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import MISTAKE, Downstream
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.headers import of_placement, to_server
+from llamaslot.http.forwarded_headers import to_server
 from llamaslot.http.in_flight import begins, by_operator, id_of, placed
 from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import PromptPart, joined
 from llamaslot.http.request_body import NoObject, Uploads, parse_object, written
+from llamaslot.http.response_headers import of_placement
 from llamaslot.http.rewriting import SystemPrompts, marked, rewrote
 from llamaslot.http.unassisted import relay_unassisted
 from llamaslot.http.upstream_errors import ensure_accepted, ensure_body_accepted, servers_error_for

@@ -24,9 +24,10 @@ from llamaslot.fleet.failover import Attempts
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.stream_to_json import Doubt
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
-from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
+from llamaslot.http.forwarded_headers import to_client
 from llamaslot.http.in_flight import in_flight
 from llamaslot.http.parse import ClientRequest, ParsedRequest
+from llamaslot.http.response_headers import of_expected_reuse, of_reuse
 from llamaslot.http.stream_reader import Put, Reading
 from llamaslot.llama.answers import Response, error_of, media_type_of
 from llamaslot.llama.sse import data_of

@@ -1,5 +1,4 @@
-"""All connections of clients: health checks on new ones, their number, the options of their sockets, and the limit of
-open files.
+"""All connections of clients: their number, the options of their sockets, and the limit of open files.
 
 A client's connection is a ``NewConnection`` first. It is handed over to aiohttp as soon as the client sends anything
 else than a health check. aiohttp takes 0.2 s to import; connections that need it before that wait for it.
@@ -9,18 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import re
 import resource
 import socket
 from collections.abc import Callable
-from email.utils import formatdate
-from http import HTTPStatus
 from typing import cast
 
-from llamaslot.backend.health import Health
 from llamaslot.fleet.registry import Registry
+from llamaslot.http.health_check import answer_to
 
 log = logging.getLogger(__name__)
 
@@ -32,32 +27,7 @@ _RESERVED_FILES = 2048  # for connections to llama-server, snapshots, the index
 _KEEP_ALIVE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _OPTIONS = {**_KEEP_ALIVE, "TCP_NOTSENT_LOWAT": _UNSENT_BYTES}
 
-NAME = {"Server": "llamaslot"}  # without versions
-
 _HAND_OVER_S = 1.0  # after so long without a request aiohttp handles the connection, and limits its idle time
-
-# Headers that curl, browsers' fetch, Kubernetes, HAProxy, nginx and ab send and that do not change the answer.
-# ``Origin`` does, with ``listen.cors``.
-_PLAIN = rb"(?:User-Agent|Accept|Accept-Encoding|Accept-Language|Cache-Control|Pragma):[\t -~]*\r\n"
-_HEALTH = re.compile(
-    rb"GET /(?:v1/)?health HTTP/1\.(?P<minor>[01])\r\n"
-    rb"(?:Host: ?[!-~]+\r\n)(?:%b)*(?P<close>Connection: close\r\n)?(?:%b)*\r\n" % (_PLAIN, _PLAIN),
-    re.IGNORECASE,
-)
-_LONGEST = 2048
-
-
-def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
-    """Return status and body of the answer to a health check: 200 if any backend is up, or asleep until the next
-    request, else 503. A drained backend does not count.
-    """
-    states = {backend.health for backend in registry.backends if not backend.leases.is_drained}
-    if states & {Health.UP, Health.ASLEEP}:
-        return 200, {"status": "ok"}
-    if not states:
-        return 503, {"status": "drained"}
-    health = Health.CONNECTING if Health.CONNECTING in states else Health.DOWN
-    return 503, {"status": health.value}
 
 
 class NewConnection(asyncio.Protocol):
@@ -93,19 +63,11 @@ class NewConnection(asyncio.Protocol):
             self.hand_over(data)
             return
         is_read = self._transport.get_write_buffer_size() == 0
-        if len(data) > _LONGEST or not is_read or (check := _HEALTH.fullmatch(data)) is None:
+        if not is_read or (answer := answer_to(data, self._registry)) is None:
             self.hand_over(data)
             return
-        status, told = health_of(self._registry)
-        self._registry.metrics.requests.labels("own", str(status)).inc()
-        body = json.dumps(told).encode()
-        is_last = check["minor"] == b"0" or check["close"] is not None
-        head = (
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json; charset=utf-8\r\n"
-            f"Server: {NAME['Server']}\r\nContent-Length: {len(body)}\r\nDate: {formatdate(usegmt=True)}\r\n"
-            f"{'Connection: close' if is_last else ''}\r\n"
-        )
-        self._transport.write(head.encode() + (b"\r\n" if is_last else b"") + body)
+        written, is_last = answer
+        self._transport.write(written)
         if is_last:
             self._transport.close()
 

@@ -32,10 +32,11 @@ from llamaslot.formats import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import HAS_BEGUN, end_relayed
 from llamaslot.http.deadlines import Deadlines, Watchdog
-from llamaslot.http.headers import BACKEND, to_server
+from llamaslot.http.forwarded_headers import to_server
 from llamaslot.http.in_flight import begins, id_of, placed
 from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Uploads, parse_object
+from llamaslot.http.response_headers import BACKEND
 from llamaslot.http.rewriting import SystemPrompts, marked_bytes
 from llamaslot.http.unassisted import serve_unassisted
 from llamaslot.llama.answers import Response, error_of

@@ -15,7 +15,7 @@ from aiohttp import web
 from llamaslot.errors import BackendDown, ClientGone
 from llamaslot.formats.base import ErrorEvents, translated_all
 from llamaslot.http.client_stream import Relayed, begin, cut, end_relayed, errors_of, send
-from llamaslot.http.headers import to_client
+from llamaslot.http.forwarded_headers import to_client
 from llamaslot.llama.answers import Response, length_of, media_type_of, next_piece
 from llamaslot.llama.sse import n_whole, without_empty_events
 

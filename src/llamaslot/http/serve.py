@@ -115,8 +115,8 @@ class Front:
         await asyncio.to_thread(_import_application)
         from aiohttp import web
 
+        from llamaslot.http.aiohttp_connection import in_one_line, serve_with
         from llamaslot.http.app import App
-        from llamaslot.http.client_connection import in_one_line, serve_with
 
         app = App(self.reload.config, self._registry, self.reload)
         self.reload.apply = app.apply
@@ -150,8 +150,6 @@ class Front:
 def _import_application() -> None:
     """Import aiohttp and the application. Runs in a thread, so that health checks are answered meanwhile."""
     import_aiohttp()
-    import llamaslot.http.app
-    import llamaslot.http.client_connection  # noqa: F401
 
 
 @contextlib.asynccontextmanager

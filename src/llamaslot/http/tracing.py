@@ -14,7 +14,7 @@ from aiohttp import web
 
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.auth import user_of
-from llamaslot.http.headers import TRACE_HEADERS
+from llamaslot.http.forwarded_headers import TRACE_HEADERS
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

@@ -28,10 +28,11 @@ from llamaslot.formats.comments import Comment
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.headers import ASSIST_OFF, BACKEND, to_client, to_server
+from llamaslot.http.forwarded_headers import to_client, to_server
 from llamaslot.http.in_flight import id_of, in_flight, placed
 from llamaslot.http.parse import max_tokens
 from llamaslot.http.relay import relay
+from llamaslot.http.response_headers import ASSIST_OFF, BACKEND
 from llamaslot.http.rewriting import marked_bytes, rewrote
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.answers import Response, error_of, media_type_of

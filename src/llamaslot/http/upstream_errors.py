@@ -15,7 +15,7 @@ from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.slot_content import wait_until_idle
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, Reason, UpstreamError
-from llamaslot.http.headers import to_server
+from llamaslot.http.forwarded_headers import to_server
 from llamaslot.http.parse import ClientRequest, ParsedRequest
 from llamaslot.llama.answers import error_of
 from llamaslot.llama.client import QUICK_S

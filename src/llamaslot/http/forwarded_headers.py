@@ -1,6 +1,4 @@
-"""llamaslot's own headers in the answer to a placed request, and which headers of a request or an answer a proxy
-forwards. What every answer has: ``App._add_headers`` in ``app``.
-"""
+"""Which headers of a client's request go on to llama-server, and which headers of its answer go on to the client."""
 
 from __future__ import annotations
 
@@ -10,15 +8,8 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from llamaslot.llama.answers import Response
-from llamaslot.scheduling.plan import Source
-from llamaslot.scheduling.slots import SlotKey
 
 _Headers = CIMultiDict[str] | CIMultiDictProxy[str]
-
-#: The backend that has answered.
-BACKEND = "x-llamaslot-backend"
-#: In the answer to a request whose slot llama-server has chosen, because assist is off.
-ASSIST_OFF = {"x-llamaslot-assist": "off"}
 
 #: For a traced request: the headers to llama-server that name its trace.
 TRACE_HEADERS = web.RequestKey("trace_headers", dict[str, str])
@@ -75,26 +66,3 @@ def to_client(upstream: Response, ours: Mapping[str, str] | None = None) -> CIMu
     headers = _passed(upstream.headers, _NOT_TO_CLIENT, "access-control-")
     headers.update(ours or {})
     return headers
-
-
-def of_placement(slot: SlotKey, n_prompt: int) -> dict[str, str]:
-    """Return the headers that are known before llama-server has received the request: backend, slot, and ``n_prompt``,
-    the tokens of the prompt.
-    """
-    return {
-        BACKEND: slot.backend,
-        "x-llamaslot-slot": str(slot.id),
-        "x-llamaslot-prompt-tokens": str(n_prompt),
-    }
-
-
-def of_expected_reuse(n_expected: int) -> dict[str, str]:
-    """Return the header with the forecast of reused tokens, for streams in which llama-server reports the real number
-    only at the end.
-    """
-    return {"x-llamaslot-expected-tokens": str(n_expected)}
-
-
-def of_reuse(source: Source, n_reused: int) -> dict[str, str]:
-    """Return the headers with the source and the number of reused tokens."""
-    return {"x-llamaslot-source": source.value, "x-llamaslot-reused-tokens": str(n_reused)}

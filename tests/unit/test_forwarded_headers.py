@@ -8,7 +8,7 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
-from llamaslot.http.headers import to_client, to_server
+from llamaslot.http.forwarded_headers import to_client, to_server
 
 ENDS_HERE = [
     "Connection", "Keep-Alive", "TE", "Trailer", "Transfer-Encoding", "Upgrade", "Proxy-Authorization",

@@ -22,7 +22,8 @@ from yarl import URL
 
 from llamaslot.errors import BadRequest, LlamaslotError, TooSlow, Unavailable
 from llamaslot.http.client_stream import MISTAKE, Writer, error_response
-from llamaslot.http.connections import NAME, Connections, set_options
+from llamaslot.http.connections import Connections, set_options
+from llamaslot.http.response_headers import NAME
 
 log = logging.getLogger(__name__)
 
