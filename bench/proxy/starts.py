@@ -158,7 +158,7 @@ def _fill(target: Target) -> None:
     until_healthy(process.popen, target.port, process.log)
     end = time.monotonic() + 60.0
     meta = target.directory / "meta"
-    made = meta / "gpu0.sidecars", meta / "gpu0.index" / "manifest.json"
+    made = meta / "gpu0.sidecars", meta / "gpu0.index"
     while time.monotonic() < end and not all(path.exists() for path in made):
         time.sleep(0.1)
     process.end()

@@ -6,12 +6,17 @@ import asyncio
 import errno
 import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
+from xxhash import xxh3_128
 
+from llamaslot.cache.changes import Changes
 from llamaslot.cache.ids import pack
-from llamaslot.cache.prefix_index import Changes, PrefixIndex
+from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.llama.identity import Identity
 from llamaslot.store import index_file
 from llamaslot.store.index_file import IndexFile
@@ -115,6 +120,36 @@ async def test_a_damaged_file_is_not_used(held: Held, caplog: pytest.LogCaptureF
     assert "cannot be used: it is damaged" in caplog.text
     held.file.path.write_bytes(good)
     assert await held.read() == contents(held.index)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content["branches"].reverse(),
+        lambda content: content["branches"].pop(),
+        lambda content: content["branches"].append([0, 4, ["ls-9"]]),
+        lambda content: content["branches"].append([0, 0, ["ls-9"]]),
+        lambda content: content["branches"][-1].__setitem__(0, 1),
+        lambda content: content["branches"][-1].__setitem__(2, ["ls-0"]),
+        lambda content: content["branches"][-1].__setitem__(2, None),
+        lambda content: content.pop("branches"),
+        lambda content: content.pop("model"),
+    ],
+)
+async def test_a_file_whose_branches_are_no_tree_is_not_used(
+    held: Held, caplog: pytest.LogCaptureFixture, spoil: Callable[[dict[str, Any]], object]
+) -> None:
+    """Although its checksum is right: a program that writes it wrongly must not cost a snapshot."""
+    held.fill()
+    await held.tasks.all_ended()
+    _, line, tokens = held.file.path.read_bytes().split(b"\n", 2)
+    for spoiled in (lambda _: None, spoil):
+        content = orjson.loads(line)
+        spoiled(content)
+        body = orjson.dumps(content) + b"\n" + tokens
+        held.file.path.write_bytes(index_file._head(xxh3_128(body)) + body)
+        assert await held.read() == ({} if spoiled is spoil else contents(held.index))
+    assert caplog.text.count("cannot be used") == 1
 
 
 async def test_of_another_model_nothing_is_used(held: Held, caplog: pytest.LogCaptureFixture) -> None:

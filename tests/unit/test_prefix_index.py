@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from llamaslot.cache.ids import common, count, pack
-from llamaslot.cache.prefix_index import PrefixIndex, Shared
+from llamaslot.cache.prefix_index import Branch, PrefixIndex, Shared
 
 
 def index_of(**sequences: list[int]) -> PrefixIndex[str]:
@@ -215,6 +215,68 @@ def test_the_order_of_changes_does_not_matter(sequences: list[list[int]], rng: r
     for ids in sequences:
         assert sorted(straight.match(pack(ids))) == sorted(detour.match(pack(ids)))
     assert straight.n_tokens == detour.n_tokens
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.none() | IDS), max_size=40), st.lists(IDS, max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_an_index_is_built_from_its_branches(
+    changes: list[tuple[int, list[int] | None]], queries: list[list[int]]
+) -> None:
+    """It is the same tree, answers in the same order, and goes on like the first."""
+    index = PrefixIndex[int]()
+    for holder, ids in changes:
+        if ids is None:
+            index.drop(holder)
+        else:
+            index.insert(holder, pack(ids))
+    built = PrefixIndex.of_branches(index.branches())
+    for _ in range(2):
+        built.check()
+        assert list(built.branches()) == list(index.branches())
+        assert built.n_tokens == index.n_tokens
+        assert all(built.match(pack(ids)) == index.match(pack(ids)) for ids in queries)
+        for each in (index, built):
+            for holder, ids in enumerate(queries):
+                each.insert(holder, pack(ids))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-1, 4), st.integers(0, 9), st.lists(st.sampled_from("abc"), max_size=2)),
+        max_size=5,
+    )
+)
+@settings(max_examples=500, deadline=None)
+def test_branches_of_no_index_are_refused(drawn: list[tuple[int, int, list[str]]]) -> None:
+    """Or they are an index's, whose invariants hold."""
+    branches = [
+        Branch(n_above, pack([7, 8, 9])[:n_bytes], tuple(holders)) for n_above, n_bytes, holders in drawn
+    ]
+    try:
+        index = PrefixIndex.of_branches(branches)
+    except ValueError:
+        return
+    index.check()
+    assert list(index.branches()) == (branches or [Branch(0, b"", ())])
+
+
+@pytest.mark.parametrize(
+    ("branches", "fault"),
+    [
+        ([(0, [1], "a")], "not the root"),
+        ([(0, [], ""), (1, [1], "a")], "begins or ends"),
+        ([(0, [], ""), (0, [1, 2], "a"), (1, [3], "b")], "begins or ends"),
+        ([(0, [], ""), (0, [], "a")], "begins or ends"),
+        ([(0, [], ""), (0, [1], "a"), (0, [1, 2], "b")], "begin alike"),
+        ([(0, [], ""), (0, [1, 2], "a"), (0, [3], "b")], "another order"),
+        ([(0, [], ""), (0, [1], ""), (1, [2], "a")], "neither a holder nor a fork"),
+        ([(0, [], "a"), (0, [1], "a")], "two places"),
+    ],
+)
+def test_why_branches_are_refused(branches: list[tuple[int, list[int], str]], fault: str) -> None:
+    """Each is one that an index cannot have."""
+    with pytest.raises(ValueError, match=fault):
+        PrefixIndex.of_branches(Branch(n, pack(edge), tuple(holders)) for n, edge, holders in branches)
 
 
 @pytest.mark.parametrize(

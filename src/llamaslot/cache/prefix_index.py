@@ -11,8 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView
 from itertools import count as counter
 from itertools import islice, pairwise
 from operator import attrgetter
@@ -241,6 +240,46 @@ class PrefixIndex(Generic[H]):
             node = node.parent
         return None
 
+    @classmethod
+    def of_branches(cls, branches: Iterable[Branch[H]]) -> PrefixIndex[H]:
+        """Build the index that has these ``branches``, with the same order of hits, without a walk from the root for
+        each holder. Raises ValueError if no index has them in this order.
+        """
+        index = cls()
+        root, path, nodes, n_holders = index._root, [index._root], list[_Node[H]](), 0
+        for n_above, edge, holders in branches:
+            while path[-1].n_tokens > n_above >= 0:
+                path.pop()
+            if nodes:
+                parent, n_new = path[-1], tok.count(edge)
+                if parent.n_tokens != n_above or not n_new or len(edge) % tok.WIDTH:
+                    raise ValueError("a branch begins or ends where none can")
+                node = _Node(edge, parent, n_above + n_new, next(index._serials))
+                parent.children[edge[: tok.WIDTH]] = node
+                parent.order.append(node)
+                path.append(node)
+                index._n_tokens += n_new
+            elif edge or n_above:
+                raise ValueError("the first branch is not the root")
+            else:
+                node = root
+            nodes.append(node)
+            for holder in holders:
+                node.holders[holder] = None
+                index._ends[holder] = node
+            n_holders += len(holders)
+        if len(index._ends) != n_holders:
+            raise ValueError("a holder has two places")
+        for node in reversed(nodes):  # those below come before those above
+            ranks = [child.rank for child in node.order]
+            if len(node.children) != len(ranks) or any(a > b for a, b in pairwise(ranks)):
+                raise ValueError("two branches begin alike, or they have another order")
+            if not node.holders and node is not root:
+                if len(ranks) < 2:
+                    raise ValueError("a branch has neither a holder nor a fork")
+                node.rank = ranks[0]
+        return index
+
     def branches(self) -> Iterator[Branch[H]]:
         """All nodes in pre-order, the root first. The index must not change while it is read."""
         stack = [self._root]
@@ -406,26 +445,3 @@ def _first_below(
             if node.n_tokens > most:
                 return
             yield node
-
-
-_KEPT = 8
-
-
-class Changes:
-    """Records the changes of an index: how many there were (``n``), and the sequences of the last ``_KEPT``."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self._last: deque[bytes] = deque(maxlen=_KEPT)
-
-    def note(self, tokens: bytes) -> None:
-        """Record one change: ``tokens``, which start with the mark of their namespace, were added or removed."""
-        self.n += 1
-        self._last.append(tokens)
-
-    def since(self, n: int) -> Sequence[bytes] | None:
-        """The sequences added or removed after the first ``n`` changes, oldest first; None if these are more than the
-        last few that are recorded.
-        """
-        n_new = self.n - n
-        return None if n_new > len(self._last) else [*self._last][len(self._last) - n_new :]

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content, SnapshotKind
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, count
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
-from llamaslot.cache.prefix_index import Changes, PrefixIndex
+from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.slots import SlotKey
 from llamaslot.store import Catalog, Snapshot, WithTokens
