@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.backend import backend, health
+from llamaslot.backend import health, process_check
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.health import Health
 from llamaslot.fleet.pool import Pool
@@ -31,7 +31,7 @@ def ask_often(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """A server that hangs is suspect, and then down, after so many seconds each."""
     for name in ("SUSPECT_S", "_SILENT_S", "_HEALTH_S", "_WATCH_S"):
         monkeypatch.setattr(health, name, seconds)
-    monkeypatch.setattr(backend, "SUSPECT_S", seconds)
+    monkeypatch.setattr(process_check, "SUSPECT_S", seconds)
 
 
 class Several(Front):

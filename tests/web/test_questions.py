@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend import health
+from llamaslot.backend import health, process_check
 from tests.support.inprocess import Served, served
 
 pytestmark = pytest.mark.idle_clock
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.idle_clock
 def no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The poll every two seconds is no question of a request."""
     monkeypatch.setattr(health, "_WATCH_S", 60.0)
-    monkeypatch.setattr(health, "_AWAKE_S", 60.0)
+    monkeypatch.setattr(process_check, "_AWAKE_S", 60.0)
 
 
 async def asked(it: Served, text: str) -> Counter[str]:
@@ -66,7 +66,7 @@ async def test_another_process_is_noticed_before_anything_is_placed(tmp_path: Pa
     async with served(tmp_path) as it:
         await asked(it, "one")
         await asked(it, "two")
-        assert it.backend.use_if_proved()
+        assert it.backend.process.use_if_proved()
         await it.fake.restart()
         answer = await it.chat("two")
         assert answer.status == 200
@@ -79,4 +79,4 @@ async def test_a_failure_is_followed_by_a_question(tmp_path: Path) -> None:
     async with served(tmp_path) as it:
         await asked(it, "one")
         it.backend.doubt()
-        assert not it.backend.use_if_proved()
+        assert not it.backend.process.use_if_proved()

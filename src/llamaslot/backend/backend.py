@@ -15,9 +15,11 @@ from llamaslot.backend.cache_miss import CacheMisses
 from llamaslot.backend.connect import Handshake, RouterMode, ServerSession
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
-from llamaslot.backend.health import SUSPECT_S, Gone, Health, Outage, Presence, Watch
+from llamaslot.backend.health import Gone, Health, Outage, Watch
 from llamaslot.backend.idle_save import Drain, IdleSave
 from llamaslot.backend.leases import Leases
+from llamaslot.backend.presence import Presence
+from llamaslot.backend.process_check import ProcessCheck
 from llamaslot.backend.save import Saving
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING
@@ -118,7 +120,8 @@ class Backend:
         self._is_settled = asyncio.Event()  # set unless it is being connected to
         self._is_settled.set()
         self.presence = Presence(name)
-        self._watch = Watch(api, leases, self.presence, lambda: members.are_several)
+        self.process = ProcessCheck(api, leases, self.presence, self)
+        self._watch = Watch(api, leases, self.process, lambda: members.are_several)
         self.suspicion = self._watch.suspicion
 
     @property
@@ -138,37 +141,16 @@ class Backend:
 
     # -- for requests --------------------------------------------------------------------------------------------
 
-    async def confirm(self, table: SlotTable, *, is_only: bool) -> None:
-        """Check that the llama-server process of ``table`` is still there, before anything is done in its slots. The
-        caller has a lease of one of its slots.
-
-        This never waits until the model is loaded: a model that is being unloaded waits for the end of this lease.
-        Raises BackendRestarted if another process has taken its place, and BackendDown if llama-server is down. Unless
-        the backend ``is_only``, the only one that can take the request, no answer for 2 s counts as down. Canceling is
-        safe."""
-        session = self.session
-        if session is None or session.table is not table:
-            raise BackendRestarted
-        try:
-            async with asyncio.timeout(None if is_only else SUSPECT_S):
-                if not await self._is_alive(session):
-                    raise BackendRestarted
-        except TimeoutError:
-            self.suspect()
-            raise BackendDown(f"llama-server at {self.api.url} does not answer") from None
-
     async def ready(self) -> ServerSession:
         """Return the session with llama-server, once it is connected and its process is known to be alive. Raises
         BackendDown at once if llama-server is down, and after two minutes if it has not come back from a restart.
 
-        Before each placement llama-server is asked for ``/props``, which has a random mark for each process, so a
-        restart is noticed before anything is planned. The question is left out while ``use_if_proved`` is true.
-        Canceling is safe."""
+        So a restart is noticed before anything is planned. Canceling is safe."""
         if self.session is None and self.leases.is_drained:
             raise BackendDown(self.leases.why_not or "")
         await self.presence.serving()
         while (session := self.session) is not None:
-            if await self._is_alive(session):
+            if await self.process.is_alive(session):
                 return session
         if self.health is Health.DOWN:
             raise self._is_down()
@@ -181,35 +163,9 @@ class Backend:
             raise BackendRestarted if self.presence.is_replaced else self._is_down()
         return self.session
 
-    async def _is_alive(self, session: ServerSession) -> bool:
-        """True if the process of ``session`` is alive. False if another one has taken its place; then llamaslot
-        connects to that one. Raises BackendDown. Canceling is safe."""
-        if not session.is_assisted or self.use_if_proved():
-            return True  # when llamaslot stands aside, it assumes nothing about the slots
-        try:
-            props = await self._watch.proof.ask(self.api.props)
-        except BackendDown:
-            self._watch.look_now()
-            raise
-        if props.boot_id != session.props.boot_id:
-            self.lost(session.table)
-            return False
-        self._watch.has_told(session, props)
-        return True
-
     async def settled(self) -> None:
         """Wait until the backend is either connected or down. Canceling is safe."""
         await self._is_settled.wait()
-
-    def use_if_proved(self) -> bool:
-        """True if the process is known to be alive and awake without a question. Then this call also counts as a use
-        of the model, which keeps it loaded. If False, ``ready`` must ask llama-server."""
-        return self._watch.proof.use()
-
-    @property
-    def is_same_process(self) -> bool:
-        """True if the process that told its properties last is still alive, however long ago it told them."""
-        return self._watch.proof.is_same_process
 
     def lost(self, table: SlotTable) -> None:
         """llama-server has restarted, so ``table`` is of another process: connect again. Queued requests wait."""
@@ -250,8 +206,10 @@ class Backend:
             self.changed("its slots have lost contexts three times in ten minutes")
 
     def doubt(self) -> None:
-        """A request to llama-server has failed: check at once if the process is still there."""
-        self._watch.doubt()
+        """A request to llama-server has failed: check at once if the process is still there. Until it has answered,
+        nothing proves that it is."""
+        self.process.clear()
+        self._watch.look_now()
 
     def suspect(self) -> None:
         """Check at once if the process is still there. Until llama-server has answered a question, other backends get
@@ -386,7 +344,7 @@ class Backend:
     def _forget(self, health: Health) -> None:
         self.session = None
         self.metrics.assist.set(0)
-        self._watch.proof.clear()
+        self.process.clear()
         self._set(health)
         self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)
 

@@ -200,6 +200,11 @@ class Pool:
         ]
         return known or list(every)
 
+    @property
+    def _is_single(self) -> bool:
+        """True if only one backend serves the model, so that no other one can take its requests."""
+        return len(self._members()) == 1
+
     def _use_if_proved(self) -> bool:
         """True if it is known, without asking llama-server, that ``ready`` would return at once. Then this call counts
         as a use of the model.
@@ -208,7 +213,7 @@ class Pool:
             return False
         members = self._members()
         if len(members) == 1:
-            return members[0].use_if_proved()
+            return members[0].process.use_if_proved()
         return any(backend.session is not None for backend in members)
 
     async def ready_with(
@@ -245,21 +250,12 @@ class Pool:
         """Check that the process of ``lease`` is alive, if there are several backends: the request may have waited,
         and the model may be another one now. Raises BackendRestarted and BackendDown. Canceling is safe.
         """
-        backend = self.backend_of(lease)
-        if len(self._fleet) > 1 and not backend.use_if_proved():
-            await self._ask_for_process(lease)
+        if len(self._fleet) > 1:
+            await self.backend_of(lease).process.confirm(lease.table, is_only=self._is_single)
 
     def check_process(self, lease: Lease) -> Awaitable[None] | None:
-        """Check, when the connection for a request of ``lease`` is open, that it leads to the process whose slot was
-        leased. Returns None if it does, because an older connection to that process is still open. Otherwise returns
-        an awaitable that asks llama-server, and raises as ``confirm`` does. Without this check, a process that has
-        taken the port within milliseconds after ``confirm``, perhaps with another model, would answer.
-        """
-        is_known = lease.table.is_current and self.backend_of(lease).is_same_process
-        return None if is_known else self._ask_for_process(lease)
-
-    async def _ask_for_process(self, lease: Lease) -> None:
-        await self.backend_of(lease).confirm(lease.table, is_only=len(self._members()) == 1)
+        """``ProcessCheck.at_connection`` for the process of ``lease``."""
+        return self.backend_of(lease).process.at_connection(lease.table, is_only=self._is_single)
 
     def may_try_elsewhere(self, backend: Backend) -> bool:
         """True if another backend can take a request that ``backend`` has failed, now or soon."""

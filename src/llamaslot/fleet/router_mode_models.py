@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.health import note_sleep
+from llamaslot.backend.presence import note_sleep
 from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.fleet.managed_models import ServedOnDemand
 from llamaslot.fleet.on_demand import OnDemand

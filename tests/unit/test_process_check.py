@@ -1,12 +1,12 @@
-"""How a backend shows that the process of its llama-server is alive."""
+"""How it is found out that the process of a llama-server is alive, and when it need not be asked."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
-import pytest
-
-from llamaslot.backend.health import Presence, Proof
+from llamaslot.backend.presence import Presence
+from llamaslot.backend.process_check import ProcessCheck
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.llama.answers import Props
@@ -32,15 +32,14 @@ class Asked:
         return Props(1, 4_096, "", f"answer {number}", is_connected=lambda: self.is_connected)
 
 
-@pytest.fixture
-def proof() -> Proof:
+def check_of(asked: Asked) -> ProcessCheck:
     dispatcher = Dispatcher(SchedulingSettings(), QueueLimits(), lambda: 0.0)
-    return Proof(Presence("gpu0"), dispatcher.add("gpu0"))
+    return ProcessCheck(cast("Any", asked), dispatcher.add("gpu0"), Presence("gpu0"), cast("Any", None))
 
 
-async def ask(proof: Proof, asked: Asked, n: int) -> list[asyncio.Task[Props | BackendDown]]:
+async def ask(check: ProcessCheck, n: int) -> list[asyncio.Task[Props | BackendDown]]:
     owner = TaskOwner()
-    tasks = [owner.spawn(outcome(lambda: proof.ask(asked.props), BackendDown), "ask") for _ in range(n)]
+    tasks = [owner.spawn(outcome(check.ask, BackendDown), "ask") for _ in range(n)]
     await asyncio.sleep(0)
     return tasks
 
@@ -50,28 +49,31 @@ async def told(task: asyncio.Task[Props | BackendDown]) -> str:
     return answer.boot_id if isinstance(answer, Props) else str(answer)
 
 
-async def test_requests_that_come_before_the_answer_share_it(proof: Proof) -> None:
+async def test_requests_that_come_before_the_answer_share_it() -> None:
     """A burst costs one question."""
     asked = Asked()
-    tasks = await ask(proof, asked, 5)
+    check = check_of(asked)
+    tasks = await ask(check, 5)
     asked.answers.set()
     assert [await told(task) for task in tasks] == ["answer 1"] * 5
-    assert (await proof.ask(asked.props)).boot_id == "answer 2"
+    assert (await check.ask()).boot_id == "answer 2"
 
 
-async def test_after_a_failure_each_asks_again(proof: Proof) -> None:
+async def test_after_a_failure_each_asks_again() -> None:
     """The error of one request is not that of others."""
     asked = Asked()
+    check = check_of(asked)
     asked.error = BackendDown("is gone")
-    tasks = await ask(proof, asked, 3)
+    tasks = await ask(check, 3)
     asked.answers.set()
     assert [await told(task) for task in tasks] == ["is gone", "answer 2", "answer 3"]
 
 
-async def test_after_a_cancelled_question_each_asks_again(proof: Proof) -> None:
+async def test_after_a_cancelled_question_each_asks_again() -> None:
     """Canceling a request that only waits for the answer has no effect on others."""
     asked = Asked()
-    first, second, third = await ask(proof, asked, 3)
+    check = check_of(asked)
+    first, second, third = await ask(check, 3)
     second.cancel()
     await asyncio.wait([second])
     first.cancel()
@@ -80,10 +82,11 @@ async def test_after_a_cancelled_question_each_asks_again(proof: Proof) -> None:
     assert await told(third) == "answer 2"
 
 
-async def test_an_answer_of_a_process_that_died_meanwhile_is_not_shared(proof: Proof) -> None:
+async def test_an_answer_of_a_process_that_died_meanwhile_is_not_shared() -> None:
     """Its connection is closed. Another process may have its port."""
     asked = Asked()
-    tasks = await ask(proof, asked, 2)
+    check = check_of(asked)
+    tasks = await ask(check, 2)
     asked.is_connected = False
     asked.answers.set()
     assert [await told(task) for task in tasks] == ["answer 1", "answer 2"]
