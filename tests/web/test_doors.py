@@ -134,7 +134,9 @@ async def test_no_log_line_holds_a_key_or_a_prompt(tmp_path: Path, caplog: pytes
                 writer.close()
                 await writer.wait_closed()
     lines = [logging.Formatter("%(name)s %(message)s").format(record) for record in caplog.records]
-    assert any("answered for key:ada in slot" in line and "prompt tokens computed" in line for line in lines)
+    assert any(
+        "answered user key:ada from slot" in line and "prompt tokens computed" in line for line in lines
+    )
     assert any("Invalid header value char" in line for line in lines), "why is still said"
     # The tests' own fake logs too.
     assert [line for line in lines if word in line or key in line or "upstream" in line.split()] == []

@@ -192,7 +192,7 @@ class Probes:
                 self.rates.size.observe(saved.n_tokens, saved.n_bytes)
             except SlotActionFailed as error:
                 log.warning(
-                    "%s: no probe could be saved, so llamaslot estimates the size of snapshots: %s",
+                    "%s: llamaslot estimates how large snapshots are, because a trial save failed: %s",
                     self.api.name, error,
                 )  # fmt: skip
             finally:
@@ -254,7 +254,7 @@ class Probes:
             is_end_enough = await reused(parted + head(other, 2)) == count(parted)
         except SlotActionFailed as error:
             log.info(
-                "%s: no probe could be restored, so llamaslot assumes that slot files hold checkpoints: %s",
+                "%s: llamaslot assumes that slot files hold checkpoints, because a trial save or restore failed: %s",
                 self.api.name, error,
             )  # fmt: skip
             return Files()

@@ -284,7 +284,11 @@ class Backend:
         except (BackendDown, BackendRestarted):
             raise
         except Exception as error:  # a bug in llamaslot must not prevent answers
-            log.exception("%s: internal error in llamaslot while connecting; please report it", self.name)
+            log.exception(
+                "%s: internal error in llamaslot while connecting, so llama-server chooses the slots (assist is off);"
+                " please report it",
+                self.name,
+            )
             return handshake.give_up(error)
 
     async def _until_healthy(self) -> None:

@@ -318,7 +318,7 @@ class ChunkedPrefill:
                         self.feedback.progressed(lease.table, last, event, chunk.end)
                     last = event
                     lease.set_progress(event.processed)
-                    long.report(self._progress(long, n_found, event))
+                    long.report(self._state_after(long, n_found, event))
                     chunk.limit = limit
                     self._reconsider()
                 else:
@@ -354,7 +354,9 @@ class ChunkedPrefill:
             long.no_stop_before, long.at = 2 * long.at, n_found
         return False
 
-    def _progress(self, long: LongPrompt, n_found: int, event: Progress) -> Prefilling:
+    def _state_after(self, long: LongPrompt, n_found: int, event: Progress) -> Prefilling:
+        """Return how far the prompt is computed in all its chunks, for the client. ``event``: llama-server's progress
+        in the present chunk, for which it has found ``n_found`` tokens in the slot."""
         n_reused = long.n_reused if long.has_begun else n_found
         return Prefilling(
             event.processed, long.lease.request.n_tokens, n_reused, long.seconds + event.seconds

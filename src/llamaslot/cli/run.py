@@ -188,7 +188,7 @@ def _config(
         "store": {"quota": quota, "meta_dir": part.meta_dir},
         "shutdown": {"drain_s": stop_s * DRAIN_SHARE},
     }
-    _remember(part.meta_dir / RUN_CONFIG, settings)
+    _write_run_config(part.meta_dir / RUN_CONFIG, settings)
     try:
         return Config.of(settings, "llamaslot run", Path.cwd())
     except ConfigError as error:
@@ -196,7 +196,7 @@ def _config(
         raise ConfigError("llamaslot run", lines) from None
 
 
-def _remember(path: Path, settings: dict[str, Any]) -> None:
+def _write_run_config(path: Path, settings: dict[str, Any]) -> None:
     """Write the settings, without keys, to ``path``, where commands with ``--store`` find them. Raises ConfigError."""
     import json
 

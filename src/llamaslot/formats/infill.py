@@ -134,10 +134,10 @@ class Infill:
             text, name = chunk.get("text"), chunk.get("filename", _UNNAMED)
             if not isinstance(text, str) or not isinstance(name, str):
                 raise PromptNotTokenizable("a chunk without a text, or with a name that is none")
-            mark = await self._remembered(f"{name}\n" if layout.file else _SNIPPET, whose)
-            parts += [layout.file, mark, await self._remembered(text, whose)]
+            mark = await self._tokenized(f"{name}\n" if layout.file else _SNIPPET, whose)
+            parts += [layout.file, mark, await self._tokenized(text, whose)]
         if layout.file:
-            parts += [layout.file, await self._remembered(_FILE, whose)]
+            parts += [layout.file, await self._tokenized(_FILE, whose)]
         return b"".join(parts)
 
     async def _text_or_mixed(self, given: Any) -> bytes:
@@ -159,7 +159,10 @@ class Infill:
                 )
         return b"".join(parts)
 
-    async def _remembered(self, text: str, whose: str) -> bytes:
+    async def _tokenized(self, text: str, whose: str) -> bytes:
+        """Return the tokens of ``text``, from the cache of the namespace ``whose`` if they are there; else they are put
+        into it. Raises as ``LlamaServer.tokenize``.
+        """
         key = (whose, text)
         if (tokens := self._known.pop(key, None)) is None:
             tokens = await self._plain(text)

@@ -198,7 +198,7 @@ class Downstream:
                 said = comment(str(self.state)) if self.config.comments else b""
             else:
                 has_moved.clear()
-                if not (said := self._progress()):
+                if not (said := self._progress_event()):
                     continue  # the API has no such event: comments are all that it gets
             at = loop.time() + self.config.keepalive_s
             try:
@@ -206,8 +206,10 @@ class Downstream:
             except ClientGone:
                 return  # aiohttp notices too, and cancels the handler
 
-    def _progress(self) -> bytes:
-        """Return the progress event for the present state; empty if the state is no prefill any more."""
+    def _progress_event(self) -> bytes:
+        """Return the event that tells the client how much of its prompt is computed, in the format of its API. Returns
+        no bytes if the request is not in prefill now, or its API has no such event.
+        """
         state = self.state
         return self.progress(state) if self.progress is not None and isinstance(state, Prefilling) else b""
 

@@ -320,7 +320,7 @@ class _Exchange:
         purpose. Returns RetryNonStreamed if the request must be repeated without a stream.
         """
         if self.client_request.wants_progress:
-            self.down.progress = partial(self._progress, context, earlier.prefill_stats)
+            self.down.progress = partial(self._progress_event, context, earlier.prefill_stats)
         async with AsyncExitStack() as stack:
             async with self.down.waiting():
                 lease = await self._lease(stack, parsed, context, earlier)
@@ -393,10 +393,10 @@ class _Exchange:
             unpinned, in_one_piece=self.in_one_piece,
         )  # fmt: skip
 
-    def _progress(self, context: ModelContext, before: PrefillStats | None, state: Prefilling) -> bytes:
-        """Return the event that reports ``state``, the progress of llamaslot's own prefill; empty if the format has no
-        such events. ``before``: what was computed of the prompt at the places that the request had before, None if
-        nothing.
+    def _progress_event(self, context: ModelContext, before: PrefillStats | None, state: Prefilling) -> bytes:
+        """Return the event that tells the client how much of its prompt llamaslot has computed ahead, in this slot
+        (``state``) and in the slots that the request had before (``before``; None if there were none). Returns no bytes
+        if the client's API has no such event.
         """
         so_far = PrefillStats(state.n_reused, state.n_done, state.seconds)
         so_far = so_far if before is None else before.then(so_far)

@@ -438,7 +438,7 @@ class Answering:
         if not log.isEnabledFor(logging.INFO):
             return
         log.info(
-            "%s: answered for %s in slot %s (source %s): %d of %d prompt tokens computed%s, first byte after %.2f s,"
+            "%s: answered user %s from slot %s (source %s): %d of %d prompt tokens computed%s, first byte after %.2f s,"
             " complete after %.2f s",
             self.client_request.id, self.lease.request.user.id, self.lease.slot_name, self.source.value,
             n_computed, self.lease.request.n_tokens,

@@ -156,13 +156,16 @@ class PageState:
             "n_done": n_done,
             "n_tokens": lease.request.n_tokens if lease is not None else None,
             "n_answered": n_answered,
-            "tokens_per_s": self._speed(flight, now, n_done if is_reading else n_answered, is_reading),
+            "tokens_per_s": self._tokens_per_s(flight, now, n_done if is_reading else n_answered, is_reading),
             "gives_way_to": gives_way_to,
         }
 
-    def _speed(self, flight: InFlight, now: float, n_tokens: int | None, is_reading: bool) -> float | None:
-        """Return the tokens per second of a request's prompt or answer since the last look; None before the second
-        look, or while none came.
+    def _tokens_per_s(
+        self, flight: InFlight, now: float, n_tokens: int | None, is_reading: bool
+    ) -> float | None:
+        """Return the tokens per second of a request's prompt (``is_reading``), else of its answer, measured between two
+        calls at least 0.9 s apart. ``n_tokens``: how many there are now, None if unknown. Returns None at the first
+        call, and if ``n_tokens`` is unknown.
         """
         what = "prompt" if is_reading else "answer"
         last = self._speeds.get(flight.serial)

@@ -172,7 +172,7 @@ def _note(
             flight.answered(Source.SERVER.value, n_reused, n_prompt - n_reused, 0.0, None)
             flight.timed(reading.timings or {}, reading.n_predicted)
     log.info(
-        "%s: answered for %s by llama-server alone (request format %s, assist is off): %s of %s prompt tokens"
-        " reused, complete after %.2f s",
+        "%s: answered user %s from a slot that llama-server chose (assist is off; request format %s): %s of %s prompt"
+        " tokens reused, complete after %.2f s",
         lease.request.id, lease.request.user.id, format_.name, n_reused, n_prompt, time.monotonic() - began,
     )  # fmt: skip

@@ -18,10 +18,14 @@ class Save(Struct, frozen=True):
 
 
 class Erase(Struct, frozen=True):
+    """A step: llama-server empties the slot."""
+
     slot: SlotKey
 
 
 class Restore(Struct, frozen=True):
+    """A step: llama-server reads the snapshot with the id ``snapshot`` from disk into the slot, which is empty."""
+
     slot: SlotKey
     snapshot: str
 
@@ -78,11 +82,14 @@ class Place(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The decision that a request runs now: its slot, the steps that llamaslot performs before it sends the client's
-    request, and the number of tokens that it expects to reuse.
+    """The decision that a request gets a slot now.
 
-    ``next_best`` is the cheapest place in any other slot. With only one slot it is the cheapest place from another
-    source. It is None if there is neither. ``shared`` and ``branch``: those of the ``BackendView`` of its backend.
+    ``slot``: the slot. ``steps``: what llamaslot does in it, in this order, before it sends the client's request.
+    ``source`` and ``snapshot``: from where the first ``n_reused`` tokens of the prompt are to be reused, as in
+    ``Place``. ``cost``: what this place costs. ``next_best``: the place that would have been taken if this one did not
+    exist, for the journal: the cheapest one in another slot, or, with only one slot, from another source; None if there
+    is neither. ``shared`` and ``branch``: what the prompt has in common with slots and conversations of this backend,
+    see ``BackendView``.
     """
 
     slot: SlotKey

@@ -200,12 +200,6 @@ class HitRateModel:
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def rate(self, reuse_class: ReuseClass, age_s: float) -> float:
-        """Return the expected hits per second of a snapshot of this class at this age, without the factor for its
-        length.
-        """
-        return self._now()[reuse_class].rates[bucket_of(age_s)]
-
     def density(self, reuse_class: ReuseClass, age_s: float, n_tokens: int) -> float:
         """Return the expected hits per second of a snapshot of this class, age and length, over the holding time for
         which this mean is highest (the Gittins index of the rates).

@@ -243,7 +243,7 @@ class Tokenizer:
             tokens = known.tokens + tail
         else:
             tokens = await self._server.tokenize(text, add_special=True)
-        await self._remember(model, text, tokens, split)
+        await self._cache_text(model, text, tokens, split)
         return Prompt(tokens, text, whole=not known.n_cuts, whose=whose)
 
     async def _tail(self, specials: SpecialTokens, text: str, cut: TokenSpan) -> bytes | None:
@@ -261,9 +261,10 @@ class Tokenizer:
             )
         return None
 
-    async def _remember(self, model: _Model, text: str, tokens: bytes, split: _Split) -> None:
-        """Learn the special tokens in the new part of the text, and store the text with its tokens, for texts that
-        continue it. Errors while learning are ignored: the tokens of the request are known already.
+    async def _cache_text(self, model: _Model, text: str, tokens: bytes, split: _Split) -> None:
+        """Put ``text`` and its ``tokens`` into the tokenize cache, so that of a later text which begins like it only
+        the rest is tokenized. Before that, learn which special tokens the new part of ``text`` has: the cache cuts
+        texts there. If learning fails, no error is raised, because the request needs only its tokens.
         """
         with contextlib.suppress(LlamaslotError):
             await split.specials.learn(text[split.known.begin :])

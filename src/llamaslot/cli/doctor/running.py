@@ -44,7 +44,7 @@ def of_journal(status: Json, decisions: Sequence[Json]) -> Iterator[Finding]:
     yield _slots(status, decisions)
     yield _context(status)
     yield _found_again(decisions)
-    yield _speed(decisions)
+    yield _save_and_restore_speed(decisions)
 
 
 def _slots(status: Json, decisions: Sequence[Json]) -> Finding:
@@ -111,7 +111,8 @@ def _found_again(decisions: Sequence[Json]) -> Finding:
     return Finding(check, "ok", f"{len(told) - len(missed)} of {len(told)} were where llamaslot left them")
 
 
-def _speed(decisions: Sequence[Json]) -> Finding:
+def _save_and_restore_speed(decisions: Sequence[Json]) -> Finding:
+    """Return bytes per second of the saves and restores in the journal, and how long they stopped all streams."""
     check = "save and restore"
     acts = [
         act
