@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,6 +30,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def run(self, main: Coroutine[Any, Any, T]) -> T:
         """Run ``main`` to its end, then time does not pass any more."""
         return self.run_until_complete(main)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call ``function`` as a callback of this loop, and let nothing else run."""
+        before = asyncio._get_running_loop()
+        asyncio._set_running_loop(self)
+        try:
+            function()
+        finally:
+            asyncio._set_running_loop(before)
 
     def settle(self, rounds: int = 30) -> None:
         """Let all that is ready run, and what that makes ready, for so many rounds at most; time does not pass."""

@@ -150,7 +150,8 @@ class House:
         ):  # what was on its way to the new process is not there before it is met
             if op.kind == "send":
                 self.server.fail(op, BackendDown("gone"))
-        self.dispatcher.detach("stub", BackendDown("gone") if is_down else None)
+        error = BackendDown("gone") if is_down else None
+        self.loop.call(lambda: self.dispatcher.detach("stub", error))
 
     def _dropped(self, snapshot: Snapshot) -> None:
         if self.leases.table is not None:

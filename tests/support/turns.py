@@ -26,3 +26,9 @@ async def with_turns(work: Awaitable[T]) -> tuple[T, int]:
     result = await work
     await tasks.close()
     return result, n_turns
+
+
+async def until_idle() -> None:
+    """Let everything run that can run without waiting for time or for a socket."""
+    for _ in range(10):
+        await asyncio.sleep(0)

@@ -107,7 +107,7 @@ class Dispatcher:
         """Remove a backend that is not connected. If it was the last one, waiting requests get BackendRestarted."""
         del self.backends[backend]
         self.backends.changed()
-        self._fail_if_none_serves()
+        self.dispatch()  # what its requests were charged has been paid
 
     def attach(self, table: SlotTable) -> None:
         """Record that the backend named in ``table`` is connected, with these slots."""
@@ -120,7 +120,7 @@ class Dispatcher:
         other backends. With ``error`` it is down; if all backends are, queued and new requests get this error."""
         self._index.detach(backend)
         self.backends[backend].detach(error)
-        self._fail_if_none_serves()
+        self.dispatch(backend)  # requests that would rather have run there go elsewhere
 
     def _fail_if_none_serves(self) -> None:
         if (error := self.backends.why_none(is_queued=True)) is not None:

@@ -116,6 +116,7 @@ class Pool:
         if settings.prewarm is not self._settings.prewarm:
             self._prewarm.set_bodies(settings.prewarm)
         self._settings, self.dispatcher.queue.limits = settings, settings.limits
+        self.dispatcher.dispatch()  # more requests may be allowed to run now
 
     def __repr__(self) -> str:
         return f"<Pool {self.model.name if self.model is not None else None} {list(self.backends)}>"
