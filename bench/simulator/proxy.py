@@ -27,8 +27,8 @@ from llamaslot.cache.ids import count
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.store import Catalog, Snapshot

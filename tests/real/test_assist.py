@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend.abilities import Probes
+from llamaslot.backend.probes import Probes
 from llamaslot.llama.client import LlamaServer
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from tests.support import models
 from tests.support.harm import DEFAULTS, KINDS, RAM_ONLY, Flags, front
 from tests.support.jobs import team_of

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend.abilities import Files, Probes
+from llamaslot.backend.probes import Files, Probes
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.llama.client import LlamaServer
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.store import Catalog
 from llamaslot.store.quota import Limits
 from tests.support import models

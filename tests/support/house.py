@@ -29,8 +29,8 @@ from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent, SlotState

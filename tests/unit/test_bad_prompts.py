@@ -11,7 +11,7 @@ from llamaslot.errors import DeadlyPrompt, UpstreamError
 from llamaslot.fleet import bad_prompts
 from llamaslot.fleet.bad_prompts import BadPrompts
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 
 

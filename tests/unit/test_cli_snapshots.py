@@ -18,7 +18,7 @@ from llamaslot import cli
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cli.output import several, span, table
 from llamaslot.llama.identity import Identity
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.store.directory_lock import DirectoryLock
 from tests.support.snapshots import Shelter, some_tokens
 from tests.support.trees import Tree, words

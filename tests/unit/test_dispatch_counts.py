@@ -18,10 +18,10 @@ from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.fleet import dispatcher
 from llamaslot.fleet.queue import Queue, Waiting
 from llamaslot.observe.journal import DecisionRecorder, Journal
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.fairness import Shares
 from llamaslot.scheduling.placement import place
 from llamaslot.scheduling.plan import Plan, Save, Source, Wait
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request, User
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent

@@ -16,8 +16,8 @@ from llamaslot import cli
 from llamaslot.config.load import Config
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status
+from llamaslot.http.body_changes import SystemPrompts
 from llamaslot.http.reload import Reload
-from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.http.service_manager import ServiceManager
 from llamaslot.llama.managed.process import recommended_flags
 from llamaslot.observe.journal import Decision

@@ -133,7 +133,7 @@ FIELDS = {
         "llama/dry_run.py",
         "tokens/media.py",
         "tokens/tokenizer.py",
-        "tokens/variants.py",
+        "tokens/boundaries.py",
     },
     "responses": {"http/openapi.py"},
 }

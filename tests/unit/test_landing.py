@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import pytest
 
-from llamaslot.backend.abilities import Probes
+from llamaslot.backend.probes import Probes
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SlotActionFailed
 from llamaslot.llama.client import LlamaServer
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.store import DirectoryUnusable, QuotaExceeded, sidecar
 from llamaslot.store import landing as places
 from llamaslot.store.landing import NoLanding

@@ -16,8 +16,8 @@ from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendRestarted
 from llamaslot.observe.journal import DecisionRecorder, Journal
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import Cost, Plan, PrefillTo, Source
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import IllegalTransition, SlotKey, SlotState

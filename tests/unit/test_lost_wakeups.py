@@ -13,7 +13,7 @@ from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.pool import Pool, PoolSettings
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request, User
 from llamaslot.scheduling.settings import QueueLimits
 from tests.support.inprocess import spawn

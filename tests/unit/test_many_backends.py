@@ -17,9 +17,9 @@ from llamaslot.cache.ids import pack
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import TIE_S, place
 from llamaslot.scheduling.plan import Plan, Wait
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request, User
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent, SlotKey

@@ -11,9 +11,9 @@ from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import common, count, pack
 from llamaslot.cache.namespaces import Namespace, marker
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import place
 from llamaslot.scheduling.plan import Plan, Wait
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent

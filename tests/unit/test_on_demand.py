@@ -19,7 +19,7 @@ from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.managed_models import ServedOnDemand
 from llamaslot.fleet.on_demand import OnDemand, State
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.tasks import ChangeEvent, TaskOwner

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.scheduling.cost import Delay, Rates
 from llamaslot.scheduling.prefill_policy import GRAIN, Pending, chunk_end, next_up, pause_s, rank
 from llamaslot.scheduling.prefill_rate import PrefillRate
+from llamaslot.scheduling.rates import Delay, Rates
 from llamaslot.scheduling.settings import PrefillSettings
 
 MAX_S, SWITCH_S, CHUNK_S = 120.0, 0.1, 0.5

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from llamaslot.observe.recurring import AGAIN_S, OVER_S, Recurring
+from llamaslot.observe.recurring_faults import AGAIN_S, OVER_S, Recurring
 
 
 class Clock:

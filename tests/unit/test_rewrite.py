@@ -12,7 +12,7 @@ import pytest
 from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError
 from llamaslot.formats import FORMATS
-from llamaslot.formats.rewrite import READY, Rewriter, RewriteRule, Rewriting
+from llamaslot.formats.rewrite_rules import READY, Rewriter, RewriteRule, Rewriting
 
 CLAUDE = Rewriter(READY["claude-code-attribution"])
 DATE = RewriteRule(name="date", pattern=r"\d{4}-\d\d-\d\d", replace="today")

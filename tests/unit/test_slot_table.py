@@ -12,9 +12,9 @@ from llamaslot.cache.content import NOTHING, Content, SnapshotKind
 from llamaslot.cache.ids import head, pack
 from llamaslot.cache.namespaces import SHARED, Namespace
 from llamaslot.cache.reuse import CacheKind
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import place
 from llamaslot.scheduling.plan import Cost, Plan, Save, Source, Wait
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState

@@ -13,8 +13,8 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import Source
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent, SlotKey

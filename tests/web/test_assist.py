@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from llamaslot.backend import connect
-from llamaslot.backend.abilities import Probes
 from llamaslot.backend.health import Health
+from llamaslot.backend.probes import Probes
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served, spawn
 
 ONE, TWO, THREE = (letters(n, 800) for n in (1, 2, 3))

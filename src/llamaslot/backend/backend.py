@@ -28,7 +28,7 @@ from llamaslot.llama.answers import Props
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import DryRuns, RouteAvailability
 from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import SlotEvent

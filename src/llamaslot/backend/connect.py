@@ -15,7 +15,6 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from llamaslot.backend.abilities import Probes
 from llamaslot.backend.assist import (
     StandingAside,
     all_at_work,
@@ -29,6 +28,7 @@ from llamaslot.backend.assist import (
     silent,
     wrong_key,
 )
+from llamaslot.backend.probes import Probes
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.cache.content import NOTHING
@@ -46,7 +46,7 @@ from llamaslot.errors import (
 from llamaslot.llama.answers import Props, SlotAction, SlotInfo
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot, SlotEvent

@@ -27,7 +27,7 @@ from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, Snap
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.answers import SlotAction
 from llamaslot.observe.journal import Act
-from llamaslot.observe.recurring import Recurring
+from llamaslot.observe.recurring_faults import Recurring
 from llamaslot.scheduling.placement import prefill_stops
 from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, Source
 from llamaslot.store import Catalog, WithTokens

@@ -15,8 +15,8 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.reuse import CacheKind, Strikes
 from llamaslot.llama.answers import Progress
 from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats, Source
+from llamaslot.scheduling.rates import Rates
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 

@@ -34,9 +34,9 @@ from llamaslot.llama.answers import Progress
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.prefill_policy import GRAIN, Pending, ServerTime, chunk_end, next_up, pause_s
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.settings import PrefillSettings
 from llamaslot.tasks import ChangeEvent
 

@@ -25,8 +25,8 @@ from llamaslot.llama.answers import SlotAction
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.observe.recurring import Recurring
-from llamaslot.scheduling.cost import Rates
+from llamaslot.observe.recurring_faults import Recurring
+from llamaslot.scheduling.rates import Rates
 from llamaslot.store import Catalog, QuotaExceeded, Reservation, SavedSlot, WithTokens
 from llamaslot.store.deduplicate import Base
 from llamaslot.store.landing import NoLanding

@@ -21,9 +21,9 @@ from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, common, co
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
-from llamaslot.scheduling.cost import AnswerLength, Rates
 from llamaslot.scheduling.placement import BackendView, SlotView, is_other_conversation, return_likelihood
 from llamaslot.scheduling.plan import Plan, PrefillTo, Save
+from llamaslot.scheduling.rates import AnswerLength, Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState

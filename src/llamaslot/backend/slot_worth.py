@@ -34,8 +34,8 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.namespaces import InNamespaces, marker
 from llamaslot.cache.prefix_index import Near, PrefixIndex
 from llamaslot.cache.reuse import RewindModel
-from llamaslot.scheduling.cost import Rates, are_close
 from llamaslot.scheduling.placement import TIE_S, Ranked, ranked, return_likelihood, worth_a_look
+from llamaslot.scheduling.rates import Rates, are_close
 from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots

@@ -11,8 +11,8 @@ from llamaslot.cache.joined_index import Joined
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import Shared
 from llamaslot.cache.reuse import RewindModel
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import SnapshotView
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.store.model_snapshots import ModelSnapshots, PendingSave
 

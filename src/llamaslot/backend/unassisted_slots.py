@@ -5,7 +5,7 @@ from __future__ import annotations
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.client import LlamaServer
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.settings import SchedulingSettings
 from llamaslot.scheduling.slots import Slot
 

@@ -26,7 +26,7 @@ from llamaslot.cli.output import report_faults, several, span, table
 from llamaslot.cli.running import load, with_config_or_store
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.snapshot_value import ByValue, HitRateModel, SnapshotStats
 from llamaslot.sizes import readable_size
 from llamaslot.store.directory_lock import DirectoryLock, DirectoryUnusable

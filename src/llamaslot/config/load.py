@@ -41,7 +41,7 @@ from llamaslot.config.sections import (
 )
 from llamaslot.config.values import FilePath, Section, chat_file
 from llamaslot.errors import ConfigError
-from llamaslot.formats.rewrite import RewriteRule, distinct, in_force, is_ready, ready
+from llamaslot.formats.rewrite_rules import RewriteRule, distinct, in_force, is_ready, ready
 
 # Lists, where all others are mappings.
 _NOTHING: dict[str, Any] = {"prewarm": (), "rewrite": (), "rewrite_off": ()}

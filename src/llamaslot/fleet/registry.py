@@ -24,7 +24,7 @@ from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
 from llamaslot.fleet.router import Router
 from llamaslot.fleet.router_mode_models import RouterModeModels
 from llamaslot.formats import CHAT
-from llamaslot.formats.rewrite import Rewriting
+from llamaslot.formats.rewrite_rules import Rewriting
 from llamaslot.llama.answers import Props
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity

@@ -18,9 +18,9 @@ from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import BadRequest, NotAllowed, NotFound, shortened
 from llamaslot.fleet.pool import PoolStatus
 from llamaslot.fleet.registry import Registry
+from llamaslot.http.body_changes import SystemPrompts
 from llamaslot.http.openapi import DESCRIPTION, PATHS
 from llamaslot.http.reload import Reload
-from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.observe.journal import KEPT
 
 _DIGITS = 9  # of a number in a query that are read; int() refuses more than 4,300

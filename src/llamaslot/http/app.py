@@ -20,6 +20,7 @@ from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status, check_method
 from llamaslot.http.aiohttp_connection import Connection
 from llamaslot.http.auth import USER, Authenticator, Cors, is_own_page, refuse_foreign_page
+from llamaslot.http.body_changes import SystemPrompts, tell_rewrote
 from llamaslot.http.client_stream import MISTAKE, error_instead, error_response, name_itself
 from llamaslot.http.completion import Completions
 from llamaslot.http.health_check import health_of
@@ -29,7 +30,6 @@ from llamaslot.http.page_api import PageApi
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.reload import Reload
 from llamaslot.http.request_body import Uploads, close_behind, hold_back, speaks_http
-from llamaslot.http.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.http.tracing import Tracing
 from llamaslot.llama.routes import Route, classify
 from llamaslot.observe.history import History

@@ -39,6 +39,7 @@ from llamaslot.formats import FORMATS
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
 from llamaslot.http.auth import user_of
+from llamaslot.http.body_changes import SystemPrompts, marked, rewrote
 from llamaslot.http.client_stream import MISTAKE, Downstream
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
@@ -47,11 +48,10 @@ from llamaslot.http.in_flight import begins, by_operator, id_of, placed
 from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import PromptPart, joined
+from llamaslot.http.refusals import ensure_accepted, ensure_body_accepted, servers_error_for
 from llamaslot.http.request_body import NoObject, Uploads, parse_object, written
 from llamaslot.http.response_headers import of_placement
-from llamaslot.http.rewriting import SystemPrompts, marked, rewrote
 from llamaslot.http.unassisted import relay_unassisted
-from llamaslot.http.upstream_errors import ensure_accepted, ensure_body_accepted, servers_error_for
 from llamaslot.llama.answers import Response
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import PrefillStats

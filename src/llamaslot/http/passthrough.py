@@ -30,6 +30,7 @@ from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats import format_named
 from llamaslot.http.auth import user_of
+from llamaslot.http.body_changes import SystemPrompts, marked_bytes
 from llamaslot.http.client_stream import HAS_BEGUN, end_relayed
 from llamaslot.http.deadlines import Deadlines, Watchdog
 from llamaslot.http.forwarded_headers import to_server
@@ -37,7 +38,6 @@ from llamaslot.http.in_flight import begins, id_of, placed
 from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Uploads, parse_object
 from llamaslot.http.response_headers import BACKEND
-from llamaslot.http.rewriting import SystemPrompts, marked_bytes
 from llamaslot.http.unassisted import serve_unassisted
 from llamaslot.llama.answers import Response, error_of
 from llamaslot.llama.routes import Route, origin_form

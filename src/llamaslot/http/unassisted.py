@@ -26,6 +26,7 @@ from llamaslot.formats import format_named
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
 from llamaslot.http.auth import user_of
+from llamaslot.http.body_changes import marked_bytes, rewrote
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.forwarded_headers import to_client, to_server
@@ -33,7 +34,6 @@ from llamaslot.http.in_flight import id_of, in_flight, placed
 from llamaslot.http.parse import max_tokens
 from llamaslot.http.relay import relay
 from llamaslot.http.response_headers import ASSIST_OFF, BACKEND
-from llamaslot.http.rewriting import marked_bytes, rewrote
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.answers import Response, error_of, media_type_of
 from llamaslot.llama.routes import Route, origin_form

@@ -1,5 +1,5 @@
-"""The speed of prefill, learned from one backend: how long tokens take at which depth. Pure, as ``cost``, which has the
-other rates.
+"""The speed of prefill, learned from one backend: how long tokens take at which depth. Pure, as ``rates``, which has
+the other rates.
 """
 
 from __future__ import annotations

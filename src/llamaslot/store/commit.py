@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
-from llamaslot.observe.recurring import Recurring
+from llamaslot.observe.recurring_faults import Recurring
 from llamaslot.store import scan, sidecar
 from llamaslot.store.deduplicate import Base, DataLost, Intake, RowsDiffer, let_go, look, take_in
 from llamaslot.store.landing import Landing, copy_file

@@ -18,7 +18,7 @@ from typing import Any
 import aiofiles
 import orjson
 
-from llamaslot.observe.recurring import Recurring
+from llamaslot.observe.recurring_faults import Recurring
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 from msgspec import Struct
 
 from llamaslot.errors import LlamaslotError
-from llamaslot.observe.recurring import Recurring
+from llamaslot.observe.recurring_faults import Recurring
 from llamaslot.sizes import readable_size
 from llamaslot.store import scan
 from llamaslot.store.file_references import FileReferences

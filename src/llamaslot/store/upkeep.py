@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.observe.recurring import Recurring
+from llamaslot.observe.recurring_faults import Recurring
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory_lock import LOCK_NAME
 from llamaslot.store.learned import HitLog

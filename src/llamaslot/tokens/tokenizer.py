@@ -17,10 +17,10 @@ from msgspec import Struct
 from llamaslot.cache.ids import WIDTH, common, count, head, pack
 from llamaslot.errors import BadRequest, LlamaslotError, PromptNotTokenizable, Reason, UpstreamError
 from llamaslot.tasks import gather
+from llamaslot.tokens.boundaries import openings, system_variant, variants_of
 from llamaslot.tokens.media import has_media, text_before, up_to_medium
 from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenizeRoute, TokenSpan
 from llamaslot.tokens.tokenize_cache import Known, PartCache, TokenizeCache, spaced
-from llamaslot.tokens.variants import openings, system_variant, variants_of
 
 log = logging.getLogger(__name__)
 

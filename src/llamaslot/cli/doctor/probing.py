@@ -11,8 +11,8 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from llamaslot.backend.abilities import NO_DIRECTORY, NO_SAVE_PATH, Probes, meaningless_tokens
 from llamaslot.backend.assist import clears_idle_slots, no_slots, not_understood, wrong_key
+from llamaslot.backend.probes import NO_DIRECTORY, NO_SAVE_PATH, Probes, meaningless_tokens
 from llamaslot.cache.ids import head, unpack
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.cli.doctor.findings import Finding, State
@@ -22,7 +22,7 @@ from llamaslot.config.sections import BackendConfig
 from llamaslot.errors import LlamaslotError, SlotActionFailed, UpstreamError
 from llamaslot.llama.answers import Props, SlotInfo
 from llamaslot.llama.client import ACTION_S, LlamaServer
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.sizes import readable_size
 from llamaslot.tasks import TaskOwner
 

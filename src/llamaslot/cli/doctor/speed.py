@@ -10,7 +10,7 @@ import time
 import orjson
 from msgspec import Struct
 
-from llamaslot.backend.abilities import meaningless_tokens
+from llamaslot.backend.probes import meaningless_tokens
 from llamaslot.cache.ids import unpack
 from llamaslot.cli.doctor.slots_taken import until_idle
 from llamaslot.llama.answers import Progress, next_piece

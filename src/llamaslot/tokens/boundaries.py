@@ -1,5 +1,5 @@
-"""Makes variants of a chat body that begin like the body and go on differently after one of its parts. The prompts of
-body and variant diverge where that part ends.
+"""Finds the boundaries of a chat, where its parts end: makes variants of its body that begin like the body and go on
+differently after one part. The prompts of body and variant diverge where that part ends.
 """
 
 from __future__ import annotations

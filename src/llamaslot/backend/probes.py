@@ -19,7 +19,7 @@ from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
 from llamaslot.llama.answers import Props
 from llamaslot.llama.client import ACTION_S, LlamaServer
 from llamaslot.llama.identity import N_PROBS, Identity, architecture, gguf_mark, probe_tokens, told_properties
-from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.rates import Rates
 from llamaslot.store import NotShared, QuotaExceeded, Reservation, prove_shared
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.scheduling.cost import AnswerLength, Rates, SnapshotSize, TransferRate
 from llamaslot.scheduling.prefill_rate import PrefillRate
+from llamaslot.scheduling.rates import AnswerLength, Rates, SnapshotSize, TransferRate
 
 TOKENS = st.integers(-10, 200_000)
 SIZES = st.integers(-10, 2**40)

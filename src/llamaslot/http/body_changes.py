@@ -15,7 +15,7 @@ from aiohttp import web
 from llamaslot.errors import BadRequest
 from llamaslot.fleet.failover import Attempts
 from llamaslot.formats.base import Format
-from llamaslot.formats.rewrite import LIMIT_S, RewriteRule, Rewriting
+from llamaslot.formats.rewrite_rules import LIMIT_S, RewriteRule, Rewriting
 from llamaslot.http.request_body import parse_object
 from llamaslot.observe.metrics import Metrics
 from llamaslot.tokens.media import MEDIA_KEY, PROMPTS, with_marker
