@@ -167,6 +167,7 @@ class Viewer:
         self.client, self.is_drawn = Client(port), asyncio.Event()
         self.store: asyncio.TimerHandle | None = None
         self.stored_at = 0.0
+        self.n_told = 0
         self.tasks = TaskOwner()
         self.tasks.spawn(self.watch(), "watch")
 
@@ -175,6 +176,7 @@ class Viewer:
         writer.write(b"GET /llamaslot/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         try:
             while told := await reader.read(2**18):
+                self.n_told += told.count(b"event: ")
                 if b"event: all" in told:
                     await self.get("activity?n=2000&after=0")
                     await self.get("history?span=hour&by=all")
@@ -309,9 +311,11 @@ class Load:
         return {"begun_s": time.perf_counter() - start}
 
     async def listen(
-        self, seconds: float, port: int = 0, cold_per_s: float = 0.0, n_tokens: int = 0
+        self, seconds: float, port: int = 0, cold_per_s: float = 0.0, n_tokens: int = 0, *, keep: bool = False
     ) -> dict[str, Any]:
-        """Count the events of the streams that are held; beside requests of ``n_tokens`` at ``port``, if any."""
+        """Count the events of the streams that are held; beside requests of ``n_tokens`` at ``port``, if any.
+        ``keep``: return each delay too.
+        """
         for _, connection, _ in self.held:
             connection.got.delays_s.clear()
             connection.got.body.clear()
@@ -326,7 +330,8 @@ class Load:
         else:
             await asyncio.sleep(seconds)
         delays = [delay for _, connection, _ in self.held for delay in connection.got.delays_s]
-        return {"n": len(delays), "p50_s": percentile(delays, 0.5), "p99_s": percentile(delays, 0.99)}
+        answer = {"n": len(delays), "p50_s": percentile(delays, 0.5), "p99_s": percentile(delays, 0.99)}
+        return {**answer, "delays_s": delays} if keep else answer
 
     async def release(self, upstream_port: int) -> None:
         """End the streams that are held, and wait for that."""
@@ -393,11 +398,12 @@ class Load:
         async with asyncio.timeout(_PATIENCE_S):
             await asyncio.gather(*(viewer.is_drawn.wait() for viewer in begun))
 
-    async def leave(self) -> None:
-        """All of them are closed."""
+    async def leave(self) -> int:
+        """All of them are closed. Returns the number of events that each one has received at least."""
         viewers, self.viewers = self.viewers, []
         for viewer in viewers:
             await viewer.close()
+        return min((viewer.n_told for viewer in viewers), default=0)
 
     async def health(self, port: int, n: int, at_once: int) -> dict[str, Any]:
         """``GET /health`` as ``ab -k -c`` does it: on kept connections."""

@@ -265,9 +265,11 @@ class LoadFailed(Exception):
 
 
 class Load:
-    """The process that asks (``bench.proxy.load``)."""
+    """The process that asks (``bench.proxy.load``). ``is_elsewhere``: it stands for programs on other machines, and
+    runs only while nothing else wants the core.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_elsewhere: bool = False) -> None:
         env = environment({"PYTHONPATH": str(REPOSITORY)})
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.proxy.load"],
@@ -276,6 +278,8 @@ class Load:
             env=env,
             cwd=REPOSITORY,
         )
+        if is_elsewhere:
+            os.sched_setscheduler(self._process.pid, os.SCHED_IDLE, os.sched_param(0))
 
     def do(self, task: str, **arguments: Any) -> Any:
         """One of its tasks, to its end. Raises LoadFailed."""

@@ -16,11 +16,11 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
 
-_SLICE_S = 0.002  # of work between two turns of other tasks
+_SLICE_S = 0.0002  # of work between two turns of other tasks: streams wait for half of it, a turn takes 20 us
 
 
 async def in_slices(items: Iterable[T]) -> AsyncGenerator[T]:
-    """Iterate over ``items``, and let other tasks run after every 2 ms. Canceling is safe."""
+    """Iterate over ``items``, and let other tasks run after every 0.2 ms. Canceling is safe."""
     since = time.monotonic()
     for item in items:
         yield item

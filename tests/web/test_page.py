@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from llamaslot.sizes import readable_size
 from llamaslot.tasks import TaskOwner
 from tests.support.inprocess import CHAT, NATIVE, Served, letters, served, spawn
 from tests.support.real import free_port
+from tests.support.turns import with_turns
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
@@ -220,10 +222,11 @@ async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.Monk
     monkeypatch.setattr(page_api, "_LEAST_S", 0.0)
     n, changed = 0, asyncio.Event()
 
-    def state() -> dict[str, Any]:
+    async def state() -> AsyncIterator[tuple[str, Any]]:
         nonlocal n
         n += 1
-        return {"big": "x" * 100_000 + str(n), "small": n // 10}
+        yield "big", "x" * 100_000 + str(n)
+        yield "small", n // 10
 
     events = PageEvents(state, changed, TaskOwner())
     app = web.Application()
@@ -251,14 +254,30 @@ async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.Monk
         await runner.cleanup()
 
 
+async def test_other_tasks_run_between_the_parts_of_a_look() -> None:
+    """One look in one piece would hold up all streams of answers."""
+
+    async def state() -> AsyncIterator[tuple[str, Any]]:
+        for n in range(50):
+            yield f"flight:{n}", n
+
+    event, n_turns = await with_turns(PageEvents(state, asyncio.Event(), TaskOwner())._look())
+    assert event.startswith(b"event: change\n")
+    assert n_turns >= 50
+
+
 async def test_streams_end_if_the_state_cannot_be_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """So that pages ask again, and are not shown what is no longer so."""
-    states: list[dict[str, Any]] = [{"n": 1}]
+    states = [1]
     monkeypatch.setattr(page_api, "_LEAST_S", 0.0)
     monkeypatch.setattr(page_api, "_EVERY_S", 0.01)
-    events = PageEvents(lambda: states.pop(), asyncio.Event(), TaskOwner())
+
+    async def state() -> AsyncIterator[tuple[str, Any]]:
+        yield "n", states.pop()
+
+    events = PageEvents(state, asyncio.Event(), TaskOwner())
     app = web.Application()
     app.router.add_get("/", events.watch)
     async with TestClient(TestServer(app)) as client:

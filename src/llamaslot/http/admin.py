@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 from aiohttp import web
@@ -12,8 +13,6 @@ from llamaslot import __version__
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.leases import Leases
-from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import BadRequest, NotAllowed, NotFound, shortened
 from llamaslot.fleet.pool import PoolStatus
@@ -22,6 +21,7 @@ from llamaslot.http.body_changes import SystemPrompts
 from llamaslot.http.openapi import DESCRIPTION, PATHS
 from llamaslot.http.reload import Reload
 from llamaslot.observe.journal import KEPT
+from llamaslot.scheduling.slots import Slot
 
 _DIGITS = 9  # of a number in a query that are read; int() refuses more than 4,300
 
@@ -142,9 +142,14 @@ def _users(pools: list[PoolStatus]) -> list[dict[str, Any]]:
 
 
 def status_of(backend: Backend) -> dict[str, Any]:
-    """Return a backend's model, slots and warnings at present, as JSON for ``/llamaslot/status``; ``http.openapi``
+    """Return the present state of a backend and its slots, as JSON for ``/llamaslot/status``; ``http.openapi``
     describes it. It has no tokens or texts from the slots.
     """
+    return {**without_slots(backend), "slots": [told for told, _, _ in slots_of(backend)]}
+
+
+def without_slots(backend: Backend) -> dict[str, Any]:
+    """Return a backend's model, health and warnings at present, as JSON."""
     session, table = backend.session, backend.leases.table
     return {
         "name": backend.name,
@@ -157,36 +162,40 @@ def status_of(backend: Backend) -> dict[str, Any]:
         "cache_kind": table.cache_kind.value if table else None,
         "warnings": list(session.warnings) if session else [],
         "assist": _assist_status(session) if session else None,
-        "slots": _slot_status(backend.leases, table) if table and table.is_assisted else [],
     }
 
 
-def _slot_status(every: Leases, table: SlotTable) -> list[dict[str, Any]]:
+def slots_of(backend: Backend) -> Iterator[tuple[dict[str, Any], Slot, Lease | None]]:
+    """Yield each slot of a backend: its present state as JSON, the slot itself, and its lease. Yields nothing while
+    llama-server chooses the slots. The next slot is computed when the iterator comes to it.
+    """
+    table = backend.leases.table
+    if table is None or not table.is_assisted:
+        return
     # An exclusive request has no slot until llama-server has chosen one.
     leases = {
-        lease.slot_id: lease for lease in every.leases if lease.table is table and lease.slot is not None
+        lease.slot_id: lease
+        for lease in backend.leases.leases
+        if lease.table is table and lease.slot is not None
     }
     prefills = {
         slot_id: {"n_done": lease.n_done, "n_tokens": lease.request.n_tokens}
         for slot_id, lease in leases.items()
         if lease.is_long
     }
-    told = []
     for slot in table.slots:
         lease = leases.get(slot.id)
         n_tokens, is_dirty = _held(slot.content, lease)
-        told.append(
-            {
-                "id": slot.id,
-                "state": slot.state.value,
-                "n_tokens": n_tokens,
-                "is_dirty": is_dirty,
-                "is_worth_saving": table.worth.is_worth_saving(slot),
-                "prefill": prefills.get(slot.id),
-                "user": (lease.request.user.id or None) if lease is not None else None,
-            }
-        )
-    return told
+        told = {
+            "id": slot.id,
+            "state": slot.state.value,
+            "n_tokens": n_tokens,
+            "is_dirty": is_dirty,
+            "is_worth_saving": table.worth.is_worth_saving(slot),
+            "prefill": prefills.get(slot.id),
+            "user": (lease.request.user.id or None) if lease is not None else None,
+        }
+        yield told, slot, lease
 
 
 def _held(content: Content, lease: Lease | None) -> tuple[int, bool]:

@@ -4,7 +4,9 @@ that only changes are sent.
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import AsyncGenerator
 from datetime import date, datetime
 from typing import Any
 
@@ -18,12 +20,13 @@ from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.fleet.queue import QueuePosition
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.comments import Comment
-from llamaslot.http.admin import status_of
+from llamaslot.http.admin import slots_of, without_slots
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import Writer
 from llamaslot.http.in_flight import InFlight, Requests
 from llamaslot.observe.series import Sums
 from llamaslot.sizes import readable_size
+from llamaslot.tasks import in_slices
 
 State = dict[str, Any]
 
@@ -53,23 +56,27 @@ class PageState:
         self._headline_at, self._n_seen = -_FRESH_S, -1
         self._ended: list[State] = []
 
-    def state(self) -> State:
-        """Return the state as JSON by key: ``about``, ``headline``, ``store``, ``backend:NAME``, ``flight:SERIAL``, and
+    async def state(self) -> AsyncGenerator[tuple[str, Any]]:
+        """Yield the state as JSON by key: ``about``, ``headline``, ``store``, ``backend:NAME``, ``flight:SERIAL``, and
         ``ended``, the requests that have ended last, newest first.
 
-        All pages get it from one look: twenty pages that asked for the parts separately held up all streams.
+        All pages get it from one look: twenty pages that asked for the parts separately held up all streams. The caller
+        lets other tasks run between the parts: in one piece, all of it took 1 ms with 20 slots. Canceling is safe.
         """
         requests, now = self._requests, time.monotonic()
         requests.digest()
+        await asyncio.sleep(0)
         self._speeds = {serial: speed for serial, speed in self._speeds.items() if serial in requests.running}
-        told: State = {"about": self._about(), "headline": self.headline(now), "store": self._store()}
+        yield "about", self._about()
+        yield "headline", await self.headline(now)
+        yield "store", self._store()
         if ended := self._latest():
-            told["ended"] = ended
+            yield "ended", ended
         for backend in self._registry.backends:
-            told[f"backend:{backend.name}"] = self._backend(backend, now)
-        for serial, flight in requests.running.items():
-            told[f"flight:{serial}"] = self.flight(flight, now)
-        return told
+            yield f"backend:{backend.name}", await self._backend(backend, now)
+        for serial, flight in list(requests.running.items()):
+            if serial in requests.running:
+                yield f"flight:{serial}", self.flight(flight, now)
 
     def _about(self) -> State:
         return {
@@ -78,16 +85,19 @@ class PageState:
             "queue": sum(pool.n_waiting for pool in self._registry.pools),
         }
 
-    def headline(self, now: float) -> State:
+    async def headline(self, now: float) -> State:
         """Return the sums of today, and those since the history began. They are computed at most every 10 s, and when a
-        request has ended.
+        request has ended. Canceling is safe.
         """
         history = self._requests.history
         n_seen = history.latest[-1].serial if history.latest else 0
         if n_seen != self._n_seen or now - self._headline_at >= _FRESH_S:
             midnight = datetime.combine(date.today(), datetime.min.time()).timestamp()
+            today = Sums()
+            async for part in in_slices(history.series.since(midnight)):
+                today.add(part)
             self._headline = {
-                "today": _figures(history.series.since(midnight)),
+                "today": _figures(today),
                 "ever": _figures(history.series.ever),
                 "midnight": midnight,
                 "is_kept": history.is_kept,
@@ -114,14 +124,11 @@ class PageState:
             "quota_bytes": registry.quota_bytes,
         }
 
-    def _backend(self, backend: Backend, now: float) -> State:
-        told = {**status_of(backend), "last_model": backend.model_name}
-        table = backend.leases.table
-        if table is None:
-            return told
-        leases = {lease.slot.id: lease for lease in backend.leases.leases if lease.slot is not None}
-        for slot in told["slots"]:
-            own, lease = table.slots[slot["id"]], leases.get(slot["id"])
+    async def _backend(self, backend: Backend, now: float) -> State:
+        slots: list[State] = []
+        told = {**without_slots(backend), "last_model": backend.model_name, "slots": slots}
+        async for slot, own, lease in in_slices(slots_of(backend)):
+            slots.append(slot)
             if lease is None:
                 slot["n_tokens"] = own.content.n_held  # including its last answer
             slot["snapshot"] = own.content.snapshot
