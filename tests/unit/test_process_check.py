@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
+import pytest
+
+from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.presence import Presence
 from llamaslot.backend.process_check import ProcessCheck
-from llamaslot.errors import BackendDown
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.errors import BackendDown, BackendRestarted
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.llama.answers import Props
+from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
 from llamaslot.tasks import TaskOwner, outcome
 
@@ -32,9 +37,43 @@ class Asked:
         return Props(1, 4_096, "", f"answer {number}", is_connected=lambda: self.is_connected)
 
 
-def check_of(asked: Asked) -> ProcessCheck:
-    dispatcher = Dispatcher(SchedulingSettings(), QueueLimits(), lambda: 0.0)
-    return ProcessCheck(cast("Any", asked), dispatcher.add("gpu0"), Presence("gpu0"), cast("Any", None))
+class Unloaded:
+    """A model that is unloaded as soon as no request has a lease. To wait until it is loaded would last for ever."""
+
+    def use_if_loaded(self, name: str) -> bool:
+        return False
+
+    async def serving(self, name: str) -> None:
+        raise AssertionError("the holder of a lease waits for itself")
+
+
+class Owner:
+    """A backend that is connected to the process that has given answer 1."""
+
+    def __init__(self) -> None:
+        self.table = SlotTable("gpu0", 1, 1024, settings=SchedulingSettings(), rates=Rates())
+        self.session = ServerSession(self.table, Props(1, 4_096, "", "answer 1"), "model")
+        self.lost_tables: list[SlotTable] = []
+
+    def lost(self, table: SlotTable) -> None:
+        self.lost_tables.append(table)
+
+    def doubt(self) -> None:
+        pass
+
+    def suspect(self) -> None:
+        pass
+
+
+def check_of(asked: Asked, owner: Owner | None = None, presence: Presence | None = None) -> ProcessCheck:
+    leases = Dispatcher(SchedulingSettings(), QueueLimits(), lambda: 0.0).add("gpu0")
+    return ProcessCheck(
+        cast("Any", asked), leases, presence or Presence("gpu0"), cast("Any", owner or Owner())
+    )
+
+
+def is_only() -> bool:
+    return False
 
 
 async def ask(check: ProcessCheck, n: int) -> list[asyncio.Task[Props | BackendDown]]:
@@ -90,3 +129,47 @@ async def test_an_answer_of_a_process_that_died_meanwhile_is_not_shared() -> Non
     asked.is_connected = False
     asked.answers.set()
     assert [await told(task) for task in tasks] == ["answer 1", "answer 2"]
+
+
+async def test_another_process_is_found_out_before_anything_is_done_in_a_leased_slot() -> None:
+    """And llamaslot connects to it. What has a lease is placed again."""
+    asked, owner = Asked(), Owner()
+    check = check_of(asked, owner)
+    asked.answers.set()
+    await check.confirm(owner.table, is_only)
+    assert owner.lost_tables == []
+    with pytest.raises(BackendRestarted):
+        await check.confirm(owner.table, is_only)
+    assert owner.lost_tables == [owner.table]
+
+
+async def test_a_lease_of_an_earlier_process_needs_no_question() -> None:
+    """Its slots are gone."""
+    asked, owner = Asked(), Owner()
+    with pytest.raises(BackendRestarted):
+        await check_of(asked, owner).confirm(Owner().table, is_only)
+    assert asked.n == 0
+
+
+async def test_a_new_connection_is_trusted_while_an_older_one_is_open() -> None:
+    """However long ago the process has told its properties."""
+    asked, owner = Asked(), Owner()
+    check = check_of(asked, owner)
+    asked.answers.set()
+    await check.confirm(owner.table, is_only)
+    assert check.at_connection(owner.table, is_only) is None
+    asked.is_connected = False
+    question = check.at_connection(owner.table, is_only)
+    assert question is not None
+    with pytest.raises(BackendRestarted):
+        await question
+    assert asked.n == 2
+
+
+async def test_the_holder_of_a_lease_never_waits_until_a_model_is_loaded() -> None:
+    """It only asks the process."""
+    asked, owner, presence = Asked(), Owner(), Presence("gpu0")
+    presence.on_demand = Unloaded()
+    asked.answers.set()
+    await check_of(asked, owner, presence).confirm(owner.table, is_only)
+    assert asked.n == 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from llamaslot.backend.connect import ServerSession
@@ -85,8 +85,8 @@ class ProcessCheck:
         """True if the process of ``session`` is alive. False if another one has taken its place; then llamaslot
         connects to that one. Raises BackendDown. Canceling is safe.
         """
-        if not session.is_assisted or self.use_if_proved():
-            return True  # when llamaslot stands aside, it assumes nothing about the slots
+        if self._needs_no_question(session):
+            return True
         try:
             props = await self.ask()
         except BackendDown:
@@ -98,31 +98,36 @@ class ProcessCheck:
         self.has_told(session, props)
         return True
 
-    async def confirm(self, table: SlotTable, *, is_only: bool) -> None:
+    async def confirm(self, table: SlotTable, is_only: Callable[[], bool]) -> None:
         """Check that the process of ``table`` is alive. The caller has a lease of one of its slots.
 
-        Raises BackendRestarted if another process has taken its place, and BackendDown if llama-server is down. Unless
-        its backend ``is_only``, the only one that can take the request, no answer for 2 s counts as down. Canceling is
+        Raises BackendRestarted if another process has taken its place, and BackendDown if llama-server is down. No
+        answer for 2 s counts as down too, unless ``is_only()``: no other backend can take the request. Canceling is
         safe.
         """
         session = self._owner.session
         if session is None or session.table is not table:
             raise BackendRestarted
+        if self._needs_no_question(session):
+            return
         try:
-            async with asyncio.timeout(None if is_only else SUSPECT_S):
+            async with asyncio.timeout(None if is_only() else SUSPECT_S):
                 if not await self.is_alive(session):
                     raise BackendRestarted
         except TimeoutError:
             self._owner.suspect()
             raise BackendDown(f"llama-server at {self._api.url} does not answer") from None
 
-    def at_connection(self, table: SlotTable, *, is_only: bool) -> Awaitable[None] | None:
+    def _needs_no_question(self, session: ServerSession) -> bool:
+        return not session.is_assisted or self.use_if_proved()  # standing aside, llamaslot assumes nothing
+
+    def at_connection(self, table: SlotTable, is_only: Callable[[], bool]) -> Awaitable[None] | None:
         """Check, when the connection for a request in a slot of ``table`` is open, that it leads to the process of
         ``table``. Returns None if it does, else an awaitable that asks, and raises as ``confirm`` does. Without this
         check, a process that has taken the port within milliseconds after ``confirm`` would answer.
         """
         is_same = table.is_current and self._props is not None and self._props.is_connected()
-        return None if is_same else self.confirm(table, is_only=is_only)
+        return None if is_same else self.confirm(table, is_only)
 
     async def ask(self) -> Props:
         """Ask for the properties, and return them. Requests that come before the answer share it: in a burst of 1,000,

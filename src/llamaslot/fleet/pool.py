@@ -201,7 +201,6 @@ class Pool:
         ]
         return known or list(every)
 
-    @property
     def _is_single(self) -> bool:
         """True if only one backend serves the model, so that no other one can take its requests."""
         return len(self._members()) == 1
@@ -252,11 +251,11 @@ class Pool:
         and the model may be another one now. Raises BackendRestarted and BackendDown. Canceling is safe.
         """
         if len(self._fleet) > 1:
-            await self.backend_of(lease).process.confirm(lease.table, is_only=self._is_single)
+            await self.backend_of(lease).process.confirm(lease.table, self._is_single)
 
     def check_process(self, lease: Lease) -> Awaitable[None] | None:
         """``ProcessCheck.at_connection`` for the process of ``lease``."""
-        return self.backend_of(lease).process.at_connection(lease.table, is_only=self._is_single)
+        return self.backend_of(lease).process.at_connection(lease.table, self._is_single)
 
     def may_try_elsewhere(self, backend: Backend) -> bool:
         """True if another backend can take a request that ``backend`` has failed, now or soon."""
