@@ -19,7 +19,7 @@ from tests.support.jobs import (
     take_turns,
     take_turns_over_restarts,
 )
-from tests.support.killing import kill_llamaslot, work_within_quota
+from tests.support.killing import TELLS, kill_llamaslot, work_within_quota
 from tests.support.leaving import Stage, leave, slots_for
 from tests.support.real import RealServer
 from tests.support.stack import Stack
@@ -102,7 +102,7 @@ async def test_kills_of_llamaslot_leave_whole_snapshots_within_the_quota(
     """It starts again each time, every snapshot can be restored, the quota holds at every moment."""
     model, quota_mib = models.dense(tmp_path), 5
     async with (
-        Stack(model, tmp_path, quota=f"{quota_mib}MiB", settings=SAVES_SOON) as stack,
+        Stack(model, tmp_path, quota=f"{quota_mib}MiB", settings=TELLS | SAVES_SOON) as stack,
         RealServer(model, stack.server.save_dir) as other,
     ):
         result = await kill_llamaslot(
@@ -113,6 +113,7 @@ async def test_kills_of_llamaslot_leave_whole_snapshots_within_the_quota(
     assert result.n_restored > 0
     assert result.n_restored + result.n_gone == result.n_listed
     assert result.n_unlisted == 0
+    assert result.n_saved > 0
 
 
 async def test_the_quota_holds_while_slots_with_long_answers_are_saved(

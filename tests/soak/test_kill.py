@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
-from tests.support.killing import kill_llamaslot
+from tests.support.killing import TELLS, kill_llamaslot
 from tests.support.real import RealServer
 from tests.support.stack import Stack
 
@@ -21,7 +21,7 @@ async def test_twenty_kills_with_a_quota_that_is_much_too_small(
 ) -> None:
     """It starts again each time, every snapshot can be restored, the quota holds at every moment."""
     model, quota_mib = models.dense(tmp_path), 6
-    settings = {"store": {"idle_save_s": 0.3}}
+    settings = TELLS | {"store": {"idle_save_s": 0.3}}
     async with (
         Stack(model, tmp_path, quota=f"{quota_mib}MiB", settings=settings) as stack,
         RealServer(model, stack.server.save_dir) as other,
@@ -33,4 +33,5 @@ async def test_twenty_kills_with_a_quota_that_is_much_too_small(
     assert result.n_restored > 20
     assert result.n_restored + result.n_gone == result.n_listed
     assert result.n_unlisted == 0
+    assert result.n_saved > 20
     assert result.n_answers > 20

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from llamaslot.store import sidecar
 from llamaslot.store.extent import verify
@@ -20,6 +22,10 @@ from tests.support.stack import Stack, size_of
 from tests.support.users import User
 
 FOREIGN = "foreign.kv"
+# Settings with which llamaslot tells what it lists and drops.
+TELLS: dict[str, Any] = {"log": {"level": "debug"}}
+_LISTED = re.compile(r"snapshots: (ls-\w+) is listed")
+_UNLISTED = re.compile(r"snapshots: (ls-\w+) is no longer listed: (\w+)|snapshot dropped: (ls-\w+)")
 N_ANSWER = (
     200  # tokens: a slot holds more than the prompt that llamaslot knows, and its file needs room for that
 )
@@ -32,20 +38,24 @@ class Killing:
     quota_bytes: int
     n_kills: int = 0
     n_answers: int = 0
+    n_saved: int = 0  # snapshots that llamaslot had listed before a kill and not dropped, summed up
     n_listed: int = 0  # snapshots found after the restarts, summed up
     n_restored: int = 0  # of these, by a llama-server of the same model
-    n_gone: int = 0  # of these, deleted by llamaslot before they could be tried
+    n_gone: int = 0  # of these, dropped before they could be tried, as llamaslot's log tells
     n_unlisted: int = (
         0  # files of llamaslot's without a sidecar that are still there some seconds after a restart
     )
     most_bytes: int = 0  # of all snapshot files at any moment
     start_s: list[float] = field(default_factory=list)
+    process_s: list[float] = field(default_factory=list)  # of each start, until it listens
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        slowest_s, process_s = max(zip(self.start_s, self.process_s, strict=True), default=(0.0, 0.0))
         return (
             f"{self.n_kills} kills, {self.n_answers} answers between them, {len(self.start_s)} starts "
-            f"(slowest {max(self.start_s, default=0.0):.1f} s), "
+            f"(slowest {slowest_s:.1f} s, of which {process_s:.1f} s until it listened), "
+            f"{self.n_saved} snapshots saved before a kill, "
             f"{self.n_restored} + {self.n_gone} gone of {self.n_listed} snapshots restored, "
             f"{self.n_unlisted} left-overs, "
             f"at most {self.most_bytes} of {self.quota_bytes} bytes, faults: {self.faults or 'none'}"
@@ -64,6 +74,8 @@ async def kill_llamaslot(
     seed: int = 1,
 ) -> Killing:
     """Users work; llamaslot is killed up to ``longest_s`` later; it starts, its snapshots are tried; and so on.
+
+    What its log says that it has listed, and not that it has dropped, must still be there: use the settings TELLS.
 
     ``other``: a llama-server with the same model and directory, used for restores only. So llama.cpp judges a snapshot,
     not llamaslot. The directory also has a foreign file, which must not change.
@@ -95,8 +107,11 @@ async def kill_llamaslot(
                 working.clear()
                 await stack.llamaslot.kill()
                 figures.n_kills += 1
+                saved = {id_ for id_, why in told(stack).items() if not why}
+                figures.n_saved += len(saved)
                 await start(stack, figures)
-                await try_snapshots(directory, other, figures)
+                check_saved(stack, saved, figures)
+                await try_snapshots(stack, other, figures)
             await settled(lambda: unlisted(directory), figures)
             for task in tasks:
                 task.cancel()
@@ -130,9 +145,27 @@ async def work_within_quota(
 
 
 async def start(stack: Stack, figures: Killing) -> None:
-    began = asyncio.get_running_loop().time()
-    await stack.llamaslot.start()
-    figures.start_s.append(asyncio.get_running_loop().time() - began)
+    now = asyncio.get_running_loop().time
+    began = now()
+    await stack.llamaslot.start(wait=False)
+    await stack.llamaslot.listens()
+    figures.process_s.append(now() - began)
+    await stack.llamaslot.healthy()
+    figures.start_s.append(now() - began)
+
+
+def told(stack: Stack) -> dict[str, str]:
+    """By snapshot id why llamaslot has dropped it, as its log tells so far; "" for those that it has not."""
+    log = stack.llamaslot.log
+    dropped = {match[1] or match[3]: match[2] or "dropped" for match in _UNLISTED.finditer(log)}
+    return dict.fromkeys(_LISTED.findall(log), "") | dropped
+
+
+def check_saved(stack: Stack, saved: set[str], figures: Killing) -> None:
+    """Record a fault for each snapshot in ``saved`` that is not on disk, unless llamaslot tells that it was dropped."""
+    there = {path.stem for path in stack.server.save_dir.glob("*.json") if path.with_suffix(".kv").exists()}
+    why = told(stack)
+    figures.faults += [f"{id_}: was saved, and is lost" for id_ in saved - there if not why[id_]]
 
 
 async def watch(directory: Path, figures: Killing) -> None:
@@ -151,8 +184,9 @@ def held_by(directory: Path) -> dict[str, int]:
     return {path.name: size_of(path) for path in directory.glob("ls-*")}
 
 
-async def try_snapshots(directory: Path, other: RealServer, figures: Killing) -> None:
+async def try_snapshots(stack: Stack, other: RealServer, figures: Killing) -> None:
     """Restore every finished snapshot into slot 0 of the other server, and verify each of its parts."""
+    directory = stack.server.save_dir
     for path, tokens in snapshot_files(directory):
         figures.n_listed += 1
         copy = directory / "tried"
@@ -168,10 +202,10 @@ async def try_snapshots(directory: Path, other: RealServer, figures: Killing) ->
             name = path.name if order is None else copy.name
             answer = await other.post("/slots/0?action=restore", {"filename": name})
         except Exception as error:  # whatever it is, it is told with the file's name
-            if path.exists() and path.with_suffix(".json").exists():
-                figures.faults.append(f"{path.name}: {error}")
-            else:
+            if told(stack).get(path.stem):
                 figures.n_gone += 1
+            else:
+                figures.faults.append(f"{path.name}: {error}")
             continue
         if answer["n_restored"] == len(tokens):
             figures.n_restored += 1

@@ -99,8 +99,12 @@ class Proxy:
             preexec_fn=die_with_parent,
         )
 
-    async def healthy(self, status: int = 200) -> None:
-        """Wait until ``/health`` answers ``status``."""
+    async def listens(self) -> None:
+        """Wait until ``/health`` answers anything."""
+        await self.healthy(None)
+
+    async def healthy(self, status: int | None = 200) -> None:
+        """Wait until ``/health`` answers ``status``; None: any."""
         assert self._process is not None
         async with aiohttp.ClientSession() as session, asyncio.timeout(START_S):
             while True:
@@ -110,7 +114,7 @@ class Proxy:
                     )
                 try:
                     async with session.get(self.url + "/health") as response:
-                        if response.status == status:
+                        if status in (None, response.status):
                             return
                 except (aiohttp.ClientError, OSError):
                     pass

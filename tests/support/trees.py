@@ -58,8 +58,11 @@ class Tree(Shelter):
     def write_file(self, draft: Reservation, tokens: Sequence[int]) -> int:
         """Save as llama-server does. Returns the size in bytes."""
         data = self.file(tokens)
-        (self.catalog.slot_files / draft.part_name).write_bytes(data)
+        self.write_data(draft, data)
         return len(data)
+
+    def write_data(self, draft: Reservation, data: bytes) -> None:
+        (self.catalog.slot_files / draft.part_name).write_bytes(data)
 
     async def take(
         self, tokens: Sequence[int], *, after: str = "", data: bytes | None = None, **changes: Any
@@ -67,7 +70,7 @@ class Tree(Shelter):
         """Save a slot with these tokens. ``after``: the snapshot that the slot goes on from."""
         data = self.file(tokens) if data is None else data
         draft = await self.catalog.reserve(len(data))
-        (self.catalog.slot_files / draft.part_name).write_bytes(data)
+        self.write_data(draft, data)
 
         def find_base(saved: bytes) -> Base | None:
             listed = self.catalog.snapshots

@@ -153,7 +153,7 @@ class Catalog:
         await self._quota.query_free_space()
         over = self._table.eviction.beyond_limits(self._quota, now)
         for victim in over:
-            self._take(victim.id)
+            self._take(victim.id, "evicted")
         while self._quota.removing:
             await self._quota.next_removal()
         self._upkeep.changed(found.n_read)
@@ -204,7 +204,7 @@ class Catalog:
         await self._quota.query_free_space()
         over = self._table.eviction.beyond_limits(self._quota, self._now())
         for victim in over:
-            self._drop(victim.id)
+            self._drop(victim.id, "evicted")
         if over:
             log.info("snapshots: %d evicted to keep to the new limits of store", len(over))
 
@@ -252,7 +252,7 @@ class Catalog:
         """Evict snapshots outside ``keep`` that free at least ``short``. If impossible, evict none and return False."""
         victims = self._table.eviction.enough(short, keep, self._now())
         for victim in victims or ():
-            self._drop(victim.id)
+            self._drop(victim.id, "evicted")
         return victims is not None
 
     # -- one reservation ------------------------------------------------------------------------------------------
@@ -287,6 +287,7 @@ class Catalog:
         self._quota.commit(state.size_bytes, state.landed_bytes)
         self._table.add(snapshot.listed, self._now(), last_used=noted.created_at - saved.idle_s)
         state.unpin()
+        log.debug("snapshots: %s is listed: %d tokens", snapshot.id, snapshot.n_tokens)
         self._turnover.ended()
         if snapshot.id not in self._manifest.durable:
             self._upkeep.sync(Sidecar.of(snapshot))
@@ -409,15 +410,16 @@ class Catalog:
 
     # -- without an await ------------------------------------------------------------------------------------------
 
-    def _take(self, id_: str) -> Snapshot:
+    def _take(self, id_: str, why: str) -> Snapshot:
         """Unlist a snapshot, so that no request can find it. Its files are removed now, or at its last unpin."""
         snapshot = self.snapshots[id_]
+        log.debug("snapshots: %s is no longer listed: %s", id_, why)  # before any file of it goes
         if self._table.take(id_, self._now()):
             self._remove(snapshot)
         return snapshot
 
-    def _drop(self, id_: str) -> None:
-        self._on_drop(self._take(id_))
+    def _drop(self, id_: str, why: str = "dropped") -> None:
+        self._on_drop(self._take(id_, why))
 
     def _remove(self, snapshot: Snapshot) -> None:
         """Start to remove the sidecar of an unlisted snapshot, and those of its files that no other snapshot needs."""
