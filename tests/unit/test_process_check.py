@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import pytest
 
+from bench.virtual import VirtualLoop
 from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.presence import Presence
-from llamaslot.backend.process_check import ProcessCheck
+from llamaslot.backend.process_check import SUSPECT_S, ProcessCheck
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import BackendDown, BackendRestarted
 from llamaslot.fleet.dispatcher import Dispatcher
@@ -173,3 +174,105 @@ async def test_the_holder_of_a_lease_never_waits_until_a_model_is_loaded() -> No
     asked.answers.set()
     await check_of(asked, owner, presence).confirm(owner.table, is_only)
     assert asked.n == 1
+
+
+# -- what proves that it is alive, and how long is waited -------
+
+PROPS = Props(2, 4_096, "", "mark", is_connected=lambda: True)
+
+
+class Timed:
+    """A backend, and the llama-server that it asks: answers after ``takes_s`` seconds with ``told``. ``log``: what the
+    check has told the backend.
+    """
+
+    def __init__(self) -> None:
+        self.url, self.told, self.takes_s, self.log = "http://llama", PROPS, 0.0, list[str]()
+        self.loop = VirtualLoop()
+        self.leases = Dispatcher(SchedulingSettings(), QueueLimits(), self.loop.time).add("gpu0")
+        self.table = SlotTable("gpu0", 2, 4_096, settings=SchedulingSettings(), rates=Rates())
+        self.session = ServerSession(self.table, PROPS, "m")
+        api, own = cast("Any", self), cast("Any", self)
+        self.check = ProcessCheck(api, self.leases, Presence("gpu0"), own)
+
+    async def props(self) -> Props:
+        await asyncio.sleep(self.takes_s)
+        if self.takes_s > 9.0:
+            raise BackendDown("does not answer")
+        return self.told
+
+    def lost(self, table: SlotTable) -> None:
+        self.log.append("lost")
+
+    def doubt(self) -> None:
+        self.log.append("doubt")
+
+    def suspect(self) -> None:
+        self.log.append("suspect")
+
+    def confirm(self, table: SlotTable, *, is_only: bool = False) -> None:
+        try:
+            self.loop.run(self.check.confirm(table, lambda: is_only))
+        finally:
+            self.loop.close()
+
+
+@pytest.mark.parametrize(
+    ("told_s", "worked_s", "is_sleeping", "is_connected", "proves"),
+    [
+        (0.4, 0.4, False, True, True),
+        (0.6, 0.4, False, True, False),
+        (0.4, 0.6, False, True, False),
+        (0.4, 0.4, True, True, False),
+        (0.4, 0.4, False, False, False),
+    ],
+    ids=["all of it", "it told long ago", "it worked long ago", "it sleeps", "its connection is closed"],
+)
+def test_what_proves_that_it_is_alive_and_awake(
+    told_s: float, worked_s: float, is_sleeping: bool, is_connected: bool, proves: bool
+) -> None:
+    """What it told half a second ago at most, if it has worked since or shortly before."""
+    it, now = Timed(), 100.0
+    told = Props(2, 4_096, "", "mark", is_sleeping=is_sleeping, is_connected=lambda: is_connected)
+    it.leases.now = lambda: now - told_s
+    it.check.has_told(it.session, told)
+    it.leases.now, it.leases._worked_at = lambda: now, now - worked_s
+    assert it.check.use_if_proved() is proves
+    it.loop.close()
+
+
+def test_what_a_process_tells_proves_nothing_of_the_next() -> None:
+    """An answer that comes after another connection was made."""
+    it = Timed()
+    it.check.has_told(it.session, PROPS)
+    assert it.check.at_connection(it.table, is_only) is None
+    it.check.clear()
+    it.table.is_current = False
+    it.check.has_told(it.session, PROPS)
+    it.table.is_current = True
+    asking = it.check.at_connection(it.table, is_only)
+    assert asking is not None
+    it.loop.run(cast("Any", asking))
+    it.loop.close()
+
+
+def test_a_request_that_another_can_take_does_not_wait_for_one_that_hangs() -> None:
+    """Longer than two seconds; then that one gets no more."""
+    it = Timed()
+    it.takes_s = SUSPECT_S + 1.0
+    with pytest.raises(BackendDown, match="http://llama does not answer"):
+        it.confirm(it.table)
+    assert it.log == ["suspect"]
+
+
+@pytest.mark.parametrize(("takes_s", "log"), [(SUSPECT_S + 1.0, []), (10.0, ["doubt"])])
+def test_the_only_one_may_take_long(takes_s: float, log: list[str]) -> None:
+    """Until the question fails: then it is looked at at once."""
+    it = Timed()
+    it.takes_s = takes_s
+    if log:
+        with pytest.raises(BackendDown):
+            it.confirm(it.table, is_only=True)
+    else:
+        it.confirm(it.table, is_only=True)
+    assert it.log == log
