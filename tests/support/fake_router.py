@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from tests.support.fake import FakeModel, FakeServer
+from llamaslot.tasks import TaskOwner, outcome
+from tests.support.fake import FakeModel, FakeServer, Hang
 from tests.support.real import free_port
 
 _uses = itertools.count(1)
@@ -32,6 +34,7 @@ class Child:
         self.state, self.used_at, self.n_requests, self.n_loads = "unloaded", 0, 0, 0
         self.fails = False
         self.meta: dict[str, Any] = {}
+        self.changing: asyncio.Task[web.HTTPException | None] | None = None  # while it is loaded or woken
 
     @property
     def is_running(self) -> bool:
@@ -59,12 +62,15 @@ class FakeRouter:
             for name, model in models.items()
         }
         self.max_models, self.has_events = max_models, has_events
+        self.list_status = 200  # of the answer to GET /models; 0: it closes the connection instead
+        self.load_hang: Hang | None = None  # loading a model waits until it is released
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.woken: list[str] = []
         self.requests: list[tuple[str, str]] = []
         self._changed = asyncio.Condition()
         self._listeners: list[asyncio.Queue[bytes]] = []
+        self._tasks = TaskOwner()
         self._runner: web.AppRunner | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -95,6 +101,7 @@ class FakeRouter:
             self._runner = None
         if self._session is not None:
             await self._session.close()
+        await self._tasks.close()
         for child in self.children.values():
             await child.server.kill()
             child.state = "unloaded"
@@ -109,8 +116,23 @@ class FakeRouter:
         async with self._changed:
             self._changed.notify_all()
 
+    async def tell(self) -> None:
+        """Send an event, after which clients ask for the list of models."""
+        await self._set(child := self._all[0], child.state)
+
     async def load(self, child: Child) -> None:
-        """Load a model, and wait until it is loaded. The least recently used model without a request makes room."""
+        """Load a model, and wait until it is loaded. The least recently used model without a request makes room. As in
+        the real router, which loads in a thread of its own, a load goes on if its client leaves.
+        """
+        await self._change(child, partial(self._load, child))
+
+    async def _change(self, child: Child, change: Callable[[], Awaitable[None]]) -> None:
+        if child.changing is None or child.changing.done():
+            child.changing = self._tasks.spawn(outcome(change, web.HTTPException), f"{child.name} changes")
+        if (fault := await asyncio.shield(child.changing)) is not None:
+            raise web.HTTPInternalServerError(text=fault.text)
+
+    async def _load(self, child: Child) -> None:
         while not child.is_running:
             running = [its for its in self.children.values() if its.is_running]
             if self.max_models and len(running) >= self.max_models:
@@ -125,12 +147,17 @@ class FakeRouter:
             if child.fails:
                 await self._set(child, "unloaded")
                 raise web.HTTPInternalServerError(text=f"model name={child.name} failed to load")
+            if self.load_hang is not None:
+                await self.load_hang.wait()
             await child.server.start()
             child.meta = (await child.server.get("/v1/models"))["data"][0]["meta"]
             child.used_at, child.n_loads = next(_uses), child.n_loads + 1
             await self._set(child, "loaded")
-        async with self._changed:
-            await self._changed.wait_for(lambda: child.state != "loading")
+
+    async def _wake(self, child: Child) -> None:
+        await self._set(child, "loading")
+        await asyncio.sleep(0.05)  # for whatever follows the events
+        await self._set(child, "loaded")
 
     async def unload(self, child: Child) -> None:
         """End the model's process, and its slots with it."""
@@ -152,6 +179,10 @@ class FakeRouter:
         match request.method, request.path:
             case "GET", "/health":
                 return web.json_response({"status": "ok"})
+            case "GET", "/models" if self.list_status != 200 and "model" not in request.query:
+                if not self.list_status and request.transport is not None:
+                    request.transport.abort()
+                return _error("the list is not there", 500)
             case "GET", "/models" | "/v1/models":
                 return web.json_response({"object": "list", "data": [self._entry(its) for its in self._all]})
             case "GET", "/models/sse" if self.has_events:
@@ -218,9 +249,7 @@ class FakeRouter:
     async def _passed(self, request: web.Request, raw: bytes, child: Child) -> web.StreamResponse:
         if child.state == "sleeping" and request.path not in ("/props", "/metrics", "/health"):
             self.woken.append(f"{child.name}: {request.method} {request.path}")
-            await self._set(child, "loading")
-            await asyncio.sleep(0.05)  # for whatever follows the events
-            await self._set(child, "loaded")
+            await self._change(child, partial(self._wake, child))
         if request.method == "POST":
             child.used_at = next(_uses)
         child.n_requests += 1

@@ -14,11 +14,13 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.backend.backend import Backend
+from llamaslot.backend.presence import Presence
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.fleet.managed_models import ServedOnDemand
+from llamaslot.fleet.managed_models import ManagedModel, ServedOnDemand
 from llamaslot.fleet.on_demand import OnDemand, State
+from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
@@ -234,6 +236,8 @@ async def test_stopping_tells_those_that_wait() -> None:
         await waiting
     assert stage.log == []
     assert stage.states() == "unloaded unloaded unloaded"
+    with pytest.raises(BackendDown):
+        await stage.on_demand.serving("b")  # not even loaded later
 
 
 @pytest.mark.parametrize("max_loaded", [1, 2])
@@ -292,6 +296,22 @@ async def test_a_clock_that_moves_while_it_decides_hides_no_idle_model() -> None
     assert log == ["+a", "-a", "+b"]
     await tasks.close()
     await on_demand.close()
+
+
+@virtual
+async def test_a_llama_server_that_cannot_be_run_is_not_waited_for() -> None:
+    """A mistake of llamaslot's has ended the task that runs it."""
+
+    async def run() -> None:
+        raise ValueError("embedded null byte")
+
+    its = SimpleNamespace(
+        name="a", leases=SimpleNamespace(), presence=Presence("a"), session=None, n_failed_connects=0,
+        wake=lambda: None, sleep=lambda: None,
+    )  # fmt: skip
+    model = ManagedModel(cast(Backend, its), cast(ManagedServer, SimpleNamespace(run=run)), 1.0)
+    with pytest.raises(BackendDown, match="could not be run"):
+        await model.load()
 
 
 class Queued(ServedOnDemand):

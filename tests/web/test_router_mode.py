@@ -12,7 +12,7 @@ import pytest
 
 from llamaslot.backend.health import Health
 from llamaslot.fleet.on_demand import OnDemand, State
-from tests.support.fake import FakeModel
+from tests.support.fake import FakeModel, Hang
 from tests.support.fake_router import FakeRouter
 from tests.support.fleet import A, B, Several
 from tests.support.inprocess import Settings, a_session, configured, letters, spawn
@@ -207,6 +207,57 @@ async def test_a_router_that_was_gone_is_used_again(tmp_path: Path) -> None:
         assert (await it.ask(TALK + "more", model="a")).source == "snapshot"
 
 
+async def is_gone(it: Several, router: FakeRouter, status: int) -> None:
+    """Its list of models cannot be read any more, and llamaslot has noticed."""
+    router.list_status = status
+    await router.tell()
+    await it.until(lambda: it.named("box/a").health is Health.DOWN)
+
+
+async def is_back(it: Several, router: FakeRouter) -> None:
+    router.list_status = 200
+    await router.tell()
+    await it.until(lambda: it.named("box/org/b:Q4").health is Health.ASLEEP)
+
+
+async def test_a_model_that_was_loaded_before_the_router_gave_its_list_again_stays(tmp_path: Path) -> None:
+    """It is not taken for one that is asleep, which no request would load again."""
+    async with routed(tmp_path) as (it, router):
+        await is_gone(it, router, 500)
+        assert (await it.ask(TALK, model="a")).status == 200
+        await is_back(it, router)
+        again = await it.ask(TALK + "more", model="a")
+        assert (again.status, again.source) == (200, "resident"), again.error
+
+
+async def test_a_router_that_goes_while_it_loads_a_model_is_not_waited_for(tmp_path: Path) -> None:
+    """The request that needs the model is told. Later ones are served."""
+    async with routed(tmp_path) as (it, router):
+        hang = router.load_hang = Hang()
+        asked = spawn(it.ask(TALK, model="a"))
+        await hang.reached.wait()
+        await is_gone(it, router, 0)
+        answer = await asked
+        assert (answer.status, "the router does not answer" in answer.error["message"]) == (503, True)
+        router.load_hang = None
+        hang.release()
+        await is_back(it, router)
+        assert (await it.ask(TALK, model="a")).status == 200
+
+
+async def test_a_model_that_llamaslot_cannot_use_keeps_no_other_from_being_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is unloaded, and the request for it is told why: here its slots cannot be emptied between two users."""
+    monkeypatch.setattr("llamaslot.backend.backend._RETRY_CONNECT_S", 0.01)
+    async with routed(tmp_path, {"cache": {"isolation": "per_user"}}) as (it, router):
+        router.children["a"].server.save_dir = None
+        answer = await it.ask(TALK, model="a")
+        assert (answer.status, "cache.isolation is per_user" in answer.error["message"]) == (503, True)
+        assert router.children["a"].state == "unloaded"
+        assert (await it.ask(TALK, model="org/b:Q4")).status == 200
+
+
 async def test_the_users_of_both_at_once_are_all_served(tmp_path: Path) -> None:
     """Each waits for its model."""
     async with routed(tmp_path) as (it, _):
@@ -244,3 +295,18 @@ def test_models_have_weights_of_their_own() -> None:
     """Else they would be one pool."""
     assert isinstance(A, FakeModel)
     assert A.weights != B.weights
+
+
+async def test_a_load_of_the_fake_goes_on_without_its_client(tmp_path: Path) -> None:
+    """As that of the real router, which loads in a thread of its own."""
+    router = FakeRouter(tmp_path, MODELS)
+    child, router.load_hang = router.children["a"], Hang()
+    leaving = spawn(router.load(child))
+    await router.load_hang.reached.wait()
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    router.load_hang.release()
+    async with asyncio.timeout(10):
+        await router.load(child)
+    assert (child.state, child.n_loads) == ("loaded", 1)
+    await router.kill()

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # the last one repeats
 _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0  # first and longest pause between attempts to probe the server
+_RETRY_CONNECT_S = 1.0  # after llamaslot could not connect to a server that is up
 _LOOK_AGAIN_S = 600.0  # after slots have lost their content
 _CONNECT_WAIT_S = 120.0  # a request waits at most this long for a server that has just restarted
 
@@ -112,6 +113,7 @@ class Backend:
             leases.pin = catalog.pin
         self.health = Health.DOWN
         self._look_again_at, self._n_retries = -math.inf, 0  # consecutive attempts to probe the server
+        self.n_failed_connects = 0  # since ``wake``, to a server that is up
         self.streams_are_known = True  # True if answers can be assembled from the events of a stream
         self.session: ServerSession | None = None
         self.last_session: ServerSession | None = None  # the present session, or else the last one
@@ -196,6 +198,7 @@ class Backend:
 
     def wake(self) -> None:
         """Record that llama-server is being started, and connect to it."""
+        self.n_failed_connects = 0
         self._set(Health.DOWN)
         self.presence.set(is_awake=True)
 
@@ -265,8 +268,9 @@ class Backend:
                     )
                 complaint = str(error)
                 self._is_away(f"is not ready: {complaint}")
+                self.n_failed_connects += 1
                 self._forget(Health.DOWN)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(_RETRY_CONNECT_S)
                 continue
             complaint = ""
             self._serve(session)

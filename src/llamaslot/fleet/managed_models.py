@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from llamaslot.backend.backend import Backend
 from llamaslot.errors import BackendDown
@@ -15,6 +15,8 @@ from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.tasks import ChangeEvent, TaskOwner
 
 log = logging.getLogger(__name__)
+
+_CONNECTS = 5  # a model is given up if llamaslot cannot connect to it so often: others may wait for its place
 
 
 class ServedOnDemand:
@@ -39,6 +41,19 @@ class ServedOnDemand:
         # Before its first connection the backend is in the pool of another model.
         return self._backend.leases.n_waiting if self._backend.last_session is not None else 0
 
+    async def _connected(self, why_gone: Callable[[], str | None]) -> None:
+        """Wait until llamaslot is connected to the model. Raises BackendDown if that failed several times, or if
+        ``why_gone()``, called after each change, returns why the process is gone. Canceling is safe.
+        """
+        backend = self._backend
+        while backend.session is None:
+            if (why := why_gone()) is not None:
+                raise BackendDown(f"{self.name}: {why}")
+            if backend.n_failed_connects >= _CONNECTS:
+                raise BackendDown(f"{self.name}: was not loaded: {backend.why_down}")
+            await backend.presence.changes.wait()
+        log.info("%s: llamaslot has loaded this model, because a request needs it", self.name)
+
 
 class ManagedModel(ServedOnDemand):
     """A model that llamaslot loads by starting a llama-server, and unloads by stopping it."""
@@ -60,22 +75,20 @@ class ManagedModel(ServedOnDemand):
             deaths.append(how)
             self._backend.presence.changes.notify()
 
+        def why_gone() -> str | None:
+            return f"its llama-server {deaths[0]} while it was loading; its log says why" if deaths else None
+
         self._server.on_death = died
-        self._tasks.spawn(self._server.run(), f"{self.name}: managed llama-server")
+        running = self._tasks.spawn(self._server.run(), f"{self.name}: managed llama-server")
+        running.add_done_callback(lambda _: died("could not be run"))  # a mistake of llamaslot's
         self._backend.wake()
         try:
-            while self._backend.session is None:
-                if deaths:
-                    raise BackendDown(
-                        f"{self.name}: its llama-server {deaths[0]} while it was loading; its log says why"
-                    )
-                await self._backend.presence.changes.wait()
+            await self._connected(why_gone)
         except BaseException:
             await self._stop()
             raise
         finally:
             self._server.on_death = lambda how: None
-        log.info("%s: llamaslot has loaded this model, because a request needs it", self.name)
 
     async def unload(self) -> None:
         """Save the slots and stop the llama-server. Canceling is safe: the llama-server is stopped all the same."""

@@ -137,6 +137,7 @@ class OnDemand:
         self._changed = ChangeEvent()
         self._subscriptions = contextlib.ExitStack()
         self._tasks = TaskOwner()
+        self._is_closed = False
         for model in models:
             self.add(model)
 
@@ -178,6 +179,8 @@ class OnDemand:
         if model.state is State.UNLOADED and self._now() < model.retry_at:
             assert model.failure is not None, "set with retry_at"
             raise model.failure
+        if self._is_closed:
+            raise _stopping()
         future = asyncio.get_running_loop().create_future()
         model.waiters.append(future)
         self._wanted.setdefault(name)
@@ -294,10 +297,11 @@ class OnDemand:
 
     async def close(self) -> None:
         """Stop models that are being loaded, and wait for models that are being saved and unloaded. Waiting requests
-        get BackendDown.
+        get BackendDown, and so do later ones whose models are not loaded.
         """
+        self._is_closed = True
         for model in self._models.values():
-            self._fail(model, BackendDown("llamaslot is stopping"))
+            self._fail(model, _stopping())
             if model.loading is not None:
                 model.loading.cancel()
         await self._tasks.all_ended()
@@ -338,3 +342,7 @@ class OnDemand:
         finally:
             model.go(State.UNLOADED, self._now())
             self._changed.notify()
+
+
+def _stopping() -> BackendDown:
+    return BackendDown("llamaslot is stopping")

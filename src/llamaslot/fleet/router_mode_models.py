@@ -37,6 +37,7 @@ class RouterModeModel(ServedOnDemand):
         super().__init__(backend, save_s)
         self._router, self._model, self._state = router, model.name, model.state
         self._idle_save_s = backend.idle_save.idle_save_s
+        self._loading: asyncio.Timeout | None = None  # while the router loads the model
 
     @property
     def is_loaded(self) -> bool:
@@ -48,19 +49,25 @@ class RouterModeModel(ServedOnDemand):
 
     async def load(self) -> None:
         """Have the router load the model, and wait until llamaslot is connected to it. Raises BackendDown if that
-        failed.
+        failed, or if the router does not answer any more.
         """
         try:
-            await self._router.load(self._model)
-        except LlamaslotError as error:
-            raise BackendDown(f"{self.name}: was not loaded: {error}") from error
+            async with asyncio.timeout(None) as self._loading:
+                await self._router.load(self._model)
+        except (LlamaslotError, TimeoutError) as error:
+            why = "the router does not answer" if isinstance(error, TimeoutError) else error
+            raise BackendDown(f"{self.name}: was not loaded: {why}") from error
+        finally:
+            self._loading = None
         self._state = "loaded"
         self._backend.wake()
-        while self._backend.session is None:
-            if not self.is_loaded:
-                raise BackendDown(f"{self.name}: was unloaded while llamaslot connected to it")
-            await self._backend.presence.changes.wait()
-        log.info("%s: llamaslot has loaded this model, because a request needs it", self.name)
+        try:
+            await self._connected(
+                lambda: None if self.is_loaded else "was unloaded while llamaslot connected to it"
+            )
+        except BackendDown:
+            await self.unload()
+            raise
 
     async def unload(self) -> None:
         """Save the slots, have the router unload the model, and wait until it has. A failure is logged."""
@@ -106,6 +113,11 @@ class RouterModeModel(ServedOnDemand):
         self._backend.presence.changes.notify()
         self.changes.notify()
 
+    def end_load(self) -> None:
+        """Do not wait any longer until the router has loaded the model, because the router does not answer."""
+        if self._loading is not None and not self._loading.expired():
+            self._loading.reschedule(asyncio.get_running_loop().time())
+
     def gone(self, why: str) -> None:
         """Record that the router does not answer, for the reason ``why``, so the model's state is unknown."""
         self._state = "unknown"
@@ -113,8 +125,11 @@ class RouterModeModel(ServedOnDemand):
         self.changes.notify()
 
     def back(self) -> None:
-        """Record that the router answers again. A call of ``note`` with the model's state follows."""
-        self._backend.sleep()
+        """Record that the router answers again. A call of ``note`` with the model's state follows. The model may have
+        been loaded since the router answers.
+        """
+        if self._state == "unknown":
+            self._backend.sleep()
 
 
 class RouterModeModels:
@@ -213,6 +228,9 @@ class RouterModeModels:
             )  # fmt: skip
             for model in self._models.values():
                 model.gone(f"does not answer as a router ({error})")
+        if isinstance(error, BackendDown):
+            for model in self._models.values():
+                model.end_load()
 
     async def _listen(self) -> None:
         while True:
