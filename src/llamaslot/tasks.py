@@ -17,6 +17,7 @@ E = TypeVar("E", bound=Exception)
 
 
 _SLICE_S = 0.0002  # of work between two turns of other tasks: streams wait for half of it, a turn takes 20 us
+_LONG_BYTES = 1 << 20
 
 
 async def in_slices(items: Iterable[T]) -> AsyncGenerator[T]:
@@ -27,6 +28,12 @@ async def in_slices(items: Iterable[T]) -> AsyncGenerator[T]:
         if time.monotonic() - since > _SLICE_S:
             await asyncio.sleep(0)
             since = time.monotonic()
+
+
+async def give_way(n_bytes: int) -> None:
+    """Let other tasks run after a step over a mebibyte or more, which takes milliseconds. Canceling is safe."""
+    if n_bytes >= _LONG_BYTES:
+        await asyncio.sleep(0)
 
 
 class ChangeEvent:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaslot.errors import BadRequest
-from llamaslot.http.request_body import parse_object, written
+from llamaslot.http.request_body import parse_object, read_object, written
+from tests.support.turns import with_turns
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,19 @@ def test_many_items_are_read(make: Callable[[], dict[str, Any]]) -> None:
     """Token ids, and what llamaslot does not look at."""
     body = make()
     assert parse_object(orjson.dumps(body)) == body
+
+
+async def test_other_tasks_run_between_the_steps_with_a_long_body() -> None:
+    """Else 16 MiB would hold up all streams for 50 ms; with a short one none runs, as that would cost it time."""
+    n_turns = list[int]()
+    for n_chars in (100, 1 << 20):
+        body = {"prompt": "a" * n_chars}
+        read, n = await with_turns(read_object(orjson.dumps(body)))
+        assert read == body
+        n_turns.append(n)
+    assert n_turns == [0, 3]
+    with pytest.raises(BadRequest, match="not valid JSON"):
+        await read_object(b"{" * 5)
 
 
 KEYS = st.sampled_from(["messages", "tools", "x"])

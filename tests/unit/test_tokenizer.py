@@ -18,6 +18,7 @@ from llamaslot.tokens import tokenize_cache as pieces_module
 from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan
 from llamaslot.tokens.tokenize_cache import PartCache, TokenizeCache, spaced
 from llamaslot.tokens.tokenizer import Prompt, Tokenizer
+from tests.support.turns import with_turns
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]")
 BOS, EOS = 1, 2  # BOS is what </s> is, EOS is in no text
@@ -294,6 +295,22 @@ async def test_what_only_contains_a_special_token_is_none() -> None:
     assert len(specials) == 0
 
 
+async def test_other_tasks_run_while_special_tokens_are_located() -> None:
+    """They are found in each slice, and at its ends."""
+    server = Server()
+    specials = SpecialTokens(server)
+    await specials.learn("<|im_start|> <|im_end|>")
+    slice_tokens = (1 << 20) // 4
+    where = [0, slice_tokens - 1, slice_tokens, 3 * slice_tokens - 1]
+    ids = [3] * (3 * slice_tokens)
+    for i in where:
+        ids[i] = server.ids["<|im_start|>"]
+    marks = [TokenSpan(i, i + 1, server.ids["<|im_start|>"]) for i in where]
+    found, n_turns = await with_turns(specials.locate(marks, pack(ids), may_add=False))
+    assert found == where
+    assert n_turns == 2
+
+
 async def test_special_tokens_in_another_order_locate_nothing() -> None:
     """Text and tokens must agree on every one of them, but for BOS in front."""
     server = Server()
@@ -301,12 +318,12 @@ async def test_special_tokens_in_another_order_locate_nothing() -> None:
     await specials.learn("<|im_start|> <|im_end|>")
     start, end = server.ids["<|im_start|>"], server.ids["<|im_end|>"]
     marks = [TokenSpan(0, 12, start), TokenSpan(20, 30, end)]
-    assert specials.locate(marks, pack([start, 3, end]), may_add=True) == [0, 2]
-    assert specials.locate(marks, pack([end, 3, start]), may_add=True) is None
-    assert specials.locate(marks, pack([start, 3]), may_add=True) is None
-    assert specials.locate(marks, pack([end, start, 3, end]), may_add=True) == [1, 3]
-    assert specials.locate(marks, pack([end, start, 3, end]), may_add=False) is None
-    assert specials.locate(marks, pack([3, end, start, 3, end]), may_add=True) is None
+    assert await specials.locate(marks, pack([start, 3, end]), may_add=True) == [0, 2]
+    assert await specials.locate(marks, pack([end, 3, start]), may_add=True) is None
+    assert await specials.locate(marks, pack([start, 3]), may_add=True) is None
+    assert await specials.locate(marks, pack([end, start, 3, end]), may_add=True) == [1, 3]
+    assert await specials.locate(marks, pack([end, start, 3, end]), may_add=False) is None
+    assert await specials.locate(marks, pack([3, end, start, 3, end]), may_add=True) is None
 
 
 async def test_a_server_exchanged_unnoticed_is_not_cut_at_the_old_ones_special_tokens() -> None:

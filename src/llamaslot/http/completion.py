@@ -49,7 +49,7 @@ from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import PromptPart, joined
 from llamaslot.http.refusals import ensure_accepted, ensure_body_accepted, servers_error_for
-from llamaslot.http.request_body import NoObject, Uploads, parse_object, written
+from llamaslot.http.request_body import NoObject, Uploads, read_object, written
 from llamaslot.http.response_headers import of_placement
 from llamaslot.http.unassisted import relay_unassisted
 from llamaslot.llama.answers import Response
@@ -83,7 +83,7 @@ class Completions:
         """
         raw = await self._uploads.whole(request)
         try:
-            body = parse_object(raw)
+            body = await read_object(raw)
         except NoObject as error:
             backend = (await self.router.pool_for(is_named=False)).any_backend()
             raise await servers_error_for(backend, request, raw, error) from error

@@ -36,7 +36,7 @@ from llamaslot.http.deadlines import Deadlines, Watchdog
 from llamaslot.http.forwarded_headers import to_server
 from llamaslot.http.in_flight import begins, id_of, placed
 from llamaslot.http.relay import relay
-from llamaslot.http.request_body import Uploads, parse_object
+from llamaslot.http.request_body import Uploads, parse_object, read_object
 from llamaslot.http.response_headers import BACKEND
 from llamaslot.http.unassisted import serve_unassisted
 from llamaslot.llama.answers import Response, error_of
@@ -98,7 +98,7 @@ class Passthrough:
         """
         raw = await self._uploads.whole(request)
         with contextlib.suppress(BadRequest):
-            body = parse_object(raw)
+            body = await read_object(raw)
             if self._prompts.rewrite(request, body, format_named(route.format)):
                 raw = orjson.dumps(body)
         return await self.unprepared(await self._pool(request, raw), request, raw)

@@ -35,6 +35,7 @@ from llamaslot.llama.transport.connection import NotReached
 from llamaslot.llama.transport.fresh_connections import Check, FreshConnections, Sending
 from llamaslot.llama.transport.kept_connections import Answer, KeptConnections
 from llamaslot.llama.transport.quick_import import import_aiohttp
+from llamaslot.tasks import give_way
 
 if TYPE_CHECKING:
     from llamaslot.llama.transport.aiohttp_fallback import AiohttpFallback
@@ -272,12 +273,18 @@ class LlamaServer:
         body as JSON, if the caller has it. Raises UpstreamError with llama-server's status if it refuses the body.
         """
         data = orjson.dumps(body) if raw is None else raw
-        return str(self._checked(await self._question("POST", "/apply-template", data))["prompt"])
+        answer = await self._question("POST", "/apply-template", data)
+        await give_way(len(answer.body))
+        text = str(self._checked(answer)["prompt"])
+        await give_way(len(text))
+        return text
 
     @as_known
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
-        body = {"content": content, "add_special": add_special, "parse_special": parse_special}
-        return await packed(self._accepted(await self._question("POST", "/tokenize", orjson.dumps(body))))
+        await give_way(len(content))  # the caller has searched it
+        data = orjson.dumps({"content": content, "add_special": add_special, "parse_special": parse_special})
+        await give_way(len(data))
+        return await packed(self._accepted(await self._question("POST", "/tokenize", data)))
 
     @as_known
     async def detokenize(self, tokens: bytes) -> str:

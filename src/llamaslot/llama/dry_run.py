@@ -32,6 +32,7 @@ from msgspec.structs import replace
 from llamaslot.cache.ids import count, unpack
 from llamaslot.errors import UpstreamError
 from llamaslot.llama.client import QUICK_S, LlamaServer
+from llamaslot.tasks import give_way
 
 log = logging.getLogger(__name__)
 
@@ -214,6 +215,7 @@ class DryRuns:
         ours = {"id_slot": slot, **({"lora": orjson.loads(lora)} if lora else {})}
         if run.chat is not None and worth_s >= _WORTH * self._seconds(n_ctx):
             return await self._ask(_Trial(_CHAT, run.chat, ours, n_ctx))
+        await give_way(len(run.tokens))  # the caller has packed them
         if (ids := run.ids) is not None and not (self._ids[0] <= ids[0] and ids[1] <= self._ids[1]):
             return await self._ask(_Trial(run.path, run.fields, ours, n_ctx, ids))
         return await self._ask(_Trial(run.path, run.fields, ours, n_ctx))

@@ -13,9 +13,9 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 
 from msgspec import Struct
+from xxhash import xxh3_128_digest
 
 from llamaslot.cache.ids import WIDTH, count
 from llamaslot.tokens.special_tokens import SpecialTokens, TokenSpan
@@ -213,12 +213,14 @@ class PartCache:
 
     def find(self, made_from: bytes) -> bytes | None:
         """The tokens stored for the key ``made_from``, which becomes the most recently used; None without any."""
-        if (tokens := self._known.pop(key := _key(made_from), None)) is not None:
+        if (tokens := self._known.pop(key := xxh3_128_digest(made_from), None)) is not None:
             self._known[key] = tokens
         return tokens
 
     def keep(self, made_from: bytes, tokens: bytes) -> None:
-        self._drop(key := _key(made_from))  # another request may have stored the same key meanwhile
+        self._drop(
+            key := xxh3_128_digest(made_from)
+        )  # another request may have stored the same key meanwhile
         self._known[key] = tokens
         self.size_bytes += len(tokens) + _ENTRY_BYTES
         while self.size_bytes > self._limit_bytes and len(self._known) > 1:
@@ -227,7 +229,3 @@ class PartCache:
     def _drop(self, key: bytes) -> None:
         if (tokens := self._known.pop(key, None)) is not None:
             self.size_bytes -= len(tokens) + _ENTRY_BYTES
-
-
-def _key(made_from: bytes) -> bytes:
-    return blake2b(made_from, digest_size=32).digest()
