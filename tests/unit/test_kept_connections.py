@@ -224,6 +224,16 @@ async def test_a_burst_waits_for_the_connections_that_are_there(
     assert len(server.writers) == 4
 
 
+async def test_a_burst_waits_longer_while_this_process_is_busy(
+    server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When their time is over, answers may have come that were not read yet: these connections are free at once."""
+    monkeypatch.setattr(kept_connections, "_WAIT_S", 0.0)
+    monkeypatch.setattr(kept_connections, "_READ_S", PATIENCE_S)
+    assert await asyncio.gather(*(ask(pool) for _ in range(200))) == [TOLD] * 200
+    assert len(server.writers) == 4
+
+
 async def test_a_burst_does_not_wait_for_slow_answers(
     server: Server, pool: KeptConnections, monkeypatch: pytest.MonkeyPatch
 ) -> None:

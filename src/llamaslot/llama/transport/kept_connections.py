@@ -36,6 +36,9 @@ _N_BURST, _BURST_S = 4, 0.05
 # If _N_BURST connections are busy, a request waits so long for one of them: a kept connection costs a quarter of a new
 # one, but may be busy for a long time.
 _WAIT_S = 0.05
+# And so much longer, in which this process reads answers that came while it was busy. Otherwise, of 1,000 requests at
+# once up to 430 opened a connection.
+_READ_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ class KeptConnections:
         free: asyncio.Future[ServerConnection | None] = loop.create_future()
         self._waiting.append((loop.time(), free))
         if self._look_at is None:
-            self._look_at = loop.call_later(_WAIT_S, self._look)
+            self._look_at = loop.call_later(_WAIT_S, self._read_first)
         try:
             return await free
         except asyncio.CancelledError:
@@ -125,6 +128,9 @@ class KeptConnections:
             if is_given and (connection := free.result()) is not None:
                 self._keep(connection)
             raise
+
+    def _read_first(self) -> None:
+        self._look_at = asyncio.get_running_loop().call_later(_READ_S, self._look)
 
     def _look(self) -> None:
         """Let requests that have waited for ``_WAIT_S`` open new connections if none has become free meanwhile. One
@@ -138,7 +144,7 @@ class KeptConnections:
                     free.set_result(None)
         if self._waiting:
             since = max(self._freed_at, self._waiting[0][0])
-            self._look_at = loop.call_later(since - latest, self._look)
+            self._look_at = loop.call_later(since - latest, self._read_first)
 
     async def _connect(self, deadline: float) -> ServerConnection:
         loop = asyncio.get_running_loop()
