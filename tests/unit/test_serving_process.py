@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import socket
 import sys
@@ -13,8 +14,10 @@ import pytest
 from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError
 from llamaslot.fleet.registry import Registry
+from llamaslot.http.connections import NewConnection
 from llamaslot.http.serve import Front, keep_answers_flowing
 from llamaslot.http.service_manager import ServiceManager
+from tests.support.real import free_port
 
 
 @pytest.fixture
@@ -50,3 +53,30 @@ async def test_a_unix_socket_of_the_service_manager(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(manager, "sockets", lambda: [given])
         with pytest.raises(ConfigError, match="no TCP socket"):
             await Front(config, Registry.of(config), None, manager).listen()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels lack these options")
+async def test_sockets_of_clients_have_the_options_of_the_listener(tmp_path: Path) -> None:
+    """So the kernel notices a client that has gone without notice, and its request gives its slot back."""
+    config = Config.of(
+        {
+            "listen": {"port": free_port()},
+            "backends": [{"url": "http://127.0.0.1:9"}],
+            "store": {"meta_dir": str(tmp_path)},
+        },
+        "a test",
+        tmp_path,
+    )
+    front = Front(config, Registry.of(config), None, ServiceManager())
+    await front.listen()
+    reader, writer = await asyncio.open_connection(config.listen.host, config.listen.port)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readline()
+    (connection,) = front.connections._open
+    assert isinstance(connection, NewConnection)
+    assert connection._transport is not None
+    its = connection._transport.get_extra_info("socket")
+    assert its.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+    assert its.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+    writer.close()
+    await front.close()

@@ -22,7 +22,7 @@ from yarl import URL
 
 from llamaslot.errors import BadRequest, LlamaslotError, TooSlow, Unavailable
 from llamaslot.http.client_stream import MISTAKE, Writer, error_response
-from llamaslot.http.connections import Connections, set_options
+from llamaslot.http.connections import Connections
 from llamaslot.http.response_headers import NAME
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,6 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
         assert self.transport is not None
         self.transport.set_write_buffer_limits(high=WRITE_BYTES)
-        set_options(self.transport)
         if not self._all.enter(self):
             error = TooManyConnections(
                 "too many connections are open (listen.max_connections); try again later"

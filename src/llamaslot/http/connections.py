@@ -178,17 +178,15 @@ def _n_for_clients() -> int:
     return 1_000_000 if limit < 0 else max(limit - _RESERVED_FILES, limit // 2)
 
 
-def set_options(transport: asyncio.BaseTransport) -> None:
-    """Set the options of a client's socket. The kernel then closes the connection of a client that has gone without
-    notice (a laptop asleep, a broken network) or receives nothing any more, and keeps little data for a slow one.
-    Without them the request of such a client would keep its slot for two hours, or for ever.
+def set_options(listener: asyncio.Server) -> None:
+    """Set the options of clients' sockets, which these inherit from the sockets of ``listener``. The kernel then closes
+    the connection of a client that has gone without notice (a laptop asleep, a broken network) or receives nothing any
+    more, and keeps little data for a slow one. Without them the request of such a client would keep its slot for two
+    hours, or for ever.
 
-    Only Linux has these options; elsewhere the socket keeps its defaults.
+    Only Linux has all of these options; elsewhere sockets keep their defaults.
     """
-    sock = transport.get_extra_info("socket")
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    with contextlib.suppress(OSError):  # closed already
+    for sock in listener.sockets:
         for name, value in _OPTIONS.items():
             if (option := getattr(socket, name, None)) is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -24,7 +24,7 @@ from llamaslot.config.sections import EVERY_ADDRESS
 from llamaslot.errors import ConfigError, LlamaslotError
 from llamaslot.fleet.managed_models import ManagedModels
 from llamaslot.fleet.registry import Registry
-from llamaslot.http.connections import Connections, raise_file_limit
+from llamaslot.http.connections import Connections, raise_file_limit, set_options
 from llamaslot.http.reload import Reload
 from llamaslot.http.service_manager import ServiceManager
 from llamaslot.llama.managed.process import ManagedServer
@@ -96,6 +96,8 @@ class Front:
             self._listeners.append(
                 await loop.create_server(self.connections, listen.host, listen.port, **options)
             )
+        for listener in self._listeners:
+            set_options(listener)
 
     def _check_open(self, config: Config) -> None:
         """Raise ConfigError if other machines can reach llamaslot, and ``config`` requires no keys."""
