@@ -20,6 +20,7 @@ from llamaslot.fleet.pool import Pool
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
+_NO_OTHER_BACKEND = contextlib.nullcontext()
 _GIVEN_UP = "llama-server restarted again and again while it had this request; its log may say why"
 
 
@@ -190,14 +191,14 @@ class Attempts:
         self.lease = self._asked = None
         return True
 
-    @contextlib.asynccontextmanager
-    async def _kept(self) -> AsyncIterator[None]:
-        """Run the block. If the backend goes down without closing its connections, and another backend can take the
-        request, cancel the block and raise the backend's error as ``_WentDown``.
+    def _kept(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """A context manager. If the backend goes down without closing its connections, and another backend can take the
+        request, it cancels its block and raises the backend's error as ``_WentDown``.
         """
-        if len(self.pool.backends) < 2:
-            yield
-            return
+        return self._ends_with_backend() if len(self.pool.backends) > 1 else _NO_OTHER_BACKEND
+
+    @contextlib.asynccontextmanager
+    async def _ends_with_backend(self) -> AsyncIterator[None]:
         limit, down = asyncio.timeout(None), list[Exception]()
 
         def went_down(which: Backend, error: Exception) -> None:
