@@ -21,6 +21,9 @@ _UNITS = {
 }
 
 
+_SMALLEST = 10_000  # bytes; a size below it without a unit is a mistake
+
+
 def number(value: object) -> object:
     """Return ``value``. Raises ValueError for True and False (``on``, ``yes`` in YAML), which Python would take as 1
     and 0.
@@ -32,10 +35,10 @@ def number(value: object) -> object:
 
 def parse_size(value: object) -> int:
     """Return the number of bytes that ``64MiB``, ``1.5 GB`` (here 1000**3) or a plain integer means. Raises ValueError
-    that says what is expected.
+    that says what is expected: a unit is, for an integer from 1 to 9,999.
     """
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
+        return _with_unit(value)
     found = (
         re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?B|B)?", value.strip(), re.I)
         if isinstance(value, str)
@@ -43,7 +46,14 @@ def parse_size(value: object) -> int:
     )
     if found is None or (found[2] is None and "." in found[1]):
         raise ValueError(f"should be a size such as 64MiB or 200GiB, or a number of bytes; not {value!r}")
-    return int(float(found[1]) * _UNITS[found[2].upper()]) if found[2] else int(found[1])
+    return int(float(found[1]) * _UNITS[found[2].upper()]) if found[2] else _with_unit(int(found[1]))
+
+
+def _with_unit(value: int) -> int:
+    """Return a number of bytes that was written without a unit. Raises ValueError if the unit was surely forgotten."""
+    if 0 < value < _SMALLEST:
+        raise ValueError(f"should have a unit: {value}GiB or {value}MiB; {value} alone is bytes ({value}B)")
+    return value
 
 
 def readable_size(size_bytes: float) -> str:

@@ -122,7 +122,7 @@ def test_what_is_not_known_is_not_made_up() -> None:
     assert (its.n_answered, its.n_failed, its.reuse, its.n_counted) == (1, 1, None, None)
     assert its.errors == {"503 no slot": 1}
     said = " ".join(verdict([it]))
-    assert "1 requests failed (50%): 503 no slot" in said
+    assert "1 request failed (50%): 503 no slot" in said
     assert "does not tell what it reused" in said
     assert all("?" in row.cells or row.cells for row in rows([it]))
 

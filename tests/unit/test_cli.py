@@ -290,6 +290,35 @@ def test_a_terminal_that_lacks_characters_stops_nothing() -> None:
     assert done.stdout == b"40 s \xb1 8 ?\n"
 
 
+# --- words that people try
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("version", "Did you mean 'llamaslot --version'?"),
+        ("keys list", "Did you mean 'llamaslot keys ls'?"),
+        ("keys revoke ada", "Did you mean 'llamaslot keys rm NAME'?"),
+        ("snapshots delete ls-1", "Did you mean 'llamaslot snapshots rm ID'?"),
+        ("serve config.yaml", "Did you mean --config FILE?"),
+        ("status http://127.0.0.1:8081", "Did you mean --config FILE or --url URL?"),
+        ("bench http://127.0.0.1:9/v1 --vs alone.json", "alone.json: No such file or directory"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_what_was_meant(line: str, said: str) -> None:
+    """Other programs' words, and a file or an address without its option."""
+    result = CliRunner().invoke(cli.main, line.split())
+    assert (result.exit_code, said in result.output) == (2, True), result.output
+
+
+@pytest.mark.parametrize("words", [[], ["snapshots"], ["keys"]])
+def test_no_command_s_summary_is_cut(words: list[str]) -> None:
+    """Each fits beside its name in a terminal of 80 columns."""
+    result = CliRunner().invoke(cli.main, [*words, "--help"], terminal_width=80)
+    assert "Commands:" in result.output
+    assert "..." not in result.output.partition("Commands:")[2]
+
+
 # --- the first line of the log
 
 

@@ -175,7 +175,7 @@ def test_show_takes_the_beginning_of_an_id(stopped: StoppedStore, run: Run) -> N
     assert said["created"].endswith("(23 h ago)")
     for name, why in (
         ("zz", "there is no such snapshot"),
-        ("ls-", "the ids of 4 snapshots begin so; give more characters"),
+        ("ls-", "several snapshots have such ids; give more characters"),
     ):
         refused = run("show", name)
         assert (refused.exit_code, refused.stderr) == (2, f"{name}: {why}\n")
@@ -298,7 +298,7 @@ def test_no_model_of_several_backends_is_another_one(stopped: StoppedStore, run:
     [
         ({"quota": 14_000}, [0, 1], "store.quota"),
         ({"max_files": 3}, [0, 1, 3], "store.max_files"),
-        ({"quota": 100}, [0], "store.quota"),
+        ({"quota": "100B"}, [0], "store.quota"),
         ({"min_free": 1 << 60}, [0], "store.min_free"),
     ],
 )

@@ -134,7 +134,7 @@ async def test_no_bytes_raise(tmp_path: Path, data: bytes) -> None:
         (b"PK\x03\x04" + bytes(30), "PyTorch"),
         (struct.pack("<Q", 600) + b'{"__metadata__":{}}', "safetensors"),
         (struct.pack("<III", 0x67677371, 4, 9), "is a slot file"),
-        (b"GGML and more", "begins with b'GGML', not with 'GGUF'"),
+        (b"GGML and more", "begins with 'GGML', not with 'GGUF'"),
         (header(), None),
     ],
 )

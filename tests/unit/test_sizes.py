@@ -16,8 +16,9 @@ pytestmark = SOURCE_GROUP
 @pytest.mark.parametrize(
     ("text", "size_bytes"),
     [
-        (7, 7),
-        ("7", 7),
+        (0, 0),
+        (10_000, 10_000),
+        ("10000", 10_000),
         ("512B", 512),
         ("64MiB", 64 * 1024**2),
         ("200 GiB", 200 * 1024**3),
@@ -29,6 +30,13 @@ pytestmark = SOURCE_GROUP
 def test_sizes(text: object, size_bytes: int) -> None:
     """Units of 1024 and of 1000, or a plain number of bytes."""
     assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", [7, "7", 9_999])
+def test_a_forgotten_unit_is_a_fault(text: object) -> None:
+    """Nobody means so few bytes."""
+    with pytest.raises(ValueError, match=f"{text}GiB or {text}MiB"):
+        parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["64M", "-1MiB", "1.5", "MiB", "", None, True, 1.5])

@@ -108,7 +108,7 @@ async def test_the_model_chooses_the_pool(tmp_path: Path) -> None:
             assert backend_of(await it.ask(TEXTS[0], model=name)) in places
         unknown = await it.chat("hello", model="c")
         assert (unknown.status, unknown.error["code"]) == (404, "model_not_found")
-        assert "there are a, b, gpt-4o, small" in unknown.error["message"]
+        assert "known: a, b, gpt-4o, small" in unknown.error["message"]
         missing = await it.chat("hello")
         assert (missing.status, missing.error["type"]) == (400, "invalid_request_error")
         listed = (await it.get("/v1/models")).json
@@ -452,9 +452,9 @@ async def test_the_commands_drain_and_undrain(tmp_path: Path) -> None:
 
         assert await run("drain", "gpu1") == (0, "gpu1: drained")
         assert await run("undrain", "gpu1") == (0, "gpu1: in service")
-        assert await run("drain", "gpu7") == (2, "there is no backend gpu7; there are gpu0, gpu1")
+        assert await run("drain", "gpu7") == (2, "there is no backend gpu7; known: gpu0, gpu1")
     code, said = await run("drain", "gpu1")
-    assert (code, "is it running, with this configuration?" in said) == (2, True)
+    assert (code, "is it running there?" in said) == (2, True)
 
 
 async def test_one_that_does_not_see_the_files_of_others_keeps_its_own(

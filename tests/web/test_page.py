@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -541,10 +542,36 @@ async def test_a_status_is_found_at_an_address(tmp_path: Path) -> None:
             (it.url + "/", 0, "gpu0/0"),
             (f"http://127.0.0.1:{free_port()}", 2, "no llamaslot answers on"),
             (it.fake.url, 2, "is that a llamaslot?"),
-            ("127.0.0.1:8081", 2, "an address is wanted"),
+            (it.url.removeprefix("http://"), 0, "llamaslot "),
+            ("ftp://127.0.0.1:8081", 2, "an address is wanted"),
         ):
             result = await asyncio.to_thread(CliRunner().invoke, cli.main, ["status", "--url", url])
             assert (result.exit_code, said in result.output) == (code, True), result.output
+
+
+async def test_top_without_a_terminal_prints_again_and_again(tmp_path: Path) -> None:
+    """Into a pipe or a file: it showed nothing there until its end."""
+    async with served(tmp_path) as it:
+        words = ("-m", "llamaslot", "top", "--url", it.url, "--every", "0.2")
+        process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(30):
+                heads = [line async for line in firsts(process.stdout, b"llamaslot ", 2)]
+        finally:
+            process.kill()
+            await process.wait()
+    assert all(b"of 2 slots work" in head for head in heads)
+
+
+async def firsts(lines: asyncio.StreamReader, start: bytes, n: int) -> AsyncIterator[bytes]:
+    """The first ``n`` lines that begin so."""
+    while n:
+        line = await lines.readline()
+        assert line, "it has ended"
+        if line.startswith(start):
+            n -= 1
+            yield line
 
 
 async def test_names_of_others_are_only_text(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ async def test_a_body_that_is_too_large_is_refused(tmp_path: Path) -> None:
             yield b" " * 100
 
     paths = (CHAT, TEXT, NATIVE, "/v1/responses", "/v1/messages")
-    async with served(tmp_path, {"listen": {"max_body": 2000}}) as it:
+    async with served(tmp_path, {"listen": {"max_body": "2000B"}}) as it:
         for path, is_chunked in itertools.product(paths, (True, False)):
             data = pieces() if is_chunked else b" " * 3000
             async with it.session.post(it.url + path, data=data, headers=JSON) as response:

@@ -233,9 +233,8 @@ def verdict(sides: Sequence[Side]) -> list[str]:
     for side, measured in zip(sides, of, strict=True):
         if measured.n_failed:
             share = measured.n_failed / (measured.n_failed + measured.n_answered)
-            said.append(
-                f"{side.name}: {measured.n_failed} requests failed ({share:.0%}): {next(iter(measured.errors))}"
-            )
+            failed = f"{measured.n_failed} request{'s' * (measured.n_failed > 1)} failed ({share:.0%})"
+            said.append(f"{side.name}: {failed}: {next(iter(measured.errors))}")
         if measured.n_reused is None and measured.n_answered:
             said.append(f"{side.name} does not tell what it reused: only times are compared")
         if (off := measured.disagreement) is not None and abs(off) > 0.02:

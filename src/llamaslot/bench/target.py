@@ -95,7 +95,7 @@ class Target:
             self.model = names[0]
         entry = next((entry for entry in served if entry.get("id") == self.model), {})
         if not entry and len(names) > 1:
-            raise BenchError(f"{self.base} has no model {self.model}; there are {', '.join(names[:20])}")
+            raise BenchError(f"{self.base} has no model {self.model}; it has {', '.join(names[:20])}")
         props = await self._json(f"{self.root}/props?model={quote(self.model, safe='')}") or {}
         settings = props.get("default_generation_settings") or {}
         sizes = (settings.get("n_ctx"), entry.get("max_model_len"), (entry.get("meta") or {}).get("n_ctx"))
@@ -113,11 +113,12 @@ class Target:
             ):
                 text = await response.text()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            why = (
-                "it does not answer"
-                if isinstance(error, TimeoutError)
-                else getattr(error, "strerror", None) or str(error)
-            )
+            if isinstance(error, TimeoutError):
+                why = "it does not answer"
+            elif isinstance(error, aiohttp.ClientSSLError):
+                why = "no TLS there; perhaps it is http://"
+            else:
+                why = getattr(error, "strerror", None) or str(error)
             raise BenchError(f"{self.base} cannot be reached: {why}. Does a server run there?") from None
         if response.status in (401, 403):
             has = "the key is refused" if self._keys else "a key is needed"

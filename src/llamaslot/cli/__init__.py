@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import io
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import click
 
 import llamaslot
 from llamaslot.cli.bench import bench
+from llamaslot.cli.commands import Commands, LateGroup
 from llamaslot.cli.demo import demo
 from llamaslot.cli.doctor import doctor
 from llamaslot.cli.install_service import install_service
@@ -39,25 +39,7 @@ _MONITORING = {
 }
 
 
-class LateGroup(click.Group):
-    """A group of commands whose module, of the same name, is imported only when the group is used."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return self._group.list_commands(context)
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if self.name == "keys" and name in ("remove", "delete", "revoke"):
-            context.fail(f"No such command '{name}': 'llamaslot keys rm NAME' removes keys.")
-        return self._group.get_command(context, name)
-
-    @property
-    def _group(self) -> click.Group:
-        group = getattr(import_module(f"{__name__}.{self.name}"), self.name or "")
-        assert isinstance(group, click.Group), "a module of commands has a group of its name"
-        return group
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, name="main", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(llamaslot.__version__, prog_name="llamaslot", message="%(prog)s %(version)s")
 def main() -> None:
     """A proxy in front of llama-server that finds the KV cache of each prompt, in a slot or on disk."""
@@ -143,7 +125,7 @@ def _run(config: Config, path: Path) -> None:
     run_to_end(serve_app(config, path), config.listen)
 
 
-@main.command()
+@main.command(short_help="Print a dashboard, alert rules or lines for Prometheus.")
 @click.argument("what", type=click.Choice(list(_MONITORING)))
 def monitoring(what: str) -> None:
     """Print a file for monitoring: Grafana's dashboard, Prometheus' alert

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamaslot.cli.output import EXIT_FAULT, fail
+from llamaslot.cli.output import EXIT_FAULT, about_file, fail, several
 from llamaslot.errors import how_to_add
 
 # Slow imports are made where they are needed.
@@ -24,7 +24,7 @@ _REPORT = Path("llamaslot-bench.html")
 _SHARED = 1000
 
 
-@click.command()
+@click.command(short_help="Measure how long a team waits, and what is reused.")
 @click.argument("url")
 @click.option(
     "--vs", metavar="URL|FILE", help="Compare with another base URL, or with a file written by --json."
@@ -158,7 +158,7 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
         if other is not None:
             _add_earlier(result, other)
     except (BenchError, ValueError, OSError) as error:
-        fail([str(error)])
+        fail([about_file(error) if isinstance(error, OSError) and error.filename else str(error)])
     except KeyboardInterrupt:
         sys.exit(130)
     every: list[Row] = rows(result.sides)
@@ -177,12 +177,12 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
 
 
 def _earlier(vs: str | None) -> Result | None:
-    """Return the result saved in the file ``vs``. None if ``vs`` is None or an address. Raises OSError, and ValueError
-    if the file is no result.
+    """Return the result saved in the file ``vs``. None if ``vs`` is None or an address: it has ``://``, or it
+    is no file and does not end with ``.json``. Raises OSError, and ValueError if the file is no result.
     """
     from llamaslot.bench.result import load
 
-    if vs is None or "://" in vs or not Path(vs).is_file():
+    if vs is None or "://" in vs or not (vs.endswith(".json") or Path(vs).is_file()):
         return None
     return load(Path(vs))
 
@@ -360,9 +360,10 @@ def _in_words(workload: Workload, options: dict[str, Any]) -> str:
     if options["shape"] is not None:
         how = f"the shape of a journal: {workload.n_users} users, {len(workload.conversations)} conversations"
     else:
-        how = f"{workload.n_users} users with {options['turns']} turns each"
+        how = f"{several(workload.n_users, 'user', 'users')} with {several(options['turns'], 'turn', 'turns')} each"
+    how += f", {several(workload.n_requests, 'request', 'requests')}"
     return (
-        f"{how}, {workload.n_requests} requests; first prompts of {min(firsts):,} to {max(firsts):,} tokens "
+        f"{how}; first prompts of {min(firsts):,} to {max(firsts):,} tokens "
         f"({workload.n_shared:,} shared), answers of {options['answer']}, {where}; "
         f"{workload.n_prompt:,} prompt tokens in all"
     )

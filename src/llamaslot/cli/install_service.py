@@ -52,7 +52,7 @@ class Options(NamedTuple):
 _DEFAULT = Options()
 
 
-@click.command("install-service")
+@click.command("install-service", short_help="Print systemd units for llamaslot and llama-server.")
 @click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
 @click.option(
     "--write",

@@ -66,11 +66,12 @@ def _wording(error: BaseException, listen: ListenConfig) -> str | None:
     if isinstance(error, OSError) and error.errno in _BIND_FAULTS and error.filename is None:
         return f"listen: {listen.host}:{listen.port} {_BIND_FAULTS[error.errno]}"
     if isinstance(error, OSError) and error.filename is not None:
-        return _about_file(error)
+        return about_file(error)
     return str(error) if isinstance(error, LlamaslotError) else None
 
 
-def _about_file(error: OSError) -> str:
+def about_file(error: OSError) -> str:
+    """Return a line about an error that concerns one file."""
     return f"{os.fsdecode(error.filename)}: {error.strerror}"
 
 
@@ -86,7 +87,7 @@ def report_faults() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        fail([_about_file(error)])
+        fail([about_file(error)])
 
 
 def fail(lines: list[str]) -> NoReturn:

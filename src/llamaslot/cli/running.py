@@ -77,13 +77,13 @@ class Running:
 
     @classmethod
     def at(cls, url: str) -> Running:
-        """Return the client for the llamaslot at ``http://host:port`` or ``https://host:port``; a path in the URL is
-        ignored. Raises ValueError if ``url`` is no such address.
+        """Return the client for the llamaslot at ``host:port``, with or without ``http://`` or ``https://``; a path in
+        ``url`` is ignored. Raises ValueError if ``url`` is no such address.
         """
         from http.client import HTTPConnection, HTTPSConnection
         from urllib.parse import urlsplit
 
-        parts = urlsplit(url)
+        parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url}: an address is wanted, like http://127.0.0.1:8081")
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
@@ -124,7 +124,7 @@ class Running:
             raise NotRunning(f"what answers on {self.where} is no llamaslot") from None
         except (OSError, HTTPException) as error:
             raise NotRunning(
-                f"no llamaslot answers on {self.where} ({error}): is it running, with this configuration?"
+                f"no llamaslot answers on {self.where} ({_reason(error)}): is it running there?"
             ) from error
         if response.status != 200 or not isinstance(answer, dict):
             raise Refused(
@@ -140,6 +140,10 @@ class Running:
         if said is None or server != "llamaslot":
             return f"{self.where} answers {status}{f': {said}' if said else ''}: is that a llamaslot?"
         return str(said)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def load(path: Path) -> Config:
@@ -214,7 +218,7 @@ def _of_run(context: click.Context, option: click.Parameter, store: Path | None)
     context.meta[__name__] = next(iter(found.values()))
 
 
-@click.command()
+@click.command(short_help="Take a backend out of service, and save its slots.")
 @with_config_or_store
 @click.argument("backend")
 def drain(path: Path, backend: str) -> None:
@@ -255,7 +259,7 @@ def _status_of(running: Running, backend: str) -> dict[str, Any]:
     return {found["name"]: found for found in every}[backend]
 
 
-@click.command()
+@click.command(short_help="Make the running llamaslot read its configuration.")
 @click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
 def reload(path: Path) -> None:
     """Make the running llamaslot read its configuration again, as SIGHUP does.

@@ -66,7 +66,10 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Print what would be rem
     help="Which snapshots come first.",
 )
 def ls(path: Path, is_json: bool, order: str) -> None:
-    """List all snapshots, the most recently used first, or in the order of --sort."""
+    """List all snapshots.
+
+    The most recently used comes first, unless --sort says otherwise.
+    """
     with report_faults():
         store = _store_of(path)
         stock = take_stock(store.directory)
@@ -111,7 +114,10 @@ def show(path: Path, is_json: bool, name: str) -> None:
 @_dry_run
 @click.argument("names", metavar="ID...", nargs=-1, required=True)
 def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
-    """Remove the snapshots named, pinned ones too. The beginning of each ID is enough."""
+    """Remove the snapshots named, pinned ones too.
+
+    A unique beginning of each ID is enough.
+    """
     with report_faults():
         store = _store_of(path)
         with _locked(store, dry_run):
@@ -126,7 +132,9 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
     "--others", is_flag=True, help="Also remove snapshots of models other than the last served one."
 )
 def gc(path: Path, dry_run: bool, others: bool) -> None:
-    """Remove unfinished and broken snapshots, and the least valuable ones beyond the limits of the configuration.
+    """Remove leftovers, and what exceeds the configured limits.
+
+    Leftovers are unfinished and broken snapshots. Beyond a limit the least valuable ones go.
 
     Only sizes and headers are compared. The command verify reads whole files, and so finds damaged data too. A file
     that an unreadable sidecar may need is kept.
@@ -155,7 +163,9 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 @click.option("--remove", "removes", is_flag=True, help="Remove the broken snapshots.")
 @click.argument("names", metavar="[ID]...", nargs=-1)
 def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> None:
-    """Read all snapshots, or those named, and list the broken ones. Exit code 1 if a broken one is left.
+    """Read snapshots and list the broken ones.
+
+    All are read, or those named. Exit code 1 if a broken one is left.
 
     A slot file that only one snapshot needs has no checksums: only its header is read.
     """
@@ -291,7 +301,7 @@ def _chosen(store: OfflineStore, names: Sequence[str]) -> list[Item]:
         ]
         if len(found) != 1 or not name.removeprefix("ls-"):
             many = (
-                f"the ids of {len(found)} snapshots begin so; give more characters"
+                "several snapshots have such ids; give more characters"
                 if found
                 else "there is no such snapshot"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,7 @@ _url = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Show what the running llamaslot does now.")
 @with_config_or_store
 @_url
 @click.option("--json", "is_json", is_flag=True, help="Print the JSON of /llamaslot/status.")
@@ -61,13 +63,14 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
         click.echo(line)
 
 
-@click.command()
+@click.command(short_help="Show the status once a second, and the last requests.")
 @with_config_or_store
 @_url
 @click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=_EVERY_S, show_default=True)
 def top(path: Path, url: str | None, every_s: float) -> None:
-    """Show what ``status`` shows, and below it why each of the last requests cost what it did;
-    renewed once a second. Ctrl-C ends it.
+    """Show what 'llamaslot status' shows, and below it why each of the last requests cost what it did.
+
+    In a terminal the table is renewed once a second, elsewhere printed again. Ctrl-C ends it.
     """
     from rich.console import Console
     from rich.live import Live
@@ -77,9 +80,13 @@ def top(path: Path, url: str | None, every_s: float) -> None:
         running.get("status")  # a fault that does not pass: a wrong key
         console = Console()
         try:
-            with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+            with contextlib.ExitStack() as shown:
+                show = console.print
+                if console.is_terminal:
+                    live = shown.enter_context(Live(console=console, screen=True, auto_refresh=False))
+                    show = partial(live.update, refresh=True)
                 while True:
-                    live.update(_drawn(running, console.width), refresh=True)
+                    show(_drawn(running, console.width))
                     time.sleep(every_s)
         except KeyboardInterrupt:
             pass

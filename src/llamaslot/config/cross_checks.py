@@ -65,7 +65,7 @@ def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
         if (other := names.setdefault(name, i)) != i:
             yield (
                 ("backends", i, "name"),
-                f"is {name} like that of backends[{other}]: give each backend a name of its own",
+                f"is {name}, as that of backends[{other}]: give each backend a name of its own",
             )
         url = backend.get("url")
         address = address_of(url) if isinstance(url, str) else None
@@ -79,7 +79,7 @@ def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
         if isinstance(port, int) and (other := ports.setdefault(port, i)) != i:
             yield (
                 ("backends", i, "managed", "port"),
-                f"is {port} like that of backends[{other}]; without it a free one is taken",
+                f"is {port}, as that of backends[{other}]; without it a free one is taken",
             )
 
 
@@ -100,7 +100,7 @@ def _model_faults(
         if target in aliases:
             yield loc, f"{target} is an alias too: name the model itself, as its server does, or a backend"
         elif known is not None and target not in known:
-            yield loc, f"there is no model {target}; there are {', '.join(known)}"
+            yield loc, f"there is no model {target}; known: {', '.join(known)}"
 
 
 def _known_models(backends: Sequence[object], info: ValidationInfo) -> list[str] | None:
@@ -189,6 +189,10 @@ def _auth_faults(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
             )
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a host name"
+        if host.startswith("["):
+            why = "an IPv6 address is written without brackets here"
+        elif host.count(":") == 1:
+            why = "a port goes into listen.port"
         yield ("listen", "host"), f"{host} is not known: {why}"
 
 
@@ -278,7 +282,7 @@ def _instead_of_gguf(file: Path) -> str | None:
     if start[8:10] == b'{"':
         return "looks like safetensors: llama.cpp's convert_hf_to_gguf.py makes a GGUF"
     known = (what for magic, what in _BEGINNINGS if (start.startswith(magic) if magic else not start))
-    return next(known, f"begins with {start[:4]!r}, not with 'GGUF'")
+    return next(known, f"begins with {start[:4].decode('latin-1')!r}, not with 'GGUF'")
 
 
 def _first_word(command: object) -> str | None:

@@ -40,6 +40,7 @@ _WORDING = {
     "path_type": "should be a path",
     "tuple_type": "should be a list",
     "list_type": "should be a list",
+    "dict_type": "should be a mapping: one 'name: value' a line",
     "invalid_key": "is not a key that can be used here: keys are text",
     "greater_than": "should be greater than {gt}",
     "greater_than_equal": "should be at least {ge}",
@@ -47,6 +48,18 @@ _WORDING = {
     "less_than_equal": "should be at most {le}",
     "literal_error": "should be {expected}",
     "string_pattern_mismatch": "should be letters, digits, '.', '_' and '-'",
+}
+
+
+#: What PyYAML says of frequent mistakes, and what to look at.
+_HINTS = {
+    "'\\t'": "YAML is indented with spaces, never with tabs",
+    "cannot start any token": "a text that begins with such a sign needs quotes",
+    "could not find expected ':'": "a colon with a blank behind it follows each key, as in url: http://127.0.0.1:8080",
+    "expected <block end>": "is this line indented as its neighbours are?",
+    "mapping values are not allowed here": "is this line indented as its neighbours are? A text with ': ' needs quotes",
+    "unknown escape character": "a text with \\ in it needs single quotes",
+    "expected ',' or": "a bracket before it is not closed",
 }
 
 
@@ -75,16 +88,22 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        fault = "there is no such file: README.md has one to start from; 'llamaslot run' and 'llamaslot demo' need none"
+        fault = (
+            "there is no such file. --config FILE names another; docs/guides/quickstart.md has one to start from;"
+            " 'llamaslot run' and 'llamaslot demo' need none"
+        )
     except OSError as error:
         fault = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
         fault = f"is not UTF-8 text (byte {error.start})"
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        problem = error.problem or error.context or ""
+        # A key without its colon is noticed only in the next line.
+        is_key = error.context == "while scanning a simple key"
+        mark = (error.context_mark if is_key else error.problem_mark) or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        tab = " (YAML is indented with spaces, never with tabs)" if "'\\t'" in (error.problem or "") else ""
-        fault = f"{where}{error.problem or error.context}{tab}"
+        hint = next((f" ({hint})" for part, hint in _HINTS.items() if part in problem), "")
+        fault = f"{where}{problem}{hint}"
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, IndexError) as error:
         # The last two: PyYAML's own, for an empty text that is marked as a number or a time.
         fault = f"is not YAML: {' '.join(str(error).split())}"
@@ -128,12 +147,18 @@ def _say(details: ErrorDetails, model: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         return _unknown(str(loc[-1]), loc, model)
     if kind == "model_type":
+        if not loc and given is None:
+            return "is empty: it needs at least 'backends'"
         return f"should be a mapping with the keys {', '.join(_section(loc, model).model_fields)}"
     said = _WORDING[kind].format_map(context) if kind in _WORDING else details["msg"].removeprefix("Input ")
     if kind.startswith("float") and str(loc[-1]).endswith("_s"):
         said = "should be a number of seconds, such as 10"
     if kind == "missing" or "key" in str(loc[-1]):  # a key is a secret: never repeat it
         return said
+    if kind == "tuple_type" and loc == ("backends",) and given is not None:
+        said += ": '- ' begins each backend"
+    if kind == "string_type" and isinstance(given, bool):
+        return f"{said}, else YAML reads it as {str(given).lower()}"
     if isinstance(given, str | int | float):
         said += f"; not {given!r}"
     if kind == "literal_error" and isinstance(given, str):

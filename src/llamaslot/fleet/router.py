@@ -75,7 +75,7 @@ class Router:
             )
         if not isinstance(model, str) or not model:
             raise BadRequest(f"'model' is required, as there are several: {there_are}")
-        raise ModelNotFound(f"the model '{shortened(model)}' does not exist here; there are {there_are}")
+        raise ModelNotFound(f"the model '{shortened(model)}' does not exist here; known: {there_are}")
 
     def unloaded_pool(self, model: object) -> Pool | None:
         """Return the pool of a model that must be loaded for this request. None if the model is loaded, or is never

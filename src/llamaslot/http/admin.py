@@ -53,7 +53,7 @@ class Status:
                 return web.json_response(DESCRIPTION)
             case _:
                 own = ", ".join(path for path in PATHS if path.startswith("/llamaslot/"))
-                raise NotFound(f"there is no {shortened(request.path)}; there are {own}")
+                raise NotFound(f"there is no {shortened(request.path)}; known: {own}")
 
     def status(self) -> dict[str, Any]:
         """Return the present state of backends, snapshots and queue, as ``/llamaslot/status`` answers it. It has no
@@ -89,9 +89,9 @@ class Status:
         """
         there_are = ", ".join(backend.name for backend in self._registry.backends)
         if not (name := request.query.get("backend", "")):
-            raise BadRequest(f"{request.path}?backend=NAME: which backend? There are {there_are}")
+            raise BadRequest(f"{request.path}?backend=NAME: which backend? Known: {there_are}")
         if (backend := self._registry.backend_named(name)) is None:
-            raise NotFound(f"there is no backend {shortened(name)}; there are {there_are}")
+            raise NotFound(f"there is no backend {shortened(name)}; known: {there_are}")
         if request.path == "/llamaslot/drain":
             backend.drain.begin()
         else:

@@ -263,7 +263,9 @@ def _make_directories(config: Config) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise LlamaslotError(f"cannot make the directory {path}: {error.strerror}") from error
+            raise LlamaslotError(
+                f"cannot make the directory {path}: {error.strerror}; store.meta_dir chooses another"
+            ) from error
 
 
 def _address(host: str, port: int) -> str:

@@ -14,7 +14,7 @@ EXIT_FOUND = 1
 _BUDGET_S = 30.0
 
 
-@click.command()
+@click.command(short_help="Find what costs reuse or speed, and how to mend it.")
 @click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
 @click.option("--as", "who", metavar="USER[:GROUP]", help="As root: check as this user, who will serve.")
 @click.option("--deep", is_flag=True, help="Fill a slot to its end, however long that takes.")

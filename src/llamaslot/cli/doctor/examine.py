@@ -59,7 +59,9 @@ def _served(
         if backend["health"] == "down" and configured is not None:
             yield from _elsewhere(configured)
         if backend["health"] == "up":
-            told = f"llamaslot serves: not tried behind its back; llamaslot drain {backend['name']}, and run this again"
+            told = "llamaslot serves: not tried behind its back"
+            if configured is None or configured.url is not None:  # one that llamaslot starts is never tried
+                told += f"; llamaslot drain {backend['name']}, and run this again"
             yield Finding(f"{backend['name']}: batch, context shift", "skipped", told)
     yield from of_journal(status, decisions)
 
@@ -91,7 +93,7 @@ def _tried(settings: BackendConfig, budget_s: float | None, *, is_served: bool =
         yield Finding(
             f"{settings.name}: slots",
             "skipped",
-            "llamaslot starts this llama-server: start it, then ask again",
+            "llamaslot starts this llama-server: start llamaslot, then ask again",
         )
         return
     if is_served and directory is not None and (pid := holder(directory)) is not None:
