@@ -21,6 +21,7 @@ from llamaslot.scheduling.rates import Rates
 from llamaslot.store import DirectoryUnusable, QuotaExceeded, sidecar
 from llamaslot.store import landing as places
 from llamaslot.store.landing import NoLanding
+from tests.support.stack import size_of
 from tests.support.trees import Tree, words
 
 A, B = words(700, 1), words(700, 2)
@@ -40,7 +41,7 @@ class Places:
         def statvfs(path: Any) -> Any:
             if path != self.landing:
                 return real(path)
-            used = sum(entry.stat().st_size for entry in self.landing.iterdir() if not entry.is_symlink())
+            used = sum(size_of(entry) for entry in self.landing.iterdir() if not entry.is_symlink())
             values = list(real(path))
             values[4], values[1] = self.free - used, 1
             values[8] = os.ST_RDONLY if self.is_read_only else 0
