@@ -242,8 +242,9 @@ class PrefixIndex(Generic[H]):
 
     @classmethod
     def of_branches(cls, branches: Iterable[Branch[H]]) -> PrefixIndex[H]:
-        """Build the index that has these ``branches``, with the same order of hits, without a walk from the root for
-        each holder. Raises ValueError if no index has them in this order.
+        """Build the index that has these ``branches``, without a walk from the root for each holder. Hits have the same
+        order, except that those of the same length may change places. Raises ValueError if no index has the branches in
+        this order.
         """
         index = cls()
         root, path, nodes, n_holders = index._root, [index._root], list[_Node[H]](), 0
