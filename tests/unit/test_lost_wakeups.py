@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -10,8 +11,10 @@ from msgspec.structs import replace
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.ids import pack
+from llamaslot.config.load import Config
 from llamaslot.errors import BackendDown
 from llamaslot.fleet.pool import Pool, PoolSettings
+from llamaslot.fleet.registry import Registry
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.request import Request, User
@@ -87,6 +90,21 @@ async def test_the_worse_backend_is_taken_when_the_better_one_does_not_come_back
     assert not await waits(asked)
     assert asked.result().table.backend == "a"
     asked.result().release()
+
+
+async def test_a_backend_that_a_reload_is_just_adding_is_not_waited_for(tmp_path: Path) -> None:
+    """Nothing tells a request that waits for it when it turns out to be down: it is down from its beginning."""
+    config = Config.of(
+        {
+            "backends": [{"name": "a", "url": "http://127.0.0.1:9"}],
+            "store": {"meta_dir": str(tmp_path / "meta")},
+        },
+        "a test", tmp_path,
+    )  # fmt: skip
+    registry = Registry.of(config)
+    with pytest.raises(BackendDown, match="has not answered yet"):
+        await registry.pools[0].lease(Request("1", pack([1]), user=ANNA))
+    await registry.close(0.0)
 
 
 async def test_a_slot_that_was_left_at_work_is_not_waited_for_when_its_server_is_gone() -> None:

@@ -118,6 +118,7 @@ class Backend:
         self.session: ServerSession | None = None
         self.last_session: ServerSession | None = None  # the present session, or else the last one
         self._why_down = "has not answered yet"
+        leases.down = self._is_down()  # no request waits for one that a reload adds, until it is connected to
         self.outage: Outage | None = None  # the present one, or else the last one
         self._is_settled = asyncio.Event()  # set unless it is being connected to
         self._is_settled.set()
@@ -231,7 +232,6 @@ class Backend:
             self.rates.size.observe_each([each.read_size for each in listed])
 
     def start(self) -> None:
-        self.leases.down = self._is_down()
         self.abandoned_slots.on_failure = self.doubt
         self.tasks.spawn(self._live(), f"{self.name}: life")
         self.tasks.spawn(self.abandoned_slots.run(), f"{self.name}: abandoned slots")
