@@ -107,6 +107,26 @@ async def test_a_backend_that_a_reload_is_just_adding_is_not_waited_for(tmp_path
     await registry.close(0.0)
 
 
+async def test_a_model_that_was_never_loaded_is_not_waited_for(tmp_path: Path) -> None:
+    """Until its first connection it is in the pool of the others, and only a request for it loads it."""
+    config = Config.of(
+        {
+            "backends": [{"name": name, "url": f"http://{name}:9"} for name in "ab"],
+            "store": {"meta_dir": str(tmp_path / "meta")},
+        },
+        "a test", tmp_path,
+    )  # fmt: skip
+    registry = Registry.of(config)
+    unloaded = registry.backend_named("b")
+    assert unloaded is not None
+    unloaded.sleep()  # as it is when models are loaded on demand
+    asked = spawn(registry.pools[0].lease(Request("1", pack([1]), user=ANNA)))
+    assert not await waits(asked)
+    with pytest.raises(BackendDown, match=r"a:9 has not answered yet.*b:9 is asleep"):
+        await asked
+    await registry.close(0.0)
+
+
 async def test_a_slot_that_was_left_at_work_is_not_waited_for_when_its_server_is_gone() -> None:
     """A drain, and a model that must make room, wait for it."""
     model = Model()

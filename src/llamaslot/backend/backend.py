@@ -354,7 +354,9 @@ class Backend:
         self.metrics.assist.set(0)
         self.process.clear()
         self._set(health)
-        self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)
+        # Before its first connection it is in the pool of another model, whose requests must not wait for it.
+        is_down = health is Health.DOWN or self.last_session is None
+        self._members.disconnected(self, self._is_down() if is_down else None)
 
     def _is_down(self) -> BackendDown:
         why = f"llama-server at {self.api.url} {self._why_down}"
