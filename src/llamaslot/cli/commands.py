@@ -43,13 +43,14 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except click.UsageError as error:
-            if error.ctx is not None and "unexpected extra argument" in error.message:
-                options = {option for each in error.ctx.command.params for option in each.opts}
+            its = error.ctx
+            if its is not None and its.parent is context and "unexpected extra argument" in error.message:
+                options = {option for each in its.command.params for option in each.opts}
                 wanted = [f"{name} FILE" for name in ("--config",) if name in options]
                 wanted += ["--url URL"] if "--url" in options else []
                 if wanted:
                     meant = f"{error.message}. Did you mean {' or '.join(wanted)}?"
-                    raise click.UsageError(meant, error.ctx) from None
+                    raise click.UsageError(meant, its) from None
             raise
 
 
