@@ -14,6 +14,7 @@ import pytest
 from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError
 from llamaslot.fleet.registry import Registry
+from llamaslot.http import connections
 from llamaslot.http.connections import NewConnection
 from llamaslot.http.serve import Front, keep_answers_flowing
 from llamaslot.http.service_manager import ServiceManager
@@ -80,3 +81,13 @@ async def test_sockets_of_clients_have_the_options_of_the_listener(tmp_path: Pat
     assert its.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
     writer.close()
     await front.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels lack these options")
+async def test_a_kernel_that_refuses_an_option_of_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sandboxes do: llamaslot serves all the same, with the options that it has."""
+    monkeypatch.setattr(connections, "_OPTIONS", {"TCP_USER_TIMEOUT": -1, "TCP_KEEPIDLE": 30})
+    listener = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    connections.set_options(listener)
+    assert listener.sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+    listener.close()

@@ -184,12 +184,13 @@ def set_options(listener: asyncio.Server) -> None:
     more, and keeps little data for a slow one. Without them the request of such a client would keep its slot for two
     hours, or for ever.
 
-    Only Linux has all of these options; elsewhere sockets keep their defaults.
+    Only Linux has all of these options, and a sandbox may refuse some; then sockets keep their defaults.
     """
     for sock in listener.sockets:
         for name, value in _OPTIONS.items():
             if (option := getattr(socket, name, None)) is not None:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def raise_file_limit() -> None:
