@@ -258,6 +258,22 @@ async def test_a_model_that_llamaslot_cannot_use_keeps_no_other_from_being_loade
         assert (await it.ask(TALK, model="org/b:Q4")).status == 200
 
 
+async def test_a_model_of_others_that_llamaslot_cannot_use_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program has loaded it, and may use it."""
+    monkeypatch.setattr("llamaslot.backend.backend._RETRY_CONNECT_S", 0.01)
+    async with routed(tmp_path, {"cache": {"isolation": "per_user"}}) as (it, router):
+        child = router.children["a"]
+        child.server.save_dir = None
+        await router.load(child)
+        await it.until(lambda: it.named("box/a").n_failed_connects >= 5)
+        answer = await it.ask(TALK, model="a")
+        assert (answer.status, "cache.isolation is per_user" in answer.error["message"]) == (503, True)
+        assert (child.state, child.n_loads) == ("loaded", 1)
+        assert (await it.ask(TALK, model="org/b:Q4")).status == 200
+
+
 async def test_the_users_of_both_at_once_are_all_served(tmp_path: Path) -> None:
     """Each waits for its model."""
     async with routed(tmp_path) as (it, _):

@@ -49,8 +49,10 @@ class RouterModeModel(ServedOnDemand):
 
     async def load(self) -> None:
         """Have the router load the model, and wait until llamaslot is connected to it. Raises BackendDown if that
-        failed, or if the router does not answer any more.
+        failed, or if the router does not answer any more. Then the model is unloaded, unless another program has
+        loaded it.
         """
+        is_others = self.is_loaded
         try:
             async with asyncio.timeout(None) as self._loading:
                 await self._router.load(self._model)
@@ -66,7 +68,10 @@ class RouterModeModel(ServedOnDemand):
                 lambda: None if self.is_loaded else "was unloaded while llamaslot connected to it"
             )
         except BackendDown:
-            await self.unload()
+            if not is_others:
+                await self.unload()
+            elif self._backend.presence.is_awake:
+                self._backend.sleep()
             raise
 
     async def unload(self) -> None:
