@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from llamaslot.cache.ids import pack
+from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, WithTokens, index_file
 from llamaslot.store.model_snapshots import Libraries
@@ -173,12 +174,100 @@ async def test_many_that_no_file_has_are_read_afterwards(world: World) -> None:
     world.drop("ls-150")
     late = world.snapshots["ls-late"] = snapshot("ls-late", 999)
     library.add(late)
-    assert len(world.tasks) == 1
+    assert library.n_unread
     await world.libraries.complete()
     library.check()
     assert library.n_unread == 0
     assert library.snapshots.keys() == world.snapshots.keys()
     assert await world.written() == world.snapshots.keys()
+
+
+class Gate:
+    """The index file is read when ``opened`` is set, and not before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, read = asyncio.Event(), index_file.IndexFile.read
+
+        async def late(file: index_file.IndexFile) -> PrefixIndex[str]:
+            await self.opened.wait()
+            return await read(file)
+
+        monkeypatch.setattr(index_file.IndexFile, "read", late)
+
+
+async def test_the_model_is_there_before_the_index_file_is_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then requests wait. What goes and comes meanwhile is right, and no header is read."""
+    await world.meet()
+    await world.written()
+    gate = Gate(monkeypatch)
+    world.start()
+    world.n_read = 0
+    library = await world.libraries.of("gpu0", MODEL, lambda found: True)
+    seen = library.changes.n
+    complete = world.tasks.spawn(world.libraries.complete(), "a request")
+    world.drop("ls-150")
+    world.snapshots["ls-late"] = snapshot("ls-late", 999)
+    for id_ in (
+        "ls-late",
+        "ls-7",
+    ):  # a slot is adopted that has been saved as the latter, which is in the file too
+        library.add(world.snapshots[id_])
+    library.check()
+    assert library.n_unread
+    assert not complete.done()
+    gate.opened.set()
+    await complete
+    library.check()
+    assert not library.n_unread
+    assert library.snapshots.keys() == world.snapshots.keys()
+    assert all(library.index.tokens(id_) == found.tokens for id_, found in world.snapshots.items())
+    assert world.n_read == 0
+    assert library.changes.since(seen) is None
+
+
+async def test_a_second_backend_lets_no_request_pass_before_the_index_file_is_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It connects while the file is read for the first one. The file is read once."""
+    await world.meet()
+    await world.written()
+    gate = Gate(monkeypatch)
+    world.start()
+    world.n_read = 0
+    library = await world.libraries.of("gpu0", MODEL, lambda found: True)
+    complete = world.tasks.spawn(world.libraries.complete(), "a request")
+    await asyncio.sleep(0)
+    assert await world.libraries.of("gpu1", MODEL, lambda found: True) is library
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert library.n_unread == len(world.snapshots)
+    assert not complete.done()
+    gate.opened.set()
+    await complete
+    library.check()
+    assert library.snapshots.keys() == world.snapshots.keys()
+    assert world.n_read == 0
+
+
+async def test_another_model_does_not_wait_for_the_index_file_of_the_last_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of the old one do not wait for it for ever either."""
+    await world.meet()
+    await world.written()
+    gate = Gate(monkeypatch)
+    world.start()
+    old = await world.libraries.of("gpu0", MODEL, lambda found: True)
+    complete = world.tasks.spawn(world.libraries.complete(), "a request")
+    await asyncio.sleep(0)
+    meeting = world.tasks.spawn(world.libraries.of("gpu0", OTHER, lambda found: False), "meeting")
+    await complete
+    assert not old.n_unread
+    gate.opened.set()
+    assert await meeting is not old
+    assert not old.snapshots
 
 
 async def test_two_backends_of_one_model_share_a_library(world: World) -> None:

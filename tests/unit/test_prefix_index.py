@@ -241,6 +241,17 @@ def test_an_index_is_built_from_its_branches(
                 each.insert(holder, pack(ids))
 
 
+def test_an_index_takes_the_place_of_another() -> None:
+    """Nothing of what it had is left, and it goes on like any index."""
+    index, other = index_of(both=[1, 2, 3], mine=[1, 2, 9]), index_of(both=[1, 2, 3], its=[1, 5], more=[])
+    index.become(other)
+    index.check()
+    assert list(index.branches()) == list(index_of(both=[1, 2, 3], its=[1, 5], more=[]).branches())
+    index.insert("late", pack([1, 5, 9]))
+    index.check()
+    assert index.match(pack([1, 5]), 2) == [Shared("its", 2, 2), Shared("late", 2, 3)]
+
+
 @given(
     st.lists(
         st.tuples(st.integers(-1, 4), st.integers(0, 9), st.lists(st.sampled_from("abc"), max_size=2)),

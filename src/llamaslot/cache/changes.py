@@ -20,6 +20,11 @@ class Changes:
         self.n += 1
         self._last.append(tokens)
 
+    def note_many(self) -> None:
+        """Record that many sequences have changed at once: it is not known which."""
+        self.n += 1
+        self._last.clear()
+
     def since(self, n: int) -> Sequence[bytes] | None:
         """The sequences added or removed after the first ``n`` changes, oldest first; None if these are more than the
         last few that are recorded.

@@ -136,8 +136,7 @@ class PrefixIndex(Generic[H]):
         self.drop(holder)
         node, position = self._root, 0
         while position < len(tokens):
-            child = node.children.get(tokens[position : position + tok.WIDTH])
-            if child is None:
+            if (child := node.children.get(tokens[position : position + tok.WIDTH])) is None:
                 node = self._add_leaf(node, tokens[position:])
                 break
             if not tokens.startswith(child.edge, position):
@@ -150,12 +149,10 @@ class PrefixIndex(Generic[H]):
 
     def drop(self, holder: H) -> None:
         """Remove ``holder`` from the index. Idempotent."""
-        node = self._ends.pop(holder, None)
-        if node is None:
+        if (node := self._ends.pop(holder, None)) is None:
             return
         del node.holders[holder]
-        parent = node.parent
-        if parent is not None and not node.holders and not node.children:
+        if (parent := node.parent) is not None and not node.holders and not node.children:
             del parent.children[node.edge[: tok.WIDTH]]
             del parent.order[self._position(node)]
             self._n_tokens -= tok.count(node.edge)
@@ -280,6 +277,11 @@ class PrefixIndex(Generic[H]):
                     raise ValueError("a branch has neither a holder nor a fork")
                 node.rank = ranks[0]
         return index
+
+    def become(self, other: PrefixIndex[H]) -> None:
+        """Take the sequences of ``other``, which must not be used after that, in place of the present ones."""
+        self._root, self._ends, self._n_tokens = other._root, other._ends, other._n_tokens
+        self._serials = other._serials
 
     def branches(self) -> Iterator[Branch[H]]:
         """All nodes in pre-order, the root first. The index must not change while it is read."""
