@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from llamaslot.backend.health import Health
 from llamaslot.fleet.on_demand import OnDemand, State
+from llamaslot.http.reload import Reload
+from llamaslot.http.service_manager import ServiceManager
 from tests.support.fake import FakeModel, Hang
 from tests.support.fake_router import FakeRouter
 from tests.support.fleet import A, B, Several
@@ -296,6 +299,28 @@ async def test_a_request_in_the_queue_of_a_model_that_must_go_is_served_first(tm
         fake.go()
         assert [(await one).status for one in asked] == [200] * 4
         assert [child.n_loads for child in router.children.values()] == [1, 1]
+
+
+async def test_a_router_comes_and_goes_with_a_restart_only(tmp_path: Path) -> None:
+    """A reload says so, each time. The router's models are served meanwhile."""
+    file = tmp_path / "config.yaml"
+    async with routed(tmp_path) as (it, _):
+        own = {"name": "box", "url": it.config.backends[0].url, "slot_save_path": str(tmp_path / "kv")}
+        other = {"name": "other", "url": "http://127.0.0.1:9"}
+        reload = Reload(file, it.config, it.registry, ServiceManager())
+
+        async def reloaded(*backends: dict[str, Any]) -> list[str]:
+            sections = it.config.model_dump(mode="json", exclude_unset=True, exclude={"backends"})
+            file.write_text(json.dumps({**sections, "backends": backends}))
+            told = await reload.run()
+            return [line for line in told["in_force"] + told["needs_restart"] if "box" in line]
+
+        for _ in range(2):
+            assert await reloaded(other) == ["backends: box"]
+        assert (await it.ask(TALK, model="a")).status == 200
+        assert await reloaded(own, other) == []
+        assert its_names(it) == ["box/a", "box/org/b:Q4", "other"]
+        it.named("other").drain.begin()
 
 
 async def test_one_model_is_a_router_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

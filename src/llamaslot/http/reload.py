@@ -82,6 +82,9 @@ class Reload:
             new = await asyncio.to_thread(Config.load, self._path)
             changed = list(_changed(self.config, new))
             added, removed, other = _backends(self.config, new)
+            # Backends for its models have replaced a router.
+            routers = [name for name in removed if self._registry.backend_named(name) is None]
+            removed = [name for name in removed if name not in routers]
             at_once = [key for key in changed if key.startswith(_AT_ONCE)]
             restart = [key for key in changed if not key.startswith(_AT_ONCE)]
             self._check_open(new)  # ``listen`` in the file may be narrower than the addresses in use
@@ -91,7 +94,7 @@ class Reload:
         logging.getLogger().setLevel(new.log.level.upper())
         in_force = _merged(self.config, new)
         self._registry.apply(in_force)
-        restart += other
+        restart += [*other, *(f"backends: {name}" for name in routers)]
         self._drained |= {
             backend.name: backend for backend in self.config.backends if backend.name in removed
         }
@@ -109,8 +112,9 @@ class Reload:
                 failed.add(name)
                 restart.append(f"backends: {name} ({error})")
         at_once += [f"backends: {name} drains" for name in removed]
-        backends = tuple(backend for backend in in_force.backends if backend.name not in failed)
-        self.config = in_force.model_copy(update={"backends": backends})
+        backends = [backend for backend in in_force.backends if backend.name not in failed]
+        backends += [backend for backend in self.config.backends if backend.name in routers]
+        self.config = in_force.model_copy(update={"backends": tuple(backends)})
         log.info(
             "reload: changes in force now: %s; changes that need a restart: %s",
             ", ".join(at_once) or "nothing new", ", ".join(restart) or "nothing",
