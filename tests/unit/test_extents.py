@@ -15,7 +15,6 @@ from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import extent as extents
 from llamaslot.store.assemble import StateAt, assemble
-from llamaslot.store.deduplicate import states_to_keep
 from llamaslot.store.extent import (
     PART,
     Extent,
@@ -275,44 +274,6 @@ def test_what_does_not_fit_is_not_put_together(tmp_path: Path) -> None:
         with pytest.raises(SnapshotInvalid):
             assemble(pieces, state, [], target)
         assert not target.exists()
-
-
-# -- which states are kept --------------------------------------------------------------------------------------------
-
-
-def test_the_states_that_are_kept() -> None:
-    """The last one, and those that save 512 tokens where somebody may come back to."""
-    at = [1996, 2000, 2600, 3100, 3596, 3600, 5000]
-    assert states_to_keep([], [100]) == []
-    assert states_to_keep(at, []) == [5000]
-    assert states_to_keep(at, [2000, 3600]) == [2000, 3600, 5000]
-    assert states_to_keep(at, [2000, 2400, 2599]) == [2000, 5000]
-    assert states_to_keep(at, [2000, 2610, 2700, 3200]) == [2000, 2600, 5000]
-    assert states_to_keep(at, [1000]) == [5000]
-
-
-def test_without_marks_states_far_apart_are_kept() -> None:
-    at = list(range(1000, 40_001, 1000))
-    assert states_to_keep(at, []) == [9000, 18_000, 27_000, 36_000, 40_000]
-
-
-def test_states_weigh_hardly_more_than_rows() -> None:
-    """Where one is as large as the rows of many tokens; but for the first, and the last turn's. The same again when the
-    conversation has gone on.
-    """
-    mib, at = 1 << 20, list(range(1500, 60_001, 1000))
-    rows = {"a large hybrid": 35 << 10, "a small one": 4 << 10, "no rows": 0, "a small state": 1 << 20}
-    kept = {
-        model: states_to_keep(at, at, state_bytes=150 * mib, row_bytes=row_bytes)
-        for model, row_bytes in rows.items()
-    }
-    assert kept["a small state"] == at
-    for model in rows:
-        assert (kept[model][0], kept[model][-3:]) == (1500, at[-3:])
-        assert states_to_keep([*kept[model], 60_500, 61_500], kept[model], state_bytes=150 * mib)[0] == 1500
-    assert len(kept["a large hybrid"]) * 150 * mib < 1.1 * 60_000 * rows["a large hybrid"]
-    assert kept["a small one"] == kept["no rows"]
-    assert len(kept["no rows"]) == 10  # each 8,192 tokens
 
 
 def test_an_extent_is_read_as_it_was_written(tmp_path: Path) -> None:

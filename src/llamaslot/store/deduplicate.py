@@ -7,14 +7,14 @@ become an *extent*, a file of its own. So does each state (checkpoints, recurren
 can be left out later without the others. On a dense model, a slot file that shares no rows with the store is kept
 whole. It need not be copied, and other snapshots can use its rows as it is.
 
-All functions but ``states_to_keep`` block: call them in threads.
+All functions block: call them in threads.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from msgspec import Struct
@@ -24,6 +24,7 @@ from llamaslot.cache.ids import MIN_SHARED_TOKENS, NEGLIGIBLE_TOKENS, WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
+from llamaslot.store.checkpoint_choice import states_to_keep
 from llamaslot.store.copying import sync_directory
 from llamaslot.store.extent import Piece, Source, checksum_of_file, differing_tokens, write_extent
 from llamaslot.store.scan import bad_files
@@ -36,10 +37,6 @@ from llamaslot.store.snapshot import EXT, KV, Part, Snapshot
 # a checkpoint.
 ROUNDED = 1
 MAX_ROWS = 64  # a snapshot whose base has rows in so many files gets all its rows written anew
-GAP_TOKENS = 512  # a state that saves computing fewer tokens is not worth its bytes
-FAR_TOKENS = 8192  # as llama-server's --checkpoint-min-step
-_LAST_TURN = 3  # the states of the last turn: at the start of its message, the end of its prompt, and the end
-_ROW_BYTES = 8 << 10  # the disk space that saving one token is worth on models without rows
 _FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # the most bytes of an extent's footer, and more for each tensor
 
 
@@ -228,55 +225,3 @@ def let_go(directory: Path, landing: Path | None, noted: Sidecar) -> FileId:
     if landing is not None:
         os.unlink(landing)
     return file_id
-
-
-def states_to_keep(
-    at: Iterable[int], marks: Iterable[int], *, state_bytes: int = 0, row_bytes: int = 0
-) -> list[int]:
-    """Choose the states of a slot file that are worth their bytes, from those after the token counts ``at``. Returns
-    the token counts of the chosen ones, ascending.
-
-    llama-server leaves up to 32 checkpoints in a file: 3 around the end of each prompt, one at the start of each last
-    user message, others 8,192 tokens apart. A state has 63 to 230 MiB on the models that people run, as much as the
-    rows of 1,000 to 10,000 tokens.
-
-    ``marks``: token counts to which a later request may go back: the end of the system part, of messages and of the
-    prompt, and where conversations parted. ``state_bytes``: of each state. ``row_bytes``: of the rows of one token.
-
-    1. Keep the last state: the conversation goes on there.
-    2. For each mark, keep the last state up to it, if it is at least ``GAP_TOKENS`` behind the previous one of these.
-    3. Keep a state every ``FAR_TOKENS`` where nothing is marked: a text that is no chat may be edited anywhere.
-    4. Of all these, keep the first, with which other conversations begin, and the last three, where most edits are.
-       Keep a state between them only if it is at least as many tokens behind the previous one as have rows of a state's
-       size. So all states together hardly have more bytes than the rows.
-    """
-    states = sorted(set(at))
-    if not states:
-        return []
-    chosen, present = {states[-1]}, list[int]()
-    for mark in sorted(marks):
-        below = _last(states, mark)
-        if below - _last(present, mark) >= GAP_TOKENS:
-            chosen.add(below)
-            present.append(below)
-    for state in states:
-        if state - _last(present, state) >= FAR_TOKENS and _next(present, state) - state >= GAP_TOKENS:
-            chosen.add(state)
-            present.append(state)
-    return _thinned(sorted(chosen), min(state_bytes // max(row_bytes, _ROW_BYTES), FAR_TOKENS))
-
-
-def _thinned(states: Sequence[int], apart_tokens: int) -> list[int]:
-    kept = list(states[:1])
-    for state in states[1:-_LAST_TURN]:
-        if state - kept[-1] >= apart_tokens:
-            kept.append(state)
-    return [*kept, *(state for state in states[-_LAST_TURN:] if state > kept[0])]
-
-
-def _last(states: Iterable[int], up_to: int) -> int:
-    return max((state for state in states if state <= up_to), default=0)
-
-
-def _next(states: Iterable[int], after: int) -> int:
-    return min((state for state in states if state > after), default=after + FAR_TOKENS)
