@@ -237,18 +237,30 @@ def test_alone_they_are_through_as_soon_as_they_can_be() -> None:
 # -- chunks and pauses ----------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 100_000), st.integers(1, 20_000), st.integers(-10, 30_000))
+def rate_of(tokens_per_s: int) -> PrefillRate:
+    rate = PrefillRate()
+    rate.observe(0, tokens_per_s, 1.0)
+    return rate
+
+
+@given(st.integers(0, 100_000), st.integers(1, 20_000), st.integers(0, 30_000))
 def test_a_chunk_is_whole_pieces_and_leaves_no_crumb(start: int, n: int, n_reached: int) -> None:
-    """At least one, no more than fit in its time, but for the last few tokens: those belong to it."""
-    stop, end = start + n, chunk_end(start, start + n, start + n_reached)
+    """It has at least one piece, and no more than fit into its time; the last few tokens of a prompt belong to it."""
+    stop, end = start + n, chunk_end(start, start + n, rate_of(1000), n_reached / 1000)
     assert start < end <= stop
     assert end == stop or ((end - start) % GRAIN == 0 and stop - end > GRAIN // 2)
     assert end - start <= max(n_reached, GRAIN) + GRAIN // 2
 
 
 def test_a_chunk_that_has_nothing_to_compute_is_sent_all_the_same() -> None:
-    """What is there is looked at: one token is always computed."""
-    assert chunk_end(5000, 5000, 5600) == 5000
+    """llama-server then reports what the slot has: it always computes one token."""
+    assert chunk_end(5000, 5000, rate_of(1000), 0.6) == 5000
+
+
+def test_a_chunk_is_as_long_as_the_known_speed_allows() -> None:
+    """Half a second at 4,000 tokens/s. Before any speed is known, it is the shortest chunk."""
+    assert chunk_end(1000, 60_000, rate_of(4000), 0.5) - 1000 == 2000 // GRAIN * GRAIN
+    assert chunk_end(1000, 60_000, PrefillRate(), 0.5) - 1000 == GRAIN
 
 
 @given(st.floats(0, 100), st.integers(1, 5), st.floats(0, 0.9))

@@ -35,7 +35,7 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.plan import PrefillStats
-from llamaslot.scheduling.prefill_policy import GRAIN, Pending, ServerTime, chunk_end, next_up, pause_s
+from llamaslot.scheduling.prefill_policy import Pending, ServerTime, chunk_end, next_up, pause_s
 from llamaslot.scheduling.rates import Rates
 from llamaslot.scheduling.settings import PrefillSettings
 from llamaslot.tasks import ChangeEvent
@@ -265,8 +265,13 @@ class ChunkedPrefill:
         self._changes.notify()
 
     def _next_chunk(self, long: LongPrompt) -> Chunk:
-        is_cut = self._is_cut(long)
-        end = self._cut_end(long) if is_cut else long.target
+        end = long.target
+        if is_cut := self._is_cut(long):
+            start, n_whole = long.at, long.lease.forecast.n_whole
+            if not long.has_begun and n_whole is not None:
+                # If a chunk ended within the answer in the slot, llama-server would cut the answer off there.
+                start = max(start, n_whole)
+            end = chunk_end(start, end, self.rates.prefill, _settings(long).chunk_s)
         return Chunk(end, is_cut, long.lease.is_long and bool(self._users_ahead(long)), self.now())
 
     def _is_cut(self, long: LongPrompt) -> bool:
@@ -281,15 +286,6 @@ class ChunkedPrefill:
         n_batch, end = lease.table.n_batch, long.target
         batches_s = 2 * self.rates.prefill.seconds(max(end - n_batch, 0), end)
         return not n_batch or batches_s > _settings(long).chunk_s
-
-    def _cut_end(self, long: LongPrompt) -> int:
-        """Return the token up to which a part of the prompt is sent as the next chunk."""
-        rate, begin = self.rates.prefill, long.at
-        if not long.has_begun and long.lease.forecast.n_whole is not None:
-            # If a chunk ended within the answer in the slot, llama-server would cut the answer off there.
-            begin = max(begin, long.lease.forecast.n_whole)
-        reached = rate.reached(begin, _settings(long).chunk_s) if rate.known else begin + GRAIN
-        return chunk_end(begin, long.target, reached)
 
     async def _compute(self, long: LongPrompt, chunk: Chunk) -> bool:
         """Have llama-server compute the chunk. The slot's content is known afterwards, however the chunk ends. Returns

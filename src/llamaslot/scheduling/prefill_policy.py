@@ -11,6 +11,9 @@ from collections.abc import Collection, Sequence
 from msgspec import Struct
 
 from llamaslot.scheduling.fairness import Shares
+from llamaslot.scheduling.prefill_rate import PrefillRate
+
+GRAIN = 256  # tokens; the length of a chunk is a multiple of it
 
 
 class Pending(Struct, frozen=True):
@@ -67,18 +70,16 @@ def pause_s(computed_s: float, n_streams: int, decode_share: float) -> float:
     return computed_s * decode_share / (1 - decode_share)
 
 
-def chunk_end(start: int, stop: int, reached: int) -> int:
-    """Return the token at which a chunk ends that begins at token ``start`` and should end near token ``reached``; at
-    most ``stop``.
+def chunk_end(start: int, stop: int, rate: PrefillRate, chunk_s: float) -> int:
+    """Return the token at which a chunk ends that begins at token ``start``; at most ``stop``. Computing the chunk
+    takes about ``chunk_s`` seconds at ``rate``. It has ``GRAIN`` tokens if no prefill was observed yet.
 
     The length is a multiple of ``GRAIN`` tokens, so that llama-server computes full batches. If less than half a
     ``GRAIN`` would be left before ``stop``, the chunk ends at ``stop``.
     """
-    n = max((reached - start) // GRAIN, 1) * GRAIN
+    n_reached = rate.reached(start, chunk_s) - start if rate.known else GRAIN
+    n = max(n_reached // GRAIN, 1) * GRAIN
     return stop if start + n + GRAIN // 2 >= stop else start + n
-
-
-GRAIN = 256
 
 
 class ServerTime:
