@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from llamaslot.scheduling.fairness import Ask, Booked, Pauses, Shares, may_take_another, returns
+from llamaslot.scheduling.fairness import (
+    Ask,
+    Booked,
+    Pauses,
+    Shares,
+    is_above_limit,
+    may_take_another,
+    returns,
+)
 
 LONG = 1e9
 
@@ -191,6 +199,15 @@ def test_no_slot_is_left_alone_by_what_is_through_at_once() -> None:
     assert not may_take_another(3, 4, 1, 5, [SELDOM] * 4, 2.0)
     assert not may_take_another(3, 4, 1, 2, [OFTEN], 0.3)
     assert not may_take_another(3, 4, 1, 2, [SELDOM], 10.0)
+
+
+def test_a_limit_of_parallel_requests_counts_slots() -> None:
+    """The user may have as many slots as its limit says. A request that needs more runs when the user has no other."""
+    assert not is_above_limit(n_held=1, n_more=1, max_running=2)
+    assert is_above_limit(n_held=2, n_more=1, max_running=2)
+    assert is_above_limit(n_held=1, n_more=2, max_running=2)
+    assert not is_above_limit(n_held=0, n_more=3, max_running=2)
+    assert not is_above_limit(n_held=99, n_more=9, max_running=None)
 
 
 def test_pauses_are_learned() -> None:

@@ -15,7 +15,7 @@ from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.prefix_sharing import PrefixWait
 from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import DecisionRecorder
-from llamaslot.scheduling.fairness import Ask, Charge, Pauses, Shares, may_take_another
+from llamaslot.scheduling.fairness import Ask, Charge, Pauses, Shares, is_above_limit, may_take_another
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.scheduling.settings import QueueLimits, SchedulingSettings
@@ -253,8 +253,8 @@ class Queue:
     def may_run(self, waiting: Waiting, n_slots: int, n_idle: int, now: float) -> bool:
         """True if the user of ``waiting`` may have one of the ``n_idle`` slots now, by its limits and by fairness."""
         user = waiting.request.user
-        n_held, n_max = self._n_running[user.id], self._max_running(user)
-        if n_max is not None and n_held and n_held + waiting.n_slots > n_max:
+        n_held = self._n_running[user.id]
+        if is_above_limit(n_held, waiting.n_slots, self._max_running(user)):
             return False
         if n_held == 0 or n_idle == 0:
             return True
@@ -270,8 +270,9 @@ class Queue:
         """True if a request of ``user`` may certainly have an idle slot; False if users must be compared first."""
         if not (n_held := self._n_running[user.id]):
             return True
-        n_max = self._max_running(user)
-        return (n_max is None or n_held < n_max) and not self._who_is_here(now).pauses_s
+        if is_above_limit(n_held, 1, self._max_running(user)):
+            return False
+        return not self._who_is_here(now).pauses_s
 
     @property
     def n_held(self) -> Mapping[str, int]:

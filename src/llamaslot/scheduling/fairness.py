@@ -1,5 +1,5 @@
-"""Decides which user is served next when slots are short: deficit round robin over users, in estimated seconds of a
-slot.
+"""Decides which user is served next when slots are short, and how many slots a user may have at a time. The order is a
+deficit round robin over users, in estimated seconds of a slot.
 
 When a request gets a slot, equal parts of its time are owed to all other users that are present. A user's *deficit* is
 the number of seconds that it has received less than its share. The user with the largest deficit is next; among
@@ -192,6 +192,14 @@ class Shares:
                 continue
             del self._deficits[user]
             self._served.pop(user, None)
+
+
+def is_above_limit(n_held: int, n_more: int, max_running: int | None) -> bool:
+    """True if a user that has ``n_held`` slots may not have ``n_more``, because of its limit of parallel requests:
+    ``max_running`` slots (``queue.user_max_running``, or the limit of its API key); None is no limit. A user without a
+    slot may always have ``n_more``: otherwise a request with a higher ``n`` than the limit would wait for ever.
+    """
+    return max_running is not None and n_held > 0 and n_held + n_more > max_running
 
 
 def may_take_another(
