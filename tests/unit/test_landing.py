@@ -184,7 +184,7 @@ async def test_without_room_and_links_nothing_is_saved_and_that_is_said_once(
                 await tree.catalog.reserve(SIZE)
             with pytest.raises(NoLanding):
                 await tree.given(saved.id)
-        assert caplog.text.count("Give that directory more room") == 1
+        assert caplog.text.count("Give the slot directory more room") == 1
         both.free = 1 << 30
         assert await tree.given(saved.id) == tree.file(A)
 

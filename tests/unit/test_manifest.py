@@ -367,4 +367,4 @@ async def test_a_new_directory_needs_no_word(tmp_path: Path, caplog: pytest.LogC
     assert caplog.messages == []
     (tmp_path / "ls-0123456789abcdef.json").touch()
     await register.read()
-    assert "reading each sidecar" in caplog.text
+    assert "llamaslot reads each sidecar" in caplog.text

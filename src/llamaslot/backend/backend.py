@@ -264,7 +264,7 @@ class Backend:
             except (BackendDown, BackendRestarted) as error:
                 if str(error) != complaint:
                     log.warning(
-                        "%s: connecting to llama-server failed, tried again each second: %s", self.name, error
+                        "%s: connecting to llama-server failed, repeated each second: %s", self.name, error
                     )
                 complaint = str(error)
                 self._is_away(f"is not ready: {complaint}")

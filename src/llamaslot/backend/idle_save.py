@@ -59,8 +59,8 @@ class IdleSave:
         return n_saved
 
     async def save_before_stop(self, save_s: float) -> None:
-        """Save every idle slot that is worth saving, as ``save_all``, for at most ``save_s`` seconds. A warning tells
-        if slots are not saved by then.
+        """Save every idle slot that is worth saving, as ``save_all``, for at most ``save_s`` seconds. Logs a
+        warning if slots are not saved by then.
         """
         try:
             async with asyncio.timeout(save_s):

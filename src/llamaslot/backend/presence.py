@@ -68,7 +68,7 @@ class Presence:
         return self._is_awake.is_set()
 
     def set(self, *, is_awake: bool) -> None:
-        """Record if there is a llama-server process to connect to."""
+        """Record whether there is a llama-server process to connect to."""
         if is_awake:
             self._is_awake.set()
         else:
@@ -80,7 +80,7 @@ class Presence:
 
 
 def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
-    """Record if llama-server sleeps. A sleeping llama-server has unloaded its model, so its idle slots are marked
+    """Record whether llama-server sleeps. A sleeping llama-server has unloaded its model, so its idle slots are marked
     empty (measured).
     """
     leases.is_asleep = is_asleep

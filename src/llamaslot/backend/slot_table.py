@@ -243,7 +243,7 @@ class SlotTable:
         return self._candidates.best_snapshot(request) if self.can_save else None
 
     def prewarmed(self) -> list[Snapshot]:
-        """The snapshots that are pinned because ``prewarm`` names or named them."""
+        """The snapshots that are pinned because ``prewarm`` names them, or named them before a reload or restart."""
         return [snapshot for snapshot in self._snapshots.values() if snapshot.is_prewarmed]
 
     def kind_changed(self, snapshot: Snapshot) -> None:
@@ -359,7 +359,7 @@ class SlotTable:
             self._busy[slot].ready_at = now + seconds
 
     def seen_at_work(self, slot: Slot) -> None:
-        """Record that llama-server works on the request that a departed client left in ``slot``."""
+        """Record that llama-server still works on the request in ``slot``, although its client has left."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.is_at_work = True
 

@@ -64,8 +64,8 @@ class Content(Struct, frozen=True):
 
     def cut_back(self, n_tokens: int, snapshot: str | None, namespace: Namespace) -> Content:
         """What the slot surely holds after llama-server has begun another prompt in it: the first ``n_tokens``, which
-        both share. What follows is unknown, and counts as not saved. ``snapshot`` and ``namespace``: those of the
-        new content.
+        both prompts share. What follows is unknown, and counts as not saved. ``snapshot`` and ``namespace``: those of
+        the new content.
         """
         kept = self.checkpoints and tuple(at for at in self.checkpoints if at <= n_tokens)
         return Content(head(self.tokens, n_tokens), False, True, kept, snapshot, 0, namespace, self.has_media)

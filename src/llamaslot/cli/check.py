@@ -140,7 +140,7 @@ def _closed(path: Path, need: int) -> str | None:
 
 def _closed_within(key: str, directory: Path, prefixes: tuple[str, ...]) -> Iterator[str]:
     """Yield a fault if ``directory`` has files of llamaslot (names with ``prefixes``) that this user may not use,
-    because they belong to another user: to root, for example, after a first try.
+    because they belong to another user: for example to root, because root has started llamaslot once.
     """
     closed = [
         Path(entry.path)

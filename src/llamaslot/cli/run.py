@@ -197,7 +197,9 @@ def _config(
 
 
 def _write_run_config(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, without keys, to ``path``, where commands with ``--store`` find them. Raises ConfigError."""
+    """Write ``settings``, without API keys, to ``path``, where commands with ``--store`` find them. Raises ConfigError
+    if the file cannot be written.
+    """
     import json
 
     from llamaslot.errors import ConfigError

@@ -5,8 +5,8 @@ A request waits in ``serving`` until its model is loaded. If all places are take
 
 1. If any model is idle, the least recently used of the idle ones is unloaded at once.
 2. Otherwise the least recently used model is chosen, among those that have been loaded for at least as long as loading
-   them took. So at most half of the time is spent on loading, however many requests come. Its running requests end.
-   New requests for it wait behind the requests that already wait for other models.
+   them took. So at most half of the time is spent on loading, however many requests come. Its running requests
+   go on to their end. New requests for it wait behind the requests that already wait for other models.
 
 ``unload`` saves the slots first, so a conversation that comes back finds its context on disk.
 
@@ -76,7 +76,7 @@ class State(enum.Enum):
     UNLOADED = "unloaded"
     LOADING = "loading"
     LOADED = "loaded"
-    LEAVING = "leaving"  # running requests end, new ones wait
+    LEAVING = "leaving"  # it is unloaded once its running requests have ended; new ones wait
     UNLOADING = "unloading"
 
 

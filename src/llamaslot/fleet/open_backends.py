@@ -125,7 +125,8 @@ class PoolBackends(dict[str, Leases]):
 
     def open_to(self, request: Request) -> OpenBackends:
         """Return the open backends that have not failed ``request``. If no other backend can take it, now or soon,
-        return all open ones. A backend has at most one exclusive request at a time.
+        return all open ones. If ``request`` is exclusive, backends that have an exclusive request already are left
+        out, because a backend has at most one at a time.
         """
         here = self.open
         if request.avoids:

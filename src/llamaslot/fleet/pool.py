@@ -182,7 +182,7 @@ class Pool:
 
     @property
     def sessions(self) -> list[ServerSession]:
-        """The last sessions of the backends that are known to serve the pool's model."""
+        """The current or most recent session of each backend that is known to serve the pool's model."""
         return [each.last_session for each in self.backends.values() if each.last_session is not None]
 
     def media_markers(self) -> set[str]:

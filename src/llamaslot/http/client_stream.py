@@ -185,8 +185,8 @@ class Downstream:
                 await asyncio.wait({ticker})
 
     async def _tick(self, has_moved: asyncio.Event, wait_s: float) -> None:
-        """Send the first comment after ``wait_s`` seconds, and then one ``keepalive_s`` seconds after whatever was sent
-        last. Send progress events at once. Ends when the client has left.
+        """Send comments and progress events until the client has left. A comment is sent after the first ``wait_s``
+        seconds, and whenever nothing was sent for ``keepalive_s`` seconds. Progress events are sent at once.
         """
         loop = asyncio.get_running_loop()
         at = loop.time() + wait_s

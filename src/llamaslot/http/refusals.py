@@ -96,8 +96,8 @@ async def ensure_accepted(
         if (refusal := await _answer_to(backend, client_request, lease)) is not None:
             raise refusal
     log.warning(
-        "%s: llama-server runs this request, although it refused a dry run of it (the same fields with a prompt that is"
-        " never computed); llamaslot places the request again",
+        "%s: llama-server accepted this request, although it had refused a dry run of it (the same fields with a prompt"
+        " that is never computed); llamaslot has closed the request, and places it again",
         client_request.id,
     )
     backend.dry_runs.note_accepted(run)

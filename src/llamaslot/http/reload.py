@@ -156,8 +156,8 @@ def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]
 
 
 def _merged(old: Config, new: Config) -> Config:
-    """Return the configuration in force after a reload: what needs no restart from ``new``, all else from ``old``. So
-    the next reload reports again what still needs a restart.
+    """Return the configuration in force after a reload: settings that need no restart are those of ``new``, all others
+    those of ``old``. So the next reload reports again what still needs a restart.
     """
     before = {backend.name: backend for backend in old.backends}
     kept = [

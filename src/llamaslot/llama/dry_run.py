@@ -137,11 +137,11 @@ def _with_grammar(chat: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Verdict(enum.Enum):
-    """The result of a dry run. TAKEN: llama-server will accept the request. REFUSED: it will refuse it."""
+    """The result of a dry run."""
 
-    TAKEN = "taken"
-    REFUSED = "refused"
-    UNSURE = "unsure"  # the server answered with another error, such as 503 while it is loading
+    TAKEN = "taken"  # llama-server will accept the request
+    REFUSED = "refused"  # llama-server will refuse the request
+    UNSURE = "unsure"  # llama-server answered with another error, such as 503 while it is loading
     #: The server ran the prompt of the dry run, which every tested build refuses: the slot's content is unknown now.
     RUNS = "runs"
 

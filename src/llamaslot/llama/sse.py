@@ -119,6 +119,6 @@ _COMMENT_EVENT = re.compile(rb"(?:\A|(?<=\n\n))((?::[^\n]*\n)+)\n")
 
 def without_empty_events(events: bytes) -> bytes:
     """``events`` without the blank line after comments that stand alone, such as llama-server's pings: some clients
-    take it for an event.
+    take that line for an event.
     """
     return _COMMENT_EVENT.sub(rb"\1", events) if events.startswith(b":") or b"\n\n:" in events else events

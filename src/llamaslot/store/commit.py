@@ -175,7 +175,9 @@ class Commits:
         state.size_bytes += size_bytes
 
     async def _make_room(self, state: ReservationState, size_bytes: int, keep: frozenset[str]) -> None:
-        """Raise the reservation to ``size_bytes`` in all, evicting snapshots outside ``keep``. Raises QuotaExceeded."""
+        """Raise the reservation to ``size_bytes`` in all. Evicts snapshots if necessary, but none in ``keep``. Raises
+        QuotaExceeded.
+        """
         if (more := size_bytes - state.size_bytes) > 0:
             await self._quota.make_available(more, lambda short: self._evict(short, keep), n_files=0)
             self._book(state, more)

@@ -215,9 +215,10 @@ class Landing:
             self._links_from = asyncio.get_running_loop().time() + _TRY_LINKS_S
             if self._is_news("links"):
                 log.warning(
-                    "landing place: llama-server cannot use files of %s through a link in %s: slot files that do not"
-                    " fit there are not saved or restored. Give that directory more room, or let llama-server reach the"
-                    " store under the same path (in a container: mount it there too)",
+                    "landing place: llama-server cannot use files of the store %s (store.directory) through a link in"
+                    " its slot directory %s. So slot files that are too large for the slot directory are not saved or"
+                    " restored. Give the slot directory more room, or let llama-server reach the store under the same"
+                    " path (in a container: mount the store there too)",
                     self._store, self.directory,
                 )  # fmt: skip
             return True

@@ -94,7 +94,7 @@ class HitLog:
         return self._n_lines > 2 * n_listed + _SPARE_LINES
 
     def append(self, changed: Mapping[str, int]) -> None:
-        """Append the hits in ``changed``, by id."""
+        """Append a line to the file for each snapshot in ``changed``: its id and its number of hits. Logs a failure."""
         try:
             self._write(self._path, os.O_APPEND, changed)
             self._failures.succeeded()
@@ -103,7 +103,7 @@ class HitLog:
         self._n_lines += len(changed)
 
     def rewrite(self, listed: Mapping[str, int]) -> None:
-        """Replace the file by one with only the hits in ``listed``, by id."""
+        """Replace the file by one with only the snapshots in ``listed``: id and number of hits. Logs a failure."""
         new = self._path.with_name(HITS_NAME + ".new")
         try:
             self._write(new, os.O_TRUNC, listed)

@@ -80,13 +80,14 @@ class Manifest:
         except FileNotFoundError:
             if any(self._directory.glob("*.json")):  # a new directory has nothing to read
                 log.info(
-                    "snapshots: %s, the copy of all sidecars, does not exist: reading each sidecar and slot-file"
-                    " header",
+                    "snapshots: %s does not exist, the file with a copy of the metadata of all snapshots. llamaslot"
+                    " reads each sidecar and slot-file header instead; this takes longer, and nothing is lost",
                     self.path,
                 )  # fmt: skip
         except (OSError, _Unusable) as error:
             log.warning(
-                "snapshots: cannot use %s, the copy of all sidecars: %s; reading each sidecar and slot-file header",
+                "snapshots: cannot use %s, the file with a copy of the metadata of all snapshots: %s. llamaslot reads"
+                " each sidecar and slot-file header instead; this takes longer, and nothing is lost",
                 self.path, getattr(error, "strerror", None) or error,
             )  # fmt: skip
         return Known.nothing()
@@ -122,8 +123,8 @@ class Manifest:
                 os.rename(new, path)
         except OSError as error:
             log.warning(
-                "snapshots: cannot write %s, the copy of all sidecars: %s; the next start may have to read each sidecar"
-                " and slot-file header",
+                "snapshots: cannot write %s, the file with a copy of the metadata of all snapshots: %s. The next start"
+                " may have to read each sidecar and slot-file header instead, which takes longer",
                 path, error.strerror or error,
             )  # fmt: skip
 

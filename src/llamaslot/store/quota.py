@@ -225,7 +225,7 @@ class Quota:
         return self.limits.min_free_bytes + self.granted - self.landed + wanted - self._free - coming
 
     def grant(self, size_bytes: int) -> None:
-        """Book ``size_bytes`` more for a reservation; fewer if negative."""
+        """Add ``size_bytes`` to the bytes of a reservation; a negative number takes some away."""
         self.granted += size_bytes
         self._tell_soon()
 

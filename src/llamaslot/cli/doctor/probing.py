@@ -165,8 +165,8 @@ class ServerProbes:
             await self._step(lambda: self._checkpoints(slot, props))
 
     async def _checkpoints(self, slot: int, props: Props) -> None:
-        """Find out how much larger checkpoints make slot files, from the bytes of files after one, two and many tasks:
-        each task leaves two checkpoints, up to --ctx-checkpoints.
+        """Find out how many bytes checkpoints add to each slot file. Compares files that are saved after one, two and
+        many prompts in the slot: each prompt leaves two checkpoints, up to --ctx-checkpoints in all.
         """
         n_each, n_first = 8, min(props.n_ctx // 2, 512)
         tokens = meaningless_tokens(n_first + n_each * (_MORE_TASKS + 1))
