@@ -90,7 +90,7 @@ class Outage(Struct):
 
 
 class Gone(enum.Enum):
-    """Why llamaslot must connect to a llama-server again, or wait for it."""
+    """The reason why llamaslot must connect to a llama-server again, or wait for it."""
 
     DOWN = "it does not answer"
     RESTARTED = "it is another process"

@@ -1,6 +1,6 @@
-"""Knows if the llama-server process of a backend is there and awake. It is not always: it unloads its model by itself
-(``--sleep-idle-seconds``), or llamaslot stops it and starts it again for the next request, or it is one of a router's
-models.
+"""Knows whether the llama-server process of a backend runs and is awake. It does not if llama-server has unloaded
+its model by itself (``--sleep-idle-seconds``), if llamaslot has stopped it until the next request needs it, or if the
+backend is one of a router's models, and that is not loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ModelLoader(Protocol):
 
 
 class Presence:
-    """Knows if the llama-server process of one backend is there. ``on_demand`` starts and stops this process; None if
+    """Knows whether the llama-server process of one backend runs. ``on_demand`` starts and stops this process; None if
     it runs all the time. ``changes`` is notified when the backend's health has changed.
     """
 

@@ -74,7 +74,7 @@ class SlotFiles(Protocol):
 
 
 class Files(Struct, frozen=True):
-    """Tells if slot files of a model that cannot rewind to any token are useful.
+    """Tells whether slot files of a model that cannot rewind to any token are useful.
 
     ``keep_checkpoints``: True if files contain the slot's checkpoints, or the probe was not possible. ``cache_kind``:
     the kind that resuming from a restored slot has shown; None if it has shown none. ``are_usable`` is False in two
@@ -228,7 +228,7 @@ class Probes:
         return cache_kind
 
     async def checkpoints(self, slot: int) -> Files:
-        """Find out if slot files of a model that cannot rewind to any token are useful."""
+        """Find out whether slot files of a model that cannot rewind to any token are useful."""
         assert self.catalog is not None
         # They begin with other tokens than the contexts of other probes.
         mine, other = meaningless_tokens(102)[8:], meaningless_tokens(101)[4:]

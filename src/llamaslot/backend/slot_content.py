@@ -1,4 +1,4 @@
-"""Tells what a slot holds after a prefill that was completed or stopped, and if that is less than expected."""
+"""Tells what a slot holds after a prefill that was completed or stopped, and whether that is less than expected."""
 
 from __future__ import annotations
 

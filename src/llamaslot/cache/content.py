@@ -50,7 +50,7 @@ class Content(Struct, frozen=True):
         return self.n_tokens + self.n_more
 
     def may_hold(self, n_tokens: int) -> bool:
-        """True if the slot holds ``n_tokens`` tokens, unknown ones included, or may hold them because nobody knows
+        """True if the slot holds ``n_tokens`` tokens, unknown ones included, or may hold them because it is unknown
         how many tokens follow the known ones.
         """
         return self.n_held >= n_tokens or not (self.is_exact or self.n_more)

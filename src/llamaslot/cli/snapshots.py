@@ -411,8 +411,8 @@ class OfflineStore(Struct, frozen=True):
 
 
 def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
-    """Return the least valuable of ``items``: so many that the others keep to the limits of bytes, files and free
-    space.
+    """Return those of ``items`` that must be removed so that the others keep to the limits of bytes, files and free
+    space: the least valuable ones.
     """
     order = ByValue(store.hit_rates)
     order.saves_s = store.saves_s

@@ -155,7 +155,7 @@ def _directory_faults(
 
 
 def _real(path: object, info: ValidationInfo) -> Path | None:
-    """Return ``path`` as absolute path without links. None if it is no text; its section's model reports that."""
+    """Return ``path`` as absolute path without links. None if it is no text; the check of its section reports that."""
     try:
         return anchored(Path(path), info).resolve() if isinstance(path, str) and path else None
     except ValueError:

@@ -60,7 +60,7 @@ class ConversionChecks:
         self._is_right: dict[frozenset[tuple[str, str]], bool] = {}
 
     def learn(self, body: Mapping[str, Any], *, is_right: bool) -> None:
-        """Record if llama-server has counted as many tokens in ``body`` as its conversion gives. A shape with one
+        """Record whether llama-server has counted as many tokens in ``body`` as its conversion gives. A shape with one
         wrong count stays wrong.
         """
         shape = shape_of(body)

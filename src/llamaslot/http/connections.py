@@ -114,7 +114,7 @@ class Connections:
     """
 
     def __init__(self, n_max: int | None, registry: Registry) -> None:
-        """``registry`` tells the health, for checks on connections that aiohttp does not handle yet."""
+        """``registry``: the health checks of connections that aiohttp does not handle yet are answered from it."""
         self._registry = registry
         self._make: Callable[[], asyncio.Protocol] | None = None
         self._n_max = n_max if n_max is not None else _n_for_clients()
@@ -155,7 +155,7 @@ class Connections:
         if len(self._open) >= self._n_max:
             if not self._is_full:
                 log.warning(
-                    "%d client connections are open (listen.max_connections): further ones get 503",
+                    "%d client connections are open (listen.max_connections): further connections get 503",
                     self._n_max,
                 )
             self._is_full = True

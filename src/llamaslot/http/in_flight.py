@@ -122,7 +122,7 @@ def note_error(request: web.Request, error: LlamaslotError) -> None:
 
 
 def id_of(request: web.Request) -> str:
-    """Return the id of a request that takes a slot."""
+    """Return llamaslot's id of ``request``, which must be one that takes a slot."""
     flight: InFlight = request[IN_FLIGHT]
     return flight.id
 

@@ -180,9 +180,9 @@ async def _said(
 ) -> _Said:
     """Find out the chat and the prompts of a body. ``whose``: the namespace whose known texts may be used.
 
-    Raises PromptNotTokenizable if the tokens are not known, and UpstreamError if the template refuses the body. If it
-    refuses a chat that llamaslot has converted, llama-server may still accept the client's own body:
-    PromptNotTokenizable too.
+    Raises UpstreamError if the template refuses the body. Raises PromptNotTokenizable if the tokens are not known, and
+    also if the template refuses a chat that llamaslot has converted: llama-server may still accept the client's own
+    body.
     """
     if format_.prompt_kind is PromptKind.INFILL:
         return _Said(None, (await context.infill.prompt(body, whose),))

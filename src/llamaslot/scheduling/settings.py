@@ -34,7 +34,7 @@ class PrefillSettings(Struct, frozen=True):
 class QueueLimits(Struct, frozen=True):
     """The settings ``queue`` of the configuration. None is no limit.
 
-    ``max_waiting``: so many requests may wait. ``max_wait_s``: the longest wait of a request in seconds.
+    ``max_waiting``: the most requests that may wait. ``max_wait_s``: the longest wait of a request in seconds.
     ``user_max_running`` and ``user_max_waiting``: the requests of each user that may have slots, and that may wait; an
     API key may set other limits. ``small_request_max_overtake_s``: the seconds of slot time by which small requests may
     overtake a waiting request. ``return_grace_s``: for so many seconds after its last request or answer a user is

@@ -74,7 +74,7 @@ class Catalog:
             self.landing,
         )  # fmt: skip
         self._copies = Copies(
-            directory, self.landing, self.reserve, self.abandon, self._is_invalid,
+            directory, self.landing, self.reserve, self.abandon, self._drop_damaged,
             self._table.checksum_of,
         )  # fmt: skip
         self.given_out = self._copies.given_out  # if a file is damaged, drops the snapshots that need it
@@ -371,7 +371,7 @@ class Catalog:
             try:
                 return await asyncio.to_thread(scan.agree_still, self.directory, snapshot)
             except SnapshotInvalid as error:
-                self._is_invalid(id_, error)
+                self._drop_damaged(id_, error)
                 raise
 
     async def verify_some(self, ids: Collection[str]) -> list[WithTokens]:
@@ -381,10 +381,10 @@ class Catalog:
             read = await asyncio.to_thread(scan.agree_each, self.directory, listed)
             for snapshot, result in zip(listed, read, strict=True):
                 if isinstance(result, SnapshotInvalid):
-                    self._is_invalid(snapshot.id, result)
+                    self._drop_damaged(snapshot.id, result)
             return [result for result in read if not isinstance(result, SnapshotInvalid)]
 
-    def _is_invalid(self, id_: str, error: SnapshotInvalid) -> None:
+    def _drop_damaged(self, id_: str, error: SnapshotInvalid) -> None:
         """Drop an invalid snapshot, and all that need the same damaged file, unless the cause ``is_passing``."""
         if is_passing(error):
             return

@@ -72,7 +72,7 @@ class SavedSlot(Struct, frozen=True, kw_only=True):
     turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
 
     def to_sidecar(self, id_: str, created_at: float) -> Sidecar:
-        """The content of the new snapshot's sidecar, without what only reading the file tells (``digest``)."""
+        """The content of the new snapshot's sidecar, without ``digest``, which is known once the file is read."""
         return Sidecar(
             id=id_,
             n_tokens=self.n_saved,

@@ -104,8 +104,8 @@ class IndexFile:
             await in_thread(self._replace, branches)
         except OSError as error:
             log.warning(
-                "index: the file %s cannot be written: %s; the next start reads the header of each snapshot that it"
-                " lacks",
+                "index: the file %s cannot be written: %s; the next start reads the header of each snapshot that is"
+                " not in this file",
                 self.path, error.strerror or error,
             )  # fmt: skip
 

@@ -207,7 +207,7 @@ class Neighbours:
                 os.close(fd)
 
     async def look(self) -> None:
-        """List the files of all parts: the directories of all llamaslots that share this store, the own one too. Then
+        """List the files of all parts: the directories of all llamaslots that share this store, including its own. Then
         ``others`` tells the bytes that the other parts take, and ``share_of_others`` which of their snapshots to remove
         to make room. A part that cannot be read does not count. Call this only within ``turn``. Canceling is safe.
         """

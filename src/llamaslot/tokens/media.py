@@ -1,6 +1,6 @@
 """Finds the first medium (image, audio, video) of a chat, and the text before it, whose tokens can be known.
 
-llama-server makes the tokens of an image inside, and tells them to nobody. ``/apply-template`` would fetch the images
+llama-server makes the tokens of an image itself, and does not tell them. ``/apply-template`` would fetch the images
 that a body links to. So llamaslot never has a body with media rendered: it cuts the body at its first medium, and puts
 a placeholder there.
 """

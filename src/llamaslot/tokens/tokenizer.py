@@ -259,7 +259,8 @@ class Tokenizer:
         special = text[cut.start : cut.end]
         if specials.drop(special):
             log.warning(
-                "tokenizer: a text cut at %r has other tokens than the whole text, so prompts are no longer cut there",
+                "tokenizer: a text that was cut at %r and tokenized in parts has other tokens than the whole text, so"
+                " prompts are no longer cut there",
                 special,
             )
         return None

@@ -1,7 +1,7 @@
 """Sends a client's request, or any other that must not run twice, to llama-server on a new connection.
 
 A request must never run twice, so kept connections are not used: llama-server closes a connection after an answer of
-more than 5 seconds, without notice. Nobody knows whether it has read a request that was on its way then. A new
+more than 5 seconds, without notice. It is unknown whether it has read a request that was on its way then. A new
 connection takes 0.1 ms more.
 
 ``aiohttp_fallback`` sends the requests that cannot be sent here (``FreshConnections.of`` and ``send`` return None):
