@@ -185,7 +185,9 @@ def _decode(data: bytes) -> Known:
         columns, fingerprints = content["snapshots"], content["fingerprints"]
         columns["fingerprint"] = [fingerprints[n] for n in columns["fingerprint"]]
         columns["checkpoints"] = map(tuple, columns["checkpoints"])
-        columns["parts"] = [tuple(Part(*part) for part in parts) for parts in columns["parts"]]
+        columns["parts"] = [
+            tuple(Part(*part) for part in parts) if parts else () for parts in columns["parts"]
+        ]
         columns["kind"] = [_KINDS[kind] for kind in columns["kind"]]
         columns.setdefault("is_prewarmed", [False] * content["n"])  # a manifest of before has none
         ids = columns["id"]

@@ -281,38 +281,42 @@ def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
     """List the directory. Returns a listing, and the ids of ``known`` snapshots whose files have not changed. The
     listing lacks the .kv file and the sidecar of these, unless they have more files. Blocking; raises OSError.
     """
-    # With 10,000 snapshots each step in this loop runs 20,000 times. Making strings took half of 0.2 s.
-    known_of, same = {KV: known.kv, JSON: known.json}, {KV: set[str](), JSON: set[str]()}
-    none: dict[str, Mark] = {}
+    # With 10,000 snapshots each step in this loop runs 20,000 times: 75 ms, of which ``stat`` takes 50. With paths
+    # instead of a descriptor it takes 6 ms more; with ids and suffixes instead of names the loop takes 25 ms more.
+    marks = {id_ + KV: mark for id_, mark in known.kv.items()}
+    marks |= {id_ + JSON: mark for id_, mark in known.json.items()}
     others, sizes = list[os.DirEntry[str]](), dict[str, int]()
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            name = entry.name
-            id_, dot, end = name.partition(".")
-            suffix = dot + end
-            if (was := known_of.get(suffix, none).get(id_)) is not None:
-                try:
-                    now = entry.stat(follow_symlinks=False)
-                except OSError:
-                    pass
-                else:  # not ``FileId.of``, which takes as long as the rest
-                    if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) == was:
-                        same[suffix].add(id_)
-                        sizes[name] = now.st_size
-                        continue
-            elif suffix in (KV, EXT):
-                with suppress(OSError):
-                    sizes[name] = entry.stat(follow_symlinks=False).st_size
-            others.append(entry)
-    listing = _listing(others)
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with os.scandir(opened) as entries:
+            for entry in entries:
+                name = entry.name
+                if (was := marks.get(name)) is not None:
+                    try:
+                        now = entry.stat(follow_symlinks=False)
+                    except OSError:
+                        pass
+                    else:  # not ``FileId.of``, which takes as long as the rest
+                        if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) == was:
+                            sizes[name] = now.st_size
+                            del marks[name]
+                            continue
+                elif name.endswith((KV, EXT)):
+                    with suppress(OSError):
+                        sizes[name] = entry.stat(follow_symlinks=False).st_size
+                others.append(entry)
+        listing = _listing(others)
+    finally:
+        os.close(opened)
+    # From here on ``marks`` has the files that are gone or have changed.
     unchanged = {
         id_
-        for id_ in same[KV] & same[JSON]
+        for id_ in known.snapshots.keys() - {name[: name.index(".")] for name in marks}
         if not (parts := known.snapshots[id_].parts) or not _bad_files(parts, sizes.get)
     }
     for id_ in known.snapshots.keys() - unchanged | unchanged & listing.suffixes.keys():
-        for suffix, ids in same.items():
-            if id_ in ids:
+        for suffix in (KV, JSON):
+            if id_ + suffix not in marks:
                 listing.suffixes.setdefault(id_, set()).add(suffix)
     return listing, unchanged
 
