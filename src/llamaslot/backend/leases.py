@@ -60,7 +60,7 @@ class Admission(Protocol):
 
 
 class _Told(Generic[T]):
-    """An attribute of ``Leases`` on which it depends whether requests may begin: the pool is told that it was set."""
+    """An attribute of ``Leases``. Whether requests may begin depends on it, so the pool is told when it is set."""
 
     def __set_name__(self, owner: type[Leases], name: str) -> None:
         self._name = f"_{name}"

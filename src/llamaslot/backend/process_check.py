@@ -1,5 +1,5 @@
-"""Decides if llama-server must be asked for its properties (``/props``) before something is done that relies on its
-process. Another process, perhaps with another model, may have taken its place at any moment. The properties have a
+"""Decides whether llama-server must be asked for its properties (``/props``) before something is done that relies on
+its process. Another process, perhaps with another model, may have taken its place at any moment. The properties have a
 random mark for each process.
 
 1. Before a request is placed (``is_alive``), and before the first step in its slot (``confirm``), llama-server is not
@@ -46,7 +46,9 @@ class Owner(Protocol):
 
 
 class ProcessCheck:
-    """Knows what the llama-server process of one backend has told last, and asks it again if that proves too little."""
+    """Keeps the last properties that the llama-server process of one backend has told, and asks for them again if they
+    are too old to prove that it is still the same process.
+    """
 
     def __init__(self, api: LlamaServer, leases: Leases, presence: Presence, owner: Owner) -> None:
         self._api, self._leases, self._presence, self._owner = api, leases, presence, owner

@@ -36,7 +36,7 @@ ABANDONED_S = 0.4  # usual time until llama-server notices that a client has lef
 
 class SlotForecast(Struct):
     """When a leased slot will be idle, and what it will hold. ``ready_at``: when its steps are over. ``has_answer``:
-    then an answer begins, of at most ``max_tokens`` (None: unknown). ``will_hold``: its future tokens, in
+    an answer follows the steps, of at most ``max_tokens`` (None: unknown). ``will_hold``: the slot's future tokens, in
     ``namespace``."""
 
     ready_at: float

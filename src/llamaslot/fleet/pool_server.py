@@ -114,8 +114,8 @@ class PoolServer:
     async def _asked_again(
         self, first: Backend, other: Backend, question: Question[T], failure: UpstreamError
     ) -> T:
-        """``first`` has answered with an error of its own (``failure``): ask ``other``. If that answers without one,
-        ``first`` is suspected, because the question was not the cause.
+        """Ask ``other``, because ``first`` has answered with an error of its own (``failure``). If ``other`` answers
+        without such an error, ``first`` is suspected, because the question was not the cause.
         """
         try:
             answer = await self._one(other, question)

@@ -83,8 +83,8 @@ def chosen(
 
 
 def _key(prompt: Stoppable, number: int) -> tuple[bool, float, float, int]:
-    """Return the sort key of a prompt that may be stopped. First comes one that was told to stop already, then the one
-    with the smallest loss, the longest remaining time, the latest one.
+    """Return the sort key of a prompt that may be stopped; the first one is stopped. Prompts that were told to stop
+    already come first, then those with the smallest loss, then those with the longest remaining time, then later ones.
     """
     return not prompt.is_chosen, prompt.loss_s, -prompt.left_s, -number
 

@@ -241,7 +241,8 @@ class _File:
         now: float,
     ) -> bool:
         """Write requests, sums and owners in one transaction, and delete those that are too old by ``now``. ``began``:
-        the time of the first request ever, written only once. Returns True.
+        the time of the first request ever, written only once. Returns True, so that the caller can tell it
+        from the None that ``_in_thread`` returns after a failure.
         """
         with self._open() as db:
             db.executemany("INSERT OR REPLACE INTO requests VALUES (?, ?, ?)", requests)

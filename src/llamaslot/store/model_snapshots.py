@@ -247,7 +247,7 @@ class _Library(Struct, eq=False):
             await asyncio.wait([self.reading])
 
     async def end(self) -> None:
-        """Read and write no more. Canceling is safe."""
+        """Stop reading and writing. Canceling is safe."""
         for task in (self.loading, self.reading):
             if task is not None:
                 task.cancel()

@@ -235,7 +235,9 @@ class Quota:
             self._tell_task = self._tasks.spawn(self._tell(self._neighbours), "tell what is reserved")
 
     async def _tell(self, neighbours: Neighbours) -> None:
-        """In a thread: beside a save that is synced the file system took up to 60 ms for these few bytes."""
+        """Write into the store how much is reserved here. In a thread, because the file system took up to 60 ms for
+        these few bytes while a save was being synced.
+        """
         async with self._telling:
             await in_thread(neighbours.reserve, self.granted + self.waiting)
 

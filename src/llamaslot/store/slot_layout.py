@@ -143,7 +143,7 @@ class _Misfit(Exception):
 
 
 class _Cache(Struct, frozen=True):
-    """An attention cache in the file. ``core``: the range of its one stream that is not empty, which a state keeps."""
+    """An attention cache in the file. ``core``: the bytes of its one stream that is not empty. A state keeps these."""
 
     shape: CacheShape
     n_streams: int

@@ -59,7 +59,7 @@ class PlainTarget(NamedTuple):
 
 
 class NotReached(ConnectionError):
-    """No address of the host accepts a connection, and not because it refuses one."""
+    """No connection to the host is possible, for another reason than a refusal (no route, no address)."""
 
 
 class Dial:
