@@ -12,6 +12,7 @@ import pytest
 
 from llamaslot.observe.activity import Activity, Stage
 from llamaslot.observe.history import KEPT, VERSION, History
+from llamaslot.tasks import gather
 
 NOON = 1_700_000_000.0
 
@@ -84,6 +85,17 @@ async def test_requests_that_end_while_it_is_read_are_kept(tmp_path: Path) -> No
     await history.close()
     async with opened(path) as history:
         assert [its.id for its in history.latest] == ["old", "early"]
+
+
+async def test_a_stop_while_it_is_read_counts_nothing_twice(tmp_path: Path) -> None:
+    """The stop needs what is in the file too, and finds it only half read."""
+    path = tmp_path / "history.sqlite"
+    async with opened(path) as history:
+        history.add(ended("a"))
+    history = History(path, lambda: NOON + 1)
+    await gather(history.load(), history.close())
+    async with opened(path) as history:
+        assert (history.series.ever.n, [its.id for its in history.latest]) == (1, ["a"])
 
 
 async def test_prompts_are_not_kept_on_disk(tmp_path: Path) -> None:

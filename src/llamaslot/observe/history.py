@@ -66,7 +66,7 @@ class History:
         self._file = _File(path) if path is not None else None
         self._thread: ThreadPoolExecutor | None = None
         self._tasks = TaskOwner()
-        self._writes = asyncio.Lock()
+        self._reads, self._writes = asyncio.Lock(), asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._is_told = False
         self.is_loaded = path is None
@@ -105,12 +105,20 @@ class History:
     # -- the file ------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Read the file and put its requests before those in memory. If it cannot be read, that is logged once, and the
-        file stays as it is. Canceling is safe.
+        """Read the file, once, and put its requests before those in memory. If it cannot be read, that is logged once,
+        and the file stays as it is. Canceling is safe.
         """
-        if self._file is None or (found := await self._in_thread(self._file.read)) is None:
-            return
-        requests, sums, owners, began = found
+        async with (
+            self._reads
+        ):  # at a stop soon after the start, ``write`` reads too: the sums would count twice
+            if self.is_loaded or self._file is None:
+                return
+            if (found := await self._in_thread(self._file.read)) is not None:
+                self._take(*found)
+
+    def _take(
+        self, requests: list[Activity], sums: list[tuple[Key, Sums]], owners: dict[str, str], began: float
+    ) -> None:
         mine = list(self.latest)
         for activity in mine:  # ended while the file was read
             activity.serial += requests[-1].serial if requests else 0
