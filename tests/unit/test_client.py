@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import pytest_asyncio
 
@@ -15,9 +16,11 @@ from llamaslot.cache.ids import pack, unpack
 from llamaslot.errors import BackendDown, SlotActionFailed, UpstreamError
 from llamaslot.llama.answers import Progress
 from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.transport.kept_connections import Answer
 from tests.support.fake import FakeServer
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
+from tests.support.turns import with_turns
 
 __all__ = ["nothing_left"]
 
@@ -233,3 +236,22 @@ async def test_a_request_that_is_cancelled_closes_its_connection(api: LlamaServe
     with pytest.raises(asyncio.CancelledError):
         await task
     await fake.wait_for(lambda f: not f.slots[0].is_processing)
+
+
+async def test_other_tasks_run_between_the_steps_with_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else 16 MiB would hold up all streams for 54 ms or more; with a short text none runs, as that costs it time."""
+    client, text = LlamaServer("http://127.0.0.1:1"), ""
+
+    async def at_once(method: str, path: str, data: bytes | None = None, timeout_s: float = 1.0) -> Answer:
+        return Answer(200, "application/json", orjson.dumps({"prompt": text, "tokens": [7]}))
+
+    monkeypatch.setattr(client, "_question", at_once)
+    n_turns = list[tuple[int, int]]()
+    for text in ("short", "a" * (1 << 20)):
+        rendered, n_rendering = await with_turns(client.apply_template({}, b"{}"))
+        tokens, n_tokenizing = await with_turns(client.tokenize(text, add_special=True))
+        assert (rendered, tokens) == (text, pack([7]))
+        n_turns.append((n_rendering, n_tokenizing))
+    # Before the answer is parsed and after that; before the text is written as JSON and after that.
+    assert n_turns == [(0, 0), (2, 2)]
+    await client.close()

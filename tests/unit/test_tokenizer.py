@@ -311,6 +311,16 @@ async def test_other_tasks_run_while_special_tokens_are_located() -> None:
     assert n_turns == 2
 
 
+async def test_other_tasks_run_before_many_ids_are_packed() -> None:
+    """They have just been checked: both together would take 40 ms of two million."""
+    n_turns = list[int]()
+    for n in (100, (1 << 20) // 4):
+        (prompt,), turns_had = await with_turns(Tokenizer(Server()).completion([5] * n))
+        assert prompt.tokens == pack([5] * n)
+        n_turns.append(turns_had)
+    assert n_turns == [0, 1]
+
+
 async def test_special_tokens_in_another_order_locate_nothing() -> None:
     """Text and tokens must agree on every one of them, but for BOS in front."""
     server = Server()
