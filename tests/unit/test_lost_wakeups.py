@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from llamaslot.backend import backend
+from llamaslot.backend.health import Health
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.ids import pack
 from llamaslot.config.load import Config
 from llamaslot.errors import BackendDown
+from llamaslot.fleet.on_demand import OnDemand
 from llamaslot.fleet.pool import Pool, PoolSettings
 from llamaslot.fleet.registry import Registry
 from llamaslot.observe.metrics import Metrics
@@ -125,6 +128,43 @@ async def test_a_model_that_was_never_loaded_is_not_waited_for(tmp_path: Path) -
     with pytest.raises(BackendDown, match=r"a:9 has not answered yet.*b:9 is asleep"):
         await asked
     await registry.close(0.0)
+
+
+async def test_a_model_that_is_unloaded_before_it_serves_is_asleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not down, and is asked no more until it is loaded again."""
+    monkeypatch.setattr(backend, "_HEALTH_POLL_S", (0.0,))
+    config = Config.of(
+        {
+            "backends": [{"name": "a", "url": "http://a:9"}],
+            "store": {"meta_dir": str(tmp_path / "meta")},
+        },
+        "a test", tmp_path,
+    )  # fmt: skip
+    registry = Registry.of(config)
+    (model,) = registry.backends
+    is_asked = asyncio.Event()
+
+    async def why_unhealthy() -> str:
+        is_asked.set()
+        return "refuses connections"
+
+    monkeypatch.setattr(model.api, "why_unhealthy", why_unhealthy)
+    model.presence.on_demand = OnDemand((), None, None)
+    model.sleep()
+    model.start()
+    model.wake()
+    await is_asked.wait()
+    model.sleep()
+    await until_idle()
+    is_asked.clear()
+    await until_idle()
+    found = model.health, model.outage, is_asked.is_set()
+    model.wake()
+    await is_asked.wait()
+    await registry.close(0.0)
+    assert found == (Health.ASLEEP, None, False)
 
 
 async def test_a_slot_that_was_left_at_work_is_not_waited_for_when_its_server_is_gone() -> None:

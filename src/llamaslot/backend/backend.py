@@ -254,7 +254,8 @@ class Backend:
         is_retry = False
         while True:
             await self.presence.awake()
-            await self._until_healthy()
+            if not await self._is_healthy():
+                continue
             if self.health is Health.DOWN:
                 self._set(Health.CONNECTING)
             try:
@@ -262,6 +263,8 @@ class Backend:
                 if isinstance(session, RouterMode):
                     return await self._members.replace_by_models(self, session.max_models)
             except (BackendDown, BackendRestarted) as error:
+                if not self.presence.is_awake:
+                    continue  # it was unloaded meanwhile
                 if str(error) != complaint:
                     log.warning(
                         "%s: connecting to llama-server failed, repeated each second: %s", self.name, error
@@ -295,9 +298,10 @@ class Backend:
             )
             return handshake.give_up(error)
 
-    async def _until_healthy(self) -> None:
+    async def _is_healthy(self) -> bool:
+        """Wait until llama-server can serve. False if it sleeps before that."""
         polls, is_told = iter(_HEALTH_POLL_S), False
-        while (why := await self.api.why_unhealthy()) is not None:
+        while (why := await self.api.why_unhealthy()) is not None and self.presence.is_awake:
             self._is_away(why)
             if self.health is not Health.DOWN:
                 self._forget(Health.DOWN)
@@ -306,6 +310,7 @@ class Backend:
                 is_told = True
                 log.info("%s: waiting until llama-server at %s is ready; it %s", self.name, self.api.url, why)
             await asyncio.sleep(pause_s or _HEALTH_POLL_S[-1])
+        return self.presence.is_awake
 
     def _serve(self, session: ServerSession) -> None:
         self._members.connecting(self, session)
