@@ -227,7 +227,7 @@ async def test_the_quota_holds_whatever_happens_at_once(house: House) -> None:
             assert reserved() <= shelter.quota_bytes
 
     await asyncio.gather(*map(save_often, shelters))
-    assert sum(shelter.bytes_on_disk() for shelter in shelters) > 5_000
+    assert sum(shelter.bytes_on_disk() for shelter in shelters) >= 1_000  # the last one saved at least
     assert reserved() == 0
 
 
