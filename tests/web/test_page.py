@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,40 @@ async def test_snapshots_are_listed_pinned_and_deleted(tmp_path: Path) -> None:
         for action in ("pin", "unpin", "delete"):
             assert (await it.post(f"/llamaslot/{action}?snapshot={id_}", None)).status == 404
             assert (await it.post(f"/llamaslot/{action}", None)).status == 400
+
+
+async def test_pages_that_open_together_share_one_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a restart of llamaslot: twenty lists of 2,000 requests at once would hold up all streams. An answer is
+    made again as soon as it would be another.
+    """
+    n_made = 0
+
+    async def counted(items: Iterable[Any]) -> AsyncGenerator[Any]:
+        nonlocal n_made
+        n_made += 1
+        await asyncio.sleep(0)  # all others ask meanwhile
+        for item in items:
+            yield item
+
+    monkeypatch.setattr(page_api, "_HISTORY_S", math.inf)
+    async with served(tmp_path) as it:
+        await it.ask(letters(1, 50))
+        await ended(it)
+        monkeypatch.setattr(page_api, "in_slices", counted)
+        for n, path in enumerate(("activity?n=2000", "history?span=hour", "snapshots?max_age_s=60"), start=1):
+            answers = await asyncio.gather(*(it.get(f"/llamaslot/{path}") for _ in range(20)))
+            assert (n_made, {answer.status for answer in answers}) == (n, {200}), path
+        await it.ask(letters(2, 50))
+        await ended(it, 2)
+        n_made = 0
+        for query in ("?n=2000", "?n=1", "?n=2000&after=1"):
+            serials = [[row["serial"] for row in (await activity(it, query))["ended"]] for _ in range(2)]
+            assert serials == [[2, 1][: 2 if query == "?n=2000" else 1]] * 2
+        assert n_made == 3
+        (line,) = (await it.get("/llamaslot/history?span=hour")).json["lines"]
+        assert sum(point["n"] for point in line["points"]) == 2
 
 
 # --- who may

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ _LONGEST_S = 86_400
 _EVERY_S = 1.0
 _LEAST_S = 0.5  # between two looks at the state: one takes 1.5 ms with 16 requests in flight, none of it in one piece
 _QUIET = 15  # after so many looks without a change, a comment shows that the stream is alive
+_HISTORY_S = 1.0  # the sums over time are made again after so long
 _KEPT = 16  # events that may wait for a slow viewer; with more it gets the whole state instead
 _GIVE_UP_S = 30.0  # a viewer that receives nothing for so long is taken for gone
 
@@ -50,9 +52,8 @@ class PageApi:
         self.events = PageEvents(self._page_state.state, requests.has_changed, tasks)
         self._listings: dict[str, Listing] = {}
         self._names: dict[str, str] = {}  # of models by their ids in rows, kept while llama-server restarts
-        # The last list of snapshots: when it was made, what it was made of, and the list as JSON.
-        self._listed: tuple[float, tuple[object, ...], bytes] | None = None
         self._n_changes = 0
+        self._shared_ended, self._shared_history, self._shared_snapshots = _Shared(), _Shared(), _Shared()
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
         """Answer a request of the operator page (events, history, snapshots, pin, …); None for any other path. Raises
@@ -63,9 +64,9 @@ class PageApi:
                 seconds = digits(request, "seconds", 0, _LONGEST_S)
                 return await self.events.watch(request, seconds or None, partial(self._is_admitted, request))
             case "/llamaslot/activity":
-                return _answer(await self._activity(request))
+                return _json(await self._activity(request))
             case "/llamaslot/history":
-                return _answer(await self._history(request))
+                return _json(await self._history(request))
             case "/llamaslot/snapshots":
                 return _json(await self._snapshots(digits(request, "max_age_s", 0, _LONGEST_S)))
             case "/llamaslot/cancel":
@@ -80,25 +81,31 @@ class PageApi:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def _activity(self, request: web.Request) -> dict[str, Any]:
-        """Return the requests in flight, the last that have ended, newest first, and today's sums. With ``request`` in
-        the query, return all about the latest ended request with that id instead. Raises NotFound. Canceling is safe.
+    async def _activity(self, request: web.Request) -> bytes:
+        """Return as JSON the requests in flight, the last that have ended, newest first, and today's sums. With
+        ``request`` in the query, return all about the latest ended request with that id instead. Raises NotFound and
+        BadRequest. Canceling is safe.
         """
         self._requests.digest()
         history, now = self._requests.history, time.monotonic()
         if (id_ := request.query.get("request")) is not None:
             if (found := history.activity(id_)) is None:
                 raise NotFound(f"no request {shortened(id_)} is among the last {KEPT} that have ended")
-            return found.to_json()
+            return orjson.dumps(found.to_json())
         n, after = digits(request, "n", 100, KEPT), digits(request, "after", 0, 10**9)
-        latest = [activity for activity in reversed(history.latest) if activity.serial > after][:n]
         running = [self._page_state.flight(flight, now) for flight in self._requests.running.values()]
-        ended = [activity.row() async for activity in in_slices(latest)]
-        return {
-            "in_flight": running,
-            "ended": ended,
-            "today": (await self._page_state.headline(now))["today"],
-        }
+        today = (await self._page_state.headline(now))["today"]
+
+        def latest() -> tuple[object, ...]:
+            its = history.latest
+            return n, after, (its[0].serial, its[-1].serial) if its else None
+
+        ended = await self._shared_ended.get(latest, math.inf, partial(self._ended, n, after))
+        return orjson.dumps({"in_flight": running, "ended": orjson.Fragment(ended), "today": today})
+
+    async def _ended(self, n: int, after: int) -> bytes:
+        latest = [one for one in reversed(self._requests.history.latest) if one.serial > after][:n]
+        return b"[%b]" % b",".join([orjson.dumps(activity.row()) async for activity in in_slices(latest)])
 
     def _cancel(self, request: web.Request) -> dict[str, Any]:
         id_ = _named(request, "request")
@@ -108,14 +115,24 @@ class PageApi:
 
     # -- history -------------------------------------------------------------------------------------------------
 
-    async def _history(self, request: web.Request) -> dict[str, Any]:
-        """Return sums over time: one series for all requests, or one for each backend or model. Raises BadRequest.
-        Canceling is safe.
+    async def _history(self, request: web.Request) -> bytes:
+        """Return sums over time as JSON: one series for all requests, or one for each backend or model; those of the
+        last second again if no request has ended since. Raises BadRequest. Canceling is safe.
         """
         span, by = request.query.get("span", "hour"), request.query.get("by", "all")
         if span not in SPANS:
             raise BadRequest(f"span={span}: one of {', '.join(SPANS)}")
+        if by not in ("all", "backend", "model"):
+            raise BadRequest(f"by={by}: one of all, backend, model")
         self._requests.digest()
+        history = self._requests.history
+
+        def latest() -> tuple[object, ...]:
+            return span, by, history.latest[-1].serial if history.latest else 0
+
+        return await self._shared_history.get(latest, _HISTORY_S, partial(self._series, span, by))
+
+    async def _series(self, span: str, by: str) -> bytes:
         series, now = self._requests.history.series, time.time()
         backends, models = series.names()
         match by:
@@ -123,11 +140,9 @@ class PageApi:
                 lines = [("", "", "")]
             case "backend":
                 lines = [(name, name, "") for name in backends]
-            case "model":
-                lines = [(name, "", name) for name in models]
             case _:
-                raise BadRequest(f"by={by}: one of all, backend, model")
-        return {
+                lines = [(name, "", name) for name in models]
+        told = {
             "span": span,
             "by": by,
             "now": now,
@@ -144,6 +159,7 @@ class PageApi:
                 for name, backend, model in lines
             ],
         }
+        return orjson.dumps(told)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -154,16 +170,14 @@ class PageApi:
         made anew at once if this page has changed a snapshot, or the number or total size of snapshots or a model is
         another. Canceling is safe.
         """
-        models = tuple(backend.model_name for backend in self._registry.backends)
-        holds = self._n_changes, self._registry.n_snapshots, self._registry.size_bytes, models
-        now = time.monotonic()
-        if self._listed is not None and self._listed[1] == holds and now - self._listed[0] < max_age_s:
-            return self._listed[2]
-        listed = orjson.dumps(await self._listing())
-        self._listed = now, holds, listed
-        return listed
 
-    async def _listing(self) -> dict[str, Any]:
+        def holds() -> tuple[object, ...]:
+            models = tuple(backend.model_name for backend in self._registry.backends)
+            return self._n_changes, self._registry.n_snapshots, self._registry.size_bytes, models
+
+        return await self._shared_snapshots.get(holds, max_age_s, self._listing)
+
+    async def _listing(self) -> bytes:
         self._requests.digest()
         users = self._requests.history.owners
         stores = list(self._registry.stores.values())
@@ -188,13 +202,15 @@ class PageApi:
             )
             async for row in in_slices(rows)
         ]
-        return {
-            "n": self._registry.n_snapshots,
-            "most": MOST,
-            "size_bytes": self._registry.size_bytes,
-            "quota_bytes": self._registry.quota_bytes,
-            "snapshots": told,
-        }
+        return orjson.dumps(
+            {
+                "n": self._registry.n_snapshots,
+                "most": MOST,
+                "size_bytes": self._registry.size_bytes,
+                "quota_bytes": self._registry.quota_bytes,
+                "snapshots": told,
+            }
+        )
 
     async def _change(self, request: web.Request) -> dict[str, Any]:
         """Pin, unpin or delete a snapshot, by the request's path. Raises NotFound and BadRequest."""
@@ -217,6 +233,28 @@ class PageApi:
         return next(
             (store for store in self._registry.stores.values() if id_ in store.catalog.snapshots), None
         )
+
+
+class _Shared:
+    """The last answer of one kind, for all pages that ask for the same. One answer is made at a time: twenty pages that
+    opened together, each with its own, held up a stream for 61 ms.
+    """
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._last: tuple[float, object, bytes] | None = None  # when it was made, of what, and the answer
+
+    async def get(
+        self, made_of: Callable[[], object], max_age_s: float, make: Callable[[], Awaitable[bytes]]
+    ) -> bytes:
+        """Return the last answer if it was made less than ``max_age_s`` seconds ago and ``made_of()`` has the same
+        value as then, else what ``make()`` returns. Canceling is safe.
+        """
+        async with self._turn:
+            now, key = time.monotonic(), made_of()
+            if self._last is None or self._last[1] != key or now - self._last[0] >= max_age_s:
+                self._last = now, key, await make()
+            return self._last[2]
 
 
 def _usable(table: Any) -> Any:

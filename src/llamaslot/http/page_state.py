@@ -54,6 +54,7 @@ class PageState:
         self._speeds: dict[int, _Speed] = {}
         self._headline: State = {}
         self._headline_at, self._n_seen = -_FRESH_S, -1
+        self._headline_turn = asyncio.Lock()
         self._ended: list[State] = []
 
     async def state(self) -> AsyncGenerator[tuple[str, Any]]:
@@ -89,20 +90,21 @@ class PageState:
         """Return the sums of today, and those since the history began. They are computed at most every 10 s, and when a
         request has ended. Canceling is safe.
         """
-        history = self._requests.history
-        n_seen = history.latest[-1].serial if history.latest else 0
-        if n_seen != self._n_seen or now - self._headline_at >= _FRESH_S:
-            midnight = datetime.combine(date.today(), datetime.min.time()).timestamp()
-            today = Sums()
-            async for part in in_slices(history.series.since(midnight)):
-                today.add(part)
-            self._headline = {
-                "today": _figures(today),
-                "ever": _figures(history.series.ever),
-                "midnight": midnight,
-                "is_kept": history.is_kept,
-            }
-            self._n_seen, self._headline_at = n_seen, now
+        async with self._headline_turn:
+            history = self._requests.history
+            n_seen = history.latest[-1].serial if history.latest else 0
+            if n_seen != self._n_seen or now - self._headline_at >= _FRESH_S:
+                midnight = datetime.combine(date.today(), datetime.min.time()).timestamp()
+                today = Sums()
+                async for part in in_slices(history.series.since(midnight)):
+                    today.add(part)
+                self._headline = {
+                    "today": _figures(today),
+                    "ever": _figures(history.series.ever),
+                    "midnight": midnight,
+                    "is_kept": history.is_kept,
+                }
+                self._n_seen, self._headline_at = n_seen, now
         return self._headline
 
     def _latest(self) -> list[State]:
