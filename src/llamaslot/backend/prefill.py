@@ -295,13 +295,12 @@ class ChunkedPrefill:
         last: Progress | None = None
         n_found, is_over, is_misplaced = 0, False, False
         limit = asyncio.timeout(None)
+        written = await long.tokens.written(tokens)
         try:
             async with (
                 limit,
                 contextlib.aclosing(
-                    self.api.prefill(
-                        lease.slot_id, tokens, lease.request.namespace.lora, long.tokens.written(tokens)
-                    )
+                    self.api.prefill(lease.slot_id, tokens, lease.request.namespace.lora, written)
                 ) as events,
             ):
                 async for event in events:
