@@ -42,6 +42,7 @@ if __name__ == "__main__":
         app,
         host="127.0.0.1",
         port=int(sys.argv[1]),
+        backlog=4_096,  # as nginx here: by default the kernel drops some of 1,000 clients, who try again after a second
         loop=uvloop.new_event_loop(),
         print=None,
         access_log=None,
