@@ -293,6 +293,21 @@ async def test_many_files_are_compared_now_and_then(
     assert shelter.dropped == [gone.id]
 
 
+async def test_many_files_are_not_compared_again_just_after_the_start(
+    shelter: Shelter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start has compared them, and the first save must not wait for that again."""
+    monkeypatch.setattr(upkeep, "_MANY_FILES", 0)
+    kept = await shelter.save(TOKENS)
+    await shelter.reopen()
+    os.unlink(shelter.directory / kept.file_name)
+    await shelter.catalog.reserve(1_000)
+    assert not shelter.dropped
+    monkeypatch.setattr(upkeep, "_SWEPT_S", 0.0)
+    await shelter.catalog.reserve(1_000)
+    assert shelter.dropped == [kept.id]
+
+
 async def test_an_unmounted_directory_is_not_taken_for_an_empty_one(
     shelter: Shelter, caplog: pytest.LogCaptureFixture
 ) -> None:

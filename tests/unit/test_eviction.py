@@ -276,6 +276,25 @@ def test_each_has_its_turn() -> None:
     assert Ranking(lambda holder: (0, holder)).turn() == []
 
 
+def test_a_turn_ranks_no_more_than_its_share_of_many_new_ones() -> None:
+    """All at once would hold up the first save after a start. The order is right all the same."""
+    ranked = list[str]()
+
+    def rank(holder: str) -> tuple[int]:
+        ranked.append(holder)
+        return (-int(holder),)
+
+    ranking = Ranking(rank)
+    ranking.add_many([str(serial) for serial in range(10)])
+    assert ranking.turn(4) == ranking.turn(4) == []
+    assert len(ranked) == 8
+    assert len(ranking.turn(4)) == 4
+    assert len(ranked) == 10
+    ranking.add_many([str(serial) for serial in range(10, 20)])
+    assert ranking.turn(4) == []
+    assert list(ranking.least_first()) == [str(serial) for serial in reversed(range(20))]
+
+
 def test_stopping_half_way_loses_nobody() -> None:
     """Who was looked at and not taken is there the next time."""
     ranking = Ranking(lambda holder: (int(holder), holder))

@@ -193,6 +193,9 @@ async def serve(config: Config, path: Path | None = None) -> None:
     if a store cannot be used, OSError if the port cannot be used.
     """
     raise_file_limit()
+    sys.setswitchinterval(
+        _SWITCH_S
+    )  # llamaslot connects while threads read the index and import the application
     manager, tasks = ServiceManager(), TaskOwner()
     await asyncio.to_thread(_make_directories, config)
     servers = {server.name: server for server in _managed(config)}

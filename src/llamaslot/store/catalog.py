@@ -143,6 +143,7 @@ class Catalog:
             found = await scan.scan(self.directory, await self._manifest.read(), self._upkeep.note)
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
+        self._sweep.was_done()
         now = self._now()  # the same for all snapshots: ranks of different times are not comparable
         self._table.add_many(found.snapshots, found.last_used, hits, now)
         self._manifest.file_ids, self._manifest.durable = found.file_ids, found.durable

@@ -222,9 +222,11 @@ class Ranking:
 
     def turn(self, n: int = AT_ONCE) -> list[str]:
         """Return the next ``n`` ids in a fixed round through all; all ids if there are no more than ``n``. The
-        caller then calls ``put`` for each, because its rank may be outdated.
+        caller then calls ``put`` for each, because its rank may be outdated. While more than ``n`` are unranked, rank
+        ``n`` of these instead, and return none: all 10,000 at once took 0.1 s of a start that found slots to save.
         """
-        self.rank_some(len(self._unranked))
+        if self.rank_some(n):
+            return []
         found: list[str] = []
         n = min(n, len(self._ranks))
         while len(found) < n:

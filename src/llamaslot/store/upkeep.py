@@ -191,6 +191,10 @@ class Sweep:
         self._is_missed = False  # the lock file was missing at the last run, and that was logged
         self._done_at = float("-inf")  # time of the event loop
 
+    def was_done(self) -> None:
+        """Record that the directory has just been compared with the table: it was opened."""
+        self._done_at = asyncio.get_running_loop().time()
+
     async def run(self) -> None:
         """Drop snapshots of which a file has vanished, and start to remove files of unknown ids. If our lock file is
         missing, do neither: the directory is another one now. If there are many files, do nothing for a while after
