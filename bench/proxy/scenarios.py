@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -214,15 +215,23 @@ def viewers(bench: Bench) -> Measured:
         for n, name in crowds.items()
     }
     rows["told"] = Row(f"{crowds[n_viewers]}: events that each has received at least", "/s")
+    opening = f"{n_viewers} pages are opened in the same moment"
+    rows["opening p99"] = Row(what.format(opening, "delay, p99"), "ms")
+    rows["opening longest"] = Row(what.format(opening, "longest delay"), "ms")
     audience, every = Load(is_elsewhere=True), dict[tuple[str, int], list[float]]()
 
     def work(target: Target) -> dict[str, float]:
         seconds, n_pairs = 1.5 if bench.is_quick else 4.0, 4
         delays, cpu_s, n_told = {n: list[float]() for n in crowds}, dict.fromkeys(crowds, 0.0), list[float]()
+        opening = list[float]()
         bench.do(target, "hold", n=n_streams, every_ms=every_ms)
         for turn in range(n_pairs):
             for n in (0, n_viewers) if turn % 2 else (n_viewers, 0):
-                audience.do("view", port=target.port, n=n)
+                with ThreadPoolExecutor() as thread:
+                    opened = thread.submit(audience.do, "view", port=target.port, n=n)
+                    if n:
+                        opening.extend(bench.do(target, "listen", seconds=1.0, keep=True)["delays_s"])
+                    opened.result()
                 got = bench.do(target, "listen", seconds=seconds, cold_per_s=2.0, n_tokens=1_000, keep=True)
                 n_told += [audience.do("leave")] * bool(n)
                 delays[n] += got["delays_s"]
@@ -235,12 +244,15 @@ def viewers(bench: Bench) -> Measured:
             **{f"p99 {n}": percentile(delays[n], 0.99) * MS for n in crowds},
             **{f"cpu {n}": 100 * cpu_s[n] / seconds / n_pairs for n in crowds},
             "told": min(n_told) / seconds,
+            "opening p99": percentile(opening, 0.99) * MS,
+            "opening longest": max(opening) * MS,
         }
 
     try:
         with bench.running(("llamaslot", "against"), n_streams + 4) as targets:
             for target in targets:
                 bench.do(target, "fill", n=bench.scaled(400), n_tokens=1_000, at_once=8)
+                bench.do(target, "short", n=bench.scaled(2_000), at_once=8)  # so many a page lists
             bench.rounds(targets, rows, work)
     finally:
         audience.close()
