@@ -24,8 +24,9 @@ from tests.support.users import User
 FOREIGN = "foreign.kv"
 # Settings with which llamaslot tells what it lists and drops.
 TELLS: dict[str, Any] = {"log": {"level": "debug"}}
-_LISTED = re.compile(r"snapshots: (ls-\w+) is listed")
-_UNLISTED = re.compile(r"snapshots: (ls-\w+) is no longer listed: (\w+)|snapshot dropped: (ls-\w+)")
+_TOLD = re.compile(
+    r"snapshots: (?P<id>ls-\w+) is (?:listed|no longer listed: (?P<why>\w+))|snapshot dropped: (?P<dropped>ls-\w+)"
+)
 N_ANSWER = (
     200  # tokens: a slot holds more than the prompt that llamaslot knows, and its file needs room for that
 )
@@ -157,8 +158,8 @@ async def start(stack: Stack, figures: Killing) -> None:
 def told(stack: Stack) -> dict[str, str]:
     """By snapshot id why llamaslot has dropped it, as its log tells so far; "" for those that it has not."""
     log = stack.llamaslot.log
-    dropped = {match[1] or match[3]: match[2] or "dropped" for match in _UNLISTED.finditer(log)}
-    return dict.fromkeys(_LISTED.findall(log), "") | dropped
+    each = _TOLD.finditer(log)  # the last line about a snapshot counts
+    return {its["id"] or its["dropped"]: its["why"] or ("dropped" if its["dropped"] else "") for its in each}
 
 
 def check_saved(stack: Stack, saved: set[str], figures: Killing) -> None:
