@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,16 @@ async def test_a_unix_socket_of_the_service_manager(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(manager, "sockets", lambda: [given])
         with pytest.raises(ConfigError, match="no TCP socket"):
             await Front(config, Registry.of(config), None, manager).listen()
+
+
+def test_the_application_is_imported_beside_the_event_loop() -> None:
+    """By the thread that calls this; else health checks would wait until all of it is imported."""
+    code = (
+        "import sys; from llamaslot.http import serve;"
+        " names = {'llamaslot.http.app', 'llamaslot.http.aiohttp_connection'};"
+        " assert not names & sys.modules.keys(); serve._import_application(); assert names <= sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels lack these options")

@@ -152,6 +152,8 @@ class Front:
 def _import_application() -> None:
     """Import aiohttp and the application. Runs in a thread, so that health checks are answered meanwhile."""
     import_aiohttp()
+    import llamaslot.http.aiohttp_connection
+    import llamaslot.http.app  # noqa: F401
 
 
 @contextlib.asynccontextmanager
