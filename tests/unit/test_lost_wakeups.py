@@ -47,6 +47,13 @@ class Model:
         return spawn(self.dispatcher.lease(replace(request, **more)))
 
 
+def registry_of(directory: Path, **urls: str) -> Registry:
+    """Backends by name that have not been started."""
+    backends = [{"name": name, "url": url} for name, url in urls.items()]
+    sections = {"backends": backends, "store": {"meta_dir": str(directory / "meta")}}
+    return Registry.of(Config.of(sections, "a test", directory))
+
+
 async def waits(task: asyncio.Task[Lease]) -> bool:
     """True if it waits although everything that can run has run."""
     await until_idle()
@@ -97,14 +104,7 @@ async def test_the_worse_backend_is_taken_when_the_better_one_does_not_come_back
 
 async def test_a_backend_that_a_reload_is_just_adding_is_not_waited_for(tmp_path: Path) -> None:
     """Nothing tells a request that waits for it when it turns out to be down: it is down from its beginning."""
-    config = Config.of(
-        {
-            "backends": [{"name": "a", "url": "http://127.0.0.1:9"}],
-            "store": {"meta_dir": str(tmp_path / "meta")},
-        },
-        "a test", tmp_path,
-    )  # fmt: skip
-    registry = Registry.of(config)
+    registry = registry_of(tmp_path, a="http://127.0.0.1:9")
     with pytest.raises(BackendDown, match="has not answered yet"):
         await registry.pools[0].lease(Request("1", pack([1]), user=ANNA))
     await registry.close(0.0)
@@ -112,14 +112,7 @@ async def test_a_backend_that_a_reload_is_just_adding_is_not_waited_for(tmp_path
 
 async def test_a_model_that_was_never_loaded_is_not_waited_for(tmp_path: Path) -> None:
     """Until its first connection it is in the pool of the others, and only a request for it loads it."""
-    config = Config.of(
-        {
-            "backends": [{"name": name, "url": f"http://{name}:9"} for name in "ab"],
-            "store": {"meta_dir": str(tmp_path / "meta")},
-        },
-        "a test", tmp_path,
-    )  # fmt: skip
-    registry = Registry.of(config)
+    registry = registry_of(tmp_path, a="http://a:9", b="http://b:9")
     unloaded = registry.backend_named("b")
     assert unloaded is not None
     unloaded.sleep()  # as it is when models are loaded on demand
@@ -135,14 +128,7 @@ async def test_a_model_that_is_unloaded_before_it_serves_is_asleep(
 ) -> None:
     """It is not down, and is asked no more until it is loaded again."""
     monkeypatch.setattr(backend, "_HEALTH_POLL_S", (0.0,))
-    config = Config.of(
-        {
-            "backends": [{"name": "a", "url": "http://a:9"}],
-            "store": {"meta_dir": str(tmp_path / "meta")},
-        },
-        "a test", tmp_path,
-    )  # fmt: skip
-    registry = Registry.of(config)
+    registry = registry_of(tmp_path, a="http://a:9")
     (model,) = registry.backends
     is_asked = asyncio.Event()
 

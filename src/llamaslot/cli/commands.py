@@ -29,6 +29,10 @@ _SYNONYMS = {
 }
 
 
+#: Options whose value people give as an argument, and how to give it.
+_FOR_ARGUMENTS = {"--config": "--config FILE", "--url": "--url URL"}
+
+
 class Commands(click.Group):
     """A group of commands. A synonym of a command, and an argument that belongs to an option, end with a hint."""
 
@@ -46,9 +50,7 @@ class Commands(click.Group):
             its = error.ctx
             if its is not None and its.parent is context and "unexpected extra argument" in error.message:
                 options = {option for each in its.command.params for option in each.opts}
-                wanted = [f"{name} FILE" for name in ("--config",) if name in options]
-                wanted += ["--url URL"] if "--url" in options else []
-                if wanted:
+                if wanted := [usage for option, usage in _FOR_ARGUMENTS.items() if option in options]:
                     meant = f"{error.message}. Did you mean {' or '.join(wanted)}?"
                     raise click.UsageError(meant, its) from None
             raise
